@@ -1,0 +1,147 @@
+"""Two ways to hold a function: a radial series and a cubic spline on a grid.
+
+Both return values together with *their own exact* derivatives, so that a cost built
+on them and the gradient built on them agree to rounding, whatever the accuracy with
+which they represent the function they were made from.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from numpy.polynomial import chebyshev
+
+_MAX_DEGREE = 400
+
+
+class RadialSeries(eqx.Module):
+    """A radial function of compact support, as a Chebyshev series in ``r**2``.
+
+    A smooth isotropic function is a smooth function of the squared radius, so a few
+    dozen terms hold it to rounding. Evaluating them is arithmetic alone, which every
+    device does much faster than looking up a table, and there is no singularity at
+    the centre.
+    """
+
+    coefficients: Float[Array, "terms"]
+    slope_coefficients: Float[Array, "terms-1"]
+    radius: float = eqx.field(static=True)
+
+    def __call__(self, squared_radius: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Evaluate the function; zero outside the support."""
+        return self._series(self.coefficients, squared_radius)
+
+    def slope(self, squared_radius: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Evaluate the derivative with respect to the *squared* radius."""
+        return self._series(self.slope_coefficients, squared_radius)
+
+    def _series(self, coefficients, squared_radius):
+        inside = squared_radius < self.radius**2
+        position = jnp.where(inside, squared_radius, 0.0) * (2 / self.radius**2) - 1.0
+        return jnp.where(inside, _clenshaw(coefficients, position), 0.0)
+
+
+def _clenshaw(coefficients: Float[Array, "terms"], x: Float[Array, "..."]):
+    """Sum a Chebyshev series at points of [-1, 1] by Clenshaw's recurrence."""
+    coefficients = coefficients.astype(x.dtype)
+    ahead = further = jnp.zeros_like(x)
+    for k in range(coefficients.shape[0] - 1, 0, -1):
+        ahead, further = 2.0 * x * ahead - further + coefficients[k], ahead
+    return x * ahead - further + coefficients[0]
+
+
+def radial_series(
+    function: Callable[[np.ndarray], np.ndarray], radius: float, tolerance: float
+) -> RadialSeries:
+    """Interpolate a radial function by a Chebyshev series of sufficient length.
+
+    Parameters
+    ----------
+    function
+        Maps radii in ``[0, radius]`` to values, in NumPy and double precision.
+    radius
+        Support radius; the function is taken as zero outside.
+    tolerance
+        Terms below this fraction of the largest are cut from the series' end. The
+        error that remains is of the order of the tolerance.
+    """
+    series = chebyshev.chebinterpolate(
+        lambda x: function(radius * np.sqrt(np.maximum(x + 1, 0) / 2)), _MAX_DEGREE
+    )
+    large = np.flatnonzero(np.abs(series) > tolerance * np.abs(series).max())
+    series = series[: max(large[-1] + 1, 2)]
+    slope = chebyshev.chebder(series) * (2 / radius**2)
+    return RadialSeries(jnp.asarray(series), jnp.asarray(slope), radius)
+
+
+class Spline2D(eqx.Module):
+    """A function of the plane as a cubic B-spline on a square grid.
+
+    Twice continuously differentiable. A smooth function is held with an error of the
+    fourth order in the spacing, its gradient of the third. Outside the grid the
+    function is constant, so a grid should extend to where it vanishes.
+    """
+
+    coefficients: Float[Array, "grid grid"]
+    nodes_per_pixel: int = eqx.field(static=True)
+    origin: int = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."], y: Float[Array, "..."]):
+        """Evaluate at points given by their coordinates in pixels."""
+        (row, wy, _), (column, wx, _) = self._locate(y), self._locate(x)
+        return self._tensor(row, column, wy, [wx])[0]
+
+    def value_and_gradient(self, x: Float[Array, "..."], y: Float[Array, "..."]):
+        """Evaluate the function and its derivatives with respect to x and y."""
+        (row, wy, dy), (column, wx, dx) = self._locate(y), self._locate(x)
+        value, along_x = self._tensor(row, column, wy, [wx, dx])
+        (along_y,) = self._tensor(row, column, dy, [wx])
+        return value, along_x, along_y
+
+    def _locate(self, position):
+        """Find the first node under a point, the B-spline weights, their slopes."""
+        last = self.coefficients.shape[0] - 3.0
+        position = position * self.nodes_per_pixel + self.origin
+        inside = (position >= 1.0) & (position < last)
+        position = jnp.where(inside, position, 1.0)
+        cell = jnp.floor(position)
+        f = position - cell
+        g = 1.0 - f
+        weights = [
+            g**3 / 6,
+            2 / 3 - f**2 * (1 - f / 2),
+            2 / 3 - g**2 * (1 - g / 2),
+            f**3 / 6,
+        ]
+        slopes = [-(g**2) / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f**2 / 2]
+        per_pixel = jnp.where(inside, float(self.nodes_per_pixel), 0.0)
+        slopes = [slope * per_pixel for slope in slopes]
+        return cell.astype(jnp.int32) - 1, weights, slopes
+
+    def _tensor(
+        self, row: Int[Array, "..."], column: Int[Array, "..."], row_weights, columns
+    ):
+        """Sum the 16 coefficients under each point with each set of weights."""
+        width = self.coefficients.shape[1]
+        flat = self.coefficients.reshape(-1)
+        first = row * width + column
+        totals = [0.0] * len(columns)
+        for i, row_weight in enumerate(row_weights):
+            taps = [
+                flat.at[first + i * width + j].get(mode="promise_in_bounds")
+                for j in range(4)
+            ]
+            for which, weights in enumerate(columns):
+                along = sum(w * tap for w, tap in zip(weights, taps, strict=True))
+                totals[which] = totals[which] + row_weight * along
+        return totals
+
+
+def spline_prefilter(size: int, dtype) -> Float[Array, "size"]:
+    """Return the DFT of the cubic B-spline sampled at the integers.
+
+    Dividing a spectrum by it (along each axis) turns samples into coefficients.
+    """
+    return (2.0 + jnp.cos(2 * jnp.pi / size * jnp.arange(size, dtype=dtype))) / 3.0

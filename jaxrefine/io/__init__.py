@@ -1,0 +1,12 @@
+"""Reading and writing files: the only package that opens them."""
+
+from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
+from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
+from jaxrefine.io.mrc import read_mrc as read_mrc
+from jaxrefine.io.mrc import read_stack as read_stack
+from jaxrefine.io.mrc import write_mrc as write_mrc
+from jaxrefine.io.mrc import write_stack as write_stack
+from jaxrefine.io.star import read_poses as read_poses
+from jaxrefine.io.star import read_star as read_star
+from jaxrefine.io.star import write_poses as write_poses
+from jaxrefine.io.star import write_star as write_star

@@ -1,0 +1,280 @@
+"""Tables in the STAR format, and the poses that RELION keeps in them.
+
+RELION's dialect: a row is one line, and a block holds one table. A column's name is
+written here without its leading underscore, a block's without its leading ``data_``.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+from jaxrefine.errors import InputError
+from jaxrefine.io._atomic import atomic_path, existing_file
+
+Table = dict[str, list[str]]
+"""The values of each column, all columns of one length."""
+
+_ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+_VALUE = re.compile(r"""\"(.*?)\"(?=\s|$)|'(.*?)'(?=\s|$)|(\S+)""")
+_NEEDS_QUOTES = re.compile(r"""^$|\s|^(?:["'_#;]|data_|loop_)""")
+
+
+def read_star(path: str | Path) -> dict[str, Table]:
+    """Read every block of a STAR file.
+
+    A block of name-value pairs becomes a table of one row, an empty loop a table whose
+    columns are empty. Values stay strings, without their quotes.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or is not a STAR file, if a row has too few or too many
+        values, or if a block or column occurs twice.
+    """
+    path = existing_file(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a STAR file: it is not text.") from None
+    if "\0" in text:
+        raise InputError(f"{path} is not a STAR file: it is not text.")
+
+    blocks: dict[str, Table] = {}
+    table: Table | None = None
+    in_loop = False
+    for number, line in enumerate(text.split("\n"), start=1):
+        values = _values(line)
+        if not values:
+            continue
+        where = f"{path}, line {number}"
+        first = line.split(maxsplit=1)[0]
+        alone = len(values) == 1
+        if alone and first.startswith("data_"):
+            table, in_loop = {}, False
+            _insert(blocks, first.removeprefix("data_"), table, where)
+        elif table is None:
+            raise InputError(
+                f"{where}: this is not a STAR file, no data_ block is open."
+            )
+        elif alone and first == "loop_":
+            if table or in_loop:
+                raise InputError(f"{where}: the block already holds a table.")
+            in_loop = True
+        elif in_loop and alone and first.startswith("_") and not any(table.values()):
+            _insert(table, first[1:], [], where)
+        elif in_loop:
+            if len(values) != len(table):
+                raise InputError(
+                    f"{where}: the row has {len(values)} values "
+                    f"for {len(table)} columns."
+                )
+            for column, value in zip(table.values(), values, strict=True):
+                column.append(value)
+        elif len(values) == 2 and first.startswith("_"):
+            _insert(table, first[1:], [values[1]], where)
+        else:
+            raise InputError(f"{where}: loop_ or one name and one value are wanted.")
+    if not blocks:
+        raise InputError(f"{path} is not a STAR file: it has no data_ block.")
+    return blocks
+
+
+def write_star(path: str | Path, blocks: dict[str, Table]) -> None:
+    """Write blocks as loops, in the style of RELION 3.1.
+
+    The file appears complete or not at all.
+
+    Raises
+    ------
+    InputError
+        If the columns of a block differ in length, if a value cannot be quoted, or if
+        the file cannot be written.
+    """
+    lines = []
+    for name, table in blocks.items():
+        if len({len(column) for column in table.values()}) > 1:
+            raise InputError(f"Block {name!r} has columns of different lengths.")
+        lines += ["", "# version 30001", "", f"data_{name}", "", "loop_ "]
+        lines += [f"_{column} #{i} " for i, column in enumerate(table, start=1)]
+        for row in zip(*table.values(), strict=True):
+            lines.append(" ".join(f"{_quoted(value):>12}" for value in row))
+        lines.append("")
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_poses(
+    path: str | Path,
+) -> tuple[Float64[np.ndarray, "particles 3"], Float64[np.ndarray, "particles 2"]]:
+    """Read the poses of the particles from a RELION file, old or 3.1.
+
+    Returns
+    -------
+    angles
+        (rot, tilt, psi) in radians.
+    shifts
+        (x, y) in pixels: the position of the particle in the image, which is *minus*
+        RELION's origin. An origin that the file lacks is zero; one in Angstrom
+        (``rlnOriginXAngst``) is divided by the pixel size of the particle's optics
+        group, and takes precedence over one in pixels (``rlnOriginX``).
+
+    Raises
+    ------
+    InputError
+        If the file is not a STAR file with one table of particles, lacks an angle,
+        holds something that is not a number, or gives origins in Angstrom without the
+        pixel size.
+    """
+    blocks = read_star(path)
+    particles = _particles(blocks, path)
+    missing = [name for name in _ANGLES if name not in particles]
+    if missing:
+        raise InputError(f"{path} lacks the columns {', '.join(missing)}.")
+    angles = [_numbers(particles, name, path) for name in _ANGLES]
+    origins = []
+    for axis in "XY":
+        if f"rlnOrigin{axis}Angst" in particles:
+            in_angstroms = _numbers(particles, f"rlnOrigin{axis}Angst", path)
+            origins.append(in_angstroms / _pixel_sizes(blocks, particles, path))
+        elif f"rlnOrigin{axis}" in particles:
+            origins.append(_numbers(particles, f"rlnOrigin{axis}", path))
+        else:
+            origins.append(np.zeros_like(angles[0]))
+    return np.deg2rad(np.stack(angles, axis=-1)), -np.stack(origins, axis=-1)
+
+
+def write_poses(
+    path: str | Path,
+    angles: Float[Array | np.ndarray, "particles 3"],
+    shifts: Float[Array | np.ndarray, "particles 2"],
+    pixel_size_in_angstroms: float,
+    image_names: Sequence[str],
+    image_size: int,
+) -> None:
+    """Write a RELION 3.1 file of particles that share one optics group.
+
+    Parameters
+    ----------
+    path
+        The file, which appears complete or not at all.
+    angles
+        (rot, tilt, psi) in radians.
+    shifts
+        (x, y) in pixels; minus these, in Angstrom, are RELION's origins.
+    pixel_size_in_angstroms
+        The pixel size of the images.
+    image_names
+        ``rlnImageName`` of each particle, such as ``000001@particles.mrcs``.
+    image_size
+        The edge of the images in pixels.
+
+    Raises
+    ------
+    InputError
+        If there is not one name for each pose, or the file cannot be written.
+    """
+    if len(image_names) != len(angles):
+        raise InputError(
+            f"Cannot write {path}: {len(image_names)} image names came "
+            f"with {len(angles)} poses."
+        )
+    degrees = np.rad2deg(np.asarray(angles, dtype=np.float64))
+    origins = -pixel_size_in_angstroms * np.asarray(shifts, dtype=np.float64)
+    optics = {
+        "rlnOpticsGroup": ["1"],
+        "rlnOpticsGroupName": ["opticsGroup1"],
+        "rlnImagePixelSize": [f"{pixel_size_in_angstroms:.6f}"],
+        "rlnImageSize": [str(image_size)],
+        "rlnImageDimensionality": ["2"],
+    }
+    particles = {
+        "rlnImageName": list(image_names),
+        **{name: _fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)},
+        "rlnOriginXAngst": _fixed(origins[:, 0]),
+        "rlnOriginYAngst": _fixed(origins[:, 1]),
+        "rlnOpticsGroup": ["1"] * len(image_names),
+    }
+    write_star(path, {"optics": optics, "particles": particles})
+
+
+def _values(line: str) -> list[str]:
+    """Split a line into its values, without quotes and comment."""
+    if not any(mark in line for mark in "\"'#"):
+        return line.split()
+    values = []
+    for match in _VALUE.finditer(line):
+        if match[0].startswith("#"):
+            break
+        values.append(match[match.lastindex or 0])
+    return values
+
+
+def _quoted(value: str) -> str:
+    """Return a value as it stands in a row."""
+    if not _NEEDS_QUOTES.search(value):
+        return value
+    for mark in "\"'":
+        if not re.search(rf"{mark}\s|[\r\n]", value):
+            return f"{mark}{value}{mark}"
+    raise InputError(f"The value {value!r} cannot be quoted in a STAR file.")
+
+
+def _insert(mapping: dict, name: str, item: Table | list[str], where: str) -> None:
+    if name in mapping:
+        raise InputError(f"{where}: {name!r} occurs twice.")
+    mapping[name] = item
+
+
+def _particles(blocks: dict[str, Table], path: str | Path) -> Table:
+    """Return the block ``particles``, or the only one beside ``optics``."""
+    if "particles" in blocks:
+        return blocks["particles"]
+    others = [name for name in blocks if name != "optics"]
+    if len(others) != 1:
+        raise InputError(
+            f"{path} has the blocks {', '.join(map(repr, blocks))}; "
+            "one called 'particles', or one alone, is wanted."
+        )
+    return blocks[others[0]]
+
+
+def _pixel_sizes(
+    blocks: dict[str, Table], particles: Table, path: str | Path
+) -> Float64[np.ndarray, " particles"]:
+    """Return the pixel size in Angstrom of each particle's optics group."""
+    optics = blocks.get("optics", {})
+    if not {"rlnOpticsGroup", "rlnImagePixelSize"} <= optics.keys():
+        raise InputError(
+            f"{path} gives origins in Angstrom but no optics block with "
+            "rlnOpticsGroup and rlnImagePixelSize."
+        )
+    if "rlnOpticsGroup" not in particles:
+        raise InputError(f"{path} gives the particles no rlnOpticsGroup.")
+    sizes = _numbers(optics, "rlnImagePixelSize", path)
+    if not (sizes > 0).all():
+        raise InputError(f"{path} has an rlnImagePixelSize that is not positive.")
+    size_of_group = dict(zip(optics["rlnOpticsGroup"], sizes, strict=True))
+    unknown = sorted(set(particles["rlnOpticsGroup"]) - size_of_group.keys())
+    if unknown:
+        raise InputError(f"{path} has no optics group {', '.join(unknown)}.")
+    return np.array([size_of_group[group] for group in particles["rlnOpticsGroup"]])
+
+
+def _numbers(
+    table: Table, name: str, path: str | Path
+) -> Float64[np.ndarray, " particles"]:
+    """Return a column as finite numbers."""
+    try:
+        numbers = np.array([float(value) for value in table[name]], dtype=np.float64)
+    except ValueError as error:
+        raise InputError(f"{path}, column {name}: {error}.") from None
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path}, column {name}: a value is NaN or infinite.")
+    return numbers
+
+
+def _fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:
+    return [f"{number:.6f}" for number in numbers]

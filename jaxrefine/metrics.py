@@ -1,0 +1,176 @@
+"""How good a map is, and how good poses are, when the truth is known."""
+
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxrefine import geometry
+from jaxrefine._types import Scalar, Volume
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shells"]:
+    r"""Fourier shell correlation of two volumes.
+
+    .. math:: \mathrm{FSC}(r) = \frac{\mathrm{Re} \sum_{k \in S_r} \hat a_k \hat b_k^*}
+              {\sqrt{\sum_{k \in S_r} |\hat a_k|^2 \sum_{k \in S_r} |\hat b_k|^2}}
+
+    with :math:`S_r` the integer frequencies whose radius rounds to r. This is eq. (25)
+    with a square root in the denominator, which the printed formula lacks.
+
+    Parameters
+    ----------
+    a, b
+        The volumes, of one size n and one type.
+    mask
+        Multiplies both volumes first.
+
+    Returns
+    -------
+    curve
+        The correlation at r = 0, ..., n // 2; zero where a volume has no power.
+    """
+    if mask is not None:
+        a, b = a * mask, b * mask
+    n = a.shape[0]
+    shell, weight = _half_space(n)
+
+    def shell_sum(values: Float[Array, "n n half"]) -> Float[Array, " shells"]:
+        weighted = values * jnp.asarray(weight, values.dtype)
+        return jax.ops.segment_sum(weighted.ravel(), shell, num_segments=n // 2 + 1)
+
+    a_hat, b_hat = jnp.fft.rfftn(a, norm="ortho"), jnp.fft.rfftn(b, norm="ortho")
+    a_power = shell_sum(a_hat.real**2 + a_hat.imag**2)
+    b_power = shell_sum(b_hat.real**2 + b_hat.imag**2)
+    cross = shell_sum(a_hat.real * b_hat.real + a_hat.imag * b_hat.imag)
+    positive = (a_power > 0) & (b_power > 0)
+    a_norm = jnp.sqrt(jnp.where(positive, a_power, 1))
+    b_norm = jnp.sqrt(jnp.where(positive, b_power, 1))
+    return jnp.where(positive, cross / a_norm / b_norm, 0)
+
+
+def mean_fsc(curve: Float[Array, " shells"]) -> Scalar:
+    """Mean of a Fourier shell correlation over the shells 1, ..., n // 2."""
+    return jnp.mean(curve[1:])
+
+
+def crossing(curve: Float[Array, " shells"], threshold: float | Scalar) -> Scalar:
+    """Radius at which a Fourier shell correlation first falls below a threshold.
+
+    Between shells the curve is a straight line. Shell 0 does not count: a curve that is
+    below the threshold at shell 1 crosses there.
+
+    Parameters
+    ----------
+    curve
+        The correlation at r = 0, ..., n // 2.
+    threshold
+        0.5 against the truth, 0.143 between half maps.
+
+    Returns
+    -------
+    radius
+        In shells; n // 2 if the curve never falls below the threshold.
+    """
+    tail = curve[1:]
+    below = ~(tail >= threshold)
+    first = jnp.argmax(below)
+    previous = tail[jnp.maximum(first - 1, 0)]
+    drop = jnp.where(first > 0, previous - tail[first], 1)
+    step = jnp.where(first > 0, (previous - threshold) / drop, 1)
+    return jnp.where(jnp.any(below), first.astype(curve.dtype) + step, tail.size)
+
+
+def resolution_in_angstroms(
+    radius: float | Scalar, n: int, voxel_size_in_angstroms: float
+) -> float | Scalar:
+    """Return the period, in Angstrom, of a Fourier shell of a box of n voxels."""
+    return n * voxel_size_in_angstroms / radius
+
+
+def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
+    r"""Return :math:`20 \log_{10} (\|V\| / \|V - \tilde V\|)`, in decibels."""
+    error = truth - estimate
+    return 10 * jnp.log10(jnp.sum(truth**2) / jnp.sum(error**2))
+
+
+@final
+class PoseErrors(eqx.Module):
+    """How far poses are from the true ones, the frame of the map set aside."""
+
+    angle_in_degrees: Float[Array, " particles"]
+    shift_in_pixels: Float[Array, " particles"]
+
+
+def pose_errors(
+    angles: Float[Array, "particles 3"],
+    shifts: Float[Array, "particles 2"],
+    true_angles: Float[Array, "particles 3"],
+    true_shifts: Float[Array, "particles 2"],
+) -> PoseErrors:
+    r"""Compare poses with the true ones, up to a rigid motion of the map.
+
+    A map that is rotated and moved fits the same images with other poses, so the best
+    global rotation G is applied first, and the least-squares translation d is removed:
+
+    .. math:: R_p G \approx R_p^\star, \qquad t_p - t_p^\star \approx M_p d
+
+    with :math:`M_p` the first two rows of :math:`R_p G`. Taken from the poses under
+    test rather than the true ones, they make the errors exactly invariant.
+
+    Parameters
+    ----------
+    angles, true_angles
+        (rot, tilt, psi) in radians.
+    shifts, true_shifts
+        (x, y) in pixels.
+
+    Returns
+    -------
+    errors
+        The geodesic distance of each rotation and the length of each remaining shift.
+    """
+    rotations = geometry.euler_to_matrix(angles)
+    true_rotations = geometry.euler_to_matrix(true_angles)
+    motion = geometry.align_rotations(rotations, true_rotations)
+    aligned = jnp.matmul(rotations, motion, precision=_HIGHEST)
+    angle = geometry.geodesic_distance(aligned, true_rotations)
+
+    rows = aligned[:, :2]
+    difference = shifts - true_shifts
+    gram = jnp.einsum("pix,piy->xy", rows, rows, precision=_HIGHEST)
+    moment = jnp.einsum("pix,pi->x", rows, difference, precision=_HIGHEST)
+    inverse = jnp.linalg.pinv(gram, hermitian=True)
+    translation = jnp.matmul(inverse, moment, precision=_HIGHEST)
+    remainder = difference - jnp.matmul(rows, translation, precision=_HIGHEST)
+    return PoseErrors(jnp.rad2deg(angle), jnp.linalg.norm(remainder, axis=-1))
+
+
+def summarise(errors: PoseErrors) -> dict[str, float]:
+    """Return the numbers that stand for all particles in a report."""
+    angle, shift = errors.angle_in_degrees, errors.shift_in_pixels
+    return {
+        "angle_error_deg_median": float(jnp.median(angle)),
+        "angle_error_deg_p90": float(jnp.quantile(angle, 0.9)),
+        "fraction_within_5_deg": float(jnp.mean(angle <= 5)),
+        "fraction_within_10_deg": float(jnp.mean(angle <= 10)),
+        "shift_error_px_median": float(jnp.median(shift)),
+    }
+
+
+def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shell of each frequency of ``rfftn`` (raveled), and how often it stands in all.
+
+    A column of the half space stands for itself and its mirror image, except those
+    that are their own: frequency 0 and, for an even n, n / 2.
+    """
+    full = np.fft.fftfreq(n, 1 / n)
+    half = np.fft.rfftfreq(n, 1 / n)
+    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
+    weight = np.where((half == 0) | (2 * half == n), 1.0, 2.0)
+    return np.rint(radius).astype(np.int32).ravel(), weight[None, None]

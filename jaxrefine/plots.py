@@ -1,0 +1,218 @@
+"""Pictures for reports: slices, resolution curves, pose errors, particles.
+
+Each function writes one PNG and returns nothing. Figures are made without pyplot, so
+that no backend is chosen and no global state is touched.
+"""
+
+import itertools
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxrefine import metrics
+
+Volumes = dict[str, Float[Array | np.ndarray, "n n n"]]
+"""Maps by name."""
+
+Curves = dict[str, Float[Array | np.ndarray, " shells"]]
+"""Fourier shell correlations by name."""
+
+Errors = dict[str, Float[Array | np.ndarray, " particles"]]
+"""Errors of the particles' poses by name."""
+
+# Okabe and Ito's colours, which the colour-blind tell apart, darkest first.
+_COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00")
+_DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+
+_TEXT_SIZE = 11
+_DPI = 120
+_CHARACTERS_PER_INCH = 12
+_BINS = 50
+
+
+def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
+    """Draw the central slices of maps, a row for each, on one grey scale.
+
+    The columns are the planes through the origin ``n // 2``: xy, xz and yz. The scale
+    runs from the 1st to the 99.8th percentile of all slices.
+    """
+    rows = [_central_slices(np.asarray(volume)) for volume in volumes.values()]
+    low, high = np.percentile(np.array(rows), (1, 99.8))
+    figure = _figure(7.6, 2.15 * len(rows) + 0.75, caption)
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes_row, name, slices in zip(grid, volumes, rows, strict=True):
+        axes_row[0].set_ylabel(
+            textwrap.fill(name, 20), size=_TEXT_SIZE + 1, fontweight="bold"
+        )
+        for axes, picture in zip(axes_row, slices, strict=True):
+            shown = _show(axes, picture, low, high)
+    for axes, plane in zip(grid[0], ("xy", "xz", "yz"), strict=True):
+        axes.set_title(f"{plane[0]} →, {plane[1]} ↑", size=_TEXT_SIZE)
+    bar = figure.colorbar(shown, ax=grid, shrink=0.8, aspect=30, extend="both")
+    bar.set_label("density", size=_TEXT_SIZE)
+    bar.ax.tick_params(labelsize=_TEXT_SIZE - 2)
+    figure.savefig(path)
+
+
+def fsc_curves(
+    path: str | Path,
+    curves: Curves,
+    n: int,
+    voxel_size_in_angstroms: float | None,
+    caption: str,
+) -> None:
+    """Draw Fourier shell correlations, with the thresholds 0.5 and 0.143.
+
+    Parameters
+    ----------
+    path
+        The PNG to write.
+    curves
+        The correlation at the shells 0, 1, ..., by name.
+    n
+        Side of the box in voxels.
+    voxel_size_in_angstroms
+        If given, the upper axis shows the shells' periods in Angstrom.
+    caption
+        Text below the curves.
+    """
+    figure = _figure(7.2, 4.8, caption)
+    axes = figure.subplots()
+    last = max(len(curve) for curve in curves.values()) - 1
+    for (name, curve), (colour, dash) in zip(curves.items(), _styles(), strict=False):
+        axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=name)
+    lowest = min(float(np.min(curve)) for curve in curves.values())
+    axes.set(xlim=(0, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for threshold in (0.5, 0.143):
+        axes.axhline(threshold, color="0.6", lw=1, zorder=1)
+        axes.annotate(
+            f"{threshold}",
+            (1.01, threshold),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color="0.35",
+            size=_TEXT_SIZE - 2,
+        )
+    _label(axes, "Fourier shell", "Fourier shell correlation")
+    if voxel_size_in_angstroms is not None:
+        shells = [shell for shell in axes.get_xticks() if 0 < shell <= last]
+        periods = [
+            metrics.resolution_in_angstroms(shell, n, voxel_size_in_angstroms)
+            for shell in shells
+        ]
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(shells, [f"{float(period):.3g}" for period in periods])
+        above.tick_params(labelsize=_TEXT_SIZE - 1)
+        above.set_xlabel("resolution (Å)", size=_TEXT_SIZE)
+    figure.savefig(path)
+
+
+def error_histograms(
+    path: str | Path,
+    errors: Errors,
+    unit_label: str,
+    caption: str,
+    limit: float | None = None,
+) -> None:
+    """Draw the densities of pose errors over each other, with their medians.
+
+    Parameters
+    ----------
+    path
+        The PNG to write.
+    errors
+        The particles' errors, not negative, by name.
+    unit_label
+        What the errors are and their unit, such as ``"angular error (degrees)"``.
+    caption
+        Text below the histograms.
+    limit
+        End of the axis, the largest error by default. The last bin holds all errors
+        beyond it.
+    """
+    largest = max(float(np.max(values)) for values in errors.values())
+    end = (limit or largest) or 1.0
+    edges = np.linspace(0, end, _BINS + 1)
+    figure = _figure(7.2, 4.4, caption)
+    axes = figure.subplots()
+    for (name, values), (colour, dash) in zip(errors.items(), _styles(), strict=False):
+        density, _ = np.histogram(np.clip(values, 0, end), edges, density=True)
+        label = f"{name} (median {np.median(values):.3g})"
+        axes.stairs(
+            density, edges, color=colour, linestyle=dash, lw=2, label=label, zorder=3
+        )
+        axes.stairs(density, edges, color=colour, alpha=0.12, fill=True)
+    axes.set(xlim=(0, end))
+    axes.set_ylim(bottom=0)
+    beyond = f"; last bin: all beyond {end:g}" if largest > end else ""
+    _label(axes, unit_label + beyond, "density of particles")
+    figure.savefig(path)
+
+
+def image_gallery(
+    path: str | Path,
+    images: Float[Array | np.ndarray, "particles m m"],
+    caption: str,
+    count: int = 8,
+) -> None:
+    """Draw ``count`` particles, evenly spaced in the stack, on one grey scale.
+
+    Titles count particles from 1, as RELION does.
+    """
+    count = min(count, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    pictures = np.stack([np.asarray(images[index]) for index in chosen])
+    low, high = np.percentile(pictures, (0.5, 99.5))
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = _figure(1.9 * columns + 0.2, 2.05 * rows + 0.45, caption)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, picture, index in zip(grid, pictures, chosen, strict=False):
+        _show(axes, picture, low, high)
+        axes.set_title(f"particle {index + 1}", size=_TEXT_SIZE - 1)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float, caption: str) -> Figure:
+    """Return a figure of a size in inches, with a caption below its plots."""
+    figure = Figure((width, height), dpi=_DPI, layout="constrained")
+    lines = textwrap.fill(caption, int(_CHARACTERS_PER_INCH * width))
+    figure.supxlabel(lines, size=_TEXT_SIZE - 1)
+    return figure
+
+
+def _styles():
+    """Return pairs of a colour and a dash, never ending."""
+    return itertools.cycle(zip(_COLOURS, _DASHES, strict=True))
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Name the axes, and the curves in a legend."""
+    axes.set_xlabel(x, size=_TEXT_SIZE)
+    axes.set_ylabel(y, size=_TEXT_SIZE)
+    axes.tick_params(labelsize=_TEXT_SIZE - 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=_TEXT_SIZE - 1, framealpha=0.9)
+
+
+def _central_slices(
+    volume: Float[np.ndarray, "n n n"],
+) -> tuple[Float[np.ndarray, "n n"], ...]:
+    """Return the xy, xz and yz planes through the origin, first axis upwards."""
+    centre = volume.shape[0] // 2
+    return volume[centre], volume[:, centre], volume[:, :, centre]
+
+
+def _show(axes: Axes, picture: Float[np.ndarray, "h w"], low: float, high: float):
+    """Show a picture in grey, its first axis upwards."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)

@@ -1,0 +1,365 @@
+"""Synthetic data: a built-in phantom, its noisy projections, and starting points.
+
+Follows section IV of the paper.
+"""
+
+import math
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from jaxrefine import kbwf, spatial
+from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.ctf import IsotropicPSF
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses, equidistributed_angles
+
+# The phantom's plan. Its unit is about 65 Angstrom: the helix is that of B-DNA, whose
+# radius is 10, pitch 34 and turn 10.5 base pairs.
+_DOMAINS = (
+    # centre (x, y, z), radius
+    ((0.02, 0.00, -0.05), 0.38),
+    ((0.62, 0.30, 0.52), 0.30),
+    ((-0.70, 0.42, -0.30), 0.24),
+    ((-0.10, -0.88, 0.20), 0.18),
+)
+_RESIDUES_PER_VOLUME = 1200
+_CHAIN_STEP = 0.13
+_HELIX_RADIUS = 0.155
+_BASE_PAIRS, _BASE_PAIRS_PER_TURN = 78, 10.5
+_GROOVE_ANGLE = 2.4
+_PAIR_WEIGHTS = (4.0, 1.5, 1.5, 1.5, 4.0)  # a residue has 1
+
+# In box sides, but for the last.
+_ATOMS_WITHIN = 0.34
+_BLOB_WIDTH = 0.015
+_SMALLEST_BLOB_WIDTH_IN_VOXELS = 0.7
+
+_TAIL_IN_WIDTHS = 4
+
+
+@final
+class Dataset(eqx.Module):
+    """Simulated particles, with what made them and where a refinement starts.
+
+    Attributes
+    ----------
+    images
+        Noisy images of shape ``(P, n, n)``.
+    truth
+        The poses that made them.
+    initial
+        The poses to refine, of model Init-1 (section IV-B).
+    sigma
+        Standard deviation of the noise, per pixel.
+    """
+
+    images: Images
+    truth: Poses
+    initial: Poses
+    sigma: Scalar
+
+
+def make_dataset(
+    key: PRNGKeyArray,
+    volume: Float[Array, "z y x"],
+    count: int,
+    *,
+    max_shift: float,
+    max_angle_error: float,
+    sigma: float | Scalar | None = None,
+    snr_db: float | None = None,
+    basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
+    psf: IsotropicPSF | None = None,
+    batch_size: int = 8,
+) -> Dataset:
+    """Simulate a data set as section IV-A does, with the start of section IV-B.
+
+    Viewing directions are equidistributed, in-plane angles and shifts uniform, the
+    noise white and Gaussian.
+
+    Parameters
+    ----------
+    key
+        Decides the in-plane angles, the shifts, the noise and the initial errors, each
+        independently of the parameters of the others.
+    volume
+        The true map.
+    count
+        Number of particles ``P``.
+    max_shift
+        Largest shift along x or y, in pixels.
+    max_angle_error
+        Largest initial error of each Euler angle, in radians.
+    sigma, snr_db
+        The noise: its standard deviation, or the per-pixel signal-to-noise ratio in
+        decibels (see `noise_std`). Exactly one of the two.
+    basis, psf, batch_size
+        See `clean_images`.
+
+    Raises
+    ------
+    InputError
+        If the map is not a cube, a parameter is out of range, or not exactly one of
+        ``sigma`` and ``snr_db`` is given.
+    """
+    if len(set(volume.shape)) != 1:
+        shape = " x ".join(map(str, volume.shape))
+        raise InputError(f"The map to simulate from is {shape}; a cube is wanted.")
+    if count < 1:
+        raise InputError(f"{count} particles were asked for; at least 1 is wanted.")
+    if max_angle_error < 0:
+        raise InputError(
+            f"The largest angle error is {max_angle_error} radians; "
+            "it must not be negative."
+        )
+    if (sigma is None) == (snr_db is None):
+        given = "neither" if sigma is None else "both"
+        raise InputError(f"Exactly one of sigma and snr_db is wanted, not {given}.")
+
+    angle_key, shift_key, noise_key, error_key = jax.random.split(key, 4)
+    truth = Poses(
+        equidistributed_angles(angle_key, count, volume.dtype),
+        random_shifts(shift_key, count, max_shift, volume.dtype),
+    )
+    clean = clean_images(volume, truth, basis=basis, psf=psf, batch_size=batch_size)
+    if snr_db is not None:
+        sigma = noise_std(clean, snr_db)
+    sigma = jnp.asarray(sigma, volume.dtype)
+    return Dataset(
+        add_noise(noise_key, clean, sigma),
+        truth,
+        init1_poses(error_key, truth, max_angle_error),
+        sigma,
+    )
+
+
+def phantom(
+    key: PRNGKeyArray, n: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Volume:
+    r"""Build a map with the character of a nucleoprotein complex.
+
+    A double helix (two strands and their rungs) winds around four globular domains,
+    each a random chain confined to a ball. With the pseudo-atoms :math:`a` of weight
+    :math:`w_a` at :math:`x_a`,
+
+    .. math:: V[k] \propto \sum_a w_a \exp(-\|k - x_a\|^2 / 2 s^2), \quad
+       \max_k V[k] = 1, \quad s = \max(0.015\,n,\, 0.7).
+
+    Up to sampling the map depends on ``n`` only by being sharper. It is not negative,
+    vanishes outside a ball of radius about ``0.38 n``, and its centre of mass is at the
+    origin ``n // 2``. Its plan is fixed and without symmetry; the chains are drawn.
+
+    Parameters
+    ----------
+    key
+        Draws the chains, the same for every ``n`` and ``dtype``.
+    n
+        Side of the box in voxels, at least 16.
+    dtype
+        Type of the map.
+
+    Raises
+    ------
+    InputError
+        If the box is too small to hold the helix.
+    """
+    if n < 16:
+        raise InputError(f"The phantom's box is {n} voxels; at least 16 is wanted.")
+    points, weights = _pseudo_atoms(key)
+    width = max(_BLOB_WIDTH * n, _SMALLEST_BLOB_WIDTH_IN_VOXELS)
+    axis = jnp.arange(n, dtype=jnp.float32) - n // 2
+    offsets = axis[None, None, :] - n * points[..., None]
+    profile = jnp.exp(-0.5 * (offsets / width) ** 2)
+    volume = jnp.einsum(
+        "a,az,ay,ax->zyx",
+        weights,
+        profile[:, 2],
+        profile[:, 1],
+        profile[:, 0],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return (volume / volume.max()).astype(dtype)
+
+
+def random_shifts(
+    key: PRNGKeyArray,
+    count: int,
+    max_shift: float,
+    dtype: jax.typing.DTypeLike = float,
+) -> Float[Array, "count 2"]:
+    """Draw shifts ``(x, y)`` uniformly from ``[-max_shift, max_shift)^2`` pixels.
+
+    Raises
+    ------
+    InputError
+        If ``max_shift`` is negative.
+    """
+    if max_shift < 0:
+        raise InputError(
+            f"The largest shift is {max_shift} pixels; it must not be negative."
+        )
+    return jax.random.uniform(key, (count, 2), dtype, -max_shift, max_shift)
+
+
+def init1_poses(
+    key: PRNGKeyArray, poses: Poses, max_angle_error: float | Scalar
+) -> Poses:
+    r"""Return the starting point Init-1 of section IV-B.
+
+    .. math:: \theta^{init}_{p,j} = \theta^{true}_{p,j} + \varepsilon_{p,j}, \quad
+       \varepsilon_{p,j} \sim \mathrm{Unif}(-e, e), \qquad t^{init}_p = 0
+
+    with ``e = max_angle_error`` in radians, for each of the three Euler angles.
+    """
+    shape, dtype = poses.angles.shape, poses.angles.dtype
+    error = jax.random.uniform(key, shape, dtype, -max_angle_error, max_angle_error)
+    return Poses(poses.angles + error, jnp.zeros_like(poses.shifts))
+
+
+def clean_images(
+    volume: Volume,
+    poses: Poses,
+    *,
+    basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
+    psf: IsotropicPSF | None = None,
+    batch_size: int = 8,
+) -> Images:
+    r"""Project a map without noise: :math:`g'_p = H(\theta_p, t_p)\,c`, eq. (4).
+
+    The coefficients ``c`` are those of `kbwf.expand`. By default the basis is not that
+    of the reconstruction, so that no experiment commits an inverse crime.
+
+    Parameters
+    ----------
+    volume
+        Voxel values of the map.
+    poses
+        Poses of the particles, ``P`` in number.
+    basis
+        The window that the map is expanded in.
+    psf
+        Optional isotropic point-spread function.
+    batch_size
+        Particles at a time; see `spatial.project`.
+
+    Returns
+    -------
+    Images of the side of the volume.
+    """
+    footprint = spatial.footprint(basis, psf)
+    coefficients = kbwf.expand(basis, volume)
+    return spatial.project(footprint, coefficients, poses, volume.shape[0], batch_size)
+
+
+def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:
+    r"""Return the noise level that gives clean images a signal-to-noise ratio.
+
+    .. math:: \mathrm{SNR} = 10 \log_{10} \frac{1}{P m^2 \sigma^2}
+       \sum_{p=1}^P \|g'_p\|_2^2
+
+    The power is *per pixel*. ``SNR_data`` as printed in section IV-A lacks the division
+    by the ``m^2`` pixels of an image, but its -14.2 dB is that of a noise that hides
+    the particle, which only the power per pixel is.
+    """
+    return jnp.sqrt(jnp.mean(images**2)) * 10 ** (-snr_db / 20)
+
+
+def add_noise(key: PRNGKeyArray, images: Images, sigma: float | Scalar) -> Images:
+    """Add white Gaussian noise of standard deviation ``sigma``."""
+    return images + sigma * jax.random.normal(key, images.shape, images.dtype)
+
+
+def blur(volume: Volume, width: float) -> Volume:
+    r"""Low-pass a map by a Gaussian, :math:`\hat V(\omega)\, e^{-s^2 |\omega|^2 / 2}`.
+
+    The authors' released code starts from the true map blurred by ``s = 4`` voxels.
+
+    Parameters
+    ----------
+    volume
+        The map, taken to be zero outside its box.
+    width
+        Standard deviation ``s`` in voxels. The box is padded by ``4 s``, beyond which
+        the Gaussian is neglected.
+
+    Raises
+    ------
+    InputError
+        If ``width`` is negative.
+    """
+    if width < 0:
+        raise InputError(f"The blur is {width} voxels wide; it must not be negative.")
+    n = volume.shape[0]
+    size = n + math.ceil(_TAIL_IN_WIDTHS * width)
+
+    def response(frequencies):
+        return jnp.exp(-2 * (math.pi * width * frequencies.astype(volume.dtype)) ** 2)
+
+    full, half = response(jnp.fft.fftfreq(size)), response(jnp.fft.rfftfreq(size))
+    spectrum = jnp.fft.rfftn(volume, s=(size,) * 3)
+    spectrum = spectrum * (full[:, None, None] * full[None, :, None] * half[None, None])
+    return jnp.fft.irfftn(spectrum, s=(size,) * 3)[:n, :n, :n]
+
+
+def _pseudo_atoms(
+    key: PRNGKeyArray,
+) -> tuple[Float32[Array, "atoms 3"], Float32[Array, " atoms"]]:
+    """Return the phantom's atoms ``(x, y, z)`` in box sides, centred, and weights."""
+    place = jnp.linspace(0, 1, _BASE_PAIRS, dtype=jnp.float32)
+    keys = jax.random.split(key, len(_DOMAINS))
+    chains = [
+        _confined_chain(chain_key, radius) + jnp.array([centre], jnp.float32)
+        for chain_key, (centre, radius) in zip(keys, _DOMAINS, strict=True)
+    ]
+    points = jnp.concatenate([jax.vmap(_base_pair)(place).reshape(-1, 3), *chains])
+    pairs = jnp.tile(jnp.array(_PAIR_WEIGHTS, jnp.float32), _BASE_PAIRS)
+    residues = jnp.ones(len(points) - len(pairs), jnp.float32)
+    weights = jnp.concatenate([pairs, residues])
+    points = points - jnp.average(points, axis=0, weights=weights, keepdims=True)
+    return points * (_ATOMS_WITHIN / jnp.linalg.norm(points, axis=1).max()), weights
+
+
+def _base_pair(place: Float32[Array, ""]) -> Float32[Array, "5 3"]:
+    """Return the atoms from strand to strand, ``place`` of the way along the helix.
+
+    The helix winds around a left-handed, widening and uneven turn about the z axis.
+    """
+
+    def centre_line(u):
+        angle, radius = -5.8 * u, 0.56 + 0.16 * u
+        height = -0.32 + 0.50 * u + 0.14 * jnp.sin(5.0 * u)
+        return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle), height])
+
+    centre, tangent = jax.jvp(centre_line, (place,), (jnp.ones_like(place),))
+    tangent = tangent / jnp.linalg.norm(tangent)
+    across = jnp.cross(tangent, centre)
+    across = across / jnp.linalg.norm(across)
+    outwards = jnp.cross(across, tangent)
+
+    def strand(phase):
+        return centre + _HELIX_RADIUS * (
+            jnp.cos(phase) * outwards + jnp.sin(phase) * across
+        )
+
+    turn = 2 * math.pi * _BASE_PAIRS / _BASE_PAIRS_PER_TURN * place
+    return jnp.linspace(strand(turn), strand(turn + _GROOVE_ANGLE), len(_PAIR_WEIGHTS))
+
+
+def _confined_chain(key: PRNGKeyArray, radius: float) -> Float32[Array, "residues 3"]:
+    """Walk at random inside a ball about 0; steps that leave it are folded back."""
+    count = round(_RESIDUES_PER_VOLUME * 4 / 3 * math.pi * radius**3)
+    steps = jax.random.normal(key, (count, 3), jnp.float32)
+    steps = steps * (_CHAIN_STEP / jnp.linalg.norm(steps, axis=1, keepdims=True))
+
+    def walk(point, step):
+        point = point + step
+        distance = jnp.linalg.norm(point)
+        folded = point * (2 * radius / distance - 1)
+        point = jnp.where(distance > radius, folded, point)
+        return point, point
+
+    return jax.lax.scan(walk, jnp.zeros(3, jnp.float32), steps)[1]

@@ -1,0 +1,112 @@
+"""Checkpoints come back exactly, or say why not."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.io import load_checkpoint, save_checkpoint
+
+
+class State(eqx.Module):
+    volume: jax.Array
+    iterations: jax.Array
+    rho: float
+    name: str = eqx.field(static=True)
+
+
+def a_state(n=4, dtype=jnp.float32, seed=0):
+    volume = jax.random.normal(jax.random.key(seed), (n, n, n), dtype)
+    return State(volume, jnp.asarray(7 + seed), 0.25 + seed, "state")
+
+
+METADATA = {"iteration": 3, "lam": 0.1, "history": [1.0, 2.5], "name": "naïve\nrun"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state.ckpt"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.complex128])
+def test_round_trip_is_exact(path, dtype):
+    state = {"a": a_state(dtype=dtype), "b": (jnp.arange(3), None)}
+    like = {"a": a_state(dtype=dtype, seed=1), "b": (jnp.zeros(3, int), None)}
+    save_checkpoint(path, state, METADATA)
+    result, metadata = load_checkpoint(path, like)
+    assert metadata == METADATA
+    assert eqx.tree_equal(result, state)
+
+
+def test_shapes_alone_are_enough(path):
+    save_checkpoint(path, a_state(), {})
+    result, _ = load_checkpoint(path, eqx.filter_eval_shape(a_state))
+    np.testing.assert_array_equal(result.volume, a_state().volume)
+
+
+def test_the_first_line_is_readable(path):
+    save_checkpoint(path, a_state(), METADATA)
+    assert b'"iteration": 3' in path.read_bytes().split(b"\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("like", "words"),
+    [
+        (a_state(n=5), "another shape or type"),
+        (a_state(dtype=jnp.float64), "another shape or type"),
+        ((a_state(), jnp.zeros(2)), "truncated"),
+        (a_state().volume, "more arrays"),
+    ],
+    ids=["shape", "dtype", "too few", "too many"],
+)
+def test_a_file_that_does_not_fit(path, like, words):
+    save_checkpoint(path, a_state(), {})
+    with pytest.raises(InputError, match=words) as caught:
+        load_checkpoint(path, like)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated(path):
+    save_checkpoint(path, a_state(), {})
+    content = path.read_bytes()
+    header = content.index(b"\n") + 1
+    for kept in (header, header + 20, header + 200, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(InputError, match="truncated"):
+            load_checkpoint(path, a_state())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"[1]\n", b"{}\n", b"hello\n", b'{"format": 1}']
+)
+def test_not_a_checkpoint(path, content):
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a jaxrefine checkpoint"):
+        load_checkpoint(path, a_state())
+
+
+def test_missing_file_and_folder(path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(path, a_state())
+    with pytest.raises(InputError, match="is a folder"):
+        load_checkpoint(path.parent, a_state())
+    with pytest.raises(InputError, match="Cannot write"):
+        save_checkpoint(path / "absent" / "state", a_state(), {})
+
+
+def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
+    save_checkpoint(path, a_state(), METADATA)
+    before = path.read_bytes()
+
+    def die(file, tree):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eqx, "tree_serialise_leaves", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, a_state(seed=1), {})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,300 @@
+"""MRC files: axes, voxel sizes, and one sentence for every bad file."""
+
+import bz2
+import gzip
+from itertools import permutations
+
+import jax.numpy as jnp
+import mrcfile
+import numpy as np
+import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.io import read_mrc, read_stack, write_mrc, write_stack
+
+
+def unique_volume(n=5):
+    return np.arange(n**3, dtype=np.float32).reshape(n, n, n)
+
+
+def unique_stack():
+    return np.arange(3 * 4 * 4, dtype=np.float32).reshape(3, 4, 4)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "map.mrc"
+
+
+def write_raw(path, data, voxel=1.5, **header):
+    """Write with mrcfile alone, then set header fields by name."""
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(data)
+        mrc.voxel_size = voxel
+        for name, value in header.items():
+            mrc.header[name] = value
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("as_jax", [False, True])
+def test_volume_round_trip(path, dtype, as_jax):
+    volume = unique_volume().astype(dtype)
+    write_mrc(path, jnp.asarray(volume) if as_jax else volume, 2.8667)
+    result, voxel = read_mrc(path)
+    np.testing.assert_array_equal(result, unique_volume())
+    assert result.dtype == np.float32
+    assert result.flags.writeable
+    assert voxel == pytest.approx(2.8667, rel=1e-6)
+
+
+def test_a_volume_lies_in_the_file_with_x_fastest(path):
+    write_mrc(path, unique_volume(), 1.0)
+    values = np.frombuffer(path.read_bytes()[1024:], dtype="<f4")
+    np.testing.assert_array_equal(values, np.arange(125))
+    with mrcfile.open(path) as mrc:
+        assert (mrc.header.mapc, mrc.header.mapr, mrc.header.maps) == (1, 2, 3)
+        assert (mrc.header.ispg, mrc.header.mz) == (1, 5)
+
+
+@pytest.mark.parametrize("axes", list(permutations((1, 2, 3))))
+def test_every_axis_order_is_brought_to_zyx(path, axes):
+    """A voxel at (x, y, z) is stored at the place that the header declares."""
+    n, expected = 4, unique_volume(4)
+    stored = np.empty_like(expected)
+    for z, y, x in np.ndindex(n, n, n):
+        column, row, section = ((x, y, z)[axis - 1] for axis in axes)
+        stored[section, row, column] = expected[z, y, x]
+    write_raw(path, stored, mapc=axes[0], mapr=axes[1], maps=axes[2])
+    np.testing.assert_array_equal(read_mrc(path)[0], expected)
+
+
+def test_unset_axes_mean_xyz(path):
+    write_raw(path, unique_volume(), mapc=0, mapr=0, maps=0)
+    np.testing.assert_array_equal(read_mrc(path)[0], unique_volume())
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.float16, ">f4"])
+def test_other_modes_and_byte_orders_become_float32(path, dtype):
+    write_raw(path, unique_volume(4).astype(dtype))
+    result, _ = read_mrc(path)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, unique_volume(4))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress])
+def test_compressed_files_are_read(path, compress):
+    write_mrc(path, unique_volume(), 1.5)
+    path.write_bytes(compress(path.read_bytes()))
+    np.testing.assert_array_equal(read_mrc(path)[0], unique_volume())
+
+
+def test_harmless_oddities_do_not_warn(path):
+    """A wrong machine stamp and trailing bytes: mrcfile warns, we read."""
+    write_raw(path, unique_volume(), machst=[0, 0, 0, 0])
+    path.write_bytes(path.read_bytes() + b"tail")
+    np.testing.assert_array_equal(read_mrc(path)[0], unique_volume())
+
+
+@pytest.mark.parametrize("read", [read_mrc, read_stack])
+def test_unset_voxel_size_is_one(path, read):
+    write_raw(path, unique_volume(), voxel=0.0)
+    assert read(path)[1] == 1.0
+    write_raw(path, unique_volume(), mx=0, my=0, mz=0)
+    assert read(path)[1] == 1.0
+
+
+@pytest.mark.parametrize("count", [3, 1])
+def test_stack_round_trip(path, count):
+    images = unique_stack()[:count]
+    write_stack(path, images, 1.34)
+    result, pixel = read_stack(path)
+    np.testing.assert_array_equal(result, images)
+    assert pixel == pytest.approx(1.34, rel=1e-6)
+    with mrcfile.open(path) as mrc:
+        assert (mrc.header.ispg, mrc.header.mz, mrc.header.nz) == (0, 1, count)
+
+
+def test_the_z_edge_of_a_stack_does_not_count(path):
+    write_raw(path, unique_stack(), voxel=(5.0, 5.0, 1.0))
+    assert read_stack(path)[1] == 5.0
+
+
+BOTH = pytest.mark.parametrize("read", [read_mrc, read_stack])
+
+
+def assert_one_sentence(read, path, words):
+    with pytest.raises(InputError, match=words) as caught:
+        read(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+@BOTH
+def test_missing_file_and_folder(read, path):
+    assert_one_sentence(read, path, "does not exist")
+    assert_one_sentence(read, path.parent, "is a folder")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"x" * 5000,
+        b"\x1f\x8b" + b"\0" * 2000,
+        b"BZ" + b"h" * 2000,
+        gzip.compress(b"x" * 5000),
+    ],
+    ids=["empty", "short", "long", "false gzip", "false bzip2", "gzip"],
+)
+def test_not_an_mrc_file(read, path, content):
+    path.write_bytes(content)
+    assert_one_sentence(read, path, "not an MRC file")
+
+
+@BOTH
+@pytest.mark.parametrize("kept", [1024, 1030, 1024 + 124 * 4])
+def test_truncated(read, path, kept):
+    write_raw(path, unique_volume())
+    path.write_bytes(path.read_bytes()[:kept])
+    assert_one_sentence(read, path, "truncated")
+
+
+@BOTH
+def test_truncated_gzip(read, path):
+    write_raw(path, np.random.default_rng(0).random((5, 5, 5), np.float32))
+    path.write_bytes(gzip.compress(path.read_bytes())[:-60])
+    assert_one_sentence(read, path, "damaged")
+
+
+@BOTH
+@pytest.mark.parametrize("header", [{"nx": -5}, {"mode": 77}, {"nz": 2**31 - 1}])
+def test_nonsense_in_the_header(read, path, header):
+    write_raw(path, unique_volume())
+    content = np.frombuffer(path.read_bytes(), dtype="<i4").copy()
+    for name, value in header.items():
+        content[{"nx": 0, "nz": 2, "mode": 3}[name]] = value
+    path.write_bytes(content.tobytes())
+    assert_one_sentence(read, path, "damaged")
+
+
+@BOTH
+def test_no_values(read, path):
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(np.zeros((0, 0, 0), np.float32))
+    assert_one_sentence(read, path, "truncated or damaged")
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(read, path, bad):
+    write_mrc(path, unique_volume(), 1.0)
+    content = bytearray(path.read_bytes())
+    content[1024:1032] = np.array([bad, bad], "<f4").tobytes()
+    path.write_bytes(content)
+    assert_one_sentence(read, path, "holds 2 values that are NaN or infinite")
+
+
+@BOTH
+def test_complex_or_anisotropic(read, path):
+    write_raw(path, unique_volume().astype(np.complex64))
+    assert_one_sentence(read, path, "complex")
+    write_raw(path, unique_volume(), voxel=(1.0, 1.1, 1.0))
+    assert_one_sentence(read, path, "anisotropic voxel of 1 x 1.1")
+
+
+@BOTH
+@pytest.mark.parametrize("edge", [-1.0, np.nan, np.inf])
+def test_impossible_voxel(read, path, edge):
+    write_raw(path, unique_volume(), voxel=(edge, 1.0, 1.0))
+    assert_one_sentence(read, path, "positive edges are wanted")
+
+
+def test_not_cubic(path):
+    write_raw(path, np.zeros((4, 5, 6), np.float32))
+    assert_one_sentence(read_mrc, path, "4 x 5 x 6; a cubic map is wanted")
+    assert_one_sentence(read_stack, path, "4 x 5 x 6; a stack of square images")
+    write_raw(path, np.zeros((4, 4), np.float32))
+    assert_one_sentence(read_mrc, path, "4 x 4; a cubic map is wanted")
+    write_raw(path, np.zeros((2, 4, 4, 4), np.float32))
+    assert_one_sentence(read_mrc, path, "2 x 4 x 4 x 4; a cubic map is wanted")
+
+
+def test_axes_that_cannot_be(path):
+    write_raw(path, unique_volume(), mapc=1, mapr=1, maps=3)
+    assert_one_sentence(read_mrc, path, r"\(1, 1, 3\)")
+    write_raw(path, unique_stack(), mapc=2, mapr=1)
+    assert_one_sentence(read_stack, path, r"\(2, 1, 3\)")
+
+
+@pytest.mark.parametrize(
+    ("volume", "voxel", "words"),
+    [
+        (unique_volume() + np.nan, 1.0, "NaN or infinite"),
+        (np.full((2, 2, 2), 1e300), 1.0, "NaN or infinite"),
+        (unique_volume(), 0.0, "voxel size is 0.0"),
+        (unique_volume(), float("nan"), "voxel size is nan"),
+    ],
+)
+def test_a_refused_write_leaves_the_old_file(path, volume, voxel, words):
+    write_mrc(path, unique_volume(), 1.0)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=words):
+        write_mrc(path, volume, voxel)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
+    write_stack(path, unique_stack(), 1.0)
+    before = path.read_bytes()
+
+    def die(self):
+        assert len(list(path.parent.iterdir())) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mrcfile.mrcfile.MrcFile, "set_image_stack", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_stack(path, unique_stack() + 1, 1.0)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_writing_where_one_cannot(tmp_path):
+    with pytest.raises(InputError, match="Cannot write .*No such file or directory"):
+        write_mrc(tmp_path / "absent" / "map.mrc", unique_volume(), 1.0)
+    with pytest.raises(InputError, match="Cannot write .*Is a directory"):
+        write_mrc(tmp_path, unique_volume(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "voxel"),
+    [
+        ("hjc_90.mrc", 90, 2.8666667),
+        ("ptch1_84.mrc", 84, 1.8),
+        ("hjc_46.mrc", 46, 1.0),
+        ("ptch1_44.mrc", 44, 1.0),
+        ("relion_oracle/clean70SRibosome_vol_65p.mrc", 65, 1.0),
+    ],
+)
+def test_real_maps(data_dir, name, n, voxel):
+    volume, size = read_mrc(data_dir / name)
+    assert volume.shape == (n, n, n)
+    assert size == pytest.approx(voxel, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "pixel"),
+    [
+        ("real_sample/sample.mrcs", (17, 200, 200), 1.0),
+        ("real_betagal/betagal_emd2984_particles_101_96px.mrcs", (101, 96, 96), 5.096),
+        ("relion_oracle/rln_proj_64_centered.mrcs", (4, 64, 64), 1.0),
+    ],
+)
+def test_real_stacks(data_dir, name, shape, pixel):
+    images, size = read_stack(data_dir / name)
+    assert images.shape == shape
+    assert size == pytest.approx(pixel, rel=1e-6)

@@ -1,0 +1,163 @@
+"""Poses in RELION's files: units, signs, optics groups, old and new."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.io import read_poses, read_star, write_poses, write_star
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "particles.star"
+
+
+def pose_file(path: Path, **columns: list[str]) -> Path:
+    angles = {f"rlnAngle{name}": ["10", "20"] for name in ("Rot", "Tilt", "Psi")}
+    write_star(path, {"images": angles | columns})
+    return path
+
+
+def test_poses_round_trip(path):
+    rng = np.random.default_rng(0)
+    angles = rng.uniform(-np.pi, np.pi, (9, 3))
+    shifts = rng.normal(0, 5, (9, 2))
+    names = [f"{i:06d}@stack of mine.mrcs" for i in range(1, 10)]
+    write_poses(path, jnp.asarray(angles), jnp.asarray(shifts), 1.34, names, 64)
+    angles_read, shifts_read = read_poses(path)
+    np.testing.assert_allclose(angles_read, angles, atol=np.deg2rad(5.1e-7))
+    np.testing.assert_allclose(shifts_read, shifts, atol=5.1e-7 / 1.34)
+
+    blocks = read_star(path)
+    assert blocks["optics"] == {
+        "rlnOpticsGroup": ["1"],
+        "rlnOpticsGroupName": ["opticsGroup1"],
+        "rlnImagePixelSize": ["1.340000"],
+        "rlnImageSize": ["64"],
+        "rlnImageDimensionality": ["2"],
+    }
+    assert blocks["particles"]["rlnImageName"] == names
+    assert blocks["particles"]["rlnOpticsGroup"] == ["1"] * 9
+
+
+def test_units_and_sign_of_what_is_written(path):
+    """rot, tilt, psi in this order; a particle at +x has a negative origin."""
+    angles = np.deg2rad([[10.0, 20.0, 30.0]])
+    write_poses(path, angles, np.array([[1.0, -2.0]]), 1.5, ["1@a.mrcs"], 8)
+    particles = read_star(path)["particles"]
+    assert particles["rlnAngleRot"] == ["10.000000"]
+    assert particles["rlnAngleTilt"] == ["20.000000"]
+    assert particles["rlnAnglePsi"] == ["30.000000"]
+    assert particles["rlnOriginXAngst"] == ["-1.500000"]
+    assert particles["rlnOriginYAngst"] == ["3.000000"]
+
+
+def test_one_name_for_each_pose(path):
+    with pytest.raises(InputError, match="1 image names came with 2 poses"):
+        write_poses(path, np.zeros((2, 3)), np.zeros((2, 2)), 1.0, ["1@a.mrcs"], 8)
+    assert not path.exists()
+
+
+def test_origins_in_pixels_or_missing(path):
+    angles, shifts = read_poses(pose_file(path, rlnOriginX=["3", "-4"]))
+    np.testing.assert_array_equal(shifts, [[-3, 0], [4, 0]])
+    np.testing.assert_allclose(angles, np.deg2rad([[10] * 3, [20] * 3]))
+
+
+def test_each_particle_has_the_pixel_of_its_optics_group(path):
+    particles = read_star(pose_file(path))["images"]
+    particles["rlnOriginYAngst"] = ["6", "6"]
+    particles["rlnOriginY"] = ["99", "99"]
+    particles["rlnOpticsGroup"] = ["2", "1"]
+    optics = {"rlnOpticsGroup": ["1", "2"], "rlnImagePixelSize": ["1.5", "2"]}
+    write_star(path, {"particles": particles, "optics": optics, "other": {}})
+    np.testing.assert_array_equal(read_poses(path)[1], [[0, -3], [0, -4]])
+
+
+@pytest.mark.parametrize("bad", ["zero", "nan", "inf"])
+def test_values_that_are_not_numbers(path, bad):
+    pose_file(path, rlnOriginX=["1", bad])
+    with pytest.raises(InputError, match="column rlnOriginX: .*(zero|NaN or infinite)"):
+        read_poses(path)
+
+
+OPTICS = {"rlnOpticsGroup": ["1"], "rlnImagePixelSize": ["2"]}
+
+
+@pytest.mark.parametrize(
+    ("optics", "group", "words"),
+    [
+        (None, {}, "no optics block"),
+        ({"rlnOpticsGroup": ["1"]}, {}, "no optics block with .*rlnImagePixelSize"),
+        (OPTICS, {}, "gives the particles no rlnOpticsGroup"),
+        (OPTICS, {"rlnOpticsGroup": ["1", "7"]}, "no optics group 7"),
+        (
+            OPTICS | {"rlnImagePixelSize": ["0"]},
+            {"rlnOpticsGroup": ["1", "1"]},
+            "not positive",
+        ),
+    ],
+)
+def test_origins_in_angstroms_need_the_pixel_size(path, optics, group, words):
+    blocks = read_star(pose_file(path, rlnOriginXAngst=["3", "3"], **group))
+    if optics is not None:
+        blocks["optics"] = optics
+    write_star(path, blocks)
+    with pytest.raises(InputError, match=words):
+        read_poses(path)
+
+
+def test_missing_angles_are_named(path):
+    write_star(path, {"": {"rlnAngleTilt": ["1"]}})
+    with pytest.raises(InputError, match="columns rlnAngleRot, rlnAnglePsi"):
+        read_poses(path)
+
+
+def test_two_blocks_that_could_be_particles(path):
+    write_star(path, {"a": {}, "b": {}})
+    with pytest.raises(InputError, match="has the blocks 'a', 'b'"):
+        read_poses(path)
+
+
+def test_real_files_without_poses(data_dir):
+    for name in ("star/toy_projections_13", "star/empty_loop"):
+        with pytest.raises(InputError, match="lacks the columns rlnAngleRot"):
+            read_poses(data_dir / f"{name}.star")
+
+
+def test_real_origins_in_angstroms(data_dir):
+    angles, shifts = read_poses(data_dir / "star" / "relion_style_particles.star")
+    expected = np.deg2rad([-175.64627, 69.778893, 124.646599])
+    np.testing.assert_allclose(angles[0], expected)
+    np.testing.assert_allclose(shifts[0], [-0.162908 / 0.725, -2.218803 / 0.725])
+
+
+def test_relion_30_and_31_agree(data_dir):
+    """The samples differ in two known ways, both in the files themselves.
+
+    The 3.1 file carries the 3.0 file's origins as if they were Angstrom, at a pixel of
+    1.4 A; and its particle 15 repeats particle 14.
+    """
+    folder = data_dir / "real_sample"
+    old_angles, old_shifts = read_poses(folder / "sample_particles_relion30.star")
+    new_angles, new_shifts = read_poses(folder / "sample_particles_relion31.star")
+    same = np.arange(17) != 14
+    np.testing.assert_array_equal(new_angles[same], old_angles[same])
+    np.testing.assert_allclose(1.4 * new_shifts[same], old_shifts[same], atol=1e-12)
+    np.testing.assert_array_equal(new_angles[14], new_angles[13])
+    assert np.ptp(old_shifts) > 1
+
+
+def test_relion_oracle(data_dir):
+    folder = data_dir / "relion_oracle"
+    angles, shifts = read_poses(folder / "rln_proj_64_shifted.star")
+    centred_angles, centred_shifts = read_poses(folder / "rln_proj_64_centered.star")
+    np.testing.assert_array_equal(shifts, [[-6, -10], [-10, 5], [8, -11], [13, 3]])
+    np.testing.assert_array_equal(centred_shifts, np.zeros((4, 2)))
+    np.testing.assert_array_equal(angles, centred_angles)
+    np.testing.assert_allclose(
+        np.rad2deg(angles[0]), [235.820138, 113.08603, 50.468981]
+    )

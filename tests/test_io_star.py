@@ -1,0 +1,188 @@
+"""STAR files of several writers: quotes, comments, and rows that do not fit."""
+
+import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.io import read_star, write_star
+from jaxrefine.io import star as star_module
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "particles.star"
+
+
+AWKWARD = """
+# version 30001
+data_general # a comment
+_rlnVersion  3.1
+_quoted 'two words' # another
+_hash a#b
+
+data_
+loop_ \t
+_rlnName #1
+_rlnValue
+"quote string" ' '
+""  5'end
+'it's "here"' "#7"   # a comment
+data_2020/mic.mrc _x
+
+data_empty
+loop_
+_rlnAlone #1
+
+data_last
+loop_
+_rlnOne #1 [a remark]
+1
+"_two"
+"data_3"
+#
+"""
+
+
+def test_quotes_comments_pairs_and_empty_loops(path):
+    path.write_bytes(AWKWARD.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_star(path) == {
+        "general": {
+            "rlnVersion": ["3.1"],
+            "quoted": ["two words"],
+            "hash": ["a#b"],
+        },
+        "": {
+            "rlnName": ["quote string", "", 'it\'s "here"', "data_2020/mic.mrc"],
+            "rlnValue": [" ", "5'end", "#7", "_x"],
+        },
+        "empty": {"rlnAlone": []},
+        "last": {"rlnOne": ["1", "_two", "data_3"]},
+    }
+
+
+def test_round_trip_of_awkward_values(path):
+    blocks = {
+        "optics": {"rlnOpticsGroup": ["1"], "rlnName": ["two words"]},
+        "particles": {
+            "rlnA": ["", " ", "a\tb", "#", "_a", "loop_", "data_x", '"', "'", "a#b"],
+            "rlnB": ["'a", '"a"', "a'b c", 'a"b c', ";", "é", "1", "-", "data_", "''"],
+        },
+        "one": {"rlnA": ["_a", "data_x", "loop_", "", "#", "x"]},
+        "empty": {"rlnA": [], "rlnB": []},
+        "": {},
+    }
+    write_star(path, blocks)
+    assert read_star(path) == blocks
+
+
+def test_written_as_relion_does(path):
+    write_star(path, {"optics": {"rlnOpticsGroup": ["1"]}, "particles": {"rlnX": []}})
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    assert lines == [
+        *["", "# version 30001", "", "data_optics", "", "loop_", "_rlnOpticsGroup #1"],
+        *["1", "", "", "# version 30001", "", "data_particles", "", "loop_"],
+        *["_rlnX #1", ""],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it has no data_ block"),
+        (b"# only a comment\n", "it has no data_ block"),
+        (b"\x93NUMPY\xff\xfe", "it is not text"),
+        (b"MAP\0\0\0\0", "it is not text"),
+        (b"{\n", "line 1: this is not a STAR file"),
+        (b"data_\nhello\n", "line 2: loop_ or one name and one value"),
+        (b"data_\n_a 1 2\n", "line 2: loop_ or one name and one value"),
+        (b"data_\n_a\n", "line 2: loop_ or one name and one value"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n\n1\n", "line 7: the row has 1 values for 2"),
+        (b"data_\nloop_\n_a\n_b\n1 2 3\n", "line 5: the row has 3 values for 2"),
+        (b'data_\nloop_\n_a\n_b\n1 "x y\n', "line 5: the row has 3 values for 2"),
+        (b"data_\nloop_\n1 2 3\n", "line 3: the row has 3 values for 0"),
+        (b"data_\nloop_\n_a\n1\nloop_\n_b\n2\n", "line 5: the block already holds"),
+        (b"data_\n_a 1\nloop_\n_b\n2\n", "line 3: the block already holds"),
+        (b"data_\nloop_\n_a\n_a\n", "line 4: 'a' occurs twice"),
+        (b"data_\n_a 1\n_a 2\n", "line 3: 'a' occurs twice"),
+        (b"data_x\ndata_x\n", "line 2: 'x' occurs twice"),
+    ],
+)
+def test_bad_content(path, content, words):
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as caught:
+        read_star(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_missing_file_and_folder(path):
+    with pytest.raises(InputError, match="does not exist"):
+        read_star(path)
+    with pytest.raises(InputError, match="is a folder"):
+        read_star(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"a": ["1"], "b": []}, "columns of different lengths"),
+        ({"a": ["two\nlines"]}, "cannot be quoted"),
+        ({"a": ["both \" and ' here"]}, "cannot be quoted"),
+    ],
+)
+def test_a_refused_write_leaves_the_old_file(path, table, words):
+    write_star(path, {"a": {"b": ["1"]}})
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=words):
+        write_star(path, {"x": table})
+    assert path.read_bytes() == before
+
+
+def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
+    write_star(path, {"a": {"b": ["1"]}})
+    before = path.read_bytes()
+
+    def die(self, text, encoding):
+        self.write_bytes(text.encode(encoding)[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(star_module.Path, "write_text", die)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_star(path, {"a": {"b": ["2"]}})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+SHAPES = {
+    "empty_loop": {"": (1, 0)},
+    "loop_double_quote": {"": (8, 2)},
+    "one_loop": {"": (12, 16)},
+    "relion31.v2": {"particles": (26, 5), "optics": (9, 1)},
+    "relion_style_particles": {"optics": (8, 1), "particles": (14, 106)},
+    "sample_incomplete_ctf_params": {"model_class_1": (28, 1)},
+    "toy_projections_13": {"optics": (9, 1), "particles": (9, 13)},
+}
+
+
+def test_every_real_file_is_covered(data_dir):
+    assert {file.stem for file in (data_dir / "star").glob("*.star")} == set(SHAPES)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_real_files_survive_a_round_trip(data_dir, path, name):
+    blocks = read_star(data_dir / "star" / f"{name}.star")
+    for block, shape in SHAPES[name].items():
+        columns = list(blocks[block].values())
+        assert (len(columns), len(columns[0])) == shape
+    assert list(blocks) == list(SHAPES[name])
+    write_star(path, blocks)
+    assert read_star(path) == blocks
+
+
+def test_real_quoted_values(data_dir):
+    table = read_star(data_dir / "star" / "loop_double_quote.star")[""]
+    assert table["quote_string"] == ["quote string"] * 2
+    assert table["whitespace_string"] == [" ", " "]
+    assert table["number_and_empty"] == ["5.0", ""]
+    assert table["empty_string_and_normal_string"] == ["", "test"]

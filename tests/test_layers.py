@@ -1,0 +1,67 @@
+"""The layers of the package: a module imports only from layers below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
+
+LAYERS = [
+    {"_types", "_bessel", "_batching", "errors"},
+    {"kbwf", "geometry", "ctf", "tv", "interpolate", "tube"},
+    {"spatial", "metrics"},
+    {"normal", "simulate"},
+    {"admm", "pose"},
+    {"refine"},
+    {"io", "plots"},
+    {"demo"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path) -> set[str]:
+    """Every ``jaxrefine`` module that a file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} uses a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    inside = (name.split(".") for name in found if name.startswith("jaxrefine."))
+    return {parts[1] for parts in inside}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_imports_only_from_below(path):
+    if layer_of(path) == "__init__":
+        return
+    own = layer_of(path)
+    assert own in LEVEL, f"{own} has no layer: add it to LAYERS"
+    for other in imported_layers(path) - {own}:
+        assert LEVEL[other] < LEVEL[own], f"{own} must not import {other}"
+
+
+def test_no_module_is_long():
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 500, path.name
+
+
+def test_importing_changes_no_global_state():
+    """Importing must leave JAX's configuration alone and open no device."""
+    code = (
+        "import jax; before = dict(jax.config.values); import jaxrefine; "
+        "from jax._src import xla_bridge; "
+        "assert dict(jax.config.values) == before; "
+        "assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
