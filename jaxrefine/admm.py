@@ -67,7 +67,7 @@ def data_term(
     images: Images,
     poses: Poses,
     n: int,
-    batch_size: int = 1,
+    batch_size: int = 8,
 ) -> DataTerm:
     """Gather all that the volume update needs to know of the particles.
 

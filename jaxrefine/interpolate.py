@@ -90,18 +90,31 @@ class Spline2D(eqx.Module):
 
     def __call__(self, x: Float[Array, "..."], y: Float[Array, "..."]):
         """Evaluate at points given by their coordinates in pixels."""
-        (row, wy, _), (column, wx, _) = self._locate(y), self._locate(x)
-        return self._tensor(row, column, wy, [wx])[0]
+        row, cubic_y, _ = self._locate(y)
+        column, cubic_x, _ = self._locate(x)
+        return _tensor_product(self.coefficients, row, column, cubic_y, cubic_x)
 
     def value_and_gradient(self, x: Float[Array, "..."], y: Float[Array, "..."]):
-        """Evaluate the function and its derivatives with respect to x and y."""
-        (row, wy, dy), (column, wx, dx) = self._locate(y), self._locate(x)
-        value, along_x = self._tensor(row, column, wy, [wx, dx])
-        (along_y,) = self._tensor(row, column, dy, [wx])
-        return value, along_x, along_y
+        """Evaluate the function and its derivatives with respect to x and y.
 
-    def _locate(self, position):
-        """Find the first node under a point, the B-spline weights, their slopes."""
+        The derivative of a cubic spline is the quadratic spline of its coefficients'
+        differences. Its having coefficients of its own matters for speed: the three
+        results share no memory access, so XLA fuses each into one loop instead of
+        writing all shared intermediates out (a factor of 5 on a CPU).
+        """
+        row, cubic_y, quadratic_y = self._locate(y)
+        column, cubic_x, quadratic_x = self._locate(x)
+        b = self.coefficients
+        by_x = jnp.diff(b, axis=1) * self.nodes_per_pixel
+        by_y = jnp.diff(b, axis=0) * self.nodes_per_pixel
+        return (
+            _tensor_product(b, row, column, cubic_y, cubic_x),
+            _tensor_product(by_x, row, column, cubic_y, quadratic_x),
+            _tensor_product(by_y, row, column, quadratic_y, cubic_x),
+        )
+
+    def _locate(self, position: Float[Array, "..."]):
+        """Find the first node under a point, the cubic and the quadratic weights."""
         last = self.coefficients.shape[0] - 3.0
         position = position * self.nodes_per_pixel + self.origin
         inside = (position >= 1.0) & (position < last)
@@ -109,34 +122,36 @@ class Spline2D(eqx.Module):
         cell = jnp.floor(position)
         f = position - cell
         g = 1.0 - f
-        weights = [
+        cubic = [
             g**3 / 6,
             2 / 3 - f**2 * (1 - f / 2),
             2 / 3 - g**2 * (1 - g / 2),
             f**3 / 6,
         ]
-        slopes = [-(g**2) / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f**2 / 2]
-        per_pixel = jnp.where(inside, float(self.nodes_per_pixel), 0.0)
-        slopes = [slope * per_pixel for slope in slopes]
-        return cell.astype(jnp.int32) - 1, weights, slopes
+        quadratic = [g**2 / 2, 0.5 + f * g, f**2 / 2]
+        quadratic = [jnp.where(inside, weight, 0.0) for weight in quadratic]
+        return cell.astype(jnp.int32) - 1, cubic, quadratic
 
-    def _tensor(
-        self, row: Int[Array, "..."], column: Int[Array, "..."], row_weights, columns
-    ):
-        """Sum the 16 coefficients under each point with each set of weights."""
-        width = self.coefficients.shape[1]
-        flat = self.coefficients.reshape(-1)
-        first = row * width + column
-        totals = [0.0] * len(columns)
-        for i, row_weight in enumerate(row_weights):
-            taps = [
-                flat.at[first + i * width + j].get(mode="promise_in_bounds")
-                for j in range(4)
-            ]
-            for which, weights in enumerate(columns):
-                along = sum(w * tap for w, tap in zip(weights, taps, strict=True))
-                totals[which] = totals[which] + row_weight * along
-        return totals
+
+def _tensor_product(
+    coefficients: Float[Array, "h w"],
+    row: Int[Array, "..."],
+    column: Int[Array, "..."],
+    row_weights: list[Float[Array, "..."]],
+    column_weights: list[Float[Array, "..."]],
+) -> Float[Array, "..."]:
+    """Sum the coefficients under each point, weighted along rows and columns."""
+    width = coefficients.shape[1]
+    flat = coefficients.reshape(-1)
+    first = row * width + column
+    total = jnp.zeros_like(row_weights[0])
+    for i, row_weight in enumerate(row_weights):
+        along = jnp.zeros_like(total)
+        for j, weight in enumerate(column_weights):
+            tap = flat.at[first + (i * width + j)].get(mode="promise_in_bounds")
+            along = along + weight * tap
+        total = total + row_weight * along
+    return total
 
 
 def spline_prefilter(size: int, dtype) -> Float[Array, "size"]:

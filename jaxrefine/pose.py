@@ -36,15 +36,15 @@ class MapTerms(eqx.Module):
 
     Attributes
     ----------
-    coefficients
-        The coefficients ``c``.
+    moments
+        The coefficients ``c`` and their products with the coordinates x, y and z.
     autocorrelation
         :math:`c * c^\vee`, ready for sums over viewing tubes.
     kernel
         :math:`\psi * \psi^\vee`, the function that is summed over the tube.
     """
 
-    coefficients: Volume
+    moments: Float[Array, "4 n n n"]
     autocorrelation: normal.TubeSamples
     kernel: RadialSeries
 
@@ -53,7 +53,16 @@ def map_terms(footprint: Footprint, coefficients: Volume) -> MapTerms:
     """Prepare a map for any number of pose costs."""
     kernel = footprint.autocorrelation
     samples = normal.tube_samples(normal.autocorrelation(coefficients), kernel.radius)
-    return MapTerms(coefficients, samples, kernel)
+    k = centred_axis(coefficients.shape[0], coefficients.dtype)
+    moments = jnp.stack(
+        [
+            coefficients,
+            coefficients * k[None, None, :],
+            coefficients * k[None, :, None],
+            coefficients * k[:, None, None],
+        ]
+    )
+    return MapTerms(moments, samples, kernel)
 
 
 class Particle(eqx.Module):
@@ -78,20 +87,22 @@ def particle(image_filter: ImageFilter, image: Float[Array, "m m"]) -> Particle:
 
 def _correlation(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
     """Return ``c^T H(theta, t)^T g``, the middle term of eq. (34)."""
-    points = lattice_points(pose, terms.coefficients.shape[0])
-    return jnp.vdot(terms.coefficients, particle.filtered(*points))
+    points = lattice_points(pose, terms.moments.shape[-1])
+    value = particle.filtered(*points)
+    return jnp.vdot(terms.moments[0], value, precision=jax.lax.Precision.HIGHEST)
 
 
 def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: Poses):
     """Return the middle term of (34) and its derivatives with respect to M and t."""
-    c = terms.coefficients
-    k = centred_axis(c.shape[0], c.dtype)
-    points = lattice_points(pose, c.shape[0])
+    points = lattice_points(pose, terms.moments.shape[-1])
     value, *slopes = particle.filtered.value_and_gradient(*points)
-    slopes = [c * slope for slope in slopes]
-    axes = (k[None, None, :], k[None, :, None], k[:, None, None])
-    by_matrix = jnp.stack([jnp.stack([jnp.sum(s * a) for a in axes]) for s in slopes])
-    return jnp.vdot(c, value), by_matrix, jnp.stack([jnp.sum(s) for s in slopes])
+    moments = terms.moments.reshape(4, -1)
+    highest = jax.lax.Precision.HIGHEST
+    by_both = jnp.stack(
+        [jnp.matmul(moments, slope.ravel(), precision=highest) for slope in slopes]
+    )
+    linear = jnp.vdot(terms.moments[0], value, precision=highest)
+    return linear, by_both[:, 1:], by_both[:, 0]
 
 
 def particle_cost(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:

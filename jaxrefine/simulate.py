@@ -1,7 +1,4 @@
-"""Synthetic data: a built-in phantom, its noisy projections, and starting points.
-
-Follows section IV of the paper.
-"""
+"""Synthetic data of section IV: a phantom, noisy projections, starting points."""
 
 import math
 from typing import final
@@ -18,44 +15,25 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles
 
 # The phantom's plan. Its unit is about 65 Angstrom: the helix is that of B-DNA, whose
-# radius is 10, pitch 34 and turn 10.5 base pairs.
+# radius is 10 and turn 10.5 base pairs of 3.4. A domain is a centre and a radius.
 _DOMAINS = (
-    # centre (x, y, z), radius
-    ((0.02, 0.00, -0.05), 0.38),
+    ((0.06, 0.00, -0.05), 0.34),
     ((0.62, 0.30, 0.52), 0.30),
     ((-0.70, 0.42, -0.30), 0.24),
     ((-0.10, -0.88, 0.20), 0.18),
 )
-_RESIDUES_PER_VOLUME = 1200
-_CHAIN_STEP = 0.13
-_HELIX_RADIUS = 0.155
+_RESIDUES_PER_VOLUME, _CHAIN_STEP = 1200, 0.13
+_HELIX_RADIUS, _GROOVE_ANGLE = 0.155, 2.4
 _BASE_PAIRS, _BASE_PAIRS_PER_TURN = 78, 10.5
-_GROOVE_ANGLE = 2.4
-_PAIR_WEIGHTS = (4.0, 1.5, 1.5, 1.5, 4.0)  # a residue has 1
+_PAIR_WEIGHTS = (2.4, 1.0, 1.0, 1.0, 2.4)  # a residue has 1
 
-# In box sides, but for the last.
-_ATOMS_WITHIN = 0.34
-_BLOB_WIDTH = 0.015
-_SMALLEST_BLOB_WIDTH_IN_VOXELS = 0.7
-
-_TAIL_IN_WIDTHS = 4
+_ATOMS_WITHIN, _BLOB_WIDTH = 0.34, 0.015  # in box sides
+_SMALLEST_BLOB_WIDTH = 0.7  # in voxels
 
 
 @final
 class Dataset(eqx.Module):
-    """Simulated particles, with what made them and where a refinement starts.
-
-    Attributes
-    ----------
-    images
-        Noisy images of shape ``(P, n, n)``.
-    truth
-        The poses that made them.
-    initial
-        The poses to refine, of model Init-1 (section IV-B).
-    sigma
-        Standard deviation of the noise, per pixel.
-    """
+    """Noisy images, the poses that made them, those to start from, the noise level."""
 
     images: Images
     truth: Poses
@@ -79,21 +57,19 @@ def make_dataset(
     """Simulate a data set as section IV-A does, with the start of section IV-B.
 
     Viewing directions are equidistributed, in-plane angles and shifts uniform, the
-    noise white and Gaussian.
+    noise white and Gaussian, and the initial poses those of `init1_poses`.
 
     Parameters
     ----------
     key
-        Decides the in-plane angles, the shifts, the noise and the initial errors, each
-        independently of the parameters of the others.
+        Draws the in-plane angles, the shifts, the noise and the initial errors.
     volume
         The true map.
     count
         Number of particles ``P``.
-    max_shift
-        Largest shift along x or y, in pixels.
-    max_angle_error
-        Largest initial error of each Euler angle, in radians.
+    max_shift, max_angle_error
+        Largest shift along x or y, in pixels, and largest initial error of each Euler
+        angle, in radians.
     sigma, snr_db
         The noise: its standard deviation, or the per-pixel signal-to-noise ratio in
         decibels (see `noise_std`). Exactly one of the two.
@@ -112,13 +88,9 @@ def make_dataset(
     if count < 1:
         raise InputError(f"{count} particles were asked for; at least 1 is wanted.")
     if max_angle_error < 0:
-        raise InputError(
-            f"The largest angle error is {max_angle_error} radians; "
-            "it must not be negative."
-        )
+        raise InputError(f"The angle error is {max_angle_error}; 0 or more is wanted.")
     if (sigma is None) == (snr_db is None):
-        given = "neither" if sigma is None else "both"
-        raise InputError(f"Exactly one of sigma and snr_db is wanted, not {given}.")
+        raise InputError("Exactly one of sigma and snr_db must be given.")
 
     angle_key, shift_key, noise_key, error_key = jax.random.split(key, 4)
     truth = Poses(
@@ -126,15 +98,10 @@ def make_dataset(
         random_shifts(shift_key, count, max_shift, volume.dtype),
     )
     clean = clean_images(volume, truth, basis=basis, psf=psf, batch_size=batch_size)
-    if snr_db is not None:
-        sigma = noise_std(clean, snr_db)
-    sigma = jnp.asarray(sigma, volume.dtype)
-    return Dataset(
-        add_noise(noise_key, clean, sigma),
-        truth,
-        init1_poses(error_key, truth, max_angle_error),
-        sigma,
-    )
+    level = sigma if snr_db is None else noise_std(clean, snr_db)
+    level = jnp.asarray(level, volume.dtype)
+    noisy = add_noise(noise_key, clean, level)
+    return Dataset(noisy, truth, init1_poses(error_key, truth, max_angle_error), level)
 
 
 def phantom(
@@ -158,30 +125,20 @@ def phantom(
     key
         Draws the chains, the same for every ``n`` and ``dtype``.
     n
-        Side of the box in voxels, at least 16.
+        Side of the box in voxels; `InputError` if it is under 16.
     dtype
         Type of the map.
-
-    Raises
-    ------
-    InputError
-        If the box is too small to hold the helix.
     """
     if n < 16:
         raise InputError(f"The phantom's box is {n} voxels; at least 16 is wanted.")
     points, weights = _pseudo_atoms(key)
-    width = max(_BLOB_WIDTH * n, _SMALLEST_BLOB_WIDTH_IN_VOXELS)
+    width = max(_BLOB_WIDTH * n, _SMALLEST_BLOB_WIDTH)
     axis = jnp.arange(n, dtype=jnp.float32) - n // 2
     offsets = axis[None, None, :] - n * points[..., None]
     profile = jnp.exp(-0.5 * (offsets / width) ** 2)
-    volume = jnp.einsum(
-        "a,az,ay,ax->zyx",
-        weights,
-        profile[:, 2],
-        profile[:, 1],
-        profile[:, 0],
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    x, y, z = (profile[:, i] for i in range(3))
+    precision = jax.lax.Precision.HIGHEST
+    volume = jnp.einsum("a,az,ay,ax->zyx", weights, z, y, x, precision=precision)
     return (volume / volume.max()).astype(dtype)
 
 
@@ -193,15 +150,10 @@ def random_shifts(
 ) -> Float[Array, "count 2"]:
     """Draw shifts ``(x, y)`` uniformly from ``[-max_shift, max_shift)^2`` pixels.
 
-    Raises
-    ------
-    InputError
-        If ``max_shift`` is negative.
+    Raises `InputError` if ``max_shift`` is negative.
     """
     if max_shift < 0:
-        raise InputError(
-            f"The largest shift is {max_shift} pixels; it must not be negative."
-        )
+        raise InputError(f"The shift is {max_shift} pixels; 0 or more is wanted.")
     return jax.random.uniform(key, (count, 2), dtype, -max_shift, max_shift)
 
 
@@ -236,19 +188,13 @@ def clean_images(
     Parameters
     ----------
     volume
-        Voxel values of the map.
+        Voxel values of the map; the images have its side.
     poses
-        Poses of the particles, ``P`` in number.
-    basis
-        The window that the map is expanded in.
-    psf
-        Optional isotropic point-spread function.
+        Poses of the particles.
+    basis, psf
+        The window that the map is expanded in; an optional point-spread function.
     batch_size
         Particles at a time; see `spatial.project`.
-
-    Returns
-    -------
-    Images of the side of the volume.
     """
     footprint = spatial.footprint(basis, psf)
     coefficients = kbwf.expand(basis, volume)
@@ -278,30 +224,22 @@ def blur(volume: Volume, width: float) -> Volume:
 
     The authors' released code starts from the true map blurred by ``s = 4`` voxels.
 
-    Parameters
-    ----------
-    volume
-        The map, taken to be zero outside its box.
-    width
-        Standard deviation ``s`` in voxels. The box is padded by ``4 s``, beyond which
-        the Gaussian is neglected.
-
-    Raises
-    ------
-    InputError
-        If ``width`` is negative.
+    ``width`` is the standard deviation ``s`` in voxels. The map is taken to be zero
+    outside its box, which is padded by ``4 s``; the Gaussian is neglected beyond.
+    Raises `InputError` if ``width`` is negative.
     """
     if width < 0:
-        raise InputError(f"The blur is {width} voxels wide; it must not be negative.")
+        raise InputError(f"The blur is {width} voxels wide; 0 or more is wanted.")
     n = volume.shape[0]
-    size = n + math.ceil(_TAIL_IN_WIDTHS * width)
+    size = n + math.ceil(4 * width)
 
     def response(frequencies):
         return jnp.exp(-2 * (math.pi * width * frequencies.astype(volume.dtype)) ** 2)
 
     full, half = response(jnp.fft.fftfreq(size)), response(jnp.fft.rfftfreq(size))
     spectrum = jnp.fft.rfftn(volume, s=(size,) * 3)
-    spectrum = spectrum * (full[:, None, None] * full[None, :, None] * half[None, None])
+    transfer = full[:, None, None] * full[None, :, None] * half[None, None]
+    spectrum = spectrum * transfer.astype(spectrum.dtype)
     return jnp.fft.irfftn(spectrum, s=(size,) * 3)[:n, :n, :n]
 
 
@@ -324,14 +262,11 @@ def _pseudo_atoms(
 
 
 def _base_pair(place: Float32[Array, ""]) -> Float32[Array, "5 3"]:
-    """Return the atoms from strand to strand, ``place`` of the way along the helix.
-
-    The helix winds around a left-handed, widening and uneven turn about the z axis.
-    """
+    """Return the atoms across the helix at a place in [0, 1] of its bent axis."""
 
     def centre_line(u):
-        angle, radius = -5.8 * u, 0.56 + 0.16 * u
-        height = -0.32 + 0.50 * u + 0.14 * jnp.sin(5.0 * u)
+        angle, radius = -5.8 * u, 0.48 + 0.28 * u
+        height = -0.45 + 0.6 * u + 0.2 * jnp.sin(5 * u)
         return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle), height])
 
     centre, tangent = jax.jvp(centre_line, (place,), (jnp.ones_like(place),))
@@ -341,9 +276,8 @@ def _base_pair(place: Float32[Array, ""]) -> Float32[Array, "5 3"]:
     outwards = jnp.cross(across, tangent)
 
     def strand(phase):
-        return centre + _HELIX_RADIUS * (
-            jnp.cos(phase) * outwards + jnp.sin(phase) * across
-        )
+        side = jnp.cos(phase) * outwards + jnp.sin(phase) * across
+        return centre + _HELIX_RADIUS * side
 
     turn = 2 * math.pi * _BASE_PAIRS / _BASE_PAIRS_PER_TURN * place
     return jnp.linspace(strand(turn), strand(turn + _GROOVE_ANGLE), len(_PAIR_WEIGHTS))
@@ -358,8 +292,7 @@ def _confined_chain(key: PRNGKeyArray, radius: float) -> Float32[Array, "residue
     def walk(point, step):
         point = point + step
         distance = jnp.linalg.norm(point)
-        folded = point * (2 * radius / distance - 1)
-        point = jnp.where(distance > radius, folded, point)
+        point = point * jnp.where(distance > radius, 2 * radius / distance - 1, 1)
         return point, point
 
     return jax.lax.scan(walk, jnp.zeros(3, jnp.float32), steps)[1]

@@ -28,8 +28,8 @@ def gradient_adjoint(field: VectorField) -> Volume:
     """Apply ``L^T``: minus the backward divergence, exact adjoint of ``gradient``."""
     total = jnp.zeros_like(field[0])
     for component, axis in zip(field, (2, 1, 0), strict=True):
-        inner = jnp.moveaxis(component, axis, 0)[:-1]
-        edge = jnp.zeros_like(inner[:1])
+        planes = jnp.moveaxis(component, axis, 0)
+        inner, edge = planes[:-1], jnp.zeros_like(planes[:1])
         difference = jnp.concatenate([edge, inner]) - jnp.concatenate([inner, edge])
         total = total + jnp.moveaxis(difference, 0, axis)
     return total

@@ -141,7 +141,7 @@ def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     close(back, transposed, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_batches_do_not_change_the_result(batch_size):
     n, m = 6, 7
     poses, c, images = draw_poses(5), draw(n, n, n), draw(5, m, m, seed=6)
@@ -256,8 +256,8 @@ def test_footprint_with_a_gaussian_psf_is_the_convolution(width):
 
     r = np.linspace(0, NARROW.radius + 6 * width - 0.01, 15)
     exact = convolution(psi, gaussian, NARROW.radius, r, 1 / 16)
-    # The cut at six standard deviations leaves exp(-18) = 1.5e-8 of h at its rim.
-    close(footprint.profile(jnp.asarray(r**2)), exact, 1e-9)
+    # The reference's aliases: the spectrum of phi at 2 pi 16 is 4e-10 of its peak.
+    close(footprint.profile(jnp.asarray(r**2)), exact, 5e-9)
     # Its autocorrelation: again a Hankel transform, here by an unrelated rule.
     omega, step = np.linspace(0, 30, 6001, retstep=True)
     spectrum = np.asarray(kbwf.fourier_transform(NARROW, jnp.asarray(omega)))
@@ -268,27 +268,28 @@ def test_footprint_with_a_gaussian_psf_is_the_convolution(width):
 
 
 def test_project_with_a_psf_is_the_blurred_projection():
-    """Blurring a fine image numerically agrees with the blurred footprint."""
-    width, n, m = 1.0, 4, 35
+    """Blurring the sampled image agrees, up to what sampling has aliased."""
+    width, n, m = 1.0, 4, 41
     c, poses = draw(n, n, n), draw_poses(2)
-    blurred = spatial.footprint(NARROW, ctf.gaussian_psf(width), tolerance=1e-12)
+    blurred = spatial.footprint(BASIS, ctf.gaussian_psf(width), tolerance=1e-10)
     value = spatial.project(blurred, c, poses, m)
-    sharp = np.asarray(spatial.project(NARROW_TIGHT, c, poses, m))
+    sharp = np.asarray(spatial.project(TIGHT, c, poses, m))
     omega = 2 * np.pi * np.fft.fftfreq(m)
     transfer = np.exp(-0.5 * width**2 * (omega[:, None] ** 2 + omega**2))
     filtered = np.fft.ifft2(np.fft.fft2(sharp) * transfer).real
-    # The sampled footprint aliases: |phi^(pi)| exp(-pi^2 / 2) is below 1 % of the peak.
-    close(value, filtered, 1e-2)
+    # Around pi, phi^ is 2 % of its peak and the blur leaves exp(-pi^2 / 2) = 0.7 %.
+    close(value, filtered, 2e-3)
 
 
-@every_dtype
-@pytest.mark.parametrize("m", [8, 9])
+@pytest.mark.parametrize(
+    ("m", "dtype"), [(8, jnp.float64), (9, jnp.float64), (8, jnp.float32)]
+)
 def test_spline_filter_backprojects_to_its_accuracy(m, dtype):
-    n = 7
+    n = 6
     poses, images = draw_poses(dtype=dtype), draw(3, m, m, seed=7, dtype=dtype)
     exact = spatial.backproject(spatial.PixelFilter(TIGHT), images, poses, n)
-    # White noise is the hardest image; measured 7e-4, 4e-5 and 2e-6.
-    for nodes, error in [(2, 3e-3), (4, 2e-4), (8, 2e-5)]:
+    # White noise is the hardest image; see test_interpolate.
+    for nodes, error in [(2, 3e-3), (4, 2e-4)]:
         image_filter = spatial.spline_filter(TIGHT, m, nodes)
         back = spatial.backproject(image_filter, images, poses, n)
         assert back.dtype == dtype
@@ -303,9 +304,10 @@ def test_spline_filter_refuses_images_of_another_size():
 def test_pixel_sum_gradient_is_its_derivative():
     """Also near the rim of footprints, and outside of the image."""
     surface = spatial.PixelFilter(TIGHT)(draw(9, 9))
-    x, y = draw(2, 300) * 5.0
+    x, y = draw(2, 100) * 5.0
     _, along_x, along_y = surface.value_and_gradient(x, y)
-    by_x, by_y = jax.vmap(jax.grad(lambda x, y: surface(x, y), argnums=(0, 1)))(x, y)
+    slopes = jax.grad(lambda x, y: surface(x, y), argnums=(0, 1))
+    by_x, by_y = jax.jit(jax.vmap(slopes))(x, y)
     close(along_x, by_x, 1e-11)
     close(along_y, by_y, 1e-11)
 
@@ -339,7 +341,7 @@ def test_relion_agrees(name, data_dir):
     images = read_stack(oracle / f"rln_proj_64_{name}.mrcs")[0]
     angles, shifts = read_poses(oracle / f"rln_proj_64_{name}.star")
     footprint = spatial.footprint(NARROW)
-    c = kbwf.expand(NARROW, jnp.asarray(volume))
+    c = kbwf.expand(NARROW, jnp.asarray(volume, jnp.float64))
 
     def correlations(sign):
         poses = Poses(jnp.asarray(angles), jnp.asarray(sign * shifts))

@@ -2,6 +2,7 @@
 
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
+from jaxrefine.io.json import write_json as write_json
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import write_mrc as write_mrc

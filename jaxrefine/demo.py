@@ -1,0 +1,228 @@
+"""The demonstration: simulate the built-in phantom, refine it, show what came of it."""
+
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxrefine import io, metrics, plots, simulate, study
+from jaxrefine.errors import InputError
+from jaxrefine.refine import RefineConfig, paper_preset, released_preset
+
+PRESETS = {"paper": paper_preset, "released": lambda sigma: released_preset()}
+"""Settings by name: functions of the noise's standard deviation."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demonstration simulates, and how it refines.
+
+    Lengths are voxels, angles radians; ``sigma`` is the noise's standard deviation
+    where the phantom's peak density is one.
+    """
+
+    size: int = 40
+    particles: int = 200
+    sigma: float = 0.5
+    max_angle_error: float = 0.7
+    max_shift: float = 3.0
+    initial_blur: float = 3.0
+    seed: int = 0
+    preset: str = "released"
+
+
+def run(config: DemoConfig, out: Path) -> dict:
+    """Run the demonstration and write maps, pictures and ``summary.json``.
+
+    Parameters
+    ----------
+    config
+        What to simulate.
+    out
+        Folder to write to; made if absent.
+
+    Returns
+    -------
+    The content of ``summary.json``.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range, or the folder holds something else.
+    """
+    _check(config, out)
+    begin = time.perf_counter()
+    phantom_key, data_key = jax.random.split(jax.random.key(config.seed))
+    truth = jax.jit(simulate.phantom, static_argnums=1)(phantom_key, config.size)
+    dataset = simulate.make_dataset(
+        data_key,
+        truth,
+        config.particles,
+        max_shift=config.max_shift,
+        max_angle_error=config.max_angle_error,
+        sigma=config.sigma,
+    )
+    initial_map = simulate.blur(truth, config.initial_blur)
+    case = study.prepare(truth, dataset, initial_map)
+    settings: RefineConfig = PRESETS[config.preset](config.sigma)
+
+    with Bars(settings.iterations) as bars:
+        oracle = study.reconstruct_from(
+            case, dataset.truth, settings, bars.next("oracle")
+        )
+        unrefined = study.reconstruct_from(
+            case, dataset.initial, settings, bars.next("unrefined")
+        )
+        joint = study.refine_from(
+            case, study.initial_state(case), settings, bars.next("joint")
+        )
+    outcomes = {"oracle": oracle, "joint": joint, "unrefined": unrefined}
+
+    out.mkdir(parents=True, exist_ok=True)
+    maps = {"truth": np.asarray(truth), "initial": np.asarray(initial_map)}
+    maps |= {name: outcome.volume for name, outcome in outcomes.items()}
+    for name, volume in maps.items():
+        io.write_mrc(out / f"{name}.mrc", volume, 1.0)
+    _draw(config, dataset, case, maps, outcomes, out)
+
+    summary = _summarise(outcomes, unrefined.errors)
+    summary["settings"] = asdict(config)
+    summary["rc_unit"] = "shells (periods per box) at FSC 0.5"
+    summary["versions"] = {
+        name: version(name) for name in ("jaxrefine", "jax", "jaxlib", "numpy")
+    }
+    summary["device"] = jax.devices()[0].device_kind
+    summary["wall_s"] = time.perf_counter() - begin
+    summary["peak_rss_mib"] = peak_rss_mib()
+    io.write_json(out / "summary.json", summary)
+    return summary
+
+
+def _check(config: DemoConfig, out: Path) -> None:
+    """Refuse settings and folders that would fail, or destroy something, later."""
+    if config.preset not in PRESETS:
+        names = ", ".join(PRESETS)
+        raise InputError(f"The preset is one of {names}, not {config.preset}.")
+    for name, least in (("size", 8), ("particles", 2)):
+        if getattr(config, name) < least:
+            value = getattr(config, name)
+            raise InputError(f"{name} wants a value of at least {least}, not {value}.")
+    if not config.sigma > 0:
+        raise InputError(f"sigma wants a positive value, not {config.sigma}.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; a folder to write to is wanted.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").exists():
+        raise InputError(
+            f"{out} holds files that are not a demo's; name a new or an empty folder."
+        )
+
+
+def _summarise(outcomes: dict[str, study.Outcome], initial) -> dict[str, float]:
+    """Gather the figures of merit under their documented names."""
+    summary = {}
+    for name, outcome in outcomes.items():
+        row = outcome.row()
+        summary[f"mean_fsc_{name}"] = row["mean_fsc"]
+        summary[f"rc_{name}"] = row["rc"]
+    start = metrics.summarise(initial)
+    end = metrics.summarise(outcomes["joint"].errors)
+    for figure in ("median", "p90"):
+        summary[f"angle_error_deg_{figure}_init"] = start[f"angle_error_deg_{figure}"]
+        summary[f"angle_error_deg_{figure}_joint"] = end[f"angle_error_deg_{figure}"]
+    for figure in ("fraction_within_5_deg", "fraction_within_10_deg"):
+        summary[figure] = end[figure]
+    summary["shift_error_px_median"] = end["shift_error_px_median"]
+    return summary
+
+
+def _draw(config, dataset, case, maps, outcomes, out: Path) -> None:
+    """Write the four pictures."""
+    caption = (
+        f"Built-in phantom, {config.size}³ voxels, {config.particles} particles, "
+        f"noise sigma {config.sigma:g}, Init-1 with {config.max_angle_error:g} rad and "
+        f"shifts up to {config.max_shift:g} px, preset {config.preset}, seed "
+        f"{config.seed}."
+    )
+    plots.image_gallery(out / "particles.png", np.asarray(dataset.images), caption)
+    plots.orthogonal_slices(out / "slices.png", maps, caption)
+    initial = metrics.fsc(maps["initial"], case.truth)
+    curves = {name: outcome.curve for name, outcome in outcomes.items()}
+    curves["initial map"] = np.asarray(initial)
+    plots.fsc_curves(out / "fsc.png", curves, config.size, None, caption)
+    before, after = outcomes["unrefined"].errors, outcomes["joint"].errors
+    for file, unit, member in (
+        ("angle_errors.png", "angle error (degrees)", "angle_in_degrees"),
+        ("shift_errors.png", "shift error (pixels)", "shift_in_pixels"),
+    ):
+        errors = {
+            "initial": np.asarray(getattr(before, member)),
+            "joint": np.asarray(getattr(after, member)),
+        }
+        plots.error_histograms(out / file, errors, unit, caption)
+
+
+def peak_rss_mib() -> float:
+    """Return the most memory this process has held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+class Bars:
+    """One progress bar after another, on standard error."""
+
+    def __init__(self, iterations: int):
+        self._iterations = iterations
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def next(self, name: str, done: int = 0) -> study.Progress:
+        """Open the bar of the next run, and return what moves it."""
+        if self._bar is not None:
+            self._bar.close()
+        bar = self._bar = tqdm(
+            desc=f"{name:>16}", total=self._iterations, initial=done, file=sys.stderr
+        )
+
+        def advance(state, row: dict[str, float]) -> None:
+            del state
+            shown = {"FSC": f"{row['mean_fsc']:.3f}"}
+            if "angle_error_deg_median" in row:
+                shown["error"] = f"{row['angle_error_deg_median']:.1f}°"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        return advance
+
+
+def report(summary: dict) -> str:
+    """Return the summary's figures as lines for a reader."""
+    lines = [f"{'':>12}  mean FSC     r_c"]
+    for name in ("oracle", "joint", "unrefined"):
+        mean, rc = summary[f"mean_fsc_{name}"], summary[f"rc_{name}"]
+        lines.append(f"{name:>12}  {mean:8.3f}  {rc:6.1f}")
+    median = summary["angle_error_deg_median_init"]
+    lines.append(
+        f"median angle error {median:.1f} -> "
+        f"{summary['angle_error_deg_median_joint']:.2f} degrees, "
+        f"{100 * summary['fraction_within_10_deg']:.1f} % within 10 degrees, "
+        f"median shift error {summary['shift_error_px_median']:.2f} pixels"
+    )
+    lines.append(
+        f"{summary['wall_s']:.0f} s, at most {summary['peak_rss_mib']:.0f} MiB"
+    )
+    return "\n".join(lines)
+
+

@@ -1,0 +1,231 @@
+"""Laws of the simulated data: the phantom, the noise, the projections, the start."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import geometry, kbwf, simulate
+from jaxrefine.ctf import gaussian_psf
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+
+KEY = jax.random.key(0)
+SIZES = [31, 32, 48]
+
+
+def centred(n):
+    return np.arange(n) - n // 2
+
+
+def radii(n):
+    z, y, x = np.meshgrid(*[centred(n)] * 3, indexing="ij")
+    return np.sqrt(x**2 + y**2 + z**2)
+
+
+def gaussian(n, width, centre=(0.0, 0.0, 0.0), dtype=jnp.float64):
+    """A Gaussian blob of peak 1 about the point ``(x, y, z)``."""
+    z, y, x = np.meshgrid(*[centred(n)] * 3, indexing="ij")
+    squared = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2
+    return jnp.asarray(np.exp(-0.5 * squared / width**2), dtype)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("seed", range(3))
+def test_phantom_is_positive_compact_and_centred(n, seed):
+    volume = np.asarray(simulate.phantom(jax.random.key(seed), n))
+    assert volume.shape == (n, n, n) and volume.dtype == np.float32
+    assert volume.min() >= 0 and volume.max() == pytest.approx(1)
+    # Atoms end at 0.34 n; 3 widths further a blob is at 1 % of its own peak.
+    width = max(0.015 * n, 0.7)
+    assert volume[radii(n) > 0.34 * n + 3 * width].max() < 0.01
+    for axis in range(3):
+        profile = volume.sum(axis=tuple({0, 1, 2} - {axis}))
+        assert abs(profile @ centred(n)) / profile.sum() < 0.01
+
+
+@pytest.mark.parametrize("n", [31, 47])
+@pytest.mark.parametrize("seed", range(3))
+def test_phantom_has_no_symmetry_and_a_hand(n, seed):
+    """Flips of one axis mirror, of two turn by 180 degrees, of three invert."""
+    volume = np.asarray(simulate.phantom(jax.random.key(seed), n))
+    for axes in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:
+        flipped = np.flip(volume, axes)
+        assert np.corrcoef(volume.ravel(), flipped.ravel())[0, 1] < 0.8, axes
+
+
+def test_phantom_looks_the_same_in_every_box():
+    """Blob widths of 0.72 and 1.44 voxels: the small map is the large, subsampled."""
+    small, large = simulate.phantom(KEY, 48), simulate.phantom(KEY, 96)
+    correlation = np.corrcoef(np.ravel(small), np.ravel(large[::2, ::2, ::2]))[0, 1]
+    assert correlation == pytest.approx(1, abs=1e-5)
+
+
+def test_phantom_is_decided_by_its_key():
+    first = simulate.phantom(KEY, 24)
+    np.testing.assert_array_equal(first, simulate.phantom(KEY, 24))
+    assert jnp.abs(first - simulate.phantom(jax.random.key(1), 24)).max() > 0.1
+    double = simulate.phantom(KEY, 24, jnp.float64)
+    assert double.dtype == jnp.float64
+    np.testing.assert_array_equal(double, first.astype(jnp.float64))
+
+
+@pytest.mark.parametrize("snr_db", [-14.2, -5.0, 3.0])
+def test_noise_has_the_wanted_power_per_pixel(snr_db):
+    images = 0.3 + jax.random.uniform(KEY, (40, 24, 24))
+    sigma = simulate.noise_std(images, snr_db)
+    noise = simulate.add_noise(jax.random.key(1), images, sigma) - images
+    measured = 10 * math.log10(float(jnp.mean(images**2) / jnp.mean(noise**2)))
+    # The mean square of N Gaussians has the relative standard deviation sqrt(2 / N).
+    bound = 3 * 10 / math.log(10) * math.sqrt(2 / images.size)
+    assert measured == pytest.approx(snr_db, abs=bound)
+
+
+def test_init1_errors_are_uniform_and_shifts_zero():
+    count, limit = 4000, 0.7
+    poses = Poses(
+        geometry.equidistributed_angles(KEY, count),
+        simulate.random_shifts(KEY, count, 3.0),
+    )
+    initial = simulate.init1_poses(jax.random.key(1), poses, limit)
+    errors = np.asarray(initial.angles - poses.angles)
+    assert np.all(np.abs(errors) <= limit * (1 + 1e-12))
+    assert not np.any(initial.shifts)
+    for column in errors.T:
+        # Kolmogorov-Smirnov: exceeded with probability 2 exp(-2 * 2^2) < 1e-3.
+        ranks = (np.arange(count) + 0.5) / count
+        distance = np.abs(np.sort(column) / (2 * limit) + 0.5 - ranks).max()
+        assert distance < 2 / math.sqrt(count)
+    assert np.abs(np.corrcoef(errors.T) - np.eye(3)).max() < 4 / math.sqrt(count)
+
+
+def test_shifts_fill_their_square():
+    shifts = simulate.random_shifts(KEY, 4000, 2.5)
+    assert jnp.abs(shifts).max() <= 2.5
+    np.testing.assert_allclose(shifts.min(axis=0), -2.5, atol=0.02)
+    np.testing.assert_allclose(shifts.max(axis=0), 2.5, atol=0.02)
+    assert not jnp.any(simulate.random_shifts(KEY, 5, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_blur_of_a_delta_is_a_gaussian(dtype):
+    n, width = 33, 2.0
+    delta = jnp.zeros((n, n, n), dtype).at[n // 2, n // 2, n // 2].set(1)
+    blurred = simulate.blur(delta, width)
+    assert blurred.dtype == dtype
+    expected = gaussian(n, width) / (2 * math.pi * width**2) ** 1.5
+    tolerance = 1e-9 if dtype == jnp.float64 else 1e-7
+    np.testing.assert_allclose(blurred, expected, atol=tolerance)
+    assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
+    moment = float(jnp.sum(blurred * jnp.asarray(radii(n) ** 2, dtype)))
+    assert moment == pytest.approx(3 * width**2, rel=1e-4)
+
+
+def test_blur_does_not_wrap_around():
+    """At four widths the neglected tail is exp(-8) of the peak."""
+    n = 16
+    corner = jnp.zeros((n, n, n)).at[0, 0, 0].set(1)
+    blurred = simulate.blur(corner, 2.0)
+    assert jnp.abs(blurred[8:, 8:, 8:]).max() < 4e-4 * blurred.max()
+
+
+def test_blur_of_width_zero_changes_nothing():
+    volume = jax.random.normal(KEY, (9, 9, 9))
+    np.testing.assert_allclose(simulate.blur(volume, 0.0), volume, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("basis", "tolerance"), [(kbwf.SIMULATION_BASIS, 8e-3), (kbwf.KBWF(), 2e-4)]
+)
+@pytest.mark.parametrize("psf_width", [None, 1.5])
+def test_images_of_a_blob_are_gaussians_at_its_place(
+    dtype, basis, tolerance, psf_width
+):
+    r"""The X-ray transform of a Gaussian is one: sqrt(2 pi) s exp(-|y|^2 / 2 s^2).
+
+    It lies about ``M k0 + t``: a shift ``+t`` moves the content to +x and +y. A PSF
+    adds its squared width. Both bases agree with the map at the voxels, where it is
+    Gaussian up to the regularisation of `kbwf.expand` (1e-4). Between them the window
+    of radius 2 ripples: at s = 3 by 6e-3 of the peak, the window of radius 4 not.
+    """
+    n, width, centre = 32, 3.0, (3.0, -2.0, 1.0)
+    poses = Poses(
+        jnp.asarray([[0.0, 0.0, 0.0], [0.4, 1.1, 2.0]], dtype),
+        jnp.asarray([[2.5, 1.25], [-1.5, 2.0]], dtype),
+    )
+    psf = None if psf_width is None else gaussian_psf(psf_width)
+    volume = gaussian(n, width, centre, dtype)
+    images = simulate.clean_images(volume, poses, basis=basis, psf=psf)
+    assert images.shape == (2, n, n) and images.dtype == dtype
+
+    variance = width**2 + (psf_width or 0.0) ** 2
+    peak = math.sqrt(2 * math.pi) * width * width**2 / variance
+    places = np.asarray(geometry.projection_matrix(poses.angles)) @ np.array(centre)
+    np.testing.assert_allclose(places[0], centre[:2], atol=1e-6)
+    y, x = np.meshgrid(centred(n), centred(n), indexing="ij")
+    for image, (px, py) in zip(images, places + np.asarray(poses.shifts), strict=True):
+        expected = peak * np.exp(-0.5 * ((x - px) ** 2 + (y - py) ** 2) / variance)
+        np.testing.assert_allclose(image, expected, atol=tolerance * peak)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_dataset_is_what_its_parts_make(dtype):
+    volume = simulate.phantom(KEY, 20, dtype)
+
+    def make(key, **noise):
+        return simulate.make_dataset(
+            key, volume, 12, max_shift=2.0, max_angle_error=0.5, **noise
+        )
+
+    data = make(KEY, snr_db=-3.0)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(data))
+    assert data.images.shape == (12, 20, 20)
+    assert jnp.abs(data.truth.shifts).max() <= 2
+    assert jnp.abs(data.initial.angles - data.truth.angles).max() <= 0.5 + 1e-6
+    assert not jnp.any(data.initial.shifts)
+
+    clean = simulate.clean_images(volume, data.truth)
+    np.testing.assert_allclose(data.sigma, simulate.noise_std(clean, -3.0), rtol=1e-6)
+    assert float(jnp.std(data.images - clean)) == pytest.approx(
+        float(data.sigma), rel=3 / math.sqrt(2 * clean.size)
+    )
+    assert eqx.tree_equal(data, make(KEY, snr_db=-3.0))
+    assert eqx.tree_equal(data, make(KEY, sigma=float(data.sigma)))
+    other = make(jax.random.key(1), snr_db=-3.0)
+    assert not jnp.any(data.truth.shifts == other.truth.shifts)
+    noiseless = make(KEY, sigma=0.0)
+    np.testing.assert_array_equal(noiseless.images, clean)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"volume": jnp.zeros((8, 8, 9))}, "is 8 x 8 x 9; a cube is wanted"),
+        ({"count": 0}, "0 particles were asked for; at least 1"),
+        ({"max_shift": -1.0}, "shift is -1.0 pixels; 0 or more"),
+        ({"max_angle_error": -0.1}, "angle error is -0.1; 0 or more"),
+        ({"snr_db": 0.0}, "Exactly one of sigma and snr_db"),
+        ({"sigma": None}, "Exactly one of sigma and snr_db"),
+    ],
+)
+def test_unusable_parameters_are_named(change, sentence):
+    parameters = {
+        "volume": jnp.zeros((8, 8, 8)),
+        "count": 2,
+        "max_shift": 1.0,
+        "max_angle_error": 0.1,
+        "sigma": 1.0,
+    }
+    with pytest.raises(InputError, match=sentence):
+        simulate.make_dataset(KEY, **(parameters | change))
+
+
+def test_small_boxes_and_negative_blurs_are_refused():
+    with pytest.raises(InputError, match="box is 15 voxels"):
+        simulate.phantom(KEY, 15)
+    with pytest.raises(InputError, match="blur is -1.0 voxels"):
+        simulate.blur(jnp.zeros((4, 4, 4)), -1.0)
