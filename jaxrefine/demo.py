@@ -73,15 +73,16 @@ def run(config: DemoConfig, out: Path) -> dict:
     case = study.prepare(truth, dataset, initial_map)
     settings: RefineConfig = PRESETS[config.preset](config.sigma)
 
-    with Bars(settings.iterations) as bars:
+    count = settings.iterations
+    with Bars() as bars:
         oracle = study.reconstruct_from(
-            case, dataset.truth, settings, bars.next("oracle")
+            case, dataset.truth, settings, bars.next("oracle", count)
         )
         unrefined = study.reconstruct_from(
-            case, dataset.initial, settings, bars.next("unrefined")
+            case, dataset.initial, settings, bars.next("unrefined", count)
         )
         joint = study.refine_from(
-            case, study.initial_state(case), settings, bars.next("joint")
+            case, study.initial_state(case), settings, bars.next("joint", count)
         )
     outcomes = {"oracle": oracle, "joint": joint, "unrefined": unrefined}
 
@@ -110,7 +111,7 @@ def _check(config: DemoConfig, out: Path) -> None:
     if config.preset not in PRESETS:
         names = ", ".join(PRESETS)
         raise InputError(f"The preset is one of {names}, not {config.preset}.")
-    for name, least in (("size", 8), ("particles", 2)):
+    for name, least in (("size", 16), ("particles", 2)):
         if getattr(config, name) < least:
             value = getattr(config, name)
             raise InputError(f"{name} wants a value of at least {least}, not {value}.")
@@ -177,8 +178,7 @@ def peak_rss_mib() -> float:
 class Bars:
     """One progress bar after another, on standard error."""
 
-    def __init__(self, iterations: int):
-        self._iterations = iterations
+    def __init__(self):
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "Bars":
@@ -188,12 +188,12 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
 
-    def next(self, name: str, done: int = 0) -> study.Progress:
+    def next(self, name: str, iterations: int, done: int = 0) -> study.Progress:
         """Open the bar of the next run, and return what moves it."""
         if self._bar is not None:
             self._bar.close()
         bar = self._bar = tqdm(
-            desc=f"{name:>16}", total=self._iterations, initial=done, file=sys.stderr
+            desc=f"{name:>28}", total=iterations, initial=done, file=sys.stderr
         )
 
         def advance(state, row: dict[str, float]) -> None:
@@ -224,5 +224,3 @@ def report(summary: dict) -> str:
         f"{summary['wall_s']:.0f} s, at most {summary['peak_rss_mib']:.0f} MiB"
     )
     return "\n".join(lines)
-
-

@@ -155,6 +155,23 @@ def error_histograms(
     figure.savefig(path)
 
 
+def convergence(
+    path: str | Path,
+    series: dict[str, Float[Array | np.ndarray, " iterations"]],
+    unit_label: str,
+    caption: str,
+) -> None:
+    """Draw numbers against the outer iteration, counted from one."""
+    figure = _figure(7.2, 4.8, caption)
+    axes = figure.subplots()
+    for (name, values), (colour, dash) in zip(series.items(), _styles(), strict=False):
+        iterations = np.arange(1, len(values) + 1)
+        axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "outer iteration", unit_label)
+    figure.savefig(path)
+
+
 def image_gallery(
     path: str | Path,
     images: Float[Array | np.ndarray, "particles m m"],

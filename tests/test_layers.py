@@ -16,7 +16,7 @@ LAYERS = [
     {"normal", "simulate"},
     {"admm", "pose"},
     {"refine"},
-    {"io", "plots"},
+    {"io", "plots", "study"},
     {"demo"},
     {"cli"},
 ]

@@ -11,7 +11,6 @@ from jaxrefine.interpolate import RadialSeries
 BASIS = kbwf.KBWF()
 TIGHT = spatial.footprint(BASIS, tolerance=1e-13)
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 2e-5}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 every_parity = pytest.mark.parametrize("n", [4, 5])
 every_size_and_dtype = pytest.mark.parametrize(
     ("n", "dtype"), [(3, jnp.float64), (6, jnp.float64), (6, jnp.float32)]
@@ -59,8 +58,10 @@ def close(value, exact, relative):
     np.testing.assert_allclose(value, exact, rtol=0, atol=relative * scale)
 
 
-@every_dtype
-@pytest.mark.parametrize("n", [1, 3, 6, 9])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(1, jnp.float64), (3, jnp.float64), (6, jnp.float64), (6, jnp.float32)],
+)
 def test_kernel_is_equation_32(n, dtype):
     """The tube misses nothing, also where it is wider than the grid."""
     axes = jnp.asarray([[0, 0, 0], [0, np.pi / 2, 0], [np.pi / 2, np.pi / 2, 1]])
@@ -148,8 +149,8 @@ def test_normal_operator_is_dense_at_unit_spacing_within_the_aliasing_bound():
         for shifts in (SHIFTS, 0 * SHIFTS, SHIFTS[::-1] + 3.21)
     ]
     assert max(errors) < bound
-    # It is attained within an order of magnitude: the test would see a mistake of it.
-    assert max(errors) > 0.05 * bound
+    # A voxel on a pixel's centre attains it: there all the aliases are in phase.
+    assert max(errors) > 0.99 * bound
 
 
 @every_parity
@@ -161,8 +162,10 @@ def test_normal_operator_is_dense_at_half_pixel_spacing(n):
     close(dense_normal(angles, SHIFTS, n, 0.5), kernel, 1e-8)
 
 
-@every_dtype
-@pytest.mark.parametrize("n", [1, 4, 5, 7])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(1, jnp.float64), (4, jnp.float64), (5, jnp.float64), (5, jnp.float32)],
+)
 def test_apply_normal_is_the_dense_convolution(n, dtype):
     kernel = normal.kernel(TIGHT, draw_angles(dtype=dtype), n)
     c = draw(n, n, n, dtype=dtype)

@@ -79,7 +79,7 @@ def test_errors_beyond_the_limit_stand_in_the_last_bin(tmp_path):
     for last in (2.99, 50.0):
         path = tmp_path / f"{last}.png"
         errors = np.append(np.linspace(0, 2.5, 50), last)
-        plots.error_histograms(path, {"a": errors}, "error", "x", limit=3.0)
+        plots.error_histograms(path, {"a": errors}, "(deg)", "x", limit=3.0)
         written.append(matplotlib.image.imread(path))
     # The steps are the same; the label below the axis says that the bin is open.
     height = int(0.85 * len(written[0]))

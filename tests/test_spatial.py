@@ -17,7 +17,6 @@ NARROW_TIGHT = spatial.footprint(NARROW, tolerance=1e-13)
 # Relative to the largest value. The series holds the footprint to 1e-13; in float32 a
 # lattice point is known to 1e-6 voxels and the footprint to 1e-6 of its peak.
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
 def draw(*shape, seed=0, dtype=jnp.float64):
@@ -78,8 +77,16 @@ def close(value, exact, relative):
     np.testing.assert_allclose(value, exact, rtol=0, atol=relative * scale)
 
 
-@every_dtype
-@pytest.mark.parametrize(("n", "m"), [(7, 9), (6, 11), (7, 4), (3, 8), (1, 5)])
+@pytest.mark.parametrize(
+    ("n", "m", "dtype"),
+    [
+        (7, 9, jnp.float64),
+        (7, 9, jnp.float32),
+        (6, 4, jnp.float64),
+        (3, 8, jnp.float64),
+        (1, 5, jnp.float64),
+    ],
+)
 def test_project_and_backproject_are_the_dense_sums(n, m, dtype):
     """Odd and even, images smaller and larger, windows wider than the volume."""
     poses, c = draw_poses(dtype=dtype), draw(n, n, n, dtype=dtype)
@@ -121,8 +128,10 @@ def test_shifts_that_push_the_particle_out_of_the_image():
     assert np.all(spatial.backproject(image_filter, images[2:], gone, n) == 0)
 
 
-@every_dtype
-@pytest.mark.parametrize(("n", "m"), [(8, 9), (9, 8)])
+@pytest.mark.parametrize(
+    ("n", "m", "dtype"),
+    [(6, 9, jnp.float64), (7, 6, jnp.float64), (7, 6, jnp.float32)],
+)
 def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     """Also with the default footprint: the weights are the same numbers."""
     footprint = spatial.footprint(BASIS)
@@ -141,7 +150,7 @@ def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     close(back, transposed, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_batches_do_not_change_the_result(batch_size):
     n, m = 6, 7
     poses, c, images = draw_poses(5), draw(n, n, n), draw(5, m, m, seed=6)
