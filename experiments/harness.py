@@ -23,7 +23,7 @@ from jaxrefine.errors import InputError
 HERE = Path(__file__).resolve().parent
 
 
-def parse(description: str, presets: tuple[str, ...]) -> argparse.Namespace:
+def parse(description: str | None, presets: tuple[str, ...]) -> argparse.Namespace:
     """Read the command line that all studies share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="TOML file, e.g. configs/X.toml")
@@ -67,9 +67,9 @@ def resolve(options: argparse.Namespace) -> dict:
     if options.volume is None:
         config["map"] = "built-in phantom (stand-in for the real map)"
     else:
-        data = options.volume.read_bytes() if options.volume.is_file() else b""
+        io.read_mrc(options.volume)
         config["map"] = options.volume.name
-        config["map_sha256"] = hashlib.sha256(data).hexdigest()
+        config["map_sha256"] = hashlib.sha256(options.volume.read_bytes()).hexdigest()
     return config
 
 

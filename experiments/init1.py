@@ -10,6 +10,7 @@ scales.
 prints a table, and stores it with curves and pictures in the run directory.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import demo, io, metrics, plots, simulate, study
+from jaxrefine import demo, io, kbwf, metrics, plots, simulate, study
 from jaxrefine.geometry import Poses
 from jaxrefine.refine import RefineConfig, Schedule, paper_preset, released_preset
 
@@ -98,16 +99,17 @@ def run_method(
     if checkpoint.exists():
         state, saved = io.load_checkpoint(checkpoint, state)
         history = saved["history"]
+    earlier = history[-1]["elapsed_s"] if history else 0.0
     advance = bars.next(name, settings.iterations, done=len(history))
 
     def progress(state, row):
-        history.append(row)
+        history.append({**row, "elapsed_s": earlier + row["elapsed_s"]})
         io.save_checkpoint(checkpoint, state, {"history": history})
         advance(state, row)
 
     outcome = study.refine_from(case, state, settings, progress)
-    outcome.history[:] = history
-    return outcome
+    wall = earlier + outcome.wall_s
+    return dataclasses.replace(outcome, history=history, wall_s=wall)
 
 
 def entry(outcome: study.Outcome) -> dict:
@@ -145,7 +147,8 @@ def draw(config: dict, case: study.Study, results: dict, kept: dict, out: Path) 
         f"map blurred by {config['initial_blur']:g} voxels, seed {config['seed']}."
     )
     shown = _worth_showing(results)
-    maps = {"truth": np.asarray(case.truth)}
+    initial_map = kbwf.evaluate(case.basis, case.start)
+    maps = {"truth": np.asarray(case.truth), "initial map": np.asarray(initial_map)}
     maps |= {name: np.asarray(kept[name][0]) for name in shown}
     plots.orthogonal_slices(out / "slices.png", maps, caption)
     curves = {name: np.asarray(results[name]["fsc"]) for name in shown}

@@ -19,8 +19,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.scipy.special import i0e, i1e
+from jaxtyping import Array, Float
 
 _SERIES_BELOW = 16.0
 _SERIES_TERMS = 20

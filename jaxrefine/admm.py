@@ -171,9 +171,10 @@ def step(
     regulariser: tv.Regulariser,
 ) -> tuple[ADMMState, ADMMInfo]:
     """Make one iteration of Algorithm 2."""
-    rho = config.rho
-    nonnegative = config.rho_nonnegative is not None
-    rho_v = config.rho_nonnegative if nonnegative else jnp.zeros_like(rho)
+    rho, rho_v = config.rho, config.rho_nonnegative
+    nonnegative = rho_v is not None
+    if rho_v is None:
+        rho_v = jnp.zeros_like(rho)
     u, v = _split(state, config, regulariser)
 
     def normal_equations(c: Volume) -> Volume:
@@ -204,14 +205,14 @@ def step(
     after, _ = _split(new, config, regulariser)
     value = data.value(c, normal_c)
     penalty = config.lam * regulariser.value(tv.gradient(c))
-    norm = jnp.linalg.norm
+    norm, zero = jnp.linalg.norm, jnp.zeros_like(value)
     info = ADMMInfo(
         objective=value + penalty,
         data_term=value,
         regularisation=penalty,
         primal_residual=norm(slack.ravel()),
         dual_residual=rho * norm(tv.gradient_adjoint(after - u).ravel()),
-        nonnegativity_residual=norm((c - v).ravel()) * nonnegative,
+        nonnegativity_residual=norm((c - v).ravel()) if nonnegative else zero,
         cg_residual=norm(residual.ravel()) / norm(right.ravel()),
     )
     return new, info

@@ -10,6 +10,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import demo, io, metrics, plots
@@ -114,11 +115,13 @@ def _run_fsc(options: argparse.Namespace) -> None:
                 f"{mask.shape[0]}^3 ({options.mask})."
             )
     n = a.shape[0]
-    curve = np.asarray(metrics.fsc(a, b, mask))
+    masking = None if mask is None else jnp.asarray(mask)
+    correlation = metrics.fsc(jnp.asarray(a), jnp.asarray(b), masking)
+    curve = np.asarray(correlation)
     resolutions = {
         str(threshold): float(
             metrics.resolution_in_angstroms(
-                metrics.crossing(curve, threshold), n, voxel
+                metrics.crossing(correlation, threshold), n, voxel
             )
         )
         for threshold in (0.5, 0.143)
@@ -132,7 +135,7 @@ def _run_fsc(options: argparse.Namespace) -> None:
     if options.json is not None:
         content = {
             "fsc": curve.tolist(),
-            "mean_fsc": float(metrics.mean_fsc(curve)),
+            "mean_fsc": float(metrics.mean_fsc(correlation)),
             "resolution_in_angstroms": resolutions,
             "voxel_size_in_angstroms": voxel,
             "mask": str(options.mask) if options.mask else None,

@@ -6,12 +6,15 @@ which they represent the function they were made from.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from numpy.polynomial import chebyshev
+
+from jaxrefine.errors import InputError
 
 _MAX_DEGREE = 400
 
@@ -66,11 +69,22 @@ def radial_series(
     tolerance
         Terms below this fraction of the largest are cut from the series' end. The
         error that remains is of the order of the tolerance.
+
+    Raises
+    ------
+    InputError
+        If 400 terms do not reach the tolerance.
     """
-    series = chebyshev.chebinterpolate(
-        lambda x: function(radius * np.sqrt(np.maximum(x + 1, 0) / 2)), _MAX_DEGREE
-    )
+
+    def of_node(node: Any) -> Any:
+        return function(radius * np.sqrt(np.maximum(node + 1, 0) / 2))
+
+    series = chebyshev.chebinterpolate(of_node, _MAX_DEGREE)
     large = np.flatnonzero(np.abs(series) > tolerance * np.abs(series).max())
+    if large[-1] == _MAX_DEGREE:
+        raise InputError(
+            f"{_MAX_DEGREE} terms of a series do not reach the tolerance {tolerance:g}."
+        )
     series = series[: max(large[-1] + 1, 2)]
     slope = chebyshev.chebder(series) * (2 / radius**2)
     return RadialSeries(jnp.asarray(series), jnp.asarray(slope), radius)
@@ -80,8 +94,8 @@ class Spline2D(eqx.Module):
     """A function of the plane as a cubic B-spline on a square grid.
 
     Twice continuously differentiable. A smooth function is held with an error of the
-    fourth order in the spacing, its gradient of the third. Outside the grid the
-    function is constant, so a grid should extend to where it vanishes.
+    fourth order in the spacing, its gradient of the third. Beyond the grid it continues
+    the value at the first nodes, so a grid should extend to where it vanishes.
     """
 
     coefficients: Float[Array, "grid grid"]

@@ -32,9 +32,10 @@ class KBWF(eqx.Module):
     Parameters
     ----------
     radius
-        Support radius ``a``, in voxels.
+        Support radius ``a``, in voxels, positive and finite.
     taper
-        Window taper ``alpha``, between 0 (excluded) and 80.
+        Window taper ``alpha``, from 5 (below, the window has a visible edge) to 80
+        (above, single precision overflows).
     order
         Order ``m`` of the Bessel function, at least 1.
 
@@ -49,11 +50,12 @@ class KBWF(eqx.Module):
     order: int = eqx.field(static=True, default=2)
 
     def __check_init__(self):
-        if not (self.radius > 0 and 0 < self.taper <= 80 and self.order >= 1):
+        whole = isinstance(self.order, int) and self.order >= 1
+        if not (0 < self.radius < math.inf and 5 <= self.taper <= 80 and whole):
             raise InputError(
-                "a Kaiser-Bessel window wants radius > 0, 0 < taper <= 80 and order "
-                f">= 1, not radius={self.radius}, taper={self.taper}, "
-                f"order={self.order}"
+                "a Kaiser-Bessel window wants a positive radius, a taper from 5 to 80 "
+                "and a whole order of at least 1, not "
+                f"radius={self.radius}, taper={self.taper}, order={self.order}"
             )
 
     @property
@@ -156,6 +158,7 @@ def _sampled_transfer(basis: KBWF, size: int, dtype) -> Float[Array, "f f h"]:
     return jnp.fft.rfftn(grid).real
 
 
+@eqx.filter_jit
 def evaluate(basis: KBWF, coefficients: Volume) -> Volume:
     """Sample the map on the voxel grid: ``V[j] = sum_k c[k] phi(j - k)``, eq. (2).
 
@@ -170,6 +173,7 @@ def evaluate(basis: KBWF, coefficients: Volume) -> Volume:
     ]
 
 
+@eqx.filter_jit
 def expand(basis: KBWF, volume: Volume, regularisation: float = 1e-4) -> Volume:
     """Find coefficients whose map has the given voxel values, the inverse of (2).
 

@@ -14,6 +14,7 @@ from jaxrefine._types import Scalar, Volume
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@eqx.filter_jit
 def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shells"]:
     r"""Fourier shell correlation of two volumes.
 
@@ -107,6 +108,7 @@ class PoseErrors(eqx.Module):
     shift_in_pixels: Float[Array, " particles"]
 
 
+@eqx.filter_jit
 def pose_errors(
     angles: Float[Array, "particles 3"],
     shifts: Float[Array, "particles 2"],

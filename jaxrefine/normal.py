@@ -160,14 +160,22 @@ def kernel(footprint: Footprint, angles: Angles, n: int) -> Float[Array, "k k k"
     return tube.merge_copies(whole)
 
 
+def padded_size(n: int) -> int:
+    """Return the side of the grid that holds a linear convolution of side ``n``.
+
+    The next size of at least ``2n`` that is even and that the FFT likes.
+    """
+    half: int = next_fast_len(n, real=True)  # pyright: ignore[reportAssignmentType]
+    return 2 * half
+
+
 def transfer(kernel: Float[Array, "k k k"]) -> Float[Array, "f f h"]:
     """Return the kernel's DFT on a padded grid, real because the kernel is even.
 
-    The grid's side is the next size of at least ``2n`` that the FFT likes.
+    The grid's side is :func:`padded_size`.
     """
     n = (kernel.shape[0] + 1) // 2
-    size = next_fast_len(2 * n, real=True)
-    size += size % 2
+    size = padded_size(n)
     index = jnp.arange(-(n - 1), n) % size
     grid = jnp.zeros((size,) * 3, kernel.dtype)
     grid = grid.at[jnp.ix_(index, index, index)].set(kernel)
@@ -204,7 +212,7 @@ def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
     :math:`c^T (w(\theta) * c) = \sum_k w(\theta)[k]\,(c * c^\vee)[k]`.
     """
     n = coefficients.shape[0]
-    size = next_fast_len(2 * n, real=True)
+    size = padded_size(n)
     spectrum = jnp.fft.rfftn(coefficients, s=(size,) * 3)
     power = jnp.real(spectrum) ** 2 + jnp.imag(spectrum) ** 2
     full = jnp.fft.irfftn(power, s=(size,) * 3)

@@ -6,6 +6,7 @@ that no backend is chosen and no global state is touched.
 
 import itertools
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxrefine import metrics
 
-Volumes = dict[str, Float[Array | np.ndarray, "n n n"]]
+Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
 """Maps by name."""
 
-Curves = dict[str, Float[Array | np.ndarray, " shells"]]
+Curves = Mapping[str, Float[Array | np.ndarray, " shells"]]
 """Fourier shell correlations by name."""
 
-Errors = dict[str, Float[Array | np.ndarray, " particles"]]
+Errors = Mapping[str, Float[Array | np.ndarray, " particles"]]
 """Errors of the particles' poses by name."""
 
 # Okabe and Ito's colours, which the colour-blind tell apart, darkest first.
@@ -157,7 +158,7 @@ def error_histograms(
 
 def convergence(
     path: str | Path,
-    series: dict[str, Float[Array | np.ndarray, " iterations"]],
+    series: Mapping[str, Float[Array | np.ndarray, " iterations"]],
     unit_label: str,
     caption: str,
 ) -> None:

@@ -255,21 +255,14 @@ def descend(
             config.max_trials,
         )
         after = value + (shifted + linear)
-        info = PoseInfo(
-            before, after, value < before, shifted < -linear, angle_trials, shift_trials
-        )
-        return Poses(angles, shifts), info
+        moves = value < before, shifted < -linear
+        history = (before, after, *moves, angle_trials, shift_trials)
+        return Poses(angles, shifts), history
 
-    pose, info = jax.lax.scan(move, pose, None, length=config.iterations)
-    ends = PoseInfo(
-        info.cost_before[0],
-        info.cost[-1],
-        info.angle_moves,
-        info.shift_moves,
-        info.angle_trials,
-        info.shift_trials,
+    pose, (before, after, *searches) = jax.lax.scan(
+        move, pose, None, length=config.iterations
     )
-    return pose, ends
+    return pose, PoseInfo(before[0], after[-1], *searches)
 
 
 @eqx.filter_jit

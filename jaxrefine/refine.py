@@ -32,12 +32,12 @@ class Schedule(eqx.Module):
         out makes a constant.
     """
 
-    first: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    last: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    first: Float[Array, ""]
+    last: Float[Array, ""]
 
     def __init__(self, first: float, last: float | None = None):
-        self.first = first
-        self.last = first if last is None else last
+        self.first = jnp.asarray(first)
+        self.last = jnp.asarray(first if last is None else last)
 
     def __call__(self, iteration: Int[Array, ""], count: int) -> Scalar:
         """Return the value in iteration ``iteration`` (from 0) of ``count``."""

@@ -41,6 +41,7 @@ class Dataset(eqx.Module):
     sigma: Scalar
 
 
+@eqx.filter_jit
 def make_dataset(
     key: PRNGKeyArray,
     volume: Float[Array, "z y x"],
@@ -104,6 +105,7 @@ def make_dataset(
     return Dataset(noisy, truth, init1_poses(error_key, truth, max_angle_error), level)
 
 
+@eqx.filter_jit
 def phantom(
     key: PRNGKeyArray, n: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Volume:
@@ -219,6 +221,7 @@ def add_noise(key: PRNGKeyArray, images: Images, sigma: float | Scalar) -> Image
     return images + sigma * jax.random.normal(key, images.shape, images.dtype)
 
 
+@eqx.filter_jit
 def blur(volume: Volume, width: float) -> Volume:
     r"""Low-pass a map by a Gaussian, :math:`\hat V(\omega)\, e^{-s^2 |\omega|^2 / 2}`.
 

@@ -7,10 +7,10 @@ Projecting gathers, for every pixel, the voxels in the tube behind it;
 back-projecting gathers, for every voxel, the pixels under its footprint. The weights
 are the same numbers, so the two are adjoint to rounding.
 
-The back-projection is eq. (33): sampling the *continuous* function :math:`g * \psi^\vee`
-at :math:`M k + t`. That function is made from an image by an image filter:
-:class:`PixelFilter` sums the footprint over pixels (exact), :class:`SplineFilter`
-precomputes it on a fine grid, as the paper proposes (fast).
+The back-projection is eq. (33): sampling the *continuous* function
+:math:`g * \psi^\vee` at :math:`M k + t`. That function is made from an image by an
+image filter: :class:`PixelFilter` sums the footprint over pixels (exact),
+:class:`SplineFilter` precomputes it on a fine grid, as the paper proposes (fast).
 """
 
 import math
@@ -72,10 +72,10 @@ def footprint(
         Relative accuracy of the series that hold the two functions.
     """
     radius = basis.radius + (psf.radius if psf is not None else 0.0)
-    # The spectrum decays like exp(-a^2 omega^2 / 2 alpha) and is below 1e-10 of its
-    # peak at ten times the frequency alpha / a where its oscillating tail begins.
-    nodes, weights = np.polynomial.legendre.leggauss(600)
-    limit = 10 * basis.taper / basis.radius
+    # From the frequency alpha / a on the spectrum is a small oscillating tail, falling
+    # with the power m + 2; what is cut off here is below 1e-10 of the peak.
+    nodes, weights = np.polynomial.legendre.leggauss(800)
+    limit = 10 * max(basis.taper, 20.0) / basis.radius
     omega, weights = limit * (nodes + 1) / 2, weights * limit / 2
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         spectrum = np.asarray(kbwf.fourier_transform(basis, jnp.asarray(omega)))
@@ -232,7 +232,7 @@ class PixelSum(eqx.Module):
 
 
 def _pixel_window(radius: float) -> int:
-    """Number of pixels that an interval of length ``2 radius`` can hold."""
+    """Return the number of pixels an interval of length ``2 radius`` can hold."""
     return math.floor(2 * radius) + 1
 
 
@@ -281,6 +281,7 @@ ImageFilter = Callable[[Image], PixelSum | Spline2D]
 """Makes the continuous function ``g * psi~`` of an image."""
 
 
+@eqx.filter_jit
 def spline_filter(
     footprint: Footprint, image_size: int, nodes_per_pixel: int = 2
 ) -> SplineFilter:
@@ -293,8 +294,8 @@ def spline_filter(
     image_size
         Side of the images in pixels.
     nodes_per_pixel
-        Nodes of the grid per pixel; 2 gives a relative error of about 2e-4 with the
-        paper's window, 4 of about 1e-5.
+        Nodes of the grid per pixel. With the paper's window, 2 gives a relative error
+        of 1e-3 and 4 of 5e-5 for white noise, the roughest image there is.
     """
     margin = math.ceil(footprint.profile.radius) + 4
     grid = nodes_per_pixel * (image_size + 2 * margin)

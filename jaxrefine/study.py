@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -116,7 +115,7 @@ def prepare(
     psi = footprint(basis)
     image_filter = spline_filter(psi, dataset.images.shape[-1])
     problem = joint.Problem(dataset.images, psi, image_filter)
-    start = jax.jit(kbwf.expand)(basis, initial_map)
+    start = kbwf.expand(basis, initial_map)
     return Study(truth, dataset, start, basis, problem)
 
 
@@ -156,14 +155,12 @@ def initial_state(study: Study) -> joint.RefineState:
 def _run(study, state, config, progress, refines_poses) -> Outcome:
     begin = time.perf_counter()
     history = []
-    evaluate = jax.jit(kbwf.evaluate)
-    fsc = jax.jit(metrics.fsc)
     truth = study.dataset.truth
 
     def assess(state):
         coefficients = joint.final_coefficients(state, config)
-        volume = evaluate(study.basis, coefficients)
-        curve = fsc(volume, study.truth)
+        volume = kbwf.evaluate(study.basis, coefficients)
+        curve = metrics.fsc(volume, study.truth)
         errors = metrics.pose_errors(
             state.poses.angles, state.poses.shifts, truth.angles, truth.shifts
         )

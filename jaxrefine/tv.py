@@ -4,7 +4,7 @@ A regulariser is any object with ``value(field)`` and ``prox(field, threshold)``
 two here are the paper's isotropic TV and the anisotropic one of the authors' code.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ def gradient_adjoint(field: VectorField) -> Volume:
     return total
 
 
+@runtime_checkable
 class Regulariser(Protocol):
     """What :mod:`jaxrefine.admm` asks of a prior on the map's gradient."""
 
