@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import demo, io, kbwf, metrics, plots, simulate, study
+from jaxrefine import io, kbwf, metrics, plots, simulate, study
 from jaxrefine.geometry import Poses
+from jaxrefine.progress import Bars
 from jaxrefine.refine import RefineConfig, Schedule, paper_preset, released_preset
 
 PRESETS = ("smoke", "small", "cpu", "paper")
@@ -85,7 +86,7 @@ def run_method(
     case: study.Study,
     method: Method,
     out: Path,
-    bars: demo.Bars,
+    bars: Bars,
 ) -> study.Outcome:
     """Run one method, from its checkpoint if there is one."""
     settings = method.settings
@@ -195,7 +196,7 @@ def run(config: dict, volume: Path | None, out: Path, results: dict) -> None:
     zeros = jnp.zeros(config["particles"], case.truth.dtype)
     like = (jnp.zeros_like(case.truth), metrics.PoseErrors(zeros, zeros))
     kept = {}
-    with demo.Bars() as bars:
+    with Bars() as bars:
         for name, method in methods(config).items():
             file = out / f"{name.replace(' ', '_')}.eqx"
             if name in results:

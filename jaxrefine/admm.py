@@ -231,6 +231,8 @@ def run(
     -------
     The final state, and the information of every iteration, stacked.
     """
+    dtype = state.coefficients.dtype
+    config = jax.tree.map(lambda leaf: leaf.astype(dtype), config)
 
     def body(state, _):
         return step(state, data, config, regulariser)

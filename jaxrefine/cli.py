@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxrefine {options.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        sentence = f"Cannot use {error.filename}: {error.strerror}."
+        print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
+        return 2
     return 0
 
 

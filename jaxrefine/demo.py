@@ -2,7 +2,6 @@
 
 import platform
 import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,9 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from jaxrefine import io, metrics, plots, simulate, study
+from jaxrefine import io, metrics, plots, progress, simulate, study
 from jaxrefine.errors import InputError
 from jaxrefine.refine import RefineConfig, paper_preset, released_preset
 
@@ -59,6 +57,7 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
         If a number is out of range, or the folder holds something else.
     """
     _check(config, out)
+    out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     phantom_key, data_key = jax.random.split(jax.random.key(config.seed))
     truth = simulate.phantom(phantom_key, config.size)
@@ -75,7 +74,7 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     settings: RefineConfig = PRESETS[config.preset](config.sigma)
 
     count = settings.iterations
-    with Bars() as bars:
+    with progress.Bars() as bars:
         oracle = study.reconstruct_from(
             case, dataset.truth, settings, bars.next("oracle", count)
         )
@@ -87,7 +86,6 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
         )
     outcomes = {"oracle": oracle, "joint": joint, "unrefined": unrefined}
 
-    out.mkdir(parents=True, exist_ok=True)
     maps = {"truth": np.asarray(truth), "initial": np.asarray(initial_map)}
     maps |= {name: outcome.volume for name, outcome in outcomes.items()}
     for name, volume in maps.items():
@@ -116,8 +114,14 @@ def _check(config: DemoConfig, out: Path) -> None:
         if getattr(config, name) < least:
             value = getattr(config, name)
             raise InputError(f"{name} wants a value of at least {least}, not {value}.")
-    if not config.sigma > 0:
-        raise InputError(f"sigma wants a positive value, not {config.sigma}.")
+    for name in ("sigma", "initial_blur"):
+        if not 0 < getattr(config, name) < float("inf"):
+            value = getattr(config, name)
+            raise InputError(f"{name} wants a positive value, not {value}.")
+    for name in ("max_angle_error", "max_shift"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            value = getattr(config, name)
+            raise InputError(f"{name} wants a value of at least 0, not {value}.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; a folder to write to is wanted.")
     if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").exists():
@@ -174,38 +178,6 @@ def peak_rss_mib() -> float:
     """Return the most memory this process has held, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
-class Bars:
-    """One progress bar after another, on standard error."""
-
-    def __init__(self):
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def next(self, name: str, iterations: int, done: int = 0) -> study.Progress:
-        """Open the bar of the next run, and return what moves it."""
-        if self._bar is not None:
-            self._bar.close()
-        bar = self._bar = tqdm(
-            desc=f"{name:>28}", total=iterations, initial=done, file=sys.stderr
-        )
-
-        def advance(state, row: dict[str, float]) -> None:
-            del state
-            shown = {"FSC": f"{row['mean_fsc']:.3f}"}
-            if "angle_error_deg_median" in row:
-                shown["error"] = f"{row['angle_error_deg_median']:.1f}°"
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-
-        return advance
 
 
 def report(summary: dict) -> str:

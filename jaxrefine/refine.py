@@ -11,7 +11,6 @@ released code; what the paper leaves open is said where it is chosen.
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -201,18 +200,26 @@ def update_volume(
     state: RefineState, problem: Problem, config: RefineConfig
 ) -> tuple[RefineState, admm.ADMMInfo]:
     """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
-    return _update_volume(state, problem, _data_term(state, problem), config)
+    return _update_volume(state, _data_term(state, problem, config), config)
 
 
-def _data_term(state: RefineState, problem: Problem) -> admm.DataTerm:
-    n = state.volume.coefficients.shape[0]
+def _data_term(
+    state: RefineState, problem: Problem, config: RefineConfig
+) -> admm.DataTerm:
     return admm.data_term(
-        problem.footprint, problem.image_filter, problem.images, state.poses, n
+        problem.footprint,
+        problem.image_filter,
+        problem.images,
+        state.poses,
+        state.volume.coefficients.shape[0],
+        config.batch_size,
     )
 
 
-def _update_volume(state, problem, data, config):
-    settings = _as_floats(config.volume_update(state.iteration), problem.images)
+def _update_volume(
+    state: RefineState, data: admm.DataTerm, config: RefineConfig
+) -> tuple[RefineState, admm.ADMMInfo]:
+    settings = config.volume_update(state.iteration)
     start = state.volume
     if not config.keep_duals:
         start = admm.init(start.coefficients)
@@ -224,23 +231,15 @@ def update_poses(
     state: RefineState, problem: Problem, config: RefineConfig
 ) -> tuple[RefineState, pose.PoseInfo]:
     """Line 4 of Algorithm 1: Algorithm 3 at the current map."""
-    coefficients = state.volume.coefficients
-    if config.rho_nonnegative is not None:
-        coefficients = jnp.maximum(coefficients, 0.0)
     poses, info = pose.run(
         state.poses,
         problem.images,
-        coefficients,
+        final_coefficients(state, config),
         problem.footprint,
         problem.image_filter,
-        _as_floats(config.pose_update(state.iteration), problem.images),
+        config.pose_update(state.iteration),
     )
     return eqx.tree_at(lambda s: s.poses, state, poses), info
-
-
-def _as_floats(config, like: Array):
-    """Bring a configuration's numbers to the data's floating-point type."""
-    return jax.tree.map(lambda leaf: leaf.astype(like.dtype), config)
 
 
 def step(
@@ -319,9 +318,9 @@ def reconstruct(
     visited once.
     """
     _check(state, problem)
-    data = _data_term(state, problem)
+    data = _data_term(state, problem, config)
     for _ in range(int(state.iteration), config.iterations):
-        state, info = _update_volume(state, problem, data, config)
+        state, info = _update_volume(state, data, config)
         state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
         if callback is not None:
             callback(state, info)

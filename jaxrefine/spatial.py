@@ -144,8 +144,13 @@ def project(
     Returns
     -------
     Images of shape ``(P, image_size, image_size)``.
+
+    Raises
+    ------
+    InputError
+        If the coefficients are not a cube.
     """
-    n = coefficients.shape[0]
+    n = _cubic_side(coefficients)
     dtype = coefficients.dtype
     radius = footprint.profile.radius
     side = tube.window_size(radius)
@@ -182,6 +187,13 @@ def project(
         return jax.lax.scan(add_plane, blank, jnp.arange(n))[0]
 
     return jax.lax.map(project_one, poses, batch_size=batch_size)
+
+
+def _cubic_side(volume: Float[Array, "..."]) -> int:
+    """Return the side of a cubic volume; refuse any other."""
+    if volume.ndim != 3 or len(set(volume.shape)) != 1:
+        raise InputError(f"a volume wants shape (n, n, n), not {volume.shape}")
+    return volume.shape[0]
 
 
 def _windows(array: Float[Array, "h w"], row, column, side: int):
@@ -333,7 +345,16 @@ def backproject(
         Side of the volume in voxels.
     batch_size
         Particles at a time.
+
+    Raises
+    ------
+    InputError
+        If there are not as many poses as images.
     """
+    if poses.angles.shape[0] != images.shape[0]:
+        raise InputError(
+            f"{images.shape[0]} images want as many poses, not {poses.angles.shape[0]}"
+        )
 
     def backproject_one(particle) -> Volume:
         image, pose = particle

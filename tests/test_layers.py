@@ -16,7 +16,7 @@ LAYERS = [
     {"normal", "simulate"},
     {"admm", "pose"},
     {"refine"},
-    {"io", "plots", "study"},
+    {"io", "plots", "progress", "study"},
     {"demo"},
     {"cli"},
 ]
