@@ -27,21 +27,21 @@ class Schedule(eqx.Module):
     Parameters
     ----------
     first, last
-        Positive values in the first and in the last outer iteration. Leaving ``last``
-        out makes a constant.
+        Values in the first and in the last outer iteration, not negative. Leaving
+        ``last`` out makes a constant.
     """
 
     first: Float[Array, ""]
     last: Float[Array, ""]
 
-    def __init__(self, first: float, last: float | None = None):
+    def __init__(self, first: float | Scalar, last: float | Scalar | None = None):
         self.first = jnp.asarray(first)
         self.last = jnp.asarray(first if last is None else last)
 
     def __call__(self, iteration: Int[Array, ""], count: int) -> Scalar:
         """Return the value in iteration ``iteration`` (from 0) of ``count``."""
         position = iteration.astype(self.first.dtype) / max(count - 1, 1)
-        return self.first * (self.last / self.first) ** position
+        return self.first ** (1.0 - position) * self.last**position
 
 
 class RefineConfig(eqx.Module):

@@ -377,9 +377,9 @@ def test_python_numbers_are_accepted(problem):
     np.testing.assert_allclose(plain.coefficients, typed.coefficients, atol=1e-13)
 
 
-# Single precision: CG stops at 1e-6 and the data term is a difference of numbers of
-# the size of the energy, hence 1e-5 relative; the optimum in double is 1e-6 away.
-TOLERANCE = {jnp.float64: 1e-5, jnp.float32: 1e-3}
+# CG stops at a relative residual of 1e-6 in both precisions, which leaves 1e-5 in the
+# coefficients (of order one) after its magnification by the condition number.
+TOLERANCE = {jnp.float64: 5e-5, jnp.float32: 2e-4}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])

@@ -63,7 +63,7 @@ def make_filter(kind, footprint, m):
 
 
 # Both are sums of the same rounded terms, in another order.
-THEOREM = {jnp.float64: 1e-9, jnp.float32: 2e-3}
+THEOREM = {jnp.float64: 1e-12, jnp.float32: 5e-5}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,6 @@ def test_theorem_1_is_the_gradient(kind, basis, psf, dtype):
         relative(explicit.angles, exact.angles),
         relative(explicit.shifts, exact.shifts),
     )
-    print("theorem", kind, dtype, errors)
     assert max(errors) < tolerance
     assert np.abs(exact.angles).min() > 0
 
@@ -181,7 +180,6 @@ def test_dense_twin(case, narrow):
         relative(cost[:, None], case.cost[:, None]),
         relative(gradient, case.gradient),
     )
-    print("twin", errors)
     assert max(errors) < 1e-9
 
 
@@ -197,7 +195,6 @@ def test_spline_converges_with_its_order(case):
         cost, gradient = case.ours(image_filter)
         errors.append([rms(cost - case.cost), rms(gradient - case.gradient)])
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
-    print("orders", orders, errors)
     assert (orders[:, 0] > 3.5).all()
     assert (orders[:, 1] > 2.6).all()
 
@@ -237,7 +234,6 @@ def test_cost_is_the_distance_of_images():
             value = float(cost(volume, images[p], where))
             exact = 0.5 * float(jnp.sum((images[p] - seen[p]) ** 2))
             energy = 0.5 * float(jnp.sum(seen[p] ** 2))
-            print("gap", tolerance, abs(value - exact) / energy)
             assert abs(value - exact) < tolerance * energy
 
 
@@ -483,12 +479,11 @@ def test_exact_poses_stay(scene):
     config = scene.config(iterations=30)
     poses, _ = scene.run(scene.truth, config)
     angle, shift = scene.errors(poses)
-    print("stay", angle.max(), shift.max())
     # The minimum of (34) is off that of 1/2 ||g - Hc||^2 by the gradient of the gap of
     # pixel sums and of the spline's error (both about 3e-2, or 5e-6 of the energy)
     # divided by the smallest curvature, some hundreds: 1e-4 radians.
-    assert angle.max() < 0.05
-    assert shift.max() < 2e-3
+    assert angle.max() < 0.02
+    assert shift.max() < 5e-4
 
 
 def test_small_errors_are_undone(scene):
@@ -496,10 +491,10 @@ def test_small_errors_are_undone(scene):
     config = scene.config(iterations=40)
     poses, _ = scene.run(start, config)
     before, after = scene.errors(start), scene.errors(poses)
-    print("undone", before, after)
     np.testing.assert_allclose(before[0], 2.0, rtol=1e-6)
-    assert after[0].max() < 0.5 and np.median(after[0]) < 0.2
-    assert after[1].max() < 0.03
+    # Down to the bounds of the test above.
+    assert after[0].max() < 0.02
+    assert after[1].max() < 5e-4
 
 
 @pytest.mark.parametrize("frozen", ["angles", "shifts"])
@@ -520,6 +515,8 @@ def test_single_precision(scene):
     poses, info = single.run(start, single.config(iterations=40))
     floats = [x for x in jax.tree.leaves((poses, info)) if x.dtype.kind == "f"]
     assert all(leaf.dtype == jnp.float32 for leaf in floats)
+    # A cost is known to 1e-6 of the energy, hence an angle to sqrt(1e-6 E / curvature),
+    # some tenths of a degree; plain decrease stops there.
     angle, shift = single.errors(poses)
     assert angle.max() < 0.5 and shift.max() < 0.03
     assert not jnp.isnan(info.cost).any()
@@ -538,5 +535,4 @@ def test_memory_does_not_grow_with_the_particles(scene):
 
     few, many = temporary(4), temporary(44)
     voxels = 12**3 * 8
-    print("memory", few, many)
     assert many - few < 40 * voxels / 2
