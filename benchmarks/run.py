@@ -101,9 +101,16 @@ def volume_update(n: int, particles: int) -> dict[str, float]:
     return {name: value / particles for name, value in best.items()}
 
 
+def available_cores() -> int | None:
+    """Return how many cores this process may use, where the system can tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def main() -> None:
     """Run all, print and store."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     results = {
         "cores": cores,
         "machine": platform.machine(),

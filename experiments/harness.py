@@ -1,9 +1,10 @@
 """What every study shares: its configuration, its run directory, its provenance.
 
 A run directory holds ``config.json`` (the resolved configuration), ``provenance.json``
-(commit, versions, device), ``metrics.json`` (one entry per method), a checkpoint of the
-method that is running, and ``done``. The same command resumes an interrupted run; a
-finished run is not repeated; another configuration in the same directory is an error.
+(commit, versions, device), ``metrics.json`` (one entry per method), the checkpoint
+``state_METHOD.eqx`` of the method that is running, and ``done``. The same command
+resumes an interrupted run; a finished run is not repeated; another configuration in
+the same directory is an error.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,7 +26,7 @@ from jaxrefine.errors import InputError
 HERE = Path(__file__).resolve().parent
 
 
-def parse(description: str | None, presets: tuple[str, ...]) -> argparse.Namespace:
+def parse(description: str | None, presets: Sequence[str]) -> argparse.Namespace:
     """Read the command line that all studies share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="TOML file, e.g. configs/X.toml")
@@ -38,39 +41,71 @@ def parse(description: str | None, presets: tuple[str, ...]) -> argparse.Namespa
     return parser.parse_args()
 
 
-def resolve(options: argparse.Namespace) -> dict:
-    """Merge the file, the preset and ``--set`` into one flat configuration."""
+def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
+    """Merge the file, the preset and ``--set`` into one flat configuration.
+
+    A map given by ``--volume`` brings its own ``size``.
+
+    Raises
+    ------
+    InputError
+        If the file or the map cannot be used, if a required key is missing, or if
+        ``--set`` names an unknown key or gives a value of another type.
+    """
     path = options.config
     if not path.exists():
         path = HERE / options.config
     if not path.exists():
         raise InputError(f"{options.config} does not exist, here or in {HERE}.")
     try:
-        config = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
         raise InputError(f"{path} is not a TOML file: {error}.") from error
     presets = config.pop("preset", {})
     if options.preset not in presets:
         raise InputError(f"{path} has no preset {options.preset}.")
     config |= presets[options.preset]
+    missing = [key for key in required if key not in config]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}.")
     for override in options.overrides:
         key, _, value = override.partition("=")
         if key not in config:
             names = ", ".join(sorted(config))
             raise InputError(f"--set knows {names}, not {key}.")
         try:
-            config[key] = tomllib.loads(f"value = {value}")["value"]
+            given = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"--set {override} is not KEY=VALUE.") from error
+        try:
+            config[key] = _as_type_of(config[key], given)
+        except TypeError:
+            example = json.dumps(config[key])
+            raise InputError(
+                f"--set {override} wants a value of the type of {example}."
+            ) from None
     config["config"] = path.stem
     config["preset"] = options.preset
     if options.volume is None:
         config["map"] = "built-in phantom (stand-in for the real map)"
     else:
-        io.read_mrc(options.volume)
+        config["size"] = io.read_mrc(options.volume)[0].shape[0]
         config["map"] = options.volume.name
         config["map_sha256"] = hashlib.sha256(options.volume.read_bytes()).hexdigest()
     return config
+
+
+def _as_type_of(old: Any, new: Any) -> Any:
+    """Return the new value with the type of the old, or raise ``TypeError``."""
+    if isinstance(old, float) and type(new) is int:
+        return float(new)
+    if type(new) is not type(old):
+        raise TypeError
+    if isinstance(old, list) and old:
+        return [_as_type_of(old[0], entry) for entry in new]
+    return new
 
 
 def open_run(options: argparse.Namespace, config: dict) -> Path:
@@ -93,7 +128,7 @@ def open_run(options: argparse.Namespace, config: dict) -> Path:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder nor a run; name another --out.")
     else:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         io.write_json(stored, config)
     return out
 
@@ -124,16 +159,35 @@ def write_provenance(out: Path) -> None:
 
 
 def read_metrics(out: Path) -> dict:
-    """Return what the run has measured so far, by method."""
+    """Return what the run has measured so far, by method, with NaN for null."""
     path = out / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _with_nans(json.loads(path.read_text())) if path.exists() else {}
 
 
-def main(study) -> int:
-    """Run a study's function; turn bad input into a sentence and exit code 2."""
+def _with_nans(content: Any) -> Any:
+    """Undo what `io.write_json` does to NaN."""
+    if isinstance(content, dict):
+        return {key: _with_nans(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_nans(value) for value in content]
+    return float("nan") if content is None else content
+
+
+def main(study: Callable[[], None]) -> int:
+    """Run a study's function; return the exit code.
+
+    Bad input ends with a sentence and code 2, an interruption with code 130.
+    """
+    program = Path(sys.argv[0]).name
     try:
         study()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{program}: The system refused: {error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
     return 0

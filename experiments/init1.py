@@ -11,6 +11,7 @@ prints a table, and stores it with curves and pictures in the run directory.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, kbwf, metrics, plots, simulate, study
+from jaxrefine.demo import rc_text
 from jaxrefine.geometry import Poses
 from jaxrefine.progress import Bars
 from jaxrefine.refine import RefineConfig, Schedule, paper_preset, released_preset
 
 PRESETS = ("smoke", "small", "cpu", "paper")
+
+KEYS = (
+    "title",
+    "seed",
+    "size",
+    "particles",
+    "sigma",
+    "max_angle_error",
+    "max_shift",
+    "initial_blur",
+    "paper_iterations",
+    "released_iterations",
+    "paper_step_scales",
+    "batch_size",
+)
+"""What the configuration must say."""
 
 
 class Method(NamedTuple):
@@ -41,8 +59,9 @@ class Method(NamedTuple):
 def methods(config: dict) -> dict[str, Method]:
     """Return every way of reconstructing, by name."""
     true, initial = (lambda data: data.truth), (lambda data: data.initial)
-    paper = paper_preset(config["sigma"], config["paper_iterations"])
-    released = released_preset(config["released_iterations"])
+    batch = config["batch_size"]
+    paper = paper_preset(config["sigma"], config["paper_iterations"], batch)
+    released = released_preset(config["released_iterations"], batch)
     chosen = {
         "oracle (paper)": Method(true, False, paper),
         "oracle (released)": Method(true, False, released),
@@ -76,6 +95,7 @@ def prepare(config: dict, volume: Path | None) -> study.Study:
         max_shift=config["max_shift"],
         max_angle_error=config["max_angle_error"],
         sigma=config["sigma"],
+        batch_size=config["batch_size"],
     )
     initial_map = simulate.blur(truth, config["initial_blur"])
     return study.prepare(truth, dataset, initial_map)
@@ -85,16 +105,15 @@ def run_method(
     name: str,
     case: study.Study,
     method: Method,
-    out: Path,
+    checkpoint: Path,
     bars: Bars,
 ) -> study.Outcome:
-    """Run one method, from its checkpoint if there is one."""
+    """Run one method, from its own checkpoint if there is one."""
     settings = method.settings
     if not method.refines:
         poses = method.poses(case.dataset)
         bar = bars.next(name, settings.iterations)
         return study.reconstruct_from(case, poses, settings, bar)
-    checkpoint = out / "state.eqx"
     state = study.initial_state(case)
     history = []
     if checkpoint.exists():
@@ -125,12 +144,14 @@ def entry(outcome: study.Outcome) -> dict:
 def table(results: dict) -> str:
     """Return the results as a Markdown table."""
     head = (
-        "| method | mean FSC | r_c (shells) | angle error, median (deg) | p90 | "
-        "within 10 deg | shift error, median (px) | wall (s) |\n"
-        "|---|---|---|---|---|---|---|---|"
+        "| method | mean FSC | mean FSC, aligned | r_c (shells) | "
+        "angle error, median (deg) | p90 | within 10 deg | "
+        "shift error, median (px) | wall (s) |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     rows = [
-        f"| {name} | {r['mean_fsc']:.3f} | {r['rc']:.1f} "
+        f"| {name} | {r['mean_fsc']:.3f} | {r['mean_fsc_aligned']:.3f} "
+        f"| {rc_text(r['rc'], len(r['fsc']) - 1)} "
         f"| {r['angle_error_deg_median']:.2f} | {r['angle_error_deg_p90']:.1f} "
         f"| {100 * r['fraction_within_10_deg']:.1f} % "
         f"| {r['shift_error_px_median']:.3f} | {r['wall_s']:.0f} |"
@@ -172,15 +193,16 @@ def draw(config: dict, case: study.Study, results: dict, kept: dict, out: Path) 
 def _worth_showing(results: dict) -> list[str]:
     """Choose the curves of a picture: of the other step scales, only the best."""
     scaled = [name for name in results if "steps x" in name]
-    best = max(scaled, key=lambda name: results[name]["mean_fsc"])
-    joint = ["joint (released)", "joint (paper)", best]
-    return ["oracle (paper)", "oracle (released)", "unrefined (paper)", *joint]
+    best = sorted(scaled, key=lambda name: results[name]["mean_fsc"])[-1:]
+    chosen = ["oracle (paper)", "oracle (released)", "unrefined (paper)"]
+    chosen += ["joint (released)", "joint (paper)", *best]
+    return [name for name in chosen if name in results]
 
 
 def main() -> None:
     """Run what is left of the study, then print and draw it."""
     options = harness.parse(__doc__, PRESETS)
-    config = harness.resolve(options)
+    config = harness.resolve(options, KEYS)
     out = harness.open_run(options, config)
     results = harness.read_metrics(out)
     if not (out / "done").exists():
@@ -198,19 +220,24 @@ def run(config: dict, volume: Path | None, out: Path, results: dict) -> None:
     kept = {}
     with Bars() as bars:
         for name, method in methods(config).items():
-            file = out / f"{name.replace(' ', '_')}.eqx"
-            if name in results:
-                kept[name], _ = io.load_checkpoint(file, like)
-                continue
-            outcome = run_method(name, case, method, out, bars)
-            kept[name] = (jnp.asarray(outcome.volume), outcome.errors)
-            io.save_checkpoint(file, kept[name], {"method": name})
-            results[name] = entry(outcome)
-            io.write_json(out / "metrics.json", results)
-            (out / "state.eqx").unlink(missing_ok=True)
+            file = out / f"{slug(name)}.eqx"
+            checkpoint = out / f"state_{slug(name)}.eqx"
+            if name not in results:
+                outcome = run_method(name, case, method, checkpoint, bars)
+                arrays = (jnp.asarray(outcome.volume), outcome.errors)
+                io.save_checkpoint(file, arrays, {"method": name})
+                results[name] = entry(outcome)
+                io.write_json(out / "metrics.json", results)
+            kept[name], _ = io.load_checkpoint(file, like)
+            checkpoint.unlink(missing_ok=True)
     draw(config, case, results, kept, out)
-    (out / "table.md").write_text(table(results) + "\n")
+    (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
     (out / "done").touch()
+
+
+def slug(name: str) -> str:
+    """Return a method's name as a file's: "joint (paper)" is ``joint_paper``."""
+    return re.sub(r"[^a-z0-9-]+", "_", name.lower()).strip("_")
 
 
 if __name__ == "__main__":

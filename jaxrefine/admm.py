@@ -30,6 +30,8 @@ from jaxrefine._types import Images, Scalar, VectorField, Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.spatial import Footprint, ImageFilter, backproject
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 class DataTerm(eqx.Module):
     r"""The quadratic :math:`\tfrac12\|g - Hc\|^2` at fixed poses.
@@ -54,8 +56,8 @@ class DataTerm(eqx.Module):
     def value(self, coefficients: Volume, normal_coefficients: Volume) -> Scalar:
         """Return the data term, given ``c`` and ``H^T H c``."""
         return (
-            0.5 * jnp.vdot(coefficients, normal_coefficients)
-            - jnp.vdot(coefficients, self.backprojection)
+            0.5 * jnp.vdot(coefficients, normal_coefficients, precision=_HIGHEST)
+            - jnp.vdot(coefficients, self.backprojection, precision=_HIGHEST)
             + self.energy
         )
 
@@ -213,7 +215,8 @@ def step(
         primal_residual=norm(slack.ravel()),
         dual_residual=rho * norm(tv.gradient_adjoint(after - u).ravel()),
         nonnegativity_residual=norm((c - v).ravel()) if nonnegative else zero,
-        cg_residual=norm(residual.ravel()) / norm(right.ravel()),
+        cg_residual=norm(residual.ravel())
+        / jnp.maximum(norm(right.ravel()), jnp.finfo(right.dtype).tiny),
     )
     return new, info
 

@@ -1,9 +1,11 @@
 """The command line: ``jaxrefine COMMAND``.
 
-Bad input ends with one sentence on standard error and exit code 2.
+Bad input ends with one sentence on standard error and exit code 2, an interruption
+with exit code 130.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,13 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except InputError as error:
         print(f"jaxrefine {options.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader has gone, as in ``| head``; Python's last flush must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        sentence = f"Cannot use {error.filename}: {error.strerror}."
+        sentence = f"The system refused: {error}."
         print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -73,6 +83,7 @@ _DEMO_HELP = {
     "initial_blur": "the initial map is the truth blurred by this many voxels",
     "seed": "seed of everything random",
     "preset": "settings of the refinement",
+    "batch_size": "particles computed at once; memory grows with it",
 }
 
 
@@ -98,6 +109,9 @@ def _add_fsc(commands) -> None:
 
 
 def _run_fsc(options: argparse.Namespace) -> None:
+    for path in (options.json, options.png):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"Cannot write {path}: {path.parent} is not a folder.")
     a, voxel = io.read_mrc(options.a)
     b, other = io.read_mrc(options.b)
     if a.shape != b.shape:
@@ -130,17 +144,16 @@ def _run_fsc(options: argparse.Namespace) -> None:
         )
         for threshold in (0.5, 0.143)
     }
-    print("# shell  resolution_A  fsc")
-    for shell, value in enumerate(curve):
-        period = n * voxel / shell if shell else float("inf")
-        print(f"{shell:7d}  {period:12.3f}  {value:.6f}")
-    for threshold, resolution in resolutions.items():
-        print(f"# resolution at FSC {threshold}: {resolution:.2f} A")
+    reaches_nyquist = {
+        threshold: bool(np.all(curve[1:] >= float(threshold)))
+        for threshold in resolutions
+    }
     if options.json is not None:
         content = {
             "fsc": curve.tolist(),
             "mean_fsc": float(metrics.mean_fsc(correlation)),
             "resolution_in_angstroms": resolutions,
+            "reaches_nyquist": reaches_nyquist,
             "voxel_size_in_angstroms": voxel,
             "mask": str(options.mask) if options.mask else None,
         }
@@ -150,6 +163,15 @@ def _run_fsc(options: argparse.Namespace) -> None:
         if options.mask is not None:
             caption += f", mask {options.mask}"
         plots.fsc_curves(options.png, {"FSC": curve}, n, voxel, caption)
+    print("# shell  resolution_A  fsc")
+    for shell, value in enumerate(curve):
+        period = n * voxel / shell if shell else float("inf")
+        print(f"{shell:7d}  {period:12.3f}  {value:.6f}")
+    for threshold, resolution in resolutions.items():
+        text = f"{resolution:.2f} A"
+        if reaches_nyquist[threshold]:
+            text = f"better than {text} (Nyquist)"
+        print(f"# resolution at FSC {threshold}: {text}")
 
 
 if __name__ == "__main__":

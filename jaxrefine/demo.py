@@ -1,8 +1,8 @@
 """The demonstration: simulate the built-in phantom, refine it, show what came of it."""
 
 import platform
-import resource
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +15,11 @@ from jaxrefine import io, metrics, plots, progress, simulate, study
 from jaxrefine.errors import InputError
 from jaxrefine.refine import RefineConfig, paper_preset, released_preset
 
-PRESETS = {"paper": paper_preset, "released": lambda sigma: released_preset()}
-"""Settings by name: functions of the noise's standard deviation."""
+PRESETS: dict[str, Callable[[float, int], RefineConfig]] = {
+    "paper": lambda sigma, batch: paper_preset(sigma, batch_size=batch),
+    "released": lambda sigma, batch: released_preset(batch_size=batch),
+}
+"""Settings by name, from the noise's standard deviation and the batch size."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class DemoConfig:
     """What the demonstration simulates, and how it refines.
 
     Lengths are voxels, angles radians; ``sigma`` is the noise's standard deviation
-    where the phantom's peak density is one.
+    where the phantom's peak density is one. ``batch_size`` particles are computed at
+    once: memory grows with it.
     """
 
     size: int = 40
@@ -35,10 +39,14 @@ class DemoConfig:
     initial_blur: float = 3.0
     seed: int = 0
     preset: str = "released"
+    batch_size: int = 8
 
 
 def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     """Run the demonstration and write maps, pictures and ``summary.json``.
+
+    ``settings.json`` comes first and marks the folder as a demo's own, so that an
+    interrupted demo can be repeated there; ``summary.json`` comes last.
 
     Parameters
     ----------
@@ -58,6 +66,8 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     """
     _check(config, out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)
+    io.write_json(out / "settings.json", asdict(config))
     begin = time.perf_counter()
     phantom_key, data_key = jax.random.split(jax.random.key(config.seed))
     truth = simulate.phantom(phantom_key, config.size)
@@ -68,10 +78,11 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
         max_shift=config.max_shift,
         max_angle_error=config.max_angle_error,
         sigma=config.sigma,
+        batch_size=config.batch_size,
     )
     initial_map = simulate.blur(truth, config.initial_blur)
     case = study.prepare(truth, dataset, initial_map)
-    settings: RefineConfig = PRESETS[config.preset](config.sigma)
+    settings = PRESETS[config.preset](config.sigma, config.batch_size)
 
     count = settings.iterations
     with progress.Bars() as bars:
@@ -110,7 +121,7 @@ def _check(config: DemoConfig, out: Path) -> None:
     if config.preset not in PRESETS:
         names = ", ".join(PRESETS)
         raise InputError(f"The preset is one of {names}, not {config.preset}.")
-    for name, least in (("size", 16), ("particles", 2)):
+    for name, least in (("size", 16), ("particles", 2), ("batch_size", 1)):
         if getattr(config, name) < least:
             value = getattr(config, name)
             raise InputError(f"{name} wants a value of at least {least}, not {value}.")
@@ -122,9 +133,11 @@ def _check(config: DemoConfig, out: Path) -> None:
         if not 0 <= getattr(config, name) < float("inf"):
             value = getattr(config, name)
             raise InputError(f"{name} wants a value of at least 0, not {value}.")
+    if not 0 <= config.seed < 2**31:
+        raise InputError(f"seed wants a value from 0 to 2^31 - 1, not {config.seed}.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; a folder to write to is wanted.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").exists():
         raise InputError(
             f"{out} holds files that are not a demo's; name a new or an empty folder."
         )
@@ -136,7 +149,9 @@ def _summarise(outcomes: dict[str, study.Outcome], initial) -> dict[str, Any]:
     for name, outcome in outcomes.items():
         row = outcome.row()
         summary[f"mean_fsc_{name}"] = row["mean_fsc"]
+        summary[f"mean_fsc_aligned_{name}"] = row["mean_fsc_aligned"]
         summary[f"rc_{name}"] = row["rc"]
+    summary["gauge_rotation_deg_joint"] = outcomes["joint"].row()["gauge_rotation_deg"]
     start = metrics.summarise(initial)
     end = metrics.summarise(outcomes["joint"].errors)
     for figure in ("median", "p90"):
@@ -174,18 +189,30 @@ def _draw(config, dataset, case, maps, outcomes, out: Path) -> None:
         plots.error_histograms(out / file, errors, unit, caption)
 
 
-def peak_rss_mib() -> float:
-    """Return the most memory this process has held, in MiB."""
+def peak_rss_mib() -> float | None:
+    """Return the most memory this process has held, in MiB, where Python can tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def report(summary: dict) -> str:
     """Return the summary's figures as lines for a reader."""
-    lines = [f"{'':>12}  mean FSC     r_c"]
+    lines = [f"{'':>12}  mean FSC  aligned     r_c"]
+    nyquist = summary["settings"]["size"] // 2
     for name in ("oracle", "joint", "unrefined"):
-        mean, rc = summary[f"mean_fsc_{name}"], summary[f"rc_{name}"]
-        lines.append(f"{name:>12}  {mean:8.3f}  {rc:6.1f}")
+        mean, aligned = (
+            summary[f"{f}_{name}"] for f in ("mean_fsc", "mean_fsc_aligned")
+        )
+        rc = rc_text(summary[f"rc_{name}"], nyquist)
+        lines.append(f"{name:>12}  {mean:8.3f}  {aligned:7.3f}  {rc:>6}")
+    lines.append(
+        "aligned: without the motion of the whole map that the poses imply, for joint "
+        f"a rotation of {summary['gauge_rotation_deg_joint']:.2f} degrees"
+    )
     median = summary["angle_error_deg_median_init"]
     lines.append(
         f"median angle error {median:.1f} -> "
@@ -193,7 +220,12 @@ def report(summary: dict) -> str:
         f"{100 * summary['fraction_within_10_deg']:.1f} % within 10 degrees, "
         f"median shift error {summary['shift_error_px_median']:.2f} pixels"
     )
-    lines.append(
-        f"{summary['wall_s']:.0f} s, at most {summary['peak_rss_mib']:.0f} MiB"
-    )
+    peak = summary["peak_rss_mib"]
+    memory = "" if peak is None else f", at most {peak:.0f} MiB"
+    lines.append(f"{summary['wall_s']:.0f} s{memory}")
     return "\n".join(lines)
+
+
+def rc_text(rc: float, nyquist: int) -> str:
+    """Return ``r_c`` for a table; a curve that never crosses gives a lower bound."""
+    return f"≥ {rc:.1f}" if rc >= nyquist else f"{rc:.1f}"

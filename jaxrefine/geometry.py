@@ -181,6 +181,7 @@ def uniform_rotations(
     return _quaternion_to_matrix(quaternion / norm)
 
 
+@eqx.filter_jit
 def equidistributed_angles(
     key: PRNGKeyArray, count: int, dtype: jax.typing.DTypeLike = float
 ) -> Float[Array, "count 3"]:

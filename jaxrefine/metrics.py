@@ -108,6 +108,61 @@ class PoseErrors(eqx.Module):
     shift_in_pixels: Float[Array, " particles"]
 
 
+@final
+class Motion(eqx.Module):
+    """The rigid motion of a map that brings its poses to the true ones.
+
+    Attributes
+    ----------
+    rotation
+        Global rotation ``G``: the map that fits the true poses is ``V(G (x - d))``.
+    translation
+        Global translation ``d``, in voxels.
+    aligned
+        The rotations ``R_p G``.
+    """
+
+    rotation: Float[Array, "3 3"]
+    translation: Float[Array, "3"]
+    aligned: Float[Array, "particles 3 3"]
+
+
+@eqx.filter_jit
+def align_poses(
+    angles: Float[Array, "particles 3"],
+    shifts: Float[Array, "particles 2"],
+    true_angles: Float[Array, "particles 3"],
+    true_shifts: Float[Array, "particles 2"],
+) -> Motion:
+    r"""Find the rigid motion of the map that poses leave undetermined.
+
+    A map that is rotated and moved fits the same images with other poses:
+
+    .. math:: R_p G \approx R_p^\star, \qquad t_p - t_p^\star \approx M_p d
+
+    with :math:`M_p` the first two rows of :math:`R_p G`, so that the result does not
+    depend on the frame of the poses under test. ``G`` is robust to outliers, ``d`` is
+    the least-squares solution. The hand is taken as given.
+
+    Parameters
+    ----------
+    angles, true_angles
+        (rot, tilt, psi) in radians.
+    shifts, true_shifts
+        (x, y) in pixels.
+    """
+    rotations = geometry.euler_to_matrix(angles)
+    true_rotations = geometry.euler_to_matrix(true_angles)
+    rotation = geometry.align_rotations(rotations, true_rotations)
+    aligned = jnp.matmul(rotations, rotation, precision=_HIGHEST)
+    rows, difference = aligned[:, :2], shifts - true_shifts
+    gram = jnp.einsum("pix,piy->xy", rows, rows, precision=_HIGHEST)
+    moment = jnp.einsum("pix,pi->x", rows, difference, precision=_HIGHEST)
+    inverse = jnp.linalg.pinv(gram, hermitian=True)
+    translation = jnp.matmul(inverse, moment, precision=_HIGHEST)
+    return Motion(rotation, translation, aligned)
+
+
 @eqx.filter_jit
 def pose_errors(
     angles: Float[Array, "particles 3"],
@@ -117,13 +172,7 @@ def pose_errors(
 ) -> PoseErrors:
     r"""Compare poses with the true ones, up to a rigid motion of the map.
 
-    A map that is rotated and moved fits the same images with other poses, so the best
-    global rotation G is applied first, and the least-squares translation d is removed:
-
-    .. math:: R_p G \approx R_p^\star, \qquad t_p - t_p^\star \approx M_p d
-
-    with :math:`M_p` the first two rows of :math:`R_p G`. Taken from the poses under
-    test rather than the true ones, they make the errors exactly invariant.
+    The motion is that of `align_poses`. A map of the other hand counts as wrong.
 
     Parameters
     ----------
@@ -137,20 +186,13 @@ def pose_errors(
     errors
         The geodesic distance of each rotation and the length of each remaining shift.
     """
-    rotations = geometry.euler_to_matrix(angles)
+    motion = align_poses(angles, shifts, true_angles, true_shifts)
+    aligned, difference = motion.aligned, shifts - true_shifts
     true_rotations = geometry.euler_to_matrix(true_angles)
-    motion = geometry.align_rotations(rotations, true_rotations)
-    aligned = jnp.matmul(rotations, motion, precision=_HIGHEST)
     angle = geometry.geodesic_distance(aligned, true_rotations)
-
-    rows = aligned[:, :2]
-    difference = shifts - true_shifts
-    gram = jnp.einsum("pix,piy->xy", rows, rows, precision=_HIGHEST)
-    moment = jnp.einsum("pix,pi->x", rows, difference, precision=_HIGHEST)
-    inverse = jnp.linalg.pinv(gram, hermitian=True)
-    translation = jnp.matmul(inverse, moment, precision=_HIGHEST)
-    remainder = difference - jnp.matmul(rows, translation, precision=_HIGHEST)
-    return PoseErrors(jnp.rad2deg(angle), jnp.linalg.norm(remainder, axis=-1))
+    moved = jnp.matmul(aligned[:, :2], motion.translation, precision=_HIGHEST)
+    shift = jnp.linalg.norm(difference - moved, axis=-1)
+    return PoseErrors(jnp.rad2deg(angle), shift)
 
 
 def summarise(errors: PoseErrors) -> dict[str, float]:

@@ -7,9 +7,11 @@ Each term is supported in a tube of radius ``2a`` around the viewing direction, 
 only that tube is visited.
 
 Exactness: a convolution by construction, and equal to :math:`H^T H` where the sum over
-pixels equals the integral. At unit pixel spacing the two differ by up to 1e-3 of the
-kernel's peak for the paper's window; the same kernel is used by the volume update and
-by the pose update, so the joint cost is one function.
+pixels equals the integral and the projections lie inside the images. At unit pixel
+spacing the two differ by up to 1.5e-3 of the kernel's peak for the paper's window;
+what a map projects beyond the images' edge is counted here although no pixel sees it.
+The volume update and the pose update use the same kernel, so the joint cost is one
+function.
 
 The transfer (the kernel's DFT on the padded grid) is *not* non-negative although the
 operator is positive semi-definite: it is never clipped nor divided by.

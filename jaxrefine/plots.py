@@ -1,7 +1,8 @@
 """Pictures for reports: slices, resolution curves, pose errors, particles.
 
-Each function writes one PNG and returns nothing. Figures are made without pyplot, so
-that no backend is chosen and no global state is touched.
+Each function writes one PNG, whatever the suffix of its path, and returns nothing.
+Figures are made without pyplot, so that no backend is chosen and no global state is
+touched.
 """
 
 import itertools
@@ -57,7 +58,7 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     bar = figure.colorbar(shown, ax=grid, shrink=0.8, aspect=30, extend="both")
     bar.set_label("density", size=_TEXT_SIZE)
     bar.ax.tick_params(labelsize=_TEXT_SIZE - 2)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def fsc_curves(
@@ -111,7 +112,7 @@ def fsc_curves(
         above.set_xticks(shells, [f"{float(period):.3g}" for period in periods])
         above.tick_params(labelsize=_TEXT_SIZE - 1)
         above.set_xlabel("resolution (Å)", size=_TEXT_SIZE)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def error_histograms(
@@ -153,7 +154,7 @@ def error_histograms(
     axes.set_ylim(bottom=0)
     beyond = f"; last bin: all beyond {end:g}" if largest > end else ""
     _label(axes, unit_label + beyond, "density of particles")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def convergence(
@@ -170,7 +171,7 @@ def convergence(
         axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "outer iteration", unit_label)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def image_gallery(
@@ -196,7 +197,7 @@ def image_gallery(
         axes.set_title(f"particle {index + 1}", size=_TEXT_SIZE - 1)
     for axes in grid[count:]:
         axes.set_axis_off()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _figure(width: float, height: float, caption: str) -> Figure:

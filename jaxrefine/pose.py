@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine import normal
+from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.geometry import Poses, projection_jacobian
 from jaxrefine.interpolate import RadialSeries, Spline2D
@@ -229,7 +230,13 @@ def backtrack(
 def descend(
     terms: MapTerms, particle: Particle, pose: Poses, config: PoseConfig
 ) -> tuple[Poses, PoseInfo]:
-    """Refine one pose by Algorithm 3: the angles, then the shift, ``K_GD`` times."""
+    """Refine one pose by Algorithm 3: the angles, then the shift, ``K_GD`` times.
+
+    The line searches leave the constant ``||g||^2 / 2`` out of the cost: in single
+    precision the noise's energy would hide the changes that they look for.
+    """
+    energy = particle.energy
+    particle = Particle(particle.filtered, jnp.zeros_like(energy))
 
     def move(pose: Poses, _):
         before, gradient = particle_cost_and_gradient(terms, particle, pose)
@@ -262,7 +269,7 @@ def descend(
     pose, (before, after, *searches) = jax.lax.scan(
         move, pose, None, length=config.iterations
     )
-    return pose, PoseInfo(before[0], after[-1], *searches)
+    return pose, PoseInfo(before[0] + energy, after[-1] + energy, *searches)
 
 
 @eqx.filter_jit
@@ -291,8 +298,8 @@ def run(
 
     Returns
     -------
-    The new poses, none of which has a higher cost than before, and the information of
-    every particle.
+    The new poses, none of which has a higher cost than before (to rounding), and the
+    information of every particle.
     """
     terms = map_terms(footprint, coefficients)
     config = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), config)
@@ -301,4 +308,4 @@ def run(
         image, pose = image_and_pose
         return descend(terms, particle(image_filter, image), pose, config)
 
-    return jax.lax.map(refine_one, (images, poses), batch_size=config.batch_size)
+    return map_over_particles(refine_one, (images, poses), config.batch_size)

@@ -22,7 +22,7 @@ class Bars:
 
     def next(
         self, name: str, iterations: int, done: int = 0
-    ) -> Callable[[Any, dict[str, float]], None]:
+    ) -> Callable[[Any, dict[str, int | float]], None]:
         """Open the bar of the next run, and return what moves it."""
         if self._bar is not None:
             self._bar.close()
@@ -30,7 +30,7 @@ class Bars:
             desc=f"{name:>28}", total=iterations, initial=done, file=sys.stderr
         )
 
-        def advance(state: Any, row: dict[str, float]) -> None:
+        def advance(state: Any, row: dict[str, int | float]) -> None:
             del state
             shown = {"FSC": f"{row['mean_fsc']:.3f}"}
             if "angle_error_deg_median" in row:

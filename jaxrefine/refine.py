@@ -11,6 +11,7 @@ released code; what the paper leaves open is said where it is chosen.
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -56,14 +57,14 @@ class RefineConfig(eqx.Module):
     regulariser
         Prior on the gradient of the coefficients.
     rho_nonnegative
-        Penalty of the constraint ``c >= 0``; None leaves the sign free. With it the
-        coefficients that enter the pose update are clipped at zero.
+        Penalty of the constraint ``c >= 0``; None leaves the sign free. With it every
+        volume update ends by clipping what is left of negative coefficients.
     eta
         Factor by which a rejected pose step shrinks.
     iterations
         Outer iterations.
-    admm_iterations, cg_iterations
-        Inner iterations of the volume update.
+    admm_iterations, cg_iterations, cg_tolerance
+        Inner iterations of the volume update, and where the innermost stop.
     pose_iterations, max_trials
         Inner iterations of the pose update, and steps tried in a line search.
     poses_first
@@ -84,6 +85,7 @@ class RefineConfig(eqx.Module):
     iterations: int = eqx.field(static=True, default=20)
     admm_iterations: int = eqx.field(static=True, default=5)
     cg_iterations: int = eqx.field(static=True, default=20)
+    cg_tolerance: float = eqx.field(static=True, default=1e-4)
     pose_iterations: int = eqx.field(static=True, default=3)
     max_trials: int = eqx.field(static=True, default=10)
     poses_first: bool = eqx.field(static=True, default=False)
@@ -98,6 +100,7 @@ class RefineConfig(eqx.Module):
             self.rho_nonnegative,
             iterations=self.admm_iterations,
             cg_iterations=self.cg_iterations,
+            cg_tolerance=self.cg_tolerance,
         )
 
     def pose_update(self, iteration: Int[Array, ""]) -> pose.PoseConfig:
@@ -112,7 +115,9 @@ class RefineConfig(eqx.Module):
         )
 
 
-def paper_preset(sigma: float, iterations: int = 20) -> RefineConfig:
+def paper_preset(
+    sigma: float, iterations: int = 20, batch_size: int = 8
+) -> RefineConfig:
     """Return the settings of the paper's section IV-C.
 
     ``K_ADMM = 5``, ``K_GD = 3``, ``alpha_theta = 1e-7``, ``alpha_t = 1e-5``,
@@ -126,23 +131,34 @@ def paper_preset(sigma: float, iterations: int = 20) -> RefineConfig:
         Standard deviation of the noise in a pixel.
     iterations
         Outer iterations; about 20 in Fig. 8.
+    batch_size
+        Particles at a time.
+
+    Raises
+    ------
+    InputError
+        If sigma is not positive.
     """
+    if not sigma > 0:
+        raise InputError(f"the noise's sigma wants to be positive, not {sigma}")
     return RefineConfig(
         lam=Schedule(3.0 * sigma),
         rho=Schedule(300.0 * sigma),
         angle_step=Schedule(1e-7),
         shift_step=Schedule(1e-5),
         iterations=iterations,
+        batch_size=batch_size,
     )
 
 
-def released_preset(iterations: int = 10) -> RefineConfig:
+def released_preset(iterations: int = 10, batch_size: int = 8) -> RefineConfig:
     """Return the settings of the authors' released demo (noise sigma 0.1).
 
     Anisotropic TV and non-negativity, geometric schedules of lambda, rho and of the
     steps, the poses before the volume, at most four line-search trials, multipliers
-    reset in every outer iteration. What the released code computes by finite
-    differences of ``||g - H c||^2`` is here the explicit gradient of half of it, so
+    reset in every outer iteration. Not taken over are its mask, its circular
+    differences and its TV-regularised initial coefficients. What it computes by finite
+    differences of ``||g - H c||^2`` is here the explicit gradient of half of that, so
     its steps (1e-4 and 1e-3, growing by 1.7) are doubled.
     """
     growth = 1.7 ** (iterations - 1)
@@ -157,6 +173,7 @@ def released_preset(iterations: int = 10) -> RefineConfig:
         max_trials=4,
         poses_first=True,
         keep_duals=False,
+        batch_size=batch_size,
     )
 
 
@@ -192,7 +209,8 @@ class Problem(eqx.Module):
 
 
 def init(poses: Poses, coefficients: Volume) -> RefineState:
-    """Start from given poses and coefficients."""
+    """Start from given poses and coefficients, in the coefficients' precision."""
+    poses = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), poses)
     return RefineState(poses, admm.init(coefficients), jnp.zeros((), jnp.int32))
 
 
@@ -224,6 +242,9 @@ def _update_volume(
     if not config.keep_duals:
         start = admm.init(start.coefficients)
     volume, info = admm.run(start, data, settings, config.regulariser)
+    if config.rho_nonnegative is not None:
+        feasible = jnp.maximum(volume.coefficients, 0.0)
+        volume = eqx.tree_at(lambda v: v.coefficients, volume, feasible)
     return eqx.tree_at(lambda s: s.volume, state, volume), info
 
 
@@ -234,7 +255,7 @@ def update_poses(
     poses, info = pose.run(
         state.poses,
         problem.images,
-        final_coefficients(state, config),
+        state.volume.coefficients,
         problem.footprint,
         problem.image_filter,
         config.pose_update(state.iteration),
@@ -327,14 +348,6 @@ def reconstruct(
     return state
 
 
-def final_coefficients(state: RefineState, config: RefineConfig) -> Volume:
-    """Return the refined coefficients, clipped at zero if they are constrained."""
-    coefficients = state.volume.coefficients
-    if config.rho_nonnegative is None:
-        return coefficients
-    return jnp.maximum(coefficients, 0.0)
-
-
 def _check(state: RefineState, problem: Problem) -> None:
     """Refuse data that do not fit each other, in a sentence."""
     images, poses, c = problem.images, state.poses, state.volume.coefficients
@@ -358,6 +371,10 @@ def _check(state: RefineState, problem: Problem) -> None:
         ("shifts", poses.shifts),
         ("coefficients", c),
     ):
+        if array.dtype != c.dtype:
+            raise InputError(
+                f"{name} want the coefficients' type {c.dtype}, not {array.dtype}"
+            )
         bad = int(jnp.sum(~jnp.isfinite(array)))
         if bad:
             raise InputError(f"{name} must be finite, but {bad} of them are not")

@@ -41,7 +41,6 @@ class Dataset(eqx.Module):
     sigma: Scalar
 
 
-@eqx.filter_jit
 def make_dataset(
     key: PRNGKeyArray,
     volume: Float[Array, "z y x"],

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.fft import next_fast_len
 from scipy.special import j0
 
 from jaxrefine import kbwf, tube
@@ -70,13 +71,17 @@ def footprint(
         Optional isotropic point-spread function ``h``.
     tolerance
         Relative accuracy of the series that hold the two functions.
+
+    Raises
+    ------
+    InputError
+        If the PSF is not negligible at its stated radius.
     """
     radius = basis.radius + (psf.radius if psf is not None else 0.0)
     # From the frequency alpha / a on the spectrum is a small oscillating tail, falling
     # with the power m + 2; what is cut off here is below 1e-10 of the peak.
-    nodes, weights = np.polynomial.legendre.leggauss(800)
     limit = 10 * max(basis.taper, 20.0) / basis.radius
-    omega, weights = limit * (nodes + 1) / 2, weights * limit / 2
+    omega, weights = _quadrature(limit, periods=limit * 2 * radius / (2 * np.pi))
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         spectrum = np.asarray(kbwf.fourier_transform(basis, jnp.asarray(omega)))
     if psf is not None:
@@ -92,10 +97,29 @@ def footprint(
             return np.asarray(kbwf.xray_transform(basis, jnp.asarray(points)))
 
     profile = closed_form if psf is None else lambda r: hankel(spectrum, r)
+    centre, edge = profile(np.array([0.0, radius]))
+    if abs(edge) > 1e-4 * abs(centre):
+        raise InputError(
+            "the PSF wants a larger radius: at the edge of the footprint, "
+            f"{radius:g} pixels, there is still {abs(edge / centre):.1e} of its centre"
+        )
     return Footprint(
         radial_series(profile, radius, tolerance),
         radial_series(lambda r: hankel(spectrum**2, r), 2 * radius, tolerance),
     )
+
+
+def _quadrature(limit: float, periods: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights on ``[0, limit]`` for integrands with so many periods.
+
+    Gauss-Legendre with 32 nodes in each of as many panels as there are four periods
+    (the Bessel function's and, at most as many, the PSF's own), at least 25.
+    """
+    panels = max(25, int(np.ceil(periods / 2)))
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    edges = np.linspace(0.0, limit, panels + 1)
+    half = np.diff(edges)[:, None] / 2
+    return (edges[:-1, None] + half * (nodes + 1)).ravel(), (half * weights).ravel()
 
 
 def centred_axis(size: int, dtype) -> Float[Array, "size"]:
@@ -310,7 +334,8 @@ def spline_filter(
         of 1e-3 and 4 of 5e-5 for white noise, the roughest image there is.
     """
     margin = math.ceil(footprint.profile.radius) + 4
-    grid = nodes_per_pixel * (image_size + 2 * margin)
+    least = nodes_per_pixel * (image_size + 2 * margin)
+    grid = 2 * next_fast_len(-(-least // 2), real=True)  # pyright: ignore
     offset = centred_axis(grid, footprint.profile.coefficients.dtype) / nodes_per_pixel
     samples = footprint.profile(offset[None, :] ** 2 + offset[:, None] ** 2)
     prefilter = spline_prefilter(grid, offset.dtype)

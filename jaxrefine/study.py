@@ -16,9 +16,13 @@ import numpy as np
 from jaxrefine import kbwf, metrics
 from jaxrefine import refine as joint
 from jaxrefine._types import Volume
-from jaxrefine.geometry import Poses
+from jaxrefine.ctf import IsotropicPSF
+from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.simulate import Dataset
 from jaxrefine.spatial import footprint, spline_filter
+
+Row = dict[str, int | float]
+"""Numbers by name, as a table or a JSON file wants them."""
 
 THRESHOLD = 0.5
 """Correlation that defines ``r_c``, section V-D."""
@@ -56,35 +60,43 @@ class Outcome:
     ----------
     volume
         The map on the voxel grid.
-    curve
-        Its Fourier shell correlation with the truth.
+    curve, aligned_curve
+        Its Fourier shell correlation with the truth: as it stands, and after the rigid
+        motion that its poses have drifted by (`metrics.align_poses`) is undone.
+    gauge_rotation_deg
+        Angle of that motion.
     errors
         Errors of its poses, after global alignment.
     history
         One row of numbers per outer iteration.
     wall_s
-        Seconds from start to end, compilation included.
+        Seconds of refining, compilation included.
     """
 
     volume: np.ndarray
     curve: np.ndarray
+    aligned_curve: np.ndarray
+    gauge_rotation_deg: float
     errors: metrics.PoseErrors
-    history: list[dict[str, float]] = field(repr=False)
+    history: list[Row] = field(repr=False)
     wall_s: float
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> Row:
         """Return the numbers that stand for this outcome in a table.
 
         ``rc`` is in shells, that is in periods per box.
         """
+        aligned = resolution_row(jnp.asarray(self.aligned_curve))
         return {
             **resolution_row(jnp.asarray(self.curve)),
+            **{f"{name}_aligned": value for name, value in aligned.items()},
+            "gauge_rotation_deg": self.gauge_rotation_deg,
             **metrics.summarise(self.errors),
             "wall_s": self.wall_s,
         }
 
 
-def resolution_row(curve) -> dict[str, float]:
+def resolution_row(curve) -> Row:
     """Return the two numbers that stand for a resolution curve."""
     return {
         "mean_fsc": float(metrics.mean_fsc(curve)),
@@ -97,6 +109,7 @@ def prepare(
     dataset: Dataset,
     initial_map: Volume,
     basis: kbwf.KBWF | None = None,
+    psf: IsotropicPSF | None = None,
 ) -> Study:
     """Expand the initial map and tabulate the imaging model.
 
@@ -110,20 +123,22 @@ def prepare(
         Where every reconstruction starts.
     basis
         Basis of the reconstruction; the paper's by default.
+    psf
+        The PSF that the data set was simulated with, if any.
     """
     basis = kbwf.KBWF() if basis is None else basis
-    psi = footprint(basis)
+    psi = footprint(basis, psf)
     image_filter = spline_filter(psi, dataset.images.shape[-1])
     problem = joint.Problem(dataset.images, psi, image_filter)
     start = kbwf.expand(basis, initial_map)
     return Study(truth, dataset, start, basis, problem)
 
 
-Progress = Callable[[joint.RefineState, dict[str, float]], None]
+Progress = Callable[[joint.RefineState, Row], None]
 """Called after every outer iteration with the state and a row of numbers."""
 
 
-def _no_progress(state: joint.RefineState, row: dict[str, float]) -> None:
+def _no_progress(state: joint.RefineState, row: Row) -> None:
     del state, row
 
 
@@ -158,8 +173,7 @@ def _run(study, state, config, progress, refines_poses) -> Outcome:
     truth = study.dataset.truth
 
     def assess(state):
-        coefficients = joint.final_coefficients(state, config)
-        volume = kbwf.evaluate(study.basis, coefficients)
+        volume = kbwf.evaluate(study.basis, state.volume.coefficients)
         curve = metrics.fsc(volume, study.truth)
         errors = metrics.pose_errors(
             state.poses.angles, state.poses.shifts, truth.angles, truth.shifts
@@ -182,6 +196,21 @@ def _run(study, state, config, progress, refines_poses) -> Outcome:
 
     run = joint.refine if refines_poses else joint.reconstruct
     state = run(state, study.problem, config, record)
-    volume, curve, errors = assess(state)
     wall = time.perf_counter() - begin
-    return Outcome(np.asarray(volume), np.asarray(curve), errors, history, wall)
+    volume, curve, errors = assess(state)
+    motion = metrics.align_poses(
+        state.poses.angles, state.poses.shifts, truth.angles, truth.shifts
+    )
+    moved = kbwf.evaluate_moved(
+        study.basis, state.volume.coefficients, motion.rotation, motion.translation
+    )
+    identity = jnp.eye(3, dtype=motion.rotation.dtype)
+    return Outcome(
+        np.asarray(volume),
+        np.asarray(curve),
+        np.asarray(metrics.fsc(moved, study.truth)),
+        float(jnp.rad2deg(geodesic_distance(motion.rotation, identity))),
+        errors,
+        history,
+        wall,
+    )

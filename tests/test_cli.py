@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import mrcfile
 import numpy as np
 import pytest
 
-from jaxrefine import cli
+from jaxrefine import cli, simulate
+from jaxrefine import demo as demonstration
 from jaxrefine.io import read_mrc, write_mrc
 
 N, VOXEL = 12, 2.5
@@ -80,7 +82,8 @@ def test_a_map_agrees_with_itself(maps, capsys):
     np.testing.assert_allclose(rows[:, 2], 1.0, atol=2e-6)
     # A curve that never falls reaches the Nyquist period, two voxels.
     for threshold in ("0.5", "0.143"):
-        assert f"# resolution at FSC {threshold}: {2 * VOXEL:.2f} A" in out
+        words = f"better than {2 * VOXEL:.2f} A (Nyquist)"
+        assert f"# resolution at FSC {threshold}: {words}" in out
 
 
 def test_the_curve_is_the_definition(maps, capsys):
@@ -105,7 +108,21 @@ def test_json_and_png(maps, capsys):
     assert resolution["0.5"] >= resolution["0.143"] >= 2 * VOXEL * (1 - 1e-6)
     for threshold, value in resolution.items():
         assert f"# resolution at FSC {threshold}: {value:.2f} A" in out
+    assert content["reaches_nyquist"] == {"0.5": False, "0.143": False}
     assert (maps / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_may_cross_one_threshold_only(maps, capsys):
+    c = smooth(noise(), 0.5) + 0.8 * noise(seed=2)
+    write_mrc(maps / "c.mrc", c, VOXEL)
+    pair = [maps / "a.mrc", maps / "c.mrc"]
+    code, out, _ = run(capsys, "fsc", *pair, "--json", maps / "out.json")
+    assert code == 0
+    reaches = json.loads((maps / "out.json").read_text())["reaches_nyquist"]
+    curve = table(out)[1:, 2]
+    assert reaches == {str(t): bool((curve >= t).all()) for t in (0.5, 0.143)}
+    assert reaches == {"0.5": False, "0.143": True}
+    assert out.count("better than") == 1
 
 
 def test_mask(maps, capsys):
@@ -205,10 +222,38 @@ def test_a_bad_mask_is_refused(maps, capsys, bad):
 def test_a_place_that_cannot_be_written_is_refused(maps, capsys, option, place):
     before = snapshot(maps)
     target = (maps / place).with_suffix(".png" if option == "--png" else ".json")
-    code, _, err = run(capsys, "fsc", maps / "a.mrc", maps / "b.mrc", option, target)
-    assert code == 2
-    assert err.count("\n") == 1 and "Traceback" not in err
+    pair = [maps / "a.mrc", maps / "b.mrc"]
+    code, out, err = run(capsys, "fsc", *pair, option, target)
+    assert_refused(code, out, err)
+    assert str(target) in err
     assert snapshot(maps) == before
+
+
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_a_folder_is_not_written_over(maps, capsys, option):
+    pair = [maps / "a.mrc", maps / "b.mrc"]
+    code, out, err = run(capsys, "fsc", *pair, option, maps)
+    assert_refused(code, out, err)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError("nobody knows"), 2, "nobody knows"),
+    ],
+)
+def test_interruptions_and_refusals_are_a_sentence(
+    maps, capsys, monkeypatch, error, code, words
+):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(cli.io, "read_mrc", fail)
+    result, out, err = run(capsys, "fsc", maps / "a.mrc", maps / "b.mrc")
+    assert (result, out) == (code, "")
+    assert err.count("\n") == 1 and words in err and "None" not in err
 
 
 @pytest.mark.parametrize(
@@ -259,6 +304,10 @@ BAD_NUMBERS = [
     ("initial-blur", -1),
     ("initial-blur", "nan"),
     ("initial-blur", "inf"),
+    ("batch-size", 0),
+    ("seed", -1),
+    ("seed", 2**31),
+    ("seed", 10**30),
 ]
 
 
@@ -286,6 +335,45 @@ def test_a_demo_does_not_write_into_a_file(capsys, tmp_path, inside):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_an_interrupted_demo_can_be_repeated(capsys, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "phantom", stop)
+    out = tmp_path / "demo"
+    for seed in (1, 2):
+        code, text, err = run(capsys, "demo", "--out", out, "--seed", seed)
+        assert (code, text, err) == (130, "", "interrupted\n")
+        assert [path.name for path in out.iterdir()] == ["settings.json"]
+        assert json.loads((out / "settings.json").read_text())["seed"] == seed
+        (out / "summary.json").write_text("of an earlier demo")
+
+
+def test_the_batch_size_arrives_everywhere(tmp_path, monkeypatch):
+    for preset in demonstration.PRESETS.values():
+        assert preset(0.5, 3).batch_size == 3
+
+    def look(*_, batch_size, **__):
+        raise KeyboardInterrupt(batch_size)
+
+    monkeypatch.setattr(simulate, "make_dataset", look)
+    config = demonstration.DemoConfig(size=16, particles=4, batch_size=3)
+    with pytest.raises(KeyboardInterrupt, match="3"):
+        demonstration.run(config, tmp_path)
+
+
+def test_a_report_without_the_memory_and_beyond_the_last_shell(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert demonstration.peak_rss_mib() is None
+    summary = dict.fromkeys(FIGURES, 1.0)
+    summary |= {"rc_oracle": 8.0, "rc_joint": 7.9, "gauge_rotation_deg_joint": 4.25}
+    summary |= {"mean_fsc_aligned_joint": 0.625, "mean_fsc_joint": 0.5}
+    summary |= {"peak_rss_mib": None, "settings": {"size": 17}}
+    text = demonstration.report(summary)
+    assert "≥ 8.0" in text and "4.25 degrees" in text and "MiB" not in text
+    assert "joint 0.500 0.625 7.9" in " ".join(text.split())
+
+
 # --- a whole demo
 
 TINY = ["--size", "16", "--particles", "8", "--seed", "3"]
@@ -294,7 +382,9 @@ PICTURES = {"particles", "slices", "fsc", "angle_errors", "shift_errors"}
 WAYS = ("oracle", "joint", "unrefined")
 FIGURES = (
     {f"mean_fsc_{way}" for way in WAYS}
+    | {f"mean_fsc_aligned_{way}" for way in WAYS}
     | {f"rc_{way}" for way in WAYS}
+    | {"gauge_rotation_deg_joint"}
     | {f"angle_error_deg_{x}_{y}" for x in ("median", "p90") for y in ("init", "joint")}
     | {"fraction_within_10_deg", "shift_error_px_median", "wall_s", "peak_rss_mib"}
 )
@@ -322,7 +412,7 @@ def test_a_demo_writes_all_it_promises(demo):
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
     names = {path.name for path in out.iterdir()}
     expected = {f"{name}.mrc" for name in MAPS} | {f"{name}.png" for name in PICTURES}
-    assert expected | {"summary.json"} <= names
+    assert expected | {"settings.json", "summary.json"} <= names
     for name in MAPS:
         volume, voxel = read_mrc(out / f"{name}.mrc")
         assert volume.shape == (16, 16, 16) and voxel == 1.0
@@ -340,6 +430,7 @@ def test_the_summary_holds_valid_figures(demo):
     assert all(math.isfinite(summary[name]) for name in FIGURES)
     for way in WAYS:
         assert -1 <= summary[f"mean_fsc_{way}"] <= 1
+        assert -1 <= summary[f"mean_fsc_aligned_{way}"] <= 1
         assert 0 <= summary[f"rc_{way}"] <= 8
         # The figure is that of the map beside it.
         truth, volume = (read_mrc(out / f"{x}.mrc")[0] for x in ("truth", way))
@@ -353,6 +444,7 @@ def test_the_summary_holds_valid_figures(demo):
     assert 0 <= summary["fraction_within_10_deg"] <= 1
     assert summary["shift_error_px_median"] >= 0
     assert summary["wall_s"] > 0 and summary["peak_rss_mib"] > 10
+    assert summary["settings"] == json.loads((out / "settings.json").read_text())
     assert summary["settings"]["size"] == 16
     assert summary["settings"]["seed"] == 3
 
@@ -383,6 +475,19 @@ def test_a_process_of_its_own(maps):
     np.testing.assert_allclose(table(good.stdout)[:, 2], 1.0, atol=2e-6)
     bad = start([*command, maps / "absent.mrc"])
     assert_refused(bad.returncode, bad.stdout, bad.stderr)
+
+
+def test_a_reader_that_leaves_is_no_error(maps):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "jaxrefine.cli", "fsc"]
+    files = map(str, [maps / "a.mrc", maps / "b.mrc", "--json", maps / "out.json"])
+    finished = subprocess.run(
+        [*command, *files], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (finished.returncode, finished.stderr) == (141, b"")
+    assert (maps / "out.json").exists()
 
 
 def test_the_installed_command(maps):

@@ -1,11 +1,19 @@
 """The studies run, resume, and refuse to mix configurations."""
 
+import importlib
 import json
+import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.io import write_json, write_mrc
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -31,6 +39,29 @@ def timeless(path: Path) -> dict:
     return strip(json.loads((path / "metrics.json").read_text()))
 
 
+REFINED = "state_joint_released.eqx"
+
+STOP = """
+import sys
+_, experiments, moment, *words = sys.argv
+sys.argv = ["init1.py", *words]
+sys.path.insert(0, experiments)
+import harness, init1
+from jaxrefine import io
+
+original = getattr(io, moment)
+
+def stopping(path, *content):
+    original(path, *content)
+    state = path.parent / "state_joint_released.eqx"
+    if path == state or path.name == "metrics.json" and state.exists():
+        raise KeyboardInterrupt
+
+setattr(io, moment, stopping)
+sys.exit(harness.main(init1.main))
+"""
+
+
 @pytest.mark.slow
 def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -41,30 +72,27 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
         assert (whole / name).exists()
     assert "phantom" in json.loads((whole / "config.json").read_text())["map"]
 
-    # As if stopped in the middle: the last method's checkpoint instead of its result.
-    stop = (
-        "import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0]);"
-        "import init1, harness; from jaxrefine import io;"
-        "save = io.save_checkpoint;\n"
-        "def saved(path, tree, metadata):\n"
-        "    save(path, tree, metadata)\n"
-        "    if path.name == 'state.eqx': raise KeyboardInterrupt\n"
-        "io.save_checkpoint = saved\n"
-        "try:\n    harness.main(init1.main)\nexcept KeyboardInterrupt:\n    pass\n"
-    )
+    # Stopped twice: in the middle of the first method that refines poses, and when it
+    # has its result but still its checkpoint, which is not the next method's.
     words = ["configs/hjc_init1.toml", *FAST, "--out", str(broken)]
-    subprocess.run(
-        [sys.executable, "-c", stop, str(EXPERIMENTS), *words],
-        check=True,
-        capture_output=True,
-        cwd=tmp_path,
-    )
-    assert (broken / "state.eqx").exists()
-    assert not (broken / "done").exists()
+    for moment in ("save_checkpoint", "write_json"):
+        stopped = subprocess.run(
+            [sys.executable, "-c", STOP, str(EXPERIMENTS), moment, *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert stopped.returncode == 130, stopped.stderr
+        assert "interrupted; the same command resumes" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        assert [path.name for path in broken.glob("state*")] == [REFINED]
+        assert not (broken / "done").exists()
+    assert "joint (released)" in timeless(broken)
     second = run(*FAST, "--out", str(broken), cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert timeless(broken) == timeless(whole)
-    assert not (broken / "state.eqx").exists()
+    assert not list(broken.glob("state*"))
 
     stamp = (whole / "metrics.json").stat().st_mtime_ns
     again = run(*FAST, "--out", str(whole), cwd=tmp_path)
@@ -83,6 +111,10 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
     [
         (["--set", "nonsense=1"], "--set knows"),
         (["--set", "particles=many"], "is not KEY=VALUE"),
+        (["--set", "particles=6.5"], "--set particles=6.5 wants"),
+        (["--set", "sigma='0.1'"], "wants a value of the type of 0.1"),
+        (["--set", "paper_step_scales=1.0"], "wants a value of the type of [1.0, "),
+        (["--set", "paper_step_scales=['1']"], "wants a value of the type of [1.0, "),
         (["--volume", "absent.mrc"], "does not exist"),
     ],
 )
@@ -92,3 +124,148 @@ def test_bad_input_is_one_sentence(words, sentence, tmp_path):
     assert sentence in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+# --- in this process
+
+
+@pytest.fixture
+def init1(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    return importlib.import_module("init1")
+
+
+@pytest.fixture
+def harness(init1):
+    return init1.harness
+
+
+def options(**changes):
+    chosen = {"config": Path("configs/hjc_init1.toml"), "preset": "smoke"}
+    return Namespace(
+        **(chosen | {"volume": None, "out": None, "overrides": []} | changes)
+    )
+
+
+def test_a_map_brings_its_size(init1, harness, tmp_path):
+    path = tmp_path / "map.mrc"
+    write_mrc(path, np.ones((18, 18, 18)), 1.0)
+    config = harness.resolve(options(volume=path), init1.KEYS)
+    assert (config["size"], config["map"]) == (18, "map.mrc")
+    assert harness.resolve(options(), init1.KEYS)["size"] == 16
+
+
+def test_set_keeps_the_types(init1, harness):
+    words = ["sigma=1", "paper_step_scales=[1, 2.5]", "particles=7", "title='x'"]
+    config = harness.resolve(options(overrides=words), init1.KEYS)
+    assert config["paper_step_scales"] == [1.0, 2.5]
+    assert isinstance(config["sigma"], float) and isinstance(config["particles"], int)
+    with pytest.raises(InputError, match="particles=true wants"):
+        harness.resolve(options(overrides=["particles=true"]), init1.KEYS)
+
+
+def test_a_configuration_that_cannot_be_read(init1, harness, tmp_path):
+    with pytest.raises(InputError, match="Cannot read .*: Is a directory"):
+        harness.resolve(options(config=tmp_path), init1.KEYS)
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xff\xfe = 1")
+    with pytest.raises(InputError, match="is not a TOML file"):
+        harness.resolve(options(config=path), init1.KEYS)
+    whole = (EXPERIMENTS / "configs/hjc_init1.toml").read_text()
+    path.write_text(re.sub("^(seed|sigma) = .*\n", "", whole, flags=re.MULTILINE))
+    with pytest.raises(InputError, match="lacks seed, sigma"):
+        harness.resolve(options(config=path), init1.KEYS)
+
+
+def test_an_empty_folder_may_hold_a_run(init1, harness, tmp_path):
+    config = harness.resolve(options(), init1.KEYS)
+    for _ in range(2):
+        assert harness.open_run(options(out=tmp_path), config) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("Bad."), 2, ": Bad."),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
+    ],
+)
+def test_a_study_that_stops_says_why(harness, capsys, error, code, words):
+    def study():
+        raise error
+
+    assert harness.main(study) == code
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_every_method_has_files_of_its_own(init1, harness):
+    scales = "paper_step_scales=[1, 10, 1000, 1e6, 1e-6, 0.1]"
+    config = harness.resolve(options(overrides=[scales]), init1.KEYS)
+    names = list(init1.methods(config))
+    slugs = [init1.slug(name) for name in names]
+    assert len(set(slugs)) == len(names) == 11
+    assert all(re.fullmatch("[a-z0-9_-]+", slug) for slug in slugs)
+    assert init1.slug("joint (paper, steps x 1000)") == "joint_paper_steps_x_1000"
+    assert {
+        method.settings.batch_size for method in init1.methods(config).values()
+    } == {config["batch_size"]}
+
+
+ALWAYS = ["oracle (paper)", "oracle (released)", "unrefined (paper)"]
+ALWAYS += ["joint (released)"]
+
+
+@pytest.mark.parametrize(
+    ("scales", "shown"),
+    [
+        ("[]", []),
+        ("[1.0]", ["joint (paper)"]),
+        ("[10.0, 100.0]", ["joint (paper, steps x 100)"]),
+        ("[1.0, 10.0]", ["joint (paper)", "joint (paper, steps x 10)"]),
+    ],
+)
+def test_pictures_show_the_best_of_the_step_scales_there_are(
+    init1, harness, scales, shown
+):
+    overrides = [f"paper_step_scales={scales}"]
+    config = harness.resolve(options(overrides=overrides), init1.KEYS)
+    results = {
+        name: {"mean_fsc": rank} for rank, name in enumerate(init1.methods(config))
+    }
+    assert init1._worth_showing(results) == ALWAYS + shown
+
+
+ROW = {
+    "mean_fsc": 0.5,
+    "mean_fsc_aligned": 0.625,
+    "rc": 8.0,
+    "angle_error_deg_median": 1.25,
+    "angle_error_deg_p90": 3.0,
+    "fraction_within_10_deg": 1.0,
+    "shift_error_px_median": 0.125,
+    "wall_s": 12.0,
+    "fsc": [1.0] * 9,
+}
+
+
+def test_the_table(init1, harness, tmp_path):
+    """A curve that never falls is a lower bound, and NaN survives the file."""
+    results = {"a": ROW, "b": {**ROW, "rc": 7.9, "angle_error_deg_p90": float("nan")}}
+    text = init1.table(results)
+    head, rule, first, second = text.splitlines()
+    assert "| mean FSC | mean FSC, aligned |" in head
+    assert len({line.count("|") for line in (head, rule, first, second)}) == 1
+    assert first.startswith("| a | 0.500 | 0.625 | ≥ 8.0 | 1.25 | 3.0 |")
+    assert second.startswith("| b | 0.500 | 0.625 | 7.9 | 1.25 | nan |")
+    write_json(tmp_path / "metrics.json", results)
+    assert init1.table(harness.read_metrics(tmp_path)) == text
+
+
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS.parent / "benchmarks")
+    benchmarks = importlib.import_module("run")
+    assert benchmarks.available_cores() >= 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert benchmarks.available_cores() == os.cpu_count()

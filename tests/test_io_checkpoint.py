@@ -95,6 +95,9 @@ def test_missing_file_and_folder(path):
         load_checkpoint(path.parent, a_state())
     with pytest.raises(InputError, match="Cannot write"):
         save_checkpoint(path / "absent" / "state", a_state(), {})
+    path.write_text("a file, not a folder")
+    with pytest.raises(InputError, match="Cannot write"):
+        save_checkpoint(path / "state", a_state(), {})
 
 
 def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
-    {"_types", "_bessel", "_batching", "errors"},
-    {"kbwf", "geometry", "ctf", "tv", "interpolate", "tube"},
+    {"_types", "errors"},
+    {"_batching", "_bessel", "interpolate"},
+    {"kbwf", "geometry", "ctf", "tv", "tube"},
     {"spatial", "metrics"},
     {"normal", "simulate"},
     {"admm", "pose"},

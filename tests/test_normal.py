@@ -359,3 +359,21 @@ def test_preconditioned_conjugate_gradient_solves_the_same_system(n, dtype):
     # And it must help: fewer distinct eigenvalues of any size.
     plain, helped = np.linalg.cond(matrix), np.linalg.cond(preconditioner @ matrix)
     assert helped < plain
+
+
+def test_what_leaves_the_image_is_still_counted():
+    """``w * c`` knows no image edge: a map that fills the box needs larger images."""
+    n = 12
+    angles = draw_angles()
+    poses = geometry.Poses(angles, jnp.zeros((3, 2)))
+    kernel = normal.kernel(TIGHT, angles, n)
+    c = draw(n, n, n)
+    quadratic = float(jnp.vdot(c, normal.apply_normal(normal.transfer(kernel), c)))
+
+    def seen(image_size):
+        return float(jnp.sum(spatial.project(TIGHT, c, poses, image_size) ** 2))
+
+    # Wide enough for the box's diagonal and the footprint, only the aliasing bound of
+    # the kernel (1.5e-3 of its peak, per particle and pair of coefficients) is left.
+    assert seen(32) == pytest.approx(quadratic, rel=1e-2)
+    assert seen(n) < 0.95 * quadratic

@@ -57,6 +57,13 @@ def test_picture_is_written_and_not_blank(name, tmp_path):
     assert dict(matplotlib.rcParams) == settings
 
 
+@pytest.mark.parametrize("name", ["picture", "picture.pdf", "picture.png"])
+def test_pictures_are_png_whatever_the_suffix(name, tmp_path):
+    plots.fsc_curves(tmp_path / name, {"a": CURVE}, N, None, "A curve.")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_slices_show_x_to_the_right_and_the_second_axis_upwards(tmp_path):
     """A bright voxel at +x, +y, +z is in the upper right quarter of all panels."""
     volume = np.zeros((N, N, N))

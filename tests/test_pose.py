@@ -10,7 +10,7 @@ import optax
 import pytest
 from scipy.signal import correlate
 
-from jaxrefine import geometry, kbwf, pose, spatial
+from jaxrefine import geometry, kbwf, pose, simulate, spatial
 from jaxrefine.ctf import gaussian_psf
 from jaxrefine.geometry import Poses
 
@@ -536,3 +536,38 @@ def test_memory_does_not_grow_with_the_particles(scene):
     few, many = temporary(4), temporary(44)
     voxels = 12**3 * 8
     assert many - few < 40 * voxels / 2
+
+
+@pytest.mark.parametrize("sigma", [3.0, 30.0])
+def test_noise_does_not_blind_the_line_search_in_single_precision(sigma):
+    """The energy is 1e6 at sigma 30: a cost that contained it would not move."""
+    n, count = 16, 6
+    basis = kbwf.KBWF(radius=2.0, taper=10.8)
+    psi = spatial.footprint(basis)
+    keys = jax.random.split(jax.random.key(5), 4)
+    c = simulate.phantom(keys[0], n)
+    truth = Poses(
+        geometry.equidistributed_angles(keys[1], count, jnp.float32),
+        jnp.zeros((count, 2), jnp.float32),
+    )
+    clean = spatial.project(psi, c, truth, n)
+    images = clean + jnp.float32(sigma) * jax.random.normal(
+        keys[2], clean.shape, jnp.float32
+    )
+    config = pose.PoseConfig(1e-5, 1e-4, iterations=3)
+    image_filter = spatial.spline_filter(psi, n)
+
+    def refined(dtype):
+        poses, data, coefficients = jax.tree.map(
+            lambda leaf: leaf.astype(dtype), (truth, images, c)
+        )
+        return pose.run(poses, data, coefficients, psi, image_filter, config)
+
+    single, info = refined(jnp.float32)
+    double, reference = refined(jnp.float64)
+    assert jnp.all(reference.angle_moves)
+    assert jnp.all(info.angle_moves)
+    assert jnp.all(info.shift_moves)
+    step = jnp.abs(double.angles - truth.angles.astype(float)).max()
+    gap = jnp.abs(single.angles.astype(float) - double.angles).max()
+    assert gap < 0.05 * step

@@ -361,3 +361,30 @@ def test_relion_agrees(name, data_dir):
     assert np.all(correlations(1) > 0.999), correlations(1)
     if name == "shifted":
         assert np.all(correlations(-1) < 0.9), correlations(-1)
+
+
+def test_footprint_of_an_oscillating_psf():
+    """A chirped PSF needs a fine quadrature; one cut short is refused."""
+    basis = kbwf.KBWF(radius=2.0, taper=10.8)
+
+    def chirp(omega):
+        return np.cos(2.0 * omega**2) * np.exp(-(omega**2) / 8)
+
+    psf = ctf.IsotropicPSF(chirp, 40.0)
+    table = spatial.footprint(basis, psf)
+    # An independent quadrature, 40 000 nodes by the midpoint rule.
+    omega = (np.arange(40000) + 0.5) * (30.0 / 40000)
+    spectrum = np.asarray(kbwf.fourier_transform(basis, jnp.asarray(omega)))
+    spectrum = spectrum * chirp(omega)
+    radii = np.linspace(0, 80, 41)
+    kernel = j0(np.multiply.outer(radii, omega))
+    for values, series in (
+        (spectrum, table.profile),
+        (spectrum**2, table.autocorrelation),
+    ):
+        expected = kernel @ (values * omega) * (30.0 / 40000) / (2 * np.pi)
+        expected = np.where(radii < series.radius, expected, 0.0)
+        error = np.abs(np.asarray(series(jnp.asarray(radii**2))) - expected).max()
+        assert error < 1e-6 * np.abs(expected).max()
+    with pytest.raises(InputError, match="wants a larger radius"):
+        spatial.footprint(basis, ctf.IsotropicPSF(chirp, 3.0))
