@@ -1,7 +1,8 @@
 """Time what the package promises to be fast, and write ``benchmarks/results.json``.
 
-Each figure is the best of several interleaved rounds, so that two commands compared
-with each other saw the same machine. Run it alone: ``python benchmarks/run.py``.
+Each figure is the median of several interleaved rounds, and a ratio the median of the
+rounds' ratios, so that two functions compared saw the same machine. Run it alone:
+``python benchmarks/run.py``.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from statistics import median
 
 import equinox as eqx
 import jax
@@ -16,20 +18,25 @@ import jax.numpy as jnp
 
 from jaxrefine import geometry, kbwf, normal, pose, spatial
 
-ROUNDS = 15
+ROUNDS = 25
 
 
-def seconds(functions: dict) -> dict[str, float]:
-    """Return the best time of each function over interleaved rounds."""
+def rounds(functions: dict) -> dict[str, list[float]]:
+    """Return the times of each function over interleaved rounds."""
     for function in functions.values():
         jax.block_until_ready(function())
-    best = dict.fromkeys(functions, float("inf"))
+    times = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, function in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(function())
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def seconds(functions: dict) -> dict[str, float]:
+    """Return the median time of each function."""
+    return {name: median(values) for name, values in rounds(functions).items()}
 
 
 def normal_operator(n: int) -> dict[str, float]:
@@ -41,13 +48,14 @@ def normal_operator(n: int) -> dict[str, float]:
     transfer = normal.transfer(normal.kernel(psi, angles, n))
     apply = jax.jit(normal.apply_normal)
     pair = jax.jit(lambda v: jnp.fft.irfftn(jnp.fft.rfftn(v), s=v.shape))
-    best = seconds(
+    times = rounds(
         {
             "apply_normal_s": lambda: apply(transfer, volume),
             "fft_pair_s": lambda: pair(doubled),
         }
     )
-    return {**best, "ratio": best["apply_normal_s"] / best["fft_pair_s"]}
+    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+    return {**{k: median(v) for k, v in times.items()}, "ratio": median(ratios)}
 
 
 def pose_update(n: int, particles: int) -> dict[str, float]:
@@ -73,13 +81,13 @@ def pose_update(n: int, particles: int) -> dict[str, float]:
 
         return lambda: evaluate(terms, images, poses)
 
-    best = seconds(
+    typical = seconds(
         {
             "cost_s": batched(pose.particle_cost),
             "cost_and_gradient_s": batched(pose.particle_cost_and_gradient),
         }
     )
-    return {name: value / particles for name, value in best.items()}
+    return {name: value / particles for name, value in typical.items()}
 
 
 def volume_update(n: int, particles: int) -> dict[str, float]:
@@ -90,7 +98,7 @@ def volume_update(n: int, particles: int) -> dict[str, float]:
     images = jax.random.normal(keys[0], (particles, n, n))
     angles = geometry.equidistributed_angles(keys[1], particles)
     poses = geometry.Poses(angles, jnp.zeros((particles, 2)))
-    best = seconds(
+    typical = seconds(
         {
             "kernel_s": lambda: normal.kernel(psi, angles, n),
             "backproject_s": lambda: spatial.backproject(
@@ -98,7 +106,7 @@ def volume_update(n: int, particles: int) -> dict[str, float]:
             ),
         }
     )
-    return {name: value / particles for name, value in best.items()}
+    return {name: value / particles for name, value in typical.items()}
 
 
 def available_cores() -> int | None:

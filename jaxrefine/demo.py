@@ -45,7 +45,7 @@ class DemoConfig:
 def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     """Run the demonstration and write maps, pictures and ``summary.json``.
 
-    ``settings.json`` comes first and marks the folder as a demo's own, so that an
+    ``demo.json`` comes first and marks the folder as a demo's own, so that an
     interrupted demo can be repeated there; ``summary.json`` comes last.
 
     Parameters
@@ -67,7 +67,7 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     _check(config, out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
-    io.write_json(out / "settings.json", asdict(config))
+    io.write_json(out / "demo.json", asdict(config))
     begin = time.perf_counter()
     phantom_key, data_key = jax.random.split(jax.random.key(config.seed))
     truth = simulate.phantom(phantom_key, config.size)
@@ -137,7 +137,7 @@ def _check(config: DemoConfig, out: Path) -> None:
         raise InputError(f"seed wants a value from 0 to 2^31 - 1, not {config.seed}.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; a folder to write to is wanted.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").exists():
         raise InputError(
             f"{out} holds files that are not a demo's; name a new or an empty folder."
         )

@@ -344,8 +344,8 @@ def test_an_interrupted_demo_can_be_repeated(capsys, tmp_path, monkeypatch):
     for seed in (1, 2):
         code, text, err = run(capsys, "demo", "--out", out, "--seed", seed)
         assert (code, text, err) == (130, "", "interrupted\n")
-        assert [path.name for path in out.iterdir()] == ["settings.json"]
-        assert json.loads((out / "settings.json").read_text())["seed"] == seed
+        assert [path.name for path in out.iterdir()] == ["demo.json"]
+        assert json.loads((out / "demo.json").read_text())["seed"] == seed
         (out / "summary.json").write_text("of an earlier demo")
 
 
@@ -412,7 +412,7 @@ def test_a_demo_writes_all_it_promises(demo):
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
     names = {path.name for path in out.iterdir()}
     expected = {f"{name}.mrc" for name in MAPS} | {f"{name}.png" for name in PICTURES}
-    assert expected | {"settings.json", "summary.json"} <= names
+    assert expected | {"demo.json", "summary.json"} <= names
     for name in MAPS:
         volume, voxel = read_mrc(out / f"{name}.mrc")
         assert volume.shape == (16, 16, 16) and voxel == 1.0
@@ -444,7 +444,7 @@ def test_the_summary_holds_valid_figures(demo):
     assert 0 <= summary["fraction_within_10_deg"] <= 1
     assert summary["shift_error_px_median"] >= 0
     assert summary["wall_s"] > 0 and summary["peak_rss_mib"] > 10
-    assert summary["settings"] == json.loads((out / "settings.json").read_text())
+    assert summary["settings"] == json.loads((out / "demo.json").read_text())
     assert summary["settings"]["size"] == 16
     assert summary["settings"]["seed"] == 3
 
