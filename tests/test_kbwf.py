@@ -242,13 +242,15 @@ def test_simulation_basis_holds_a_real_map(data_dir):
         {"radius": 0.0},
         {"radius": -1.0},
         {"radius": float("nan")},
-        {"taper": 0.0},
+        {"radius": float("inf")},
+        {"taper": 4.9},
         {"taper": 80.1},
         {"order": 0},
+        {"order": 7},
     ],
     ids=str,
 )
 def test_bad_parameters_are_named(parameters):
     ((name, value),) = parameters.items()
-    with pytest.raises(InputError, match=rf"radius > 0, 0 < taper.*{name}={value}"):
+    with pytest.raises(InputError, match=rf"wants a positive radius.*{name}={value}"):
         KBWF(**parameters)
