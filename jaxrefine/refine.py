@@ -42,7 +42,8 @@ class Schedule(eqx.Module):
     def __call__(self, iteration: Int[Array, ""], count: int) -> Scalar:
         """Return the value in iteration ``iteration`` (from 0) of ``count``."""
         position = iteration.astype(self.first.dtype) / max(count - 1, 1)
-        return self.first ** (1.0 - position) * self.last**position
+        between = self.first ** (1.0 - position) * self.last**position
+        return jnp.where(self.first == self.last, self.first, between)
 
 
 class RefineConfig(eqx.Module):
