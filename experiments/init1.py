@@ -26,8 +26,8 @@ import numpy as np
 from jaxrefine import io, kbwf, metrics, plots, simulate, study
 from jaxrefine.demo import rc_text
 from jaxrefine.geometry import Poses
+from jaxrefine.paper import RefineConfig, Schedule, paper_preset, released_preset
 from jaxrefine.progress import Bars
-from jaxrefine.refine import RefineConfig, Schedule, paper_preset, released_preset
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 

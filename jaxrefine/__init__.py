@@ -20,6 +20,7 @@ from jaxrefine import io as io
 from jaxrefine import kbwf as kbwf
 from jaxrefine import metrics as metrics
 from jaxrefine import normal as normal
+from jaxrefine import paper as paper
 from jaxrefine import pose as pose
 from jaxrefine import refine as refine
 from jaxrefine import simulate as simulate

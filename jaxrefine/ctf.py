@@ -1,14 +1,21 @@
-"""The optics: an isotropic point-spread function (PSF) of the microscope.
+"""The optics: point-spread functions (PSF) and contrast-transfer functions (CTF).
 
 The PSF ``h`` of eq. (1) enters the spatial engine only through its radial transfer
-function. (Per-particle contrast-transfer functions belong to the slice engine.)
+function. The CTF, one per particle and not isotropic, multiplies the Fourier transform
+of an image: it belongs to the slice engine, and to simulation.
 """
 
+import math
 from collections.abc import Callable
+from typing import final
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
+from jaxrefine._types import Images, Scalar
 from jaxrefine.errors import InputError
 
 
@@ -39,3 +46,130 @@ def gaussian_psf(width: float) -> IsotropicPSF:
     if not width > 0:
         raise InputError(f"a Gaussian PSF wants a positive width, not {width}")
     return IsotropicPSF(lambda omega: np.exp(-0.5 * (width * omega) ** 2), 6.0 * width)
+
+
+@final
+class CTF(eqx.Module):
+    r"""The contrast-transfer function of one particle, or of many.
+
+    RELION's formula and sign: positive at low frequencies, so that protein is bright,
+
+    .. math:: \mathrm{CTF}(u) = s\, e^{-B |u|^2 / 4} \sin\bigl(
+       \pi \lambda\, \delta(u) |u|^2 - \tfrac\pi2 C_s \lambda^3 |u|^4 + \phi
+       + \arctan\tfrac{A}{\sqrt{1 - A^2}}\bigr),
+
+    with the defocus :math:`\delta(u) = \tfrac12 (\delta_U + \delta_V)
+    + \tfrac12 (\delta_U - \delta_V) \cos 2(\angle u - \alpha)` and the electrons'
+    wavelength :math:`\lambda`. Beam tilt, higher aberrations and anisotropic
+    magnification are not modelled. (Source: RELION 3.1, ``ctf.h`` and ``ctf.cpp``.)
+
+    Every leaf is a scalar, for one particle, or has one leading axis of particles; a
+    number given for all of them is repeated.
+
+    Attributes
+    ----------
+    defocus_u, defocus_v
+        Largest and smallest defocus, in Angstrom; positive means underfocus.
+    defocus_angle
+        Angle from the x axis to the direction of ``defocus_u``, in radians.
+    voltage
+        In kilovolts.
+    spherical_aberration
+        ``C_s``, in millimetres.
+    amplitude_contrast
+        ``A``, from 0 to 1.
+    phase_shift
+        Of a phase plate, in radians.
+    b_factor
+        ``B``, in square Angstrom.
+    scale
+        ``s``.
+    """
+
+    defocus_u: Float[Array, "*batch"]
+    defocus_v: Float[Array, "*batch"]
+    defocus_angle: Float[Array, "*batch"]
+    voltage: Float[Array, "*batch"]
+    spherical_aberration: Float[Array, "*batch"]
+    amplitude_contrast: Float[Array, "*batch"]
+    phase_shift: Float[Array, "*batch"]
+    b_factor: Float[Array, "*batch"]
+    scale: Float[Array, "*batch"]
+
+    def __init__(
+        self,
+        defocus_u: ArrayLike,
+        defocus_v: ArrayLike,
+        defocus_angle: ArrayLike = 0.0,
+        *,
+        voltage: ArrayLike = 300.0,
+        spherical_aberration: ArrayLike = 2.7,
+        amplitude_contrast: ArrayLike = 0.1,
+        phase_shift: ArrayLike = 0.0,
+        b_factor: ArrayLike = 0.0,
+        scale: ArrayLike = 1.0,
+    ):
+        dtype = None if hasattr(defocus_u, "dtype") else float
+        self.defocus_u = like = jnp.asarray(defocus_u, dtype)
+
+        def repeated(value) -> Array:
+            return jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape)
+
+        self.defocus_v = repeated(defocus_v)
+        self.defocus_angle = repeated(defocus_angle)
+        self.voltage = repeated(voltage)
+        self.spherical_aberration = repeated(spherical_aberration)
+        self.amplitude_contrast = repeated(amplitude_contrast)
+        self.phase_shift = repeated(phase_shift)
+        self.b_factor = repeated(b_factor)
+        self.scale = repeated(scale)
+
+    def __call__(
+        self, frequencies: Float[Array, "frequencies 2"]
+    ) -> Float[Array, " frequencies"]:
+        """Evaluate the CTF of one particle; ``vmap`` for many.
+
+        ``frequencies`` are ``(x, y)``, in periods per Angstrom.
+        """
+        x, y = frequencies[:, 0], frequencies[:, 1]
+        squared = x**2 + y**2
+        # |u|^2 cos 2(angle(u) - alpha), which needs no angle at u = 0.
+        double = 2 * self.defocus_angle
+        twofold = (x**2 - y**2) * jnp.cos(double) + 2 * x * y * jnp.sin(double)
+        mean = (self.defocus_u + self.defocus_v) / 2
+        half_difference = (self.defocus_u - self.defocus_v) / 2
+        wavelength = electron_wavelength(self.voltage)
+        phase = (
+            math.pi * wavelength * (mean * squared + half_difference * twofold)
+            - math.pi / 2 * 1e7 * self.spherical_aberration * wavelength**3 * squared**2
+            + self.phase_shift
+            + jnp.arcsin(self.amplitude_contrast)
+        )
+        envelope = self.scale * jnp.exp(-self.b_factor / 4 * squared)
+        return envelope * jnp.sin(phase)
+
+
+def electron_wavelength(voltage: Scalar) -> Scalar:
+    """Return the relativistic wavelength of electrons, in Angstrom, at kilovolts."""
+    return 12.2643247 / jnp.sqrt(1e3 * voltage * (1 + 0.978466e-3 * voltage))
+
+
+@eqx.filter_jit
+def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Images:
+    """Multiply the Fourier transform of each image by its CTF.
+
+    Images are taken to be periodic, as RELION does: what the CTF spreads beyond an edge
+    comes in at the opposite one.
+    """
+    m = images.shape[-1]
+    step = 1 / pixel_size_in_angstroms
+    x = jnp.fft.rfftfreq(m, dtype=images.dtype) * step
+    y = jnp.fft.fftfreq(m, dtype=images.dtype) * step
+    frequencies = jnp.stack(jnp.meshgrid(x, y), axis=-1)
+
+    def one(ctf, image):
+        transfer = ctf(frequencies.reshape(-1, 2)).reshape(frequencies.shape[:2])
+        spectrum = jnp.fft.rfft2(image)
+        return jnp.fft.irfft2(spectrum * transfer.astype(spectrum.dtype), s=(m, m))
+
+    return jax.vmap(one)(ctf, images)

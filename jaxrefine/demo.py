@@ -2,44 +2,39 @@
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, plots, progress, simulate, study
+from jaxrefine import io, kbwf, metrics, plots, progress, refine, simulate
+from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
-from jaxrefine.refine import RefineConfig, paper_preset, released_preset
-
-PRESETS: dict[str, Callable[[float, int], RefineConfig]] = {
-    "paper": lambda sigma, batch: paper_preset(sigma, batch_size=batch),
-    "released": lambda sigma, batch: released_preset(batch_size=batch),
-}
-"""Settings by name, from the noise's standard deviation and the batch size."""
+from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.particles import Particles
+from jaxrefine.refine import RefineConfig
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demonstration simulates, and how it refines.
+    """What the demonstration simulates.
 
-    Lengths are voxels, angles radians; ``sigma`` is the noise's standard deviation
-    where the phantom's peak density is one. ``batch_size`` particles are computed at
-    once: memory grows with it.
+    Lengths are voxels, angles radians; ``snr_db`` is the signal-to-noise ratio in a
+    pixel. ``batch_size`` particles are computed at once: memory grows with it.
     """
 
-    size: int = 40
-    particles: int = 200
-    sigma: float = 0.5
+    size: int = 64
+    particles: int = 1000
+    snr_db: float = -5.0
     max_angle_error: float = 0.7
     max_shift: float = 3.0
-    initial_blur: float = 3.0
+    initial_blur: float = 4.0
     seed: int = 0
-    preset: str = "released"
-    batch_size: int = 8
+    batch_size: int = 256
 
 
 def run(config: DemoConfig, out: Path) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     (out / "summary.json").unlink(missing_ok=True)
     io.write_json(out / "demo.json", asdict(config))
     begin = time.perf_counter()
-    phantom_key, data_key = jax.random.split(jax.random.key(config.seed))
+    phantom_key, data_key, key = jax.random.split(jax.random.key(config.seed), 3)
     truth = simulate.phantom(phantom_key, config.size)
     dataset = simulate.make_dataset(
         data_key,
@@ -77,33 +72,54 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
         config.particles,
         max_shift=config.max_shift,
         max_angle_error=config.max_angle_error,
-        sigma=config.sigma,
-        batch_size=config.batch_size,
+        snr_db=config.snr_db,
     )
     initial_map = simulate.blur(truth, config.initial_blur)
-    case = study.prepare(truth, dataset, initial_map)
-    settings = PRESETS[config.preset](config.sigma, config.batch_size)
-
-    count = settings.iterations
+    particles = Particles(np.asarray(dataset.images))
+    settings = RefineConfig(
+        # Uniform errors of +-e have the standard deviation e / sqrt(3), and the three
+        # angles' errors add up where views are near a pole.
+        angle_spread=max(config.max_angle_error * 0.65, 0.05),
+        shift_spread=max(config.max_shift * 0.65, 0.5),
+        max_shift=2 * config.max_shift + 1,
+        batch_size=config.batch_size,
+    )
     with progress.Bars() as bars:
-        oracle = study.reconstruct_from(
-            case, dataset.truth, settings, bars.next("oracle", count)
+        advance = bars.next("oracle", 1)
+        oracle = refine.reconstruct(particles, dataset.truth, settings, key=key)
+        advance(None, {})
+        advance = bars.next("unrefined", 1)
+        unrefined = refine.reconstruct(particles, dataset.initial, settings, key=key)
+        advance(None, {})
+        advance = bars.next("joint", settings.iterations)
+        joint = refine.refine(
+            particles,
+            dataset.initial,
+            initial_map,
+            settings,
+            key=key,
+            callback=lambda state, info: advance(state, info.row()),
         )
-        unrefined = study.reconstruct_from(
-            case, dataset.initial, settings, bars.next("unrefined", count)
-        )
-        joint = study.refine_from(
-            case, study.initial_state(case), settings, bars.next("joint", count)
-        )
-    outcomes = {"oracle": oracle, "joint": joint, "unrefined": unrefined}
+    poses = {
+        "oracle": dataset.truth,
+        "unrefined": dataset.initial,
+        "joint": joint.poses,
+    }
+    volumes = {
+        "oracle": oracle.volume,
+        "unrefined": unrefined.volume,
+        "joint": joint.volume,
+    }
 
-    maps = {"truth": np.asarray(truth), "initial": np.asarray(initial_map)}
-    maps |= {name: outcome.volume for name, outcome in outcomes.items()}
+    maps = {"truth": np.asarray(truth), "initial": np.asarray(initial_map), **volumes}
     for name, volume in maps.items():
         io.write_mrc(out / f"{name}.mrc", volume, 1.0)
-    _draw(config, dataset, case, maps, outcomes, out)
+    errors = {name: _errors(pose, dataset.truth) for name, pose in poses.items()}
+    _draw(config, dataset.images, maps, errors, out)
 
-    summary: dict[str, Any] = _summarise(outcomes, unrefined.errors)
+    summary: dict[str, Any] = _summarise(volumes, poses, errors, truth, dataset.truth)
+    summary["undetermined"] = int(joint.undetermined.sum())
+    summary["iterations"] = int(joint.state.iteration)
     summary["settings"] = asdict(config)
     summary["rc_unit"] = "shells (periods per box) at FSC 0.5"
     summary["versions"] = {
@@ -118,17 +134,16 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
 
 def _check(config: DemoConfig, out: Path) -> None:
     """Refuse settings and folders that would fail, or destroy something, later."""
-    if config.preset not in PRESETS:
-        names = ", ".join(PRESETS)
-        raise InputError(f"The preset is one of {names}, not {config.preset}.")
-    for name, least in (("size", 16), ("particles", 2), ("batch_size", 1)):
+    for name, least in (("size", 16), ("particles", 4), ("batch_size", 1)):
         if getattr(config, name) < least:
             value = getattr(config, name)
             raise InputError(f"{name} wants a value of at least {least}, not {value}.")
-    for name in ("sigma", "initial_blur"):
-        if not 0 < getattr(config, name) < float("inf"):
-            value = getattr(config, name)
-            raise InputError(f"{name} wants a positive value, not {value}.")
+    if not 0 < config.initial_blur < float("inf"):
+        value = config.initial_blur
+        raise InputError(f"initial_blur wants a positive value, not {value}.")
+    if not abs(config.snr_db) <= 100:
+        value = config.snr_db
+        raise InputError(f"snr_db wants a value from -100 to 100, not {value}.")
     for name in ("max_angle_error", "max_shift"):
         if not 0 <= getattr(config, name) < float("inf"):
             value = getattr(config, name)
@@ -143,17 +158,31 @@ def _check(config: DemoConfig, out: Path) -> None:
         )
 
 
-def _summarise(outcomes: dict[str, study.Outcome], initial) -> dict[str, Any]:
+def _errors(poses: Poses, truth: Poses) -> metrics.PoseErrors:
+    return metrics.pose_errors(poses.angles, poses.shifts, truth.angles, truth.shifts)
+
+
+def _summarise(volumes, poses, errors, truth: Volume, true: Poses) -> dict[str, Any]:
     """Gather the figures of merit under their documented names."""
     summary = {}
-    for name, outcome in outcomes.items():
-        row = outcome.row()
-        summary[f"mean_fsc_{name}"] = row["mean_fsc"]
-        summary[f"mean_fsc_aligned_{name}"] = row["mean_fsc_aligned"]
-        summary[f"rc_{name}"] = row["rc"]
-    summary["gauge_rotation_deg_joint"] = outcomes["joint"].row()["gauge_rotation_deg"]
-    start = metrics.summarise(initial)
-    end = metrics.summarise(outcomes["joint"].errors)
+    basis = kbwf.KBWF()
+    for name, volume in volumes.items():
+        curve = metrics.fsc(jnp.asarray(volume), truth)
+        summary[f"mean_fsc_{name}"] = float(metrics.mean_fsc(curve))
+        summary[f"rc_{name}"] = float(metrics.crossing(curve, 0.5))
+        pose = poses[name]
+        motion = metrics.align_poses(pose.angles, pose.shifts, true.angles, true.shifts)
+        moved = kbwf.evaluate_moved(
+            basis,
+            kbwf.expand(basis, jnp.asarray(volume)),
+            motion.rotation,
+            motion.translation,
+        )
+        aligned = metrics.mean_fsc(metrics.fsc(moved, truth))
+        summary[f"mean_fsc_aligned_{name}"] = float(aligned)
+        turned = geodesic_distance(motion.rotation, jnp.eye(3, dtype=moved.dtype))
+        summary[f"gauge_rotation_deg_{name}"] = float(jnp.rad2deg(turned))
+    start, end = (metrics.summarise(errors[name]) for name in ("unrefined", "joint"))
     for figure in ("median", "p90"):
         summary[f"angle_error_deg_{figure}_init"] = start[f"angle_error_deg_{figure}"]
         summary[f"angle_error_deg_{figure}_joint"] = end[f"angle_error_deg_{figure}"]
@@ -163,30 +192,32 @@ def _summarise(outcomes: dict[str, study.Outcome], initial) -> dict[str, Any]:
     return summary
 
 
-def _draw(config, dataset, case, maps, outcomes, out: Path) -> None:
-    """Write the four pictures."""
+def _draw(config: DemoConfig, images, maps, errors, out: Path) -> None:
+    """Write the pictures."""
     caption = (
         f"Built-in phantom, {config.size}³ voxels, {config.particles} particles, "
-        f"noise sigma {config.sigma:g}, Init-1 with {config.max_angle_error:g} rad and "
-        f"shifts up to {config.max_shift:g} px, preset {config.preset}, seed "
-        f"{config.seed}."
+        f"{config.snr_db:g} dB, Init-1 with {config.max_angle_error:g} rad and "
+        f"shifts up to {config.max_shift:g} px, seed {config.seed}."
     )
-    plots.image_gallery(out / "particles.png", np.asarray(dataset.images), caption)
+    plots.image_gallery(out / "particles.png", np.asarray(images), caption)
     plots.orthogonal_slices(out / "slices.png", maps, caption)
-    initial = metrics.fsc(maps["initial"], case.truth)
-    curves = {name: outcome.curve for name, outcome in outcomes.items()}
-    curves["initial map"] = np.asarray(initial)
+    truth = jnp.asarray(maps["truth"])
+    curves = {
+        name: np.asarray(metrics.fsc(jnp.asarray(volume), truth))
+        for name, volume in maps.items()
+        if name != "truth"
+    }
+    curves["initial map"] = curves.pop("initial")
     plots.fsc_curves(out / "fsc.png", curves, config.size, None, caption)
-    before, after = outcomes["unrefined"].errors, outcomes["joint"].errors
     for file, unit, member in (
         ("angle_errors.png", "angle error (degrees)", "angle_in_degrees"),
         ("shift_errors.png", "shift error (pixels)", "shift_in_pixels"),
     ):
-        errors = {
-            "initial": np.asarray(getattr(before, member)),
-            "joint": np.asarray(getattr(after, member)),
+        shown = {
+            "initial": np.asarray(getattr(errors["unrefined"], member)),
+            "joint": np.asarray(getattr(errors["joint"], member)),
         }
-        plots.error_histograms(out / file, errors, unit, caption)
+        plots.error_histograms(out / file, shown, unit, caption)
 
 
 def peak_rss_mib() -> float | None:

@@ -201,9 +201,12 @@ def summarise(errors: PoseErrors) -> dict[str, float]:
     return {
         "angle_error_deg_median": float(jnp.median(angle)),
         "angle_error_deg_p90": float(jnp.quantile(angle, 0.9)),
+        "angle_error_deg_p95": float(jnp.quantile(angle, 0.95)),
         "fraction_within_5_deg": float(jnp.mean(angle <= 5)),
         "fraction_within_10_deg": float(jnp.mean(angle <= 10)),
         "shift_error_px_median": float(jnp.median(shift)),
+        "shift_error_px_p90": float(jnp.quantile(shift, 0.9)),
+        "shift_error_px_p95": float(jnp.quantile(shift, 0.95)),
     }
 
 

@@ -1,10 +1,20 @@
 """Progress bars for long runs, on standard error."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
+
+_SHOWN = {
+    "mean_fsc": ("FSC", "{:.3f}"),
+    "angle_error_deg_median": ("error", "{:.1f}°"),
+    "r_max": ("band", "{}"),
+    "fold_score": ("folds' FSC", "{:.3f}"),
+    "angle_change_in_degrees": ("turned", "{:.2f}°"),
+    "objective": ("objective", "{:.5g}"),
+}
+"""What of a row is shown, as what, and how."""
 
 
 class Bars:
@@ -22,7 +32,7 @@ class Bars:
 
     def next(
         self, name: str, iterations: int, done: int = 0
-    ) -> Callable[[Any, dict[str, int | float]], None]:
+    ) -> Callable[[Any, Mapping[str, Any]], None]:
         """Open the bar of the next run, and return what moves it."""
         if self._bar is not None:
             self._bar.close()
@@ -30,11 +40,13 @@ class Bars:
             desc=f"{name:>28}", total=iterations, initial=done, file=sys.stderr
         )
 
-        def advance(state: Any, row: dict[str, int | float]) -> None:
+        def advance(state: Any, row: Mapping[str, Any]) -> None:
             del state
-            shown = {"FSC": f"{row['mean_fsc']:.3f}"}
-            if "angle_error_deg_median" in row:
-                shown["error"] = f"{row['angle_error_deg_median']:.1f}°"
+            shown = {
+                title: form.format(row[name])
+                for name, (title, form) in _SHOWN.items()
+                if name in row
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update()
 

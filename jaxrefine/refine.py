@@ -1,291 +1,169 @@
-r"""Algorithm 1: the joint refinement of map and poses.
+r"""The joint refinement for production: from poses known to tens of degrees to the end.
 
-.. math:: \min_{c,\Theta,T}\; \tfrac12 \|g - H(\Theta, T)\,c\|^2 + \lambda R(L c)
-   \qquad\text{(eqs. 9, 10)}
+One outer iteration, at a band limit ``r_max`` that grows with what the map supports:
 
-by alternating a volume update (:mod:`jaxrefine.admm`) with a pose update
-(:mod:`jaxrefine.pose`). Two presets hold the settings of the paper and of its authors'
-released code; what the paper leaves open is said where it is chosen.
+1. *search* (:mod:`jaxrefine.search`): many candidate poses of every particle whose pose
+   is still open are compared with the map at low resolution; the best few are kept;
+2. *polish* (:mod:`jaxrefine.tangent`): Levenberg-Marquardt takes each of them to its
+   optimum on the continuum; their posterior masses (Laplace) are their weights;
+3. *volume* (:mod:`jaxrefine.crossfit`): the weighted images are summed up, in two
+   folds, and a TV-regularised map is made of each. A particle is compared with the map
+   of the fold that it is not in;
+4. scale, noise and supported resolution are measured shell by shell from the folds.
+
+At the end the regulariser's weight is chosen by cross-validation, and one map is made
+of all particles. The images are visited in batches, from wherever they are kept.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxrefine import admm, pose, tv
-from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine import crossfit, engine, metrics, slices
+from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.spatial import Footprint, ImageFilter
+from jaxrefine.particle_set import ParticleSet, RefineConfig, SetState, particle_set
+from jaxrefine.particles import Particles
+
+__all__ = [
+    "Reconstruction",
+    "RefineConfig",
+    "RefineInfo",
+    "RefineState",
+    "Result",
+    "reconstruct",
+    "refine",
+]
+
+_SUPPORTED = 0.5  # correlation of the folds' maps up to where poses are compared
+_SETTLED = 0.75  # poses that change by more of what they changed before have settled
+_STALLED = 2e-3  # growth of the gold-standard correlation that is worth an iteration
 
 
-class Schedule(eqx.Module):
-    """A number that goes geometrically from ``first`` to ``last``.
-
-    Parameters
-    ----------
-    first, last
-        Values in the first and in the last outer iteration, not negative. Leaving
-        ``last`` out makes a constant.
-    """
-
-    first: Float[Array, ""]
-    last: Float[Array, ""]
-
-    def __init__(self, first: float | Scalar, last: float | Scalar | None = None):
-        self.first = jnp.asarray(first)
-        self.last = jnp.asarray(first if last is None else last)
-
-    def __call__(self, iteration: Int[Array, ""], count: int) -> Scalar:
-        """Return the value in iteration ``iteration`` (from 0) of ``count``."""
-        position = iteration.astype(self.first.dtype) / max(count - 1, 1)
-        between = self.first ** (1.0 - position) * self.last**position
-        return jnp.where(self.first == self.last, self.first, between)
-
-
-class RefineConfig(eqx.Module):
-    """Parameters of the joint refinement.
-
-    Parameters
-    ----------
-    lam, rho
-        Weight of the regulariser and penalty of its split, per outer iteration.
-    angle_step, shift_step
-        First trial steps of the pose update, per outer iteration.
-    regulariser
-        Prior on the gradient of the coefficients.
-    rho_nonnegative
-        Penalty of the constraint ``c >= 0``; None leaves the sign free. With it every
-        volume update ends by clipping what is left of negative coefficients.
-    eta
-        Factor by which a rejected pose step shrinks.
-    iterations
-        Outer iterations.
-    admm_iterations, cg_iterations, cg_tolerance
-        Inner iterations of the volume update, and where the innermost stop.
-    pose_iterations, max_trials
-        Inner iterations of the pose update, and steps tried in a line search.
-    poses_first
-        Whether an outer iteration begins with the poses.
-    keep_duals
-        Whether the multipliers persist from one outer iteration to the next.
-    batch_size
-        Particles at a time.
-    """
-
-    lam: Schedule
-    rho: Schedule
-    angle_step: Schedule
-    shift_step: Schedule
-    regulariser: tv.Regulariser = tv.IsotropicTV()
-    rho_nonnegative: float | None = None
-    eta: float = 0.25
-    iterations: int = eqx.field(static=True, default=20)
-    admm_iterations: int = eqx.field(static=True, default=5)
-    cg_iterations: int = eqx.field(static=True, default=20)
-    cg_tolerance: float = eqx.field(static=True, default=1e-4)
-    pose_iterations: int = eqx.field(static=True, default=3)
-    max_trials: int = eqx.field(static=True, default=10)
-    poses_first: bool = eqx.field(static=True, default=False)
-    keep_duals: bool = eqx.field(static=True, default=True)
-    batch_size: int = eqx.field(static=True, default=8)
-
-    def volume_update(self, iteration: Int[Array, ""]) -> admm.ADMMConfig:
-        """Return the parameters of the volume update in an outer iteration."""
-        return admm.ADMMConfig(
-            self.lam(iteration, self.iterations),
-            self.rho(iteration, self.iterations),
-            self.rho_nonnegative,
-            iterations=self.admm_iterations,
-            cg_iterations=self.cg_iterations,
-            cg_tolerance=self.cg_tolerance,
-        )
-
-    def pose_update(self, iteration: Int[Array, ""]) -> pose.PoseConfig:
-        """Return the parameters of the pose update in an outer iteration."""
-        return pose.PoseConfig(
-            self.angle_step(iteration, self.iterations),
-            self.shift_step(iteration, self.iterations),
-            self.eta,
-            iterations=self.pose_iterations,
-            max_trials=self.max_trials,
-            batch_size=self.batch_size,
-        )
-
-
-def paper_preset(
-    sigma: float, iterations: int = 20, batch_size: int = 8
-) -> RefineConfig:
-    """Return the settings of the paper's section IV-C.
-
-    ``K_ADMM = 5``, ``K_GD = 3``, ``alpha_theta = 1e-7``, ``alpha_t = 1e-5``,
-    ``eta = 0.25``, the volume before the poses, isotropic TV, persistent multipliers.
-    The paper says that lambda and rho "grow like sigma" and gives no numbers: the
-    constants here are ours.
-
-    Parameters
-    ----------
-    sigma
-        Standard deviation of the noise in a pixel.
-    iterations
-        Outer iterations; about 20 in Fig. 8.
-    batch_size
-        Particles at a time.
-
-    Raises
-    ------
-    InputError
-        If sigma is not positive.
-    """
-    if not sigma > 0:
-        raise InputError(f"the noise's sigma wants to be positive, not {sigma}")
-    return RefineConfig(
-        lam=Schedule(3.0 * sigma),
-        rho=Schedule(300.0 * sigma),
-        angle_step=Schedule(1e-7),
-        shift_step=Schedule(1e-5),
-        iterations=iterations,
-        batch_size=batch_size,
-    )
-
-
-def released_preset(iterations: int = 10, batch_size: int = 8) -> RefineConfig:
-    """Return the settings of the authors' released demo (noise sigma 0.1).
-
-    Anisotropic TV and non-negativity, geometric schedules of lambda, rho and of the
-    steps, the poses before the volume, at most four line-search trials, multipliers
-    reset in every outer iteration. Not taken over are its mask, its circular
-    differences and its TV-regularised initial coefficients. What it computes by finite
-    differences of ``||g - H c||^2`` is here the explicit gradient of half of that, so
-    its steps (1e-4 and 1e-3, growing by 1.7) are doubled.
-    """
-    growth = 1.7 ** (iterations - 1)
-    return RefineConfig(
-        lam=Schedule(2.0, 0.02),
-        rho=Schedule(2000.0, 4.0),
-        angle_step=Schedule(2e-4, 2e-4 * growth),
-        shift_step=Schedule(2e-3, 2e-3 * growth),
-        regulariser=tv.AnisotropicTV(),
-        rho_nonnegative=1e3,
-        iterations=iterations,
-        max_trials=4,
-        poses_first=True,
-        keep_duals=False,
-        batch_size=batch_size,
-    )
-
-
+@final
 class RefineState(eqx.Module):
     """What the next outer iteration needs; all that a checkpoint must hold."""
 
-    poses: Poses
-    volume: admm.ADMMState
+    sets: tuple[SetState, ...]
     iteration: Int[Array, ""]
+    r_max: Int[Array, ""]
+    angle_change: Float[Array, ""]
+    best_gold: Float[Array, ""]
+    finished: Bool[Array, ""]
 
 
-class RefineInfo(eqx.Module):
-    """What a human wants to know of an outer iteration."""
+@final
+@dataclass(frozen=True)
+class RefineInfo:
+    """What a human wants to know of an outer iteration.
 
-    volume: admm.ADMMInfo
-    pose: pose.PoseInfo
-
-
-class Problem(eqx.Module):
-    """The data and the imaging model, fixed during a refinement.
-
-    Parameters
+    Attributes
     ----------
-    images
-        Images of shape ``(P, m, m)``.
-    footprint, image_filter
-        The imaging model, see :mod:`jaxrefine.spatial`.
+    iteration
+        Its number, from 1.
+    r_max, search_r_max
+        Band limits of the polishing and of the search, cycles per box; 0 for a search
+        that did not take place.
+    searched
+        How many particles were searched for.
+    decided
+        Fraction of the particles with one hypothesis left.
+    damping
+        Median damping of each iteration of the polishing.
+    angle_change_in_degrees, shift_change_in_pixels
+        Medians over the particles.
+    tau
+        Weight of the regulariser, for each set.
+    fold_score
+        Mean correlation of the folds' maps.
+    gold_score
+        Mean correlation of the half sets' maps; None without half sets.
     """
 
-    images: Images
-    footprint: Footprint
-    image_filter: ImageFilter
+    iteration: int
+    r_max: int
+    search_r_max: int
+    searched: int
+    decided: float
+    damping: list[float]
+    angle_change_in_degrees: float
+    shift_change_in_pixels: float
+    tau: list[float]
+    fold_score: float
+    gold_score: float | None = None
+
+    def row(self) -> dict[str, int | float | list[float] | None]:
+        """Return the numbers as a table wants them."""
+        return dict(self.__dict__)
 
 
-def init(poses: Poses, coefficients: Volume) -> RefineState:
-    """Start from given poses and coefficients, in the coefficients' precision."""
-    poses = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), poses)
-    return RefineState(poses, admm.init(coefficients), jnp.zeros((), jnp.int32))
+@final
+@dataclass(frozen=True)
+class Reconstruction:
+    """A map, made of particles at given poses.
 
-
-def update_volume(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, admm.ADMMInfo]:
-    """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
-    return _update_volume(state, _data_term(state, problem, config), config)
-
-
-def _data_term(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> admm.DataTerm:
-    return admm.data_term(
-        problem.footprint,
-        problem.image_filter,
-        problem.images,
-        state.poses,
-        state.volume.coefficients.shape[0],
-        config.batch_size,
-    )
-
-
-def _update_volume(
-    state: RefineState, data: admm.DataTerm, config: RefineConfig
-) -> tuple[RefineState, admm.ADMMInfo]:
-    settings = config.volume_update(state.iteration)
-    start = state.volume
-    if not config.keep_duals:
-        start = admm.init(start.coefficients)
-    volume, info = admm.run(start, data, settings, config.regulariser)
-    if config.rho_nonnegative is not None:
-        feasible = jnp.maximum(volume.coefficients, 0.0)
-        volume = eqx.tree_at(lambda v: v.coefficients, volume, feasible)
-    return eqx.tree_at(lambda s: s.volume, state, volume), info
-
-
-def update_poses(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, pose.PoseInfo]:
-    """Line 4 of Algorithm 1: Algorithm 3 at the current map."""
-    poses, info = pose.run(
-        state.poses,
-        problem.images,
-        state.volume.coefficients,
-        problem.footprint,
-        problem.image_filter,
-        config.pose_update(state.iteration),
-    )
-    return eqx.tree_at(lambda s: s.poses, state, poses), info
-
-
-def step(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, RefineInfo]:
-    """Make one outer iteration of Algorithm 1.
-
-    Parameters
+    Attributes
     ----------
+    volume
+        The map.
+    half_maps
+        Maps of two halves of the particles, made with the same ``tau``.
+    lam, tau
+        Weight of the regulariser, absolute and in units of the noise.
+    errors
+        Errors of prediction that ``tau`` was chosen by, if it was.
+    """
+
+    volume: Float[np.ndarray, "n n n"]
+    half_maps: tuple[np.ndarray, np.ndarray]
+    lam: float
+    tau: float
+    errors: dict[float, float]
+
+
+@final
+@dataclass(frozen=True)
+class Result:
+    """What a refinement comes to.
+
+    Attributes
+    ----------
+    poses
+        Refined poses.
+    covariances
+        Of each rotation vector (radians) and shift (pixels).
+    log_likelihood
+        Logarithm of each particle's evidence: how much more probable the image is with
+        the particle than without.
+    undetermined
+        Particles whose images are more probable without a particle. They keep the poses
+        that they were given, and no map is made of them.
+    volume
+        The map.
+    half_maps, fsc
+        With half sets, their maps and the correlation of these.
+    tau
+        Weight of the regulariser.
     state
-        Poses, coefficients and multipliers so far.
-    problem
-        The data and the imaging model.
-    config
-        Parameters; its schedules are read at ``state.iteration``.
+        The last state.
     """
-    if config.poses_first:
-        state, pose_info = update_poses(state, problem, config)
-        state, volume_info = update_volume(state, problem, config)
-    else:
-        state, volume_info = update_volume(state, problem, config)
-        state, pose_info = update_poses(state, problem, config)
-    state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
-    return state, RefineInfo(volume_info, pose_info)
+
+    poses: Poses
+    covariances: Float[np.ndarray, "particles 5 5"]
+    log_likelihood: Float[np.ndarray, " particles"]
+    undetermined: Bool[np.ndarray, " particles"]
+    volume: Float[np.ndarray, "n n n"]
+    half_maps: tuple[np.ndarray, np.ndarray] | None
+    fsc: Float[np.ndarray, " shells"] | None
+    tau: float
+    state: RefineState
 
 
 Callback = Callable[[RefineState, RefineInfo], None]
@@ -293,89 +171,299 @@ Callback = Callable[[RefineState, RefineInfo], None]
 
 
 def refine(
-    state: RefineState,
-    problem: Problem,
-    config: RefineConfig,
+    particles: Particles,
+    poses: Poses,
+    volume: Volume,
+    config: RefineConfig | None = None,
+    *,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None = None,
+    state: RefineState | None = None,
     callback: Callback | None = None,
-) -> RefineState:
-    """Run Algorithm 1 from a state to the last outer iteration.
-
-    A state saved by a callback and passed in again continues where it was saved, with
-    the same result as an uninterrupted run.
+) -> Result:
+    """Refine poses and map jointly, until the folds' maps agree no better.
 
     Parameters
     ----------
-    state
-        From :func:`init`, or a saved one.
-    problem
-        The data and the imaging model.
+    particles
+        Images and optics.
+    poses
+        Poses to start from.
+    volume
+        Initial map, of the side of the images. Its scale does not matter.
     config
-        Parameters, for instance :func:`released_preset`.
+        Parameters; the defaults want no tuning.
+    key
+        Deals the particles into sets and folds, and draws candidate poses.
+    subsets
+        With half sets, the set of each particle, 1 or 2; dealt at random without it.
+    state
+        A state that a callback got, to continue from it; with the same other arguments
+        the result is that of an uninterrupted run.
     callback
         Called with the state and its information after every outer iteration.
 
     Raises
     ------
     InputError
-        If images, poses and volume do not fit each other, or are not finite.
+        If images, poses and map do not fit each other, or are not finite.
     """
-    _check(state, problem)
-    for _ in range(int(state.iteration), config.iterations):
-        state, info = step(state, problem, config)
+    config = RefineConfig() if config is None else config
+    poses, volume = _checked(particles, poses, volume)
+    deal, fold, draw = jax.random.split(key, 3)
+    members = _members(len(particles), config, deal, subsets)
+    sets = [
+        particle_set(particles.take(some), _take(poses, some), fold, config)
+        for some in members
+    ]
+    if state is None:
+        last = sets[0].last
+        state = RefineState(
+            tuple(
+                engine.start(one, _take(poses, some), volume)
+                for one, some in zip(sets, members, strict=True)
+            ),
+            jnp.zeros((), jnp.int32),
+            jnp.asarray(min(config.first_r_max, last), jnp.int32),
+            jnp.asarray(jnp.inf, volume.dtype),
+            jnp.zeros((), volume.dtype),
+            jnp.zeros((), bool),
+        )
+    while int(state.iteration) < config.iterations and not bool(state.finished):
+        state, info = _iterate(sets, state, draw)
         if callback is not None:
             callback(state, info)
-    return state
+    return _conclude(sets, members, poses, state)
+
+
+def _iterate(
+    sets: list[ParticleSet], state: RefineState, key: PRNGKeyArray
+) -> tuple[RefineState, RefineInfo]:
+    """Make one outer iteration on every set."""
+    config, iteration = sets[0].config, int(state.iteration)
+    r_max = slices.bucket(int(state.r_max), sets[0].particles.image_size)
+    new, reports = [], []
+    for i, (one, old) in enumerate(zip(sets, state.sets, strict=True)):
+        draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
+        moved, report = engine.update_poses(one, old, iteration, r_max, draw)
+        everyone = np.ones(len(one.particles), bool)
+        sums = engine.sum_up(one, moved.hypotheses, moved.noise, everyone)
+        new.append(engine.update_maps(one, moved, crossfit.folds(sums)))
+        reports.append(report)
+
+    last = sets[0].last
+    supported, scores = [], []
+    for one in new:
+        curve = one.fold_fsc[: last + 1]
+        supported.append(float(metrics.crossing(curve, _SUPPORTED)))
+        scores.append(float(jnp.mean(curve[1:])))
+    gold = None
+    if len(new) == 2:
+        curve = metrics.fsc(*(_mean_map(one) for one in new))
+        gold = float(jnp.mean(curve[1 : last + 1]))
+    grown = _next_band_limit(r_max, float(np.mean(supported)), sets[0])
+    change = float(np.mean([report.angle_change_in_degrees for report in reports]))
+    if gold is None:
+        better = change < _SETTLED * float(state.angle_change)
+    else:
+        better = gold > float(state.best_gold) + _STALLED
+    searching = iteration <= max(config.multi_start, default=-1)
+    dtype = state.angle_change.dtype
+    state = RefineState(
+        tuple(new),
+        state.iteration + 1,
+        jnp.asarray(grown, jnp.int32),
+        jnp.asarray(change, dtype),
+        jnp.asarray(max(gold or 0.0, float(state.best_gold)), dtype),
+        jnp.asarray(not (better or searching or grown > r_max)),
+    )
+    searched = sum(report.searched for report in reports)
+    size = sets[0].particles.image_size
+    coarse = slices.bucket(min(r_max, config.search_r_max), size)
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(report, name) for report in reports]))
+
+    info = RefineInfo(
+        iteration=iteration + 1,
+        r_max=r_max,
+        search_r_max=coarse if searched else 0,
+        searched=searched,
+        decided=mean("decided"),
+        damping=np.mean([report.damping for report in reports], axis=0).tolist(),
+        angle_change_in_degrees=mean("angle_change_in_degrees"),
+        shift_change_in_pixels=mean("shift_change_in_pixels"),
+        tau=[float(one.tau) for one in new],
+        fold_score=float(np.mean(scores)),
+        gold_score=gold,
+    )
+    return state, info
+
+
+def _next_band_limit(r_max: int, supported: float, whole: ParticleSet) -> int:
+    """Grow the band limit to what the folds' maps support, at most twofold at a time.
+
+    Shells that poses were compared in agree better than the maps are good, since the
+    poses have adapted to both. The limit grows only if the maps agree in the shells
+    beyond it, up to the next radius of `slices.bucket`.
+    """
+    size = whole.particles.image_size
+    reached = slices.bucket(int(min(supported, 2 * r_max, whole.last)), size)
+    return max(r_max, reached)
+
+
+def _mean_map(state: SetState) -> Volume:
+    """Return the mean of the folds' maps."""
+    first, second = (one.coefficients for one in state.maps)
+    return (first + second) / 2
+
+
+def _conclude(
+    sets: list[ParticleSet],
+    members: list[Int[np.ndarray, " members"]],
+    initial: Poses,
+    state: RefineState,
+) -> Result:
+    """Make the final maps of the particles that show something."""
+    count = len(initial.angles)
+    angles, shifts = np.array(initial.angles), np.array(initial.shifts)
+    information = np.zeros((count, 5, 5), angles.dtype)
+    evidence = np.zeros(count, angles.dtype)
+    silent = np.zeros(count, bool)
+    sums, maps, new = [], [], []
+    for one, some, old in zip(sets, members, state.sets, strict=True):
+        nothing = engine.undetermined(old)
+        best = old.hypotheses.best()
+        moved = ~nothing
+        angles[some[moved]] = np.asarray(best.angles)[moved]
+        shifts[some[moved]] = np.asarray(best.shifts)[moved]
+        information[some] = old.information
+        evidence[some] = old.evidence
+        silent[some] = nothing
+        part = engine.sum_up(one, old.hypotheses, old.noise, moved)
+        found, final = engine.final_map(one, old, part)
+        sums.append(part)
+        maps.append(found)
+        new.append(final)
+    volume, tau, half_maps, curve = maps[0].volume, maps[0].tau, None, None
+    if len(sets) == 2:
+        half_maps = (np.asarray(maps[0].volume), np.asarray(maps[1].volume))
+        curve = np.asarray(metrics.fsc(maps[0].volume, maps[1].volume))
+        tau = float(np.sqrt(maps[0].tau * maps[1].tau))
+        both = [a + b for a, b in zip(*sums, strict=True)]
+        joined = eqx.tree_at(lambda s: s.tau, new[0], jnp.asarray(tau, volume.dtype))
+        volume = engine.map_at(sets[0].config, both, joined).volume
+    return Result(
+        Poses(jnp.asarray(angles), jnp.asarray(shifts)),
+        _covariances(information),
+        evidence,
+        silent,
+        np.asarray(volume),
+        half_maps,
+        curve,
+        tau,
+        eqx.tree_at(lambda s: s.sets, state, tuple(new)),
+    )
+
+
+def _covariances(information: Float[np.ndarray, "particles 5 5"]):
+    """Invert the information; without an iteration there is none, and no bound."""
+    if not information.any():
+        return np.full_like(information, np.inf)
+    return np.linalg.inv(information)
 
 
 def reconstruct(
-    state: RefineState,
-    problem: Problem,
-    config: RefineConfig,
-    callback: Callable[[RefineState, admm.ADMMInfo], None] | None = None,
-) -> RefineState:
-    """Run the volume updates of Algorithm 1 alone, with the poses kept.
+    particles: Particles,
+    poses: Poses,
+    config: RefineConfig | None = None,
+    *,
+    key: PRNGKeyArray,
+) -> Reconstruction:
+    """Make a map of particles at given poses, which are kept.
 
-    The same schedules and the same number of iterations as :func:`refine`, so that
-    results from known or unrefined poses compare with refined ones. The images are
-    visited once.
+    The noise's power spectrum is measured with a first map; the regulariser's weight
+    is then chosen by cross-validation.
+
+    Parameters
+    ----------
+    particles, poses
+        Images, optics and poses.
+    config
+        Parameters, of which those of the volume update matter.
+    key
+        Deals the particles into two halves.
+
+    Raises
+    ------
+    InputError
+        If images and poses do not fit each other, or are not finite.
     """
-    _check(state, problem)
-    data = _data_term(state, problem, config)
-    for _ in range(int(state.iteration), config.iterations):
-        state, info = _update_volume(state, data, config)
-        state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
-        if callback is not None:
-            callback(state, info)
-    return state
+    config = RefineConfig() if config is None else config
+    n = particles.image_size
+    poses, volume = _checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
+    whole = particle_set(particles, poses, key, config)
+    state = engine.start(whole, poses, volume)
+    everyone = np.ones(len(particles), bool)
+    data = crossfit.folds(engine.sum_up(whole, state.hypotheses, state.noise, everyone))
+    state = engine.update_maps(whole, state, data)
+    sums = engine.sum_up(whole, state.hypotheses, state.noise, everyone)
+    found, state = engine.final_map(whole, state, sums)
+    first, second = (np.asarray(one.coefficients) for one in state.maps)
+    return Reconstruction(
+        np.asarray(found.volume), (first, second), found.lam, found.tau, found.errors
+    )
 
 
-def _check(state: RefineState, problem: Problem) -> None:
-    """Refuse data that do not fit each other, in a sentence."""
-    images, poses, c = problem.images, state.poses, state.volume.coefficients
-    if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[0]:
-        raise InputError(f"images want shape (particles, m, m), not {images.shape}")
-    if poses.angles.shape != (images.shape[0], 3):
+def _take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
+    return Poses(poses.angles[some], poses.shifts[some])
+
+
+def _members(
+    count: int,
+    config: RefineConfig,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None,
+) -> list[Int[np.ndarray, " members"]]:
+    """Return the particles of every set that is refined by itself."""
+    if not config.half_sets:
+        return [np.arange(count)]
+    if subsets is None:
+        order = np.asarray(jax.random.permutation(key, count))
+        return [np.sort(order[::2]), np.sort(order[1::2])]
+    if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
-            f"{images.shape[0]} images want angles of shape ({images.shape[0]}, 3), "
-            f"not {poses.angles.shape}"
+            f"half sets want a 1 or a 2 for each of {count} particles, not "
+            f"{sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
         )
-    if poses.shifts.shape != (images.shape[0], 2):
+    return [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
+
+
+def _checked(
+    particles: Particles, poses: Poses, volume: Volume
+) -> tuple[Poses, Volume]:
+    """Return poses and map in single precision; refuse what does not fit."""
+    count, n = len(particles), particles.image_size
+    if count < 4:
+        raise InputError(f"at least 4 particles are wanted, not {count}")
+    if n < 16:
+        raise InputError(f"images of side 16 or more are wanted, not {n}")
+    if poses.angles.shape != (count, 3) or poses.shifts.shape != (count, 2):
         raise InputError(
-            f"{images.shape[0]} images want shifts of shape ({images.shape[0]}, 2), "
-            f"not {poses.shifts.shape}"
+            f"{count} images want as many poses, not angles of shape "
+            f"{poses.angles.shape} and shifts of shape {poses.shifts.shape}"
         )
-    if c.ndim != 3 or len(set(c.shape)) != 1:
-        raise InputError(f"coefficients want shape (n, n, n), not {c.shape}")
+    if volume.shape != (n, n, n):
+        raise InputError(
+            f"images of side {n} want a map of that side, not of shape {volume.shape}"
+        )
     for name, array in (
-        ("images", images),
         ("angles", poses.angles),
         ("shifts", poses.shifts),
-        ("coefficients", c),
+        ("the map's values", volume),
     ):
-        if array.dtype != c.dtype:
-            raise InputError(
-                f"{name} want the coefficients' type {c.dtype}, not {array.dtype}"
-            )
-        bad = int(jnp.sum(~jnp.isfinite(array)))
+        bad = int(np.sum(~np.isfinite(np.asarray(array))))
         if bad:
             raise InputError(f"{name} must be finite, but {bad} of them are not")
+    angles, shifts = (jnp.asarray(x, jnp.float32) for x in (poses.angles, poses.shifts))
+    return Poses(angles, shifts), jnp.asarray(volume, jnp.float32)

@@ -212,7 +212,12 @@ def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:
     by the ``m^2`` pixels of an image, but its -14.2 dB is that of a noise that hides
     the particle, which only the power per pixel is.
     """
-    return jnp.sqrt(jnp.mean(images**2)) * 10 ** (-snr_db / 20)
+    return noise_std_of_power(jnp.mean(images**2), snr_db)
+
+
+def noise_std_of_power(power: Scalar, snr_db: float | Scalar) -> Scalar:
+    """Return the noise level of `noise_std`, from the mean power of a clean pixel."""
+    return jnp.sqrt(power) * 10 ** (-snr_db / 20)
 
 
 def add_noise(key: PRNGKeyArray, images: Images, sigma: float | Scalar) -> Images:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import kbwf, metrics
-from jaxrefine import refine as joint
+from jaxrefine import paper as joint
 from jaxrefine._types import Volume
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.geometry import Poses, geodesic_distance

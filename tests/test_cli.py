@@ -13,7 +13,7 @@ import mrcfile
 import numpy as np
 import pytest
 
-from jaxrefine import cli, simulate
+from jaxrefine import cli, io, simulate
 from jaxrefine import demo as demonstration
 from jaxrefine.io import read_mrc, write_mrc
 
@@ -250,7 +250,7 @@ def test_interruptions_and_refusals_are_a_sentence(
     def fail(path):
         raise error
 
-    monkeypatch.setattr(cli.io, "read_mrc", fail)
+    monkeypatch.setattr(io, "read_mrc", fail)
     result, out, err = run(capsys, "fsc", maps / "a.mrc", maps / "b.mrc")
     assert (result, out) == (code, "")
     assert err.count("\n") == 1 and words in err and "None" not in err

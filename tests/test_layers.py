@@ -11,11 +11,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
     {"_types", "errors"},
-    {"_batching", "_bessel", "interpolate"},
-    {"kbwf", "geometry", "ctf", "tv", "tube"},
-    {"spatial", "metrics"},
+    {"_batching", "_bessel", "_window", "interpolate"},
+    {"kbwf", "geometry", "ctf", "tv", "tube", "gridding", "resample"},
+    {"spatial", "slices", "metrics", "particles"},
     {"normal", "simulate"},
-    {"admm", "pose"},
+    {"admm", "pose", "hypotheses", "tangent"},
+    {"paper", "crossfit", "search"},
+    {"posterior", "particle_set"},
+    {"engine"},
     {"refine"},
     {"io", "plots", "progress", "study"},
     {"demo"},

@@ -205,8 +205,11 @@ def test_summary():
         {
             "angle_error_deg_median": 5.0,
             "angle_error_deg_p90": 90.0,
+            "angle_error_deg_p95": 130.0,
             "fraction_within_5_deg": 6 / 11,
             "fraction_within_10_deg": 8 / 11,
             "shift_error_px_median": 0.5,
+            "shift_error_px_p90": 0.9,
+            "shift_error_px_p95": 0.95,
         }
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import geometry, kbwf, metrics, refine, simulate, study
+from jaxrefine import geometry, kbwf, metrics, paper, simulate, study
 from jaxrefine.geometry import Poses
 
 
@@ -28,7 +28,7 @@ def test_moved_map_is_scored_alike(case):
         geometry.matrix_to_euler(turned),
         truth.shifts + jnp.einsum("pix,x->pi", truth.rotations[:, :2], offset),
     )
-    config = refine.paper_preset(0.05, iterations=4)
+    config = paper.paper_preset(0.05, iterations=4)
     straight = study.reconstruct_from(case, truth, config)
     crooked = study.reconstruct_from(case, moved, config)
     assert crooked.row()["mean_fsc"] < 0.8 * straight.row()["mean_fsc"]
@@ -59,7 +59,7 @@ def test_evaluate_moved_moves_the_map():
 
 def test_outcome_row_is_what_its_parts_say(case):
     outcome = study.refine_from(
-        case, study.initial_state(case), refine.released_preset(iterations=2)
+        case, study.initial_state(case), paper.released_preset(iterations=2)
     )
     row = outcome.row()
     assert row["mean_fsc"] == pytest.approx(float(np.mean(outcome.curve[1:])))

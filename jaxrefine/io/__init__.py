@@ -2,11 +2,22 @@
 
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
+from jaxrefine.io.json import append_json_line as append_json_line
+from jaxrefine.io.json import keep_lines as keep_lines
+from jaxrefine.io.json import read_json as read_json
 from jaxrefine.io.json import write_json as write_json
+from jaxrefine.io.mrc import map_stack as map_stack
+from jaxrefine.io.mrc import new_stack as new_stack
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
+from jaxrefine.io.particles import ParticleFile as ParticleFile
+from jaxrefine.io.particles import image_identities as image_identities
+from jaxrefine.io.particles import read_particles as read_particles
+from jaxrefine.io.particles import write_new_particles as write_new_particles
+from jaxrefine.io.particles import write_particles as write_particles
+from jaxrefine.io.star import poses_of as poses_of
 from jaxrefine.io.star import read_poses as read_poses
 from jaxrefine.io.star import read_star as read_star
 from jaxrefine.io.star import write_poses as write_poses

@@ -1,11 +1,12 @@
-"""JSON reports, written whole or not at all."""
+"""JSON reports, written whole or not at all, and logs, written line by line."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from jaxrefine.io._atomic import atomic_path
+from jaxrefine.errors import InputError
+from jaxrefine.io._atomic import atomic_path, existing_file
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -19,6 +20,34 @@ def write_json(path: str | Path, content: Any) -> None:
     with atomic_path(path) as temporary:
         text = json.dumps(_with_nulls(content), indent=2, allow_nan=False)
         temporary.write_text(text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(existing_file(path).read_text())
+    except ValueError:
+        raise InputError(f"{path} is not JSON.") from None
+
+
+def append_json_line(path: str | Path, content: Any) -> None:
+    """Add a line to a log, JSON with null for NaN and infinity, and write it out."""
+    with open(path, "a") as file:
+        file.write(json.dumps(_with_nulls(content), allow_nan=False) + "\n")
+
+
+def keep_lines(path: str | Path, count: int) -> None:
+    """Drop all but the first lines of a log; none if there is no log."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(lines[:count]))
 
 
 def _with_nulls(content: Any) -> Any:

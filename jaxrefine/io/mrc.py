@@ -5,12 +5,15 @@ import gzip
 import math
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mrcfile
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
+from mrcfile import utils as mrcfile_utils
 
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import atomic_path, existing_file
@@ -85,17 +88,61 @@ def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], 
     data, axes, voxel = _read(path)
     if data.ndim == 2:
         data = data[None]
-    if data.ndim != 3 or data.shape[1] != data.shape[2]:
-        shape = " x ".join(map(str, data.shape))
-        raise InputError(
-            f"{path} holds an array of {shape}; a stack of square images is wanted."
-        )
-    if axes != (1, 2, 3):
-        raise InputError(
-            f"{path} declares the axes mapc, mapr, maps = {axes}; "
-            "a stack of images must have 1, 2, 3."
-        )
+    _require_square_images(path, data.shape, axes)
     return _finite(data, path), _isotropic(voxel[:2], path)
+
+
+def map_stack(
+    path: str | Path,
+) -> tuple[Shaped[np.ndarray, "particles m m"], float | None]:
+    """Open a stack of square images without reading them.
+
+    Returns
+    -------
+    images
+        A memory map of the file, indexed ``[particle, y, x]``, of the file's type and
+        byte order. Values are not checked.
+    pixel_size
+        In Angstrom; None if the header leaves it unset.
+
+    Raises
+    ------
+    InputError
+        As `read_stack` does, and if the file is compressed; but values that are not
+        finite are not looked for.
+    """
+    path = existing_file(path)
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) in _DECOMPRESSORS:
+                raise InputError(
+                    f"{path} is compressed; images are read in place, so decompress it."
+                )
+        _require_word_map(path)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            mrcfile.open(path, permissive=True, header_only=True) as mrc,
+        ):
+            header: Any = mrc.header
+            offset = header.nbytes + int(header.nsymbt)
+        dtype = mrcfile_utils.data_dtype_from_header(header)
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, MemoryError, ArithmeticError):
+        raise InputError(f"{path} is not an MRC file, or is damaged.") from None
+    shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
+    _require_square_images(path, shape, _axes(header))
+    wanted = offset + math.prod(shape) * dtype.itemsize
+    if min(shape) < 1 or path.stat().st_size < wanted:
+        raise InputError(
+            f"{path} is truncated or damaged: its header announces {shape[0]} images "
+            f"of {shape[1]} x {shape[2]}, {wanted} bytes; it has {path.stat().st_size}."
+        )
+    if int(header.mode) in _COMPLEX_MODES:
+        raise InputError(f"{path} holds complex values; a real array is wanted.")
+    voxel = _voxel(header)[:2]
+    images = np.memmap(path, dtype, "r", offset, shape)
+    return images, _isotropic(voxel, path) if any(voxel) else None
 
 
 def write_mrc(
@@ -134,6 +181,29 @@ def write_stack(
     _write(path, images, pixel_size_in_angstroms, is_stack=True)
 
 
+@contextmanager
+def new_stack(
+    path: str | Path, count: int, image_size: int, pixel_size_in_angstroms: float
+) -> Iterator[Float32[np.ndarray, "particles m m"]]:
+    """Give a stack of images to fill in, which is on disk and not in memory.
+
+    The file appears at `path` at the end, or not at all if the body raises. The
+    header's statistics are marked as not computed.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    shape = (count, image_size, image_size)
+    with atomic_path(path) as temporary, mrcfile.new_mmap(temporary, shape, 2) as mrc:
+        mrc.set_image_stack()
+        mrc.voxel_size = pixel_size_in_angstroms
+        mrc.reset_header_stats()
+        data: Any = mrc.data
+        yield data
+
+
 def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
     """Return the data as stored, (mapc, mapr, maps), and the voxel size (x, y, z)."""
     try:
@@ -154,12 +224,36 @@ def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
             f"{header.nx} x {header.ny} x {header.nz} values of mode {header.mode}, "
             "which cannot be read."
         )
+    return data, _axes(header), _voxel(header)
+
+
+def _axes(header: Any) -> tuple[int, ...]:
+    """Return (mapc, mapr, maps), which mean x, y, z if they are unset."""
     axes = tuple(int(axis) for axis in (header.mapc, header.mapr, header.maps))
-    voxel = tuple(
+    return axes if any(axes) else (1, 2, 3)
+
+
+def _voxel(header: Any) -> tuple[float, ...]:
+    """Return the edges (x, y, z) of a voxel in Angstrom, zero where they are unset."""
+    return tuple(
         float(header.cella[axis]) / float(count) if count else 0.0
         for axis, count in zip("xyz", (header.mx, header.my, header.mz), strict=True)
     )
-    return data, axes if any(axes) else (1, 2, 3), voxel
+
+
+def _require_square_images(
+    path: Path, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> None:
+    if len(shape) != 3 or shape[1] != shape[2]:
+        text = " x ".join(map(str, shape))
+        raise InputError(
+            f"{path} holds an array of {text}; a stack of square images is wanted."
+        )
+    if axes != (1, 2, 3):
+        raise InputError(
+            f"{path} declares the axes mapc, mapr, maps = {axes}; "
+            "a stack of images must have 1, 2, 3."
+        )
 
 
 def _require_word_map(path: Path) -> None:

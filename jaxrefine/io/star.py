@@ -128,19 +128,25 @@ def read_poses(
         holds something that is not a number, or gives origins in Angstrom without the
         pixel size.
     """
-    blocks = read_star(path)
-    particles = _particles(blocks, path)
+    return poses_of(read_star(path), path)
+
+
+def poses_of(
+    blocks: dict[str, Table], path: str | Path
+) -> tuple[Float64[np.ndarray, "particles 3"], Float64[np.ndarray, "particles 2"]]:
+    """Return the poses in the blocks of a file, as `read_poses` does."""
+    particles = particle_table(blocks, path)
     missing = [name for name in _ANGLES if name not in particles]
     if missing:
         raise InputError(f"{path} lacks the columns {', '.join(missing)}.")
-    angles = [_numbers(particles, name, path) for name in _ANGLES]
+    angles = [numbers(particles, name, path) for name in _ANGLES]
     origins = []
     for axis in "XY":
         if f"rlnOrigin{axis}Angst" in particles:
-            in_angstroms = _numbers(particles, f"rlnOrigin{axis}Angst", path)
-            origins.append(in_angstroms / _pixel_sizes(blocks, particles, path))
+            in_angstroms = numbers(particles, f"rlnOrigin{axis}Angst", path)
+            origins.append(in_angstroms / pixel_sizes(blocks, particles, path))
         elif f"rlnOrigin{axis}" in particles:
-            origins.append(_numbers(particles, f"rlnOrigin{axis}", path))
+            origins.append(numbers(particles, f"rlnOrigin{axis}", path))
         else:
             origins.append(np.zeros_like(angles[0]))
     return np.deg2rad(np.stack(angles, axis=-1)), -np.stack(origins, axis=-1)
@@ -181,8 +187,6 @@ def write_poses(
             f"Cannot write {path}: {len(image_names)} image names came "
             f"with {len(angles)} poses."
         )
-    degrees = np.rad2deg(np.asarray(angles, dtype=np.float64))
-    origins = -pixel_size_in_angstroms * np.asarray(shifts, dtype=np.float64)
     optics = {
         "rlnOpticsGroup": ["1"],
         "rlnOpticsGroupName": ["opticsGroup1"],
@@ -192,12 +196,30 @@ def write_poses(
     }
     particles = {
         "rlnImageName": list(image_names),
-        **{name: _fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)},
-        "rlnOriginXAngst": _fixed(origins[:, 0]),
-        "rlnOriginYAngst": _fixed(origins[:, 1]),
+        **pose_columns(angles, shifts, pixel_size_in_angstroms),
         "rlnOpticsGroup": ["1"] * len(image_names),
     }
     write_star(path, {"optics": optics, "particles": particles})
+
+
+def pose_columns(
+    angles: Float[Array | np.ndarray, "particles 3"],
+    shifts: Float[Array | np.ndarray, "particles 2"],
+    pixel_size_in_angstroms: float | None,
+) -> Table:
+    """Return RELION's columns of poses.
+
+    Origins are in Angstrom (``rlnOriginXAngst``), or without a pixel size in pixels
+    (``rlnOriginX``).
+    """
+    degrees = np.rad2deg(np.asarray(angles, dtype=np.float64))
+    scale = 1.0 if pixel_size_in_angstroms is None else pixel_size_in_angstroms
+    suffix = "" if pixel_size_in_angstroms is None else "Angst"
+    origins = 0.0 - scale * np.asarray(shifts, dtype=np.float64)
+    columns = {name: fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)}
+    for i, axis in enumerate("XY"):
+        columns[f"rlnOrigin{axis}{suffix}"] = fixed(origins[:, i])
+    return columns
 
 
 def _values(line: str) -> list[str]:
@@ -228,42 +250,55 @@ def _insert(mapping: dict, name: str, item: Table | list[str], where: str) -> No
     mapping[name] = item
 
 
-def _particles(blocks: dict[str, Table], path: str | Path) -> Table:
+def particle_table(blocks: dict[str, Table], path: str | Path) -> Table:
     """Return the block ``particles``, or the only one beside ``optics``."""
+    return blocks[particle_block(blocks, path)]
+
+
+def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
+    """Return the name of the block that `particle_table` returns."""
     if "particles" in blocks:
-        return blocks["particles"]
+        return "particles"
     others = [name for name in blocks if name != "optics"]
     if len(others) != 1:
         raise InputError(
             f"{path} has the blocks {', '.join(map(repr, blocks))}; "
             "one called 'particles', or one alone, is wanted."
         )
-    return blocks[others[0]]
+    return others[0]
 
 
-def _pixel_sizes(
+def pixel_sizes(
     blocks: dict[str, Table], particles: Table, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
     """Return the pixel size in Angstrom of each particle's optics group."""
+    sizes = of_optics_group(blocks, particles, "rlnImagePixelSize", path)
+    if not (sizes > 0).all():
+        raise InputError(f"{path} has an rlnImagePixelSize that is not positive.")
+    return sizes
+
+
+def of_optics_group(
+    blocks: dict[str, Table], particles: Table, name: str, path: str | Path
+) -> Float64[np.ndarray, " particles"]:
+    """Return a column of the optics groups, for each particle."""
     optics = blocks.get("optics", {})
-    if not {"rlnOpticsGroup", "rlnImagePixelSize"} <= optics.keys():
+    if not {"rlnOpticsGroup", name} <= optics.keys():
         raise InputError(
-            f"{path} gives origins in Angstrom but no optics block with "
-            "rlnOpticsGroup and rlnImagePixelSize."
+            f"{path} has no optics block with rlnOpticsGroup and {name}, which its "
+            "particles need."
         )
     if "rlnOpticsGroup" not in particles:
         raise InputError(f"{path} gives the particles no rlnOpticsGroup.")
-    sizes = _numbers(optics, "rlnImagePixelSize", path)
-    if not (sizes > 0).all():
-        raise InputError(f"{path} has an rlnImagePixelSize that is not positive.")
-    size_of_group = dict(zip(optics["rlnOpticsGroup"], sizes, strict=True))
-    unknown = sorted(set(particles["rlnOpticsGroup"]) - size_of_group.keys())
+    values = numbers(optics, name, path)
+    of_group = dict(zip(optics["rlnOpticsGroup"], values, strict=True))
+    unknown = sorted(set(particles["rlnOpticsGroup"]) - of_group.keys())
     if unknown:
         raise InputError(f"{path} has no optics group {', '.join(unknown)}.")
-    return np.array([size_of_group[group] for group in particles["rlnOpticsGroup"]])
+    return np.array([of_group[group] for group in particles["rlnOpticsGroup"]])
 
 
-def _numbers(
+def numbers(
     table: Table, name: str, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
     """Return a column as finite numbers."""
@@ -276,5 +311,6 @@ def _numbers(
     return numbers
 
 
-def _fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:
+def fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:
+    """Return numbers as they stand in a column."""
     return [f"{number:.6f}" for number in numbers]

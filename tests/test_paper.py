@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import admm, kbwf, metrics, refine, simulate, spatial, tv
+from jaxrefine import admm, kbwf, metrics, paper, simulate, spatial, tv
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.io import load_checkpoint, save_checkpoint
@@ -21,7 +21,7 @@ def evaluate(schedule, count):
 
 
 def test_a_schedule_is_geometric():
-    values = evaluate(refine.Schedule(2.0, 0.02), 9)
+    values = evaluate(paper.Schedule(2.0, 0.02), 9)
     assert values[0] == pytest.approx(2.0, rel=1e-14)
     assert values[-1] == pytest.approx(0.02, rel=1e-14)
     ratios = np.array(values[1:]) / np.array(values[:-1])
@@ -29,15 +29,15 @@ def test_a_schedule_is_geometric():
 
 
 def test_a_schedule_may_be_constant_or_short():
-    assert evaluate(refine.Schedule(3.0), 4) == [3.0] * 4
-    assert evaluate(refine.Schedule(0.0), 3) == [0.0] * 3
-    assert evaluate(refine.Schedule(3.0, 7.0), 1) == [3.0]
-    assert evaluate(refine.Schedule(3.0, 7.0), 2) == pytest.approx([3.0, 7.0])
+    assert evaluate(paper.Schedule(3.0), 4) == [3.0] * 4
+    assert evaluate(paper.Schedule(0.0), 3) == [0.0] * 3
+    assert evaluate(paper.Schedule(3.0, 7.0), 1) == [3.0]
+    assert evaluate(paper.Schedule(3.0, 7.0), 2) == pytest.approx([3.0, 7.0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_a_schedule_keeps_its_type(dtype):
-    schedule = refine.Schedule(2.0, 8.0)
+    schedule = paper.Schedule(2.0, 8.0)
     schedule = jax.tree.map(lambda leaf: leaf.astype(dtype), schedule)
     value = jax.jit(lambda i: schedule(i, 3))(jnp.asarray(1, jnp.int32))
     assert value.dtype == dtype
@@ -52,7 +52,7 @@ def numbers(config, iteration):
 
 def test_the_paper_preset():
     """Section IV-C."""
-    config = refine.paper_preset(0.3)
+    config = paper.paper_preset(0.3)
     for iteration in (0, config.iterations - 1):
         volume, poses = numbers(config, iteration)
         assert volume.iterations == 5
@@ -67,14 +67,14 @@ def test_the_paper_preset():
 
 
 def test_the_paper_preset_grows_like_sigma():
-    one, many = (numbers(refine.paper_preset(s), 0)[0] for s in (1.0, 7.0))
+    one, many = (numbers(paper.paper_preset(s), 0)[0] for s in (1.0, 7.0))
     assert float(many.lam) == pytest.approx(7 * float(one.lam))
     assert float(many.rho) == pytest.approx(7 * float(one.rho))
 
 
 def test_the_released_preset():
     """The numbers of the authors' demo, as design.md lists them."""
-    config = refine.released_preset()
+    config = paper.released_preset()
     assert config.iterations == 10
     first, last = numbers(config, 0), numbers(config, 9)
     assert (float(first[0].lam), float(last[0].lam)) == pytest.approx((2.0, 0.02))
@@ -92,7 +92,7 @@ def test_the_released_preset():
     assert isinstance(config.regulariser, tv.AnisotropicTV)
     assert config.poses_first
     assert not config.keep_duals
-    assert refine.released_preset(4).iterations == 4
+    assert paper.released_preset(4).iterations == 4
 
 
 # --- a small problem
@@ -114,25 +114,25 @@ class Scene:
         self.basis = kbwf.KBWF()
         footprint = spatial.footprint(self.basis)
         image_filter = spatial.spline_filter(footprint, N)
-        self.problem = refine.Problem(self.dataset.images, footprint, image_filter)
+        self.problem = paper.Problem(self.dataset.images, footprint, image_filter)
         self.coefficients = kbwf.expand(self.basis, simulate.blur(self.truth, 2.0))
 
     def start(self, poses=None):
         poses = self.dataset.initial if poses is None else poses
-        return refine.init(poses, self.coefficients)
+        return paper.init(poses, self.coefficients)
 
     def config(self, **changes):
         settings = {
-            "lam": refine.Schedule(2.0, 0.1),
-            "rho": refine.Schedule(500.0, 20.0),
-            "angle_step": refine.Schedule(2e-4, 2e-3),
-            "shift_step": refine.Schedule(2e-3, 2e-2),
+            "lam": paper.Schedule(2.0, 0.1),
+            "rho": paper.Schedule(500.0, 20.0),
+            "angle_step": paper.Schedule(2e-4, 2e-3),
+            "shift_step": paper.Schedule(2e-3, 2e-2),
             "iterations": 4,
             "cg_iterations": 10,
             "pose_iterations": 2,
             "max_trials": 5,
         }
-        return refine.RefineConfig(**settings | changes)
+        return paper.RefineConfig(**settings | changes)
 
     def errors(self, state):
         true = self.dataset.truth
@@ -165,7 +165,7 @@ def uninterrupted(scene):
     def watch(state, info):
         seen.append((state, info))
 
-    final = refine.refine(scene.start(), scene.problem, scene.config(), watch)
+    final = paper.refine(scene.start(), scene.problem, scene.config(), watch)
     return final, seen
 
 
@@ -182,7 +182,7 @@ def test_the_callback_is_called_once_per_iteration(scene, uninterrupted):
 
 def test_the_same_input_gives_the_same_bits(scene, uninterrupted):
     assert_identical(
-        refine.refine(scene.start(), scene.problem, scene.config()), uninterrupted[0]
+        paper.refine(scene.start(), scene.problem, scene.config()), uninterrupted[0]
     )
 
 
@@ -199,10 +199,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        refine.refine(scene.start(), scene.problem, scene.config(), stop)
+        paper.refine(scene.start(), scene.problem, scene.config(), stop)
     state, _ = load_checkpoint(tmp_path / "state", scene.start())
     resumed = []
-    final = refine.refine(
+    final = paper.refine(
         state,
         scene.problem,
         scene.config(),
@@ -217,12 +217,12 @@ def test_a_finished_run_is_left_alone(scene, uninterrupted):
         raise AssertionError("nothing is left to do")
 
     final = uninterrupted[0]
-    again = refine.refine(final, scene.problem, scene.config(), never)
+    again = paper.refine(final, scene.problem, scene.config(), never)
     assert_identical(again, final)
 
 
 def test_batches_do_not_matter(scene, uninterrupted):
-    final = refine.refine(scene.start(), scene.problem, scene.config(batch_size=3))
+    final = paper.refine(scene.start(), scene.problem, scene.config(batch_size=3))
     leaves = map(jax.tree.leaves, (final, uninterrupted[0]))
     for a, b in zip(*leaves, strict=True):
         # CG stops at a relative residual of 1e-4 or at its tenth iteration, the same
@@ -240,7 +240,7 @@ def test_iterations_do_not_recompile(scene, caplog):
         compiled.append(len(lines))
 
     with caplog.at_level(logging.DEBUG, logger="jax"), jax.log_compiles():
-        refine.refine(scene.start(), scene.problem, config, count)
+        paper.refine(scene.start(), scene.problem, config, count)
     assert compiled[0] > 0
     assert compiled == compiled[:1] * 4
 
@@ -248,11 +248,11 @@ def test_iterations_do_not_recompile(scene, caplog):
 @pytest.mark.parametrize("poses_first", [False, True])
 def test_an_iteration_is_its_two_updates(scene, poses_first):
     config = scene.config(poses_first=poses_first)
-    updates = [refine.update_volume, refine.update_poses]
+    updates = [paper.update_volume, paper.update_poses]
     state = scene.start()
     for update in updates[::-1] if poses_first else updates:
         state, _ = update(state, scene.problem, config)
-    stepped, _ = refine.step(scene.start(), scene.problem, config)
+    stepped, _ = paper.step(scene.start(), scene.problem, config)
     assert_identical(state.poses, stepped.poses)
     assert_identical(state.volume, stepped.volume)
     assert int(stepped.iteration) == int(state.iteration) + 1
@@ -261,13 +261,13 @@ def test_an_iteration_is_its_two_updates(scene, poses_first):
 @pytest.mark.parametrize("keep", [True, False])
 def test_multipliers_are_kept_or_not(scene, keep):
     config = scene.config(keep_duals=keep)
-    state, _ = refine.step(scene.start(), scene.problem, config)
+    state, _ = paper.step(scene.start(), scene.problem, config)
     assert np.abs(state.volume.dual).max() > 0
     forgetful = eqx.tree_at(
         lambda s: s.volume, state, admm.init(state.volume.coefficients)
     )
-    a, _ = refine.update_volume(state, scene.problem, config)
-    b, _ = refine.update_volume(forgetful, scene.problem, config)
+    a, _ = paper.update_volume(state, scene.problem, config)
+    b, _ = paper.update_volume(forgetful, scene.problem, config)
     equal = np.array_equal(a.volume.coefficients, b.volume.coefficients)
     assert equal is not keep
 
@@ -275,7 +275,7 @@ def test_multipliers_are_kept_or_not(scene, keep):
 def test_reconstruct_keeps_the_poses(scene):
     """And does what refine does to the map when no pose may move."""
     counted = []
-    state = refine.reconstruct(
+    state = paper.reconstruct(
         scene.start(),
         scene.problem,
         scene.config(),
@@ -286,7 +286,7 @@ def test_reconstruct_keeps_the_poses(scene):
     config = scene.config()
     other = scene.start()
     for _ in range(4):
-        other, _ = refine.update_volume(other, scene.problem, config)
+        other, _ = paper.update_volume(other, scene.problem, config)
         other = eqx.tree_at(lambda s: s.iteration, other, other.iteration + 1)
     assert_identical(state.volume, other.volume)
 
@@ -294,9 +294,9 @@ def test_reconstruct_keeps_the_poses(scene):
 def test_non_negative_coefficients_are_clipped(scene):
     """The constraint holds after every volume update, and only where asked for."""
     constrained = scene.config(rho_nonnegative=100.0)
-    state, _ = refine.update_volume(scene.start(), scene.problem, constrained)
+    state, _ = paper.update_volume(scene.start(), scene.problem, constrained)
     assert state.volume.coefficients.min() == 0
-    state, _ = refine.update_volume(scene.start(), scene.problem, scene.config())
+    state, _ = paper.update_volume(scene.start(), scene.problem, scene.config())
     assert state.volume.coefficients.min() < 0
 
 
@@ -305,9 +305,9 @@ def test_exact_poses_stay():
     exact = Scene(40, max_angle_error=0.0, max_shift=1.0, sigma=0.0)
     start = exact.start(exact.dataset.truth)
     config = exact.config(
-        lam=refine.Schedule(0.05), rho=refine.Schedule(50.0), iterations=5
+        lam=paper.Schedule(0.05), rho=paper.Schedule(50.0), iterations=5
     )
-    final = refine.refine(start, exact.problem, config)
+    final = paper.refine(start, exact.problem, config)
     errors, fsc = exact.errors(final), exact.mean_fsc(final, config)
     # The images are of another basis, of a map with detail down to the voxel, which
     # TV smooths: half a degree in a box of 16 is 0.07 voxels at its border.
@@ -322,10 +322,10 @@ def test_exact_poses_stay():
 def test_init_1_improves(dtype):
     """Section IV-B in small: every figure of merit gains on unrefined poses."""
     scene = Scene(60, max_angle_error=0.3, max_shift=1.0, sigma=0.1, dtype=dtype)
-    config = refine.released_preset(8)
+    config = paper.released_preset(8)
     start = scene.start()
-    unrefined = refine.reconstruct(start, scene.problem, config)
-    joint = refine.refine(start, scene.problem, config)
+    unrefined = paper.reconstruct(start, scene.problem, config)
+    joint = paper.refine(start, scene.problem, config)
     floats = [x for x in jax.tree.leaves(joint) if x.dtype.kind == "f"]
     assert all(leaf.dtype == dtype for leaf in floats)
     before, after = scene.errors(start), scene.errors(joint)
@@ -387,7 +387,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("run", [refine.refine, refine.reconstruct])
+@pytest.mark.parametrize("run", [paper.refine, paper.reconstruct])
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_input_is_refused_in_a_sentence(scene, run, bad):
     where, make = BAD[bad]
@@ -404,4 +404,4 @@ def test_angles_and_shifts_must_match(scene):
     poses = eqx.tree_at(lambda p: p.shifts, poses, poses.shifts[1:])
     state = eqx.tree_at(lambda s: s.poses, start, poses)
     with pytest.raises(InputError, match="shifts"):
-        refine.refine(state, scene.problem, scene.config())
+        paper.refine(state, scene.problem, scene.config())

@@ -1,0 +1,54 @@
+"""The command line: ``jaxrefine COMMAND``.
+
+Bad input ends with one sentence on standard error and exit code 2, an interruption
+with exit code 130. Each command is a module with two functions, ``add``, which declares
+its options, and ``run``.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from jaxrefine.cli import demo, evaluate, fsc, reconstruct, refine, simulate
+from jaxrefine.errors import InputError
+
+_COMMANDS = (demo, simulate, refine, reconstruct, fsc, evaluate)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"jaxrefine {options.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader has gone, as in ``| head``; Python's last flush must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        sentence = f"The system refused: {error}."
+        print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxrefine",
+        description="Joint refinement of poses and density map for cryo-EM.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"jaxrefine {version('jaxrefine')}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in _COMMANDS:
+        module.add(commands)
+    return parser

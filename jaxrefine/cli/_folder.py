@@ -1,0 +1,130 @@
+"""The folder of a run: it knows what the run was, and carries on where it stopped."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrefine import io
+from jaxrefine.demo import peak_rss_mib
+from jaxrefine.errors import InputError
+
+_CHECKPOINT = Path("state") / "checkpoint.eqx"
+_METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """A folder that belongs to one run with one set of settings.
+
+    A report, ``NAME.json``, is written first and marks the folder; it is written again,
+    with ``finished`` true, when all else is there.
+
+    Parameters
+    ----------
+    path
+        The folder; made if absent.
+    report
+        Name of the report.
+    settings
+        All that the results depend on.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else, or a run with other settings.
+    """
+
+    def __init__(self, path: Path, report: str, settings: dict[str, Any]):
+        self.path, self._report = path, path / report
+        self._settings = json.loads(json.dumps(settings))
+        self._begin, self._rows, self._earlier = time.perf_counter(), 0, 0.0
+        self.finished = False
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; a folder to write to is wanted.")
+        if self._report.exists():
+            self._recognise()
+        elif path.is_dir() and any(path.iterdir()):
+            raise InputError(
+                f"{path} holds files but no {report}; name a new or an empty folder."
+            )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            self._write(finished=False)
+
+    def _recognise(self) -> None:
+        report = io.read_json(self._report)
+        old = report.get("settings") if isinstance(report, dict) else None
+        if not isinstance(old, dict):
+            raise InputError(f"{self._report} is not the report of such a run.")
+        names = self._settings.keys() | old.keys()
+        absent = object()
+        others = sorted(
+            name
+            for name in names
+            if old.get(name, absent) != self._settings.get(name, absent)
+        )
+        if others:
+            raise InputError(
+                f"{self.path} holds a run with another {', '.join(others)}; repeat its "
+                "command, or name another folder."
+            )
+        self.finished = report.get("finished") is True
+
+    def resume(self, like: Callable[[], Any]) -> Any:
+        """Return the last state, or None if there is none yet.
+
+        ``like`` makes a state of the same structure, shapes and types; it is asked only
+        if there is one. Rows of the log that are newer than the state are dropped.
+        """
+        state = None
+        if (self.path / _CHECKPOINT).exists():
+            state, saved = io.load_checkpoint(self.path / _CHECKPOINT, like())
+            self._rows, self._earlier = saved["rows"], saved["wall_s"]
+        io.keep_lines(self.path / _METRICS, self._rows)
+        return state
+
+    def record(self, state: Any, row: dict[str, Any]) -> None:
+        """Add a row to the log, and save the state."""
+        io.append_json_line(self.path / _METRICS, row)
+        self._rows += 1
+        (self.path / _CHECKPOINT).parent.mkdir(exist_ok=True)
+        saved = {"rows": self._rows, "wall_s": self._wall()}
+        io.save_checkpoint(self.path / _CHECKPOINT, state, saved)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the report of a run whose files are all there."""
+        self._write(finished=True, **results)
+
+    def _wall(self) -> float:
+        return self._earlier + time.perf_counter() - self._begin
+
+    def _write(self, *, finished: bool, **results: Any) -> None:
+        device = jax.devices()[0]
+        memory = device.memory_stats() or {}
+        io.write_json(
+            self._report,
+            {
+                "finished": finished,
+                "settings": self._settings,
+                **results,
+                "versions": {
+                    name: version(name)
+                    for name in ("jaxrefine", "jax", "jaxlib", "numpy")
+                },
+                "device": f"{device.platform}, {device.device_kind}",
+                "wall_s": self._wall(),
+                "peak_rss_mib": peak_rss_mib(),
+                "peak_device_mib": memory.get("peak_bytes_in_use", 0) / 2**20 or None,
+            },
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, by which the same input is known again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

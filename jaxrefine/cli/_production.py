@@ -1,0 +1,140 @@
+"""The default engine of ``jaxrefine refine``: :mod:`jaxrefine.refine`."""
+
+import argparse
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from jaxrefine import engine, io, progress, refine
+from jaxrefine.cli._folder import RunFolder
+from jaxrefine.cli.refine import Outcome
+from jaxrefine.particle_set import particle_set
+
+# Standard deviations of each component, uniform in a ball and in a disc of radius 1.
+_IN_BALL, _IN_DISC = 1 / math.sqrt(5), 1 / 2
+
+
+def configure(
+    options: argparse.Namespace, source: io.ParticleFile
+) -> refine.RefineConfig:
+    """Return the parameters that the options ask for.
+
+    A largest change says how well the poses are known, too: they are taken to be spread
+    as if uniformly up to it, but rotations no further than by default.
+    """
+    del source
+    chosen: dict[str, Any] = {"half_sets": options.half_sets}
+    for name in ("iterations", "batch_size"):
+        if getattr(options, name) is not None:
+            chosen[name] = getattr(options, name)
+    if options.max_angle is not None:
+        chosen["max_angle"] = math.radians(options.max_angle)
+        spread = _IN_BALL * chosen["max_angle"]
+        chosen["angle_spread"] = min(spread, refine.RefineConfig().angle_spread)
+    if options.max_shift is not None:
+        chosen["max_shift"] = options.max_shift
+        chosen["shift_spread"] = _IN_DISC * options.max_shift
+    return refine.RefineConfig(**chosen)
+
+
+def run(
+    options: argparse.Namespace,
+    source: io.ParticleFile,
+    volume: jax.Array,
+    config: refine.RefineConfig,
+    folder: RunFolder,
+    bars: progress.Bars,
+) -> Outcome:
+    """Refine from the last checkpoint, or from the given poses and map."""
+    key = jax.random.key(options.seed)
+    subsets = _deal(source, options.seed) if config.half_sets else None
+    state = folder.resume(lambda: _like_a_state(source, subsets, volume, config, key))
+    done = 0 if state is None else int(state.iteration)
+    advance = bars.next("refining", config.iterations, done)
+
+    def record(state: Any, info: Any) -> None:
+        row = info.row()
+        folder.record(state, row)
+        advance(state, row)
+
+    result = refine.refine(
+        source.particles,
+        source.poses,
+        volume,
+        config,
+        key=key,
+        subsets=subsets,
+        state=state,
+        callback=record,
+    )
+    undetermined = np.asarray(result.undetermined)
+    report: dict[str, Any] = {
+        "undetermined": int(undetermined.sum()),
+        "tau": float(result.tau),
+    }
+    further = columns(result.log_likelihood, result.covariances)
+    if subsets is not None:
+        further["rlnRandomSubset"] = subsets
+    if result.fsc is not None:
+        report["half_set_fsc"] = np.asarray(result.fsc).tolist()
+    return Outcome(
+        result.poses,
+        np.asarray(result.volume),
+        result.half_maps,
+        further,
+        report,
+    )
+
+
+def _deal(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:
+    """Return the half set of each particle, 1 or 2: the file's, or dealt at random."""
+    if source.random_subset is not None:
+        return source.random_subset
+    order = np.random.default_rng(seed).permutation(len(source))
+    return 1 + order % 2
+
+
+def _like_a_state(
+    source: io.ParticleFile,
+    subsets: Int[np.ndarray, " particles"] | None,
+    volume: jax.Array,
+    config: refine.RefineConfig,
+    key: PRNGKeyArray,
+) -> refine.RefineState:
+    """Return a state of the shapes and types that a refinement saves."""
+    poses = jax.tree.map(lambda leaf: leaf.astype(volume.dtype), source.poses)
+    one_set = np.ones(len(source), int) if subsets is None else subsets
+    sets = []
+    for number in np.unique(one_set):
+        some = np.flatnonzero(one_set == number)
+        theirs = jax.tree.map(lambda leaf, some=some: leaf[some], poses)
+        whole = particle_set(source.particles.take(some), theirs, key, config)
+        sets.append(engine.start(whole, theirs, volume))
+    whole_number, flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    number = jnp.zeros((), volume.dtype)
+    return refine.RefineState(
+        tuple(sets),
+        iteration=whole_number,
+        r_max=whole_number,
+        angle_change=number,
+        best_gold=number,
+        finished=flag,
+    )
+
+
+def columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:
+    """Return what is known of each particle's pose, for its table.
+
+    The errors are root mean squares to be expected: of the angle of the rotation, in
+    degrees, and of the length of the shift, in pixels.
+    """
+    variances = np.diagonal(np.asarray(covariances, np.float64), axis1=1, axis2=2)
+    return {
+        "rlnLogLikeliContribution": np.asarray(log_likelihood),
+        "jaxrefineAngleStd": np.rad2deg(np.sqrt(variances[:, :3].sum(axis=1))),
+        "jaxrefineShiftStd": np.sqrt(variances[:, 3:].sum(axis=1)),
+    }

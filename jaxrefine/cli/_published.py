@@ -1,0 +1,91 @@
+"""The presets ``paper`` and ``released`` of ``jaxrefine refine``: the spatial model."""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, kbwf, paper, progress, spatial
+from jaxrefine.cli._folder import RunFolder
+from jaxrefine.cli.refine import Outcome
+from jaxrefine.errors import InputError
+
+_BATCH_SIZE = 8
+_MEASURED = 500  # images, for the noise
+
+
+def configure(
+    options: argparse.Namespace, source: io.ParticleFile
+) -> paper.RefineConfig:
+    """Return the preset, at the noise level of the images.
+
+    Raises
+    ------
+    InputError
+        If the options or the particles ask for what the preset cannot do.
+    """
+    for name in ("half_sets", "max_angle", "max_shift"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} does not go with --preset "
+                f"{options.preset}; the default preset has it."
+            )
+    if source.particles.ctf is not None:
+        raise InputError(
+            f"{source.path} has contrast-transfer functions, which --preset "
+            f"{options.preset} cannot correct for; the default preset can."
+        )
+    chosen = {"batch_size": options.batch_size or _BATCH_SIZE}
+    if options.iterations is not None:
+        chosen["iterations"] = options.iterations
+    if options.preset == "paper":
+        return paper.paper_preset(_noise(source), **chosen)
+    return paper.released_preset(**chosen)
+
+
+def _noise(source: io.ParticleFile) -> float:
+    """Return the standard deviation of the pixels outside of the inscribed circle."""
+    count, m = min(len(source), _MEASURED), source.particles.image_size
+    images, _ = source.particles.batch(np.arange(count))
+    axis = np.arange(m) - m // 2
+    outside = axis**2 + axis[:, None] ** 2 > (m // 2) ** 2
+    return float(np.std(np.asarray(images, np.float64)[:, outside]))
+
+
+def run(
+    options: argparse.Namespace,
+    source: io.ParticleFile,
+    volume: jax.Array,
+    config: paper.RefineConfig,
+    folder: RunFolder,
+    bars: progress.Bars,
+) -> Outcome:
+    """Refine from the last checkpoint, or from the given poses and map."""
+    del options
+    begin = time.perf_counter()
+    basis = kbwf.KBWF()
+    images, _ = source.particles.batch(np.arange(len(source)))
+    footprint = spatial.footprint(basis)
+    image_filter = spatial.spline_filter(footprint, source.particles.image_size)
+    problem = paper.Problem(images, footprint, image_filter)
+    start = paper.init(source.poses, kbwf.expand(basis, volume))
+    state = folder.resume(lambda: start) or start
+    advance = bars.next("refining", config.iterations, int(state.iteration))
+
+    def record(state: paper.RefineState, info: paper.RefineInfo) -> None:
+        row = {
+            "iteration": int(state.iteration),
+            "objective": float(info.volume.objective[-1]),
+            "cg_residual": float(info.volume.cg_residual[-1]),
+            "angle_moves": float(jnp.mean(info.pose.angle_moves)),
+            "shift_moves": float(jnp.mean(info.pose.shift_moves)),
+            "elapsed_s": time.perf_counter() - begin,
+        }
+        folder.record(state, row)
+        advance(state, row)
+
+    state = paper.refine(state, problem, config, record)
+    refined = kbwf.evaluate(basis, state.volume.coefficients)
+    return Outcome(state.poses, np.asarray(refined))

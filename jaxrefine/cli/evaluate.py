@@ -1,0 +1,101 @@
+"""``jaxrefine evaluate``."""
+
+import argparse
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, metrics
+from jaxrefine.errors import InputError
+
+_SHOWN = (
+    ("angle error, degrees", "angle_error_deg"),
+    ("shift error, pixels", "shift_error_px"),
+)
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "evaluate", help="compare poses with the true ones, up to a rigid motion"
+    )
+    command.add_argument("result", type=Path, metavar="RESULT.star")
+    command.add_argument("truth", type=Path, metavar="TRUTH.star")
+    command.add_argument("--json", type=Path, help="write the figures as JSON")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the errors of the poses; write them where it was asked for."""
+    if options.json is not None and not options.json.parent.is_dir():
+        raise InputError(
+            f"Cannot write {options.json}: {options.json.parent} is not a folder."
+        )
+    tables = [io.read_star(path) for path in (options.result, options.truth)]
+    paths = (options.result, options.truth)
+    result, truth = (
+        io.poses_of(table, path) for table, path in zip(tables, paths, strict=True)
+    )
+    for path, (angles, _) in zip(paths, (result, truth), strict=True):
+        if not len(angles):
+            raise InputError(f"{path} holds no particles.")
+    places, matched_by = _match(tables, paths, len(result[0]), len(truth[0]))
+    errors = metrics.pose_errors(
+        jnp.asarray(result[0]),
+        jnp.asarray(result[1]),
+        jnp.asarray(truth[0][places]),
+        jnp.asarray(truth[1][places]),
+    )
+    summary = metrics.summarise(errors)
+    content = {"particles": len(places), "matched_by": matched_by, **summary}
+    if options.json is not None:
+        io.write_json(options.json, content)
+    print(f"{len(places)} particles, matched by {matched_by}")
+    print(f"{'':>22}   median      p90      p95")
+    for title, name in _SHOWN:
+        figures = (summary[f"{name}_{figure}"] for figure in ("median", "p90", "p95"))
+        print(f"{title:>22}" + "".join(f"{figure:9.3f}" for figure in figures))
+    for degrees in (5, 10):
+        share = 100 * summary[f"fraction_within_{degrees}_deg"]
+        print(f"{share:.1f} % within {degrees} degrees")
+
+
+def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]:
+    """Return the true place of each particle, and what told it: name or order.
+
+    Names match as they stand, as they do in files of the same project; or else by the
+    images that they stand for, which files in different folders name differently.
+    """
+    for names in (
+        [_image_names(table) for table in tables],
+        [io.image_identities(*pair) for pair in zip(tables, paths, strict=True)],
+    ):
+        places = _places(*names)
+        if places is not None:
+            return places, "image name"
+    if count != true_count:
+        raise InputError(
+            f"The image names of {paths[0]} are not all in {paths[1]}, and {count} "
+            f"particles cannot be matched with {true_count} by their order."
+        )
+    return np.arange(count), "order, as the image names do not match"
+
+
+def _image_names(table) -> list[str] | None:
+    columns = (block.get("rlnImageName") for block in table.values())
+    return next((column for column in columns if column is not None), None)
+
+
+def _places(
+    names: Sequence[Hashable] | None, true_names: Sequence[Hashable] | None
+) -> np.ndarray | None:
+    """Return where each name is among the true ones; None if that is not clear."""
+    if names is None or true_names is None:
+        return None
+    place = {name: i for i, name in enumerate(true_names)}
+    unique = len(place) == len(true_names) and len(set(names)) == len(names)
+    if not unique or not place.keys() >= set(names):
+        return None
+    return np.array([place[name] for name in names])

@@ -1,0 +1,92 @@
+"""``jaxrefine fsc``."""
+
+import argparse
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, metrics, plots
+from jaxrefine.errors import InputError
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "fsc", help="Fourier shell correlation of two maps, and their resolution"
+    )
+    command.add_argument("a", type=Path, metavar="A.mrc")
+    command.add_argument("b", type=Path, metavar="B.mrc")
+    command.add_argument(
+        "--mask", type=Path, metavar="M.mrc", help="multiply both maps by this one"
+    )
+    command.add_argument("--json", type=Path, help="write the curve as JSON")
+    command.add_argument("--png", type=Path, help="draw the curve")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the curve and the resolutions; write them where it was asked for."""
+    for path in (options.json, options.png):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"Cannot write {path}: {path.parent} is not a folder.")
+    a, voxel = io.read_mrc(options.a)
+    b, other = io.read_mrc(options.b)
+    if a.shape != b.shape:
+        raise InputError(
+            f"The maps want the same size, not {a.shape[0]}^3 ({options.a}) and "
+            f"{b.shape[0]}^3 ({options.b})."
+        )
+    if abs(voxel - other) > 1e-3 * voxel:
+        raise InputError(
+            f"The maps want the same voxel size, not {voxel:g} A ({options.a}) and "
+            f"{other:g} A ({options.b})."
+        )
+    mask = None
+    if options.mask is not None:
+        mask, _ = io.read_mrc(options.mask)
+        if mask.shape != a.shape:
+            raise InputError(
+                f"The mask wants the maps' size {a.shape[0]}^3, not "
+                f"{mask.shape[0]}^3 ({options.mask})."
+            )
+    n = a.shape[0]
+    masking = None if mask is None else jnp.asarray(mask)
+    correlation = metrics.fsc(jnp.asarray(a), jnp.asarray(b), masking)
+    curve = np.asarray(correlation)
+    resolutions = {
+        str(threshold): float(
+            metrics.resolution_in_angstroms(
+                metrics.crossing(correlation, threshold), n, voxel
+            )
+        )
+        for threshold in (0.5, 0.143)
+    }
+    reaches_nyquist = {
+        threshold: bool(np.all(curve[1:] >= float(threshold)))
+        for threshold in resolutions
+    }
+    if options.json is not None:
+        content = {
+            "fsc": curve.tolist(),
+            "mean_fsc": float(metrics.mean_fsc(correlation)),
+            "resolution_in_angstroms": resolutions,
+            "reaches_nyquist": reaches_nyquist,
+            "voxel_size_in_angstroms": voxel,
+            "mask": str(options.mask) if options.mask else None,
+        }
+        io.write_json(options.json, content)
+    if options.png is not None:
+        caption = f"{options.a} against {options.b}"
+        if options.mask is not None:
+            caption += f", mask {options.mask}"
+        plots.fsc_curves(options.png, {"FSC": curve}, n, voxel, caption)
+    print("# shell  resolution_A  fsc")
+    for shell, value in enumerate(curve):
+        period = n * voxel / shell if shell else float("inf")
+        print(f"{shell:7d}  {period:12.3f}  {value:.6f}")
+    for threshold, resolution in resolutions.items():
+        text = f"{resolution:.2f} A"
+        if reaches_nyquist[threshold]:
+            text = f"better than {text} (Nyquist)"
+        print(f"# resolution at FSC {threshold}: {text}")

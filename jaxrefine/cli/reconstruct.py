@@ -1,0 +1,63 @@
+"""``jaxrefine reconstruct``: a map from particles at the poses that they have."""
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from jaxrefine import io
+from jaxrefine.errors import InputError
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "reconstruct", help="make a map of particles, whose poses are kept"
+    )
+    option = command.add_argument
+    option("particles", type=Path, metavar="PARTICLES.star")
+    option("--out", type=Path, required=True, metavar="MAP.mrc", help="file to write")
+    option(
+        "--half-sets",
+        action="store_true",
+        help="write maps of two halves of the particles, too: MAP_half1.mrc and "
+        "MAP_half2.mrc",
+    )
+    option("--seed", type=int, default=0, help="deals the particles into halves")
+    option("--batch-size", type=int, help="particles computed at once")
+    option("--datadir", type=Path, help="where else to look for stacks of images")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the map, and the half maps if they were asked for."""
+    out = options.out
+    if not out.parent.is_dir():
+        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
+    if out.is_dir():
+        raise InputError(f"Cannot write {out}: it is a folder.")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(
+            f"--batch-size wants a value of at least 1, not {options.batch_size}."
+        )
+    if not 0 <= options.seed < 2**31:
+        raise InputError(
+            f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
+        )
+    source = io.read_particles(options.particles, options.datadir)
+
+    from jaxrefine import refine
+
+    chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
+    config = refine.RefineConfig(half_sets=options.half_sets, **chosen)
+    key = jax.random.key(options.seed)
+    result = refine.reconstruct(source.particles, source.poses, config, key=key)
+    pixel = source.particles.pixel_size_in_angstroms
+    io.write_mrc(out, result.volume, pixel)
+    written = [out]
+    if options.half_sets:
+        for number, half in enumerate(result.half_maps, start=1):
+            written.append(out.with_name(f"{out.stem}_half{number}{out.suffix}"))
+            io.write_mrc(written[-1], half, pixel)
+    names = ", ".join(str(path) for path in written)
+    print(f"{len(source)} particles, lambda {result.lam:.4g}: {names}")

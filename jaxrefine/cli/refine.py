@@ -1,0 +1,182 @@
+"""``jaxrefine refine``: particles, a map and rough poses in; all three refined out."""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, metrics, progress
+from jaxrefine.cli._folder import RunFolder, file_digest
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+
+_SAME_VOXEL = 1e-3
+_DEFAULT = "default"
+_RESULTS = {"map": "map.mrc", "halves": ("half1.mrc", "half2.mrc")}
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "refine",
+        help="refine the poses of particles and a map jointly",
+        description="The same command carries on where it was stopped.",
+    )
+    option = command.add_argument
+    option("particles", type=Path, metavar="PARTICLES.star", help="with rough poses")
+    option("--map", type=Path, required=True, help="the map to start from")
+    option("--out", type=Path, required=True, help="folder to write to")
+    option(
+        "--half-sets",
+        action="store_true",
+        help="refine two halves of the particles by themselves, for their FSC",
+    )
+    option(
+        "--preset",
+        choices=(_DEFAULT, "paper", "released"),
+        default=_DEFAULT,
+        help="default: fast, with contrast-transfer functions; paper and released: "
+        "the published algorithm, literally, and as its authors released it",
+    )
+    option("--iterations", type=int, help="most outer iterations")
+    option("--max-angle", type=float, help="largest change of a pose, degrees")
+    option("--max-shift", type=float, help="largest change of a position, pixels")
+    option("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    option("--batch-size", type=int, help="particles computed at once")
+    option("--datadir", type=Path, help="where else to look for stacks of images")
+    command.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a refinement came to, with whatever it alone knows.
+
+    Attributes
+    ----------
+    poses, volume, half_maps
+        Refined.
+    columns
+        Further columns of the particles.
+    report
+        Further entries of ``run.json``.
+    """
+
+    poses: Poses
+    volume: np.ndarray
+    half_maps: tuple[np.ndarray, np.ndarray] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Refine, or carry on, or say that it is done."""
+    _check(options)
+    source = io.read_particles(options.particles, options.datadir)
+    volume = _initial_map(options.map, source)
+    published = options.preset != _DEFAULT
+    if published:
+        from jaxrefine.cli import _published as engine
+    else:
+        from jaxrefine.cli import _production as engine
+    config = engine.configure(options, source)
+    refined: Any = engine.run
+    folder = RunFolder(options.out, "run.json", _settings(options, source))
+    if folder.finished:
+        print(f"{options.out} holds this refinement already, finished")
+        return
+    with progress.Bars() as bars:
+        outcome = refined(options, source, volume, config, folder, bars)
+    _write(options.out, source, outcome)
+    folder.finish({"config": _describe(config), **outcome.report})
+    print(_sentence(options.out, source, outcome))
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("iterations", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} wants a value of at least 1, not {value}.")
+    for name, most in (("max_angle", 180.0), ("max_shift", math.inf)):
+        value = getattr(options, name)
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
+            flag = f"--{name.replace('_', '-')}"
+            limit = "" if most == math.inf else f" of at most {most:g}"
+            raise InputError(f"{flag} wants a positive value{limit}, not {value}.")
+    if not 0 <= options.seed < 2**31:
+        raise InputError(
+            f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
+        )
+
+
+def _initial_map(path: Path, source: io.ParticleFile) -> jax.Array:
+    volume, voxel = io.read_mrc(path)
+    n, m = volume.shape[0], source.particles.image_size
+    pixel = source.particles.pixel_size_in_angstroms
+    if n != m:
+        raise InputError(
+            f"{path} has {n}^3 voxels, but the images of {source.path} have {m}^2 "
+            "pixels; the same side is wanted."
+        )
+    if abs(voxel - pixel) > _SAME_VOXEL * pixel:
+        raise InputError(
+            f"{path} has voxels of {voxel:g} A, but the images of {source.path} have "
+            f"pixels of {pixel:g} A; the same size is wanted."
+        )
+    if not volume.any():
+        raise InputError(f"{path} is zero everywhere; a map to start from is wanted.")
+    return jnp.asarray(volume)
+
+
+def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str, Any]:
+    """Return what the results depend on: options, and the contents of the inputs.
+
+    Stacks, which may be large, are known by their sizes.
+    """
+    names = ("half_sets", "preset", "iterations", "max_angle", "max_shift", "seed")
+    sizes = sorted(path.stat().st_size for path in source.stacks.values())
+    return {
+        **{name: getattr(options, name) for name in names},
+        "particles": file_digest(options.particles),
+        "map": file_digest(options.map),
+        "stacks": [len(sizes), sum(sizes)],
+    }
+
+
+def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
+    pixel = source.particles.pixel_size_in_angstroms
+    io.write_mrc(out / _RESULTS["map"], outcome.volume, pixel)
+    if outcome.half_maps is not None:
+        for name, half in zip(_RESULTS["halves"], outcome.half_maps, strict=True):
+            io.write_mrc(out / name, half, pixel)
+    io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
+
+
+def _sentence(out: Path, source: io.ParticleFile, outcome: Outcome) -> str:
+    pixel = source.particles.pixel_size_in_angstroms
+    size = source.particles.image_size
+    text = f"{len(source)} particles and a map are in {out}"
+    if outcome.half_maps is not None:
+        curve = metrics.fsc(*map(jnp.asarray, outcome.half_maps))
+        radius = metrics.crossing(curve, 0.143)
+        resolution = metrics.resolution_in_angstroms(radius, size, pixel)
+        better = " or better" if float(radius) >= size // 2 else ""
+        text += f"; the half maps agree to {float(resolution):.2f} A{better}, FSC 0.143"
+    return text
+
+
+def _describe(config: Any) -> dict[str, Any]:
+    """Return the resolved parameters, as JSON holds them."""
+    plain = bool | int | float | str | None
+
+    def entry(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [entry(each) for each in value]
+        return value if isinstance(value, plain) else repr(value)
+
+    return {each.name: entry(getattr(config, each.name)) for each in fields(config)}

@@ -1,0 +1,319 @@
+r"""The volume update from folds of the particles, and what the folds say of it.
+
+The particles of a refinement are dealt into a few folds. Each fold's images are summed
+up once (a kernel and a back-projection); maps are made from *all other folds*. Then
+
+- a particle's pose is fitted to a map that its own noise is not in. (Otherwise the map
+  pulls every particle to where it was inserted last, by some nats at low SNR.);
+- the regression of a fold's images on the other folds' map gives, shell by shell, the
+  scale that undoes TV's loss of contrast where the map is right, and shrinks it where
+  it is not, and the power spectrum of the noise;
+- the weight of the regulariser is the one whose maps best predict the images that they
+  were not made from (cross-validation).
+
+With whitened images the noise in a voxel of the back-projection has the standard
+deviation :math:`\sqrt{w[0]}`, ``w`` being the normal kernel. The regulariser's weight
+is measured in it, :math:`\lambda = \tau \sqrt{w[0]}`: the same ``tau`` then serves
+folds and all data, whatever the noise, the number of particles and the contrast.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from jaxrefine import admm, normal, slices, tv
+from jaxrefine._types import Scalar, Volume
+from jaxrefine.geometry import Poses
+from jaxrefine.gridding import Insertion, Spectrum
+from jaxrefine.slices import Disc
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+FOLDS = 2
+"""Number of folds; with two, the folds' maps are independent of each other."""
+
+
+@final
+class Sums(eqx.Module):
+    """What the volume update needs to know of some images; sums add up.
+
+    Attributes
+    ----------
+    kernel
+        Convolution kernel of the normal operator, of side ``2n - 1``.
+    backprojection
+        ``H^T g``, both weighted by the inverse power of the noise.
+    """
+
+    kernel: Float[Array, "k k k"]
+    backprojection: Volume
+
+    @staticmethod
+    def zero(n: int, dtype) -> "Sums":
+        """Return the sums of no image."""
+        return Sums(jnp.zeros((2 * n - 1,) * 3, dtype), jnp.zeros((n,) * 3, dtype))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.subtract, self, other)
+
+    @property
+    def peak(self) -> Scalar:
+        """Variance of the noise in a voxel of the back-projection, ``w[0]``."""
+        middle = self.kernel.shape[0] // 2
+        return self.kernel[middle, middle, middle]
+
+
+def insert(
+    insertion: Insertion,
+    disc: Disc,
+    spectra: Complex[Array, "particles k"],
+    poses: Poses,
+    transfer: Float[Array, "particles k"] | None,
+    weights: Float[Array, "particles k"],
+) -> Sums:
+    """Sum up images, each at one pose.
+
+    Parameters
+    ----------
+    insertion
+        The way to insert slices.
+    disc, spectra, poses, transfer
+        The images, as for `slices.backproject`.
+    weights
+        Inverse power of the noise times the weight of the pose.
+    """
+    squared = weights if transfer is None else weights * transfer**2
+    single = weights if transfer is None else weights * transfer
+    count = len(spectra)
+    return Sums(
+        slices.normal_kernel(insertion, disc, poses, squared, count),
+        slices.backproject(insertion, spectra, disc, poses, single, count),
+    )
+
+
+@eqx.filter_jit
+def data_term(sums: Sums) -> admm.DataTerm:
+    """Return the quadratic of some images (without the constant of their energy)."""
+    return admm.DataTerm(
+        normal.transfer(sums.kernel),
+        normal.circulant_eigenvalues(sums.kernel),
+        sums.backprojection,
+        jnp.zeros_like(sums.peak),
+    )
+
+
+@eqx.filter_jit
+def solve(
+    data: admm.DataTerm,
+    peak: Scalar,
+    start: admm.ADMMState,
+    tau: Scalar,
+    regulariser: tv.Regulariser,
+    iterations: int,
+) -> tuple[admm.ADMMState, admm.ADMMInfo]:
+    r"""Make ADMM iterations with :math:`\lambda = \tau \sqrt{w[0]}`.
+
+    The penalty ``rho = 4 w[0]`` has the units of the normal operator, whose mean
+    eigenvalue is ``w[0]``; the factor was the fastest of 1/4 to 8 on maps of two
+    molecules, and matters little.
+    """
+    config = admm.ADMMConfig(
+        tau * jnp.sqrt(peak),
+        4.0 * peak,
+        iterations=iterations,
+        cg_iterations=4,
+        cg_tolerance=1e-3,
+    )
+    return admm.run(start, data, config, regulariser)
+
+
+@eqx.filter_jit
+def prediction_error(held_out: admm.DataTerm, coefficients: Volume) -> Scalar:
+    r"""Return :math:`\tfrac12\|g - Hc\|^2 - \tfrac12\|g\|^2` of images not used."""
+    product = normal.apply_normal(held_out.transfer, coefficients)
+    return held_out.value(coefficients, product)
+
+
+@final
+class Folds(eqx.Module):
+    """The data terms of a refinement's folds, ready for any number of solutions.
+
+    Attributes
+    ----------
+    others, peaks
+        For each fold the data term of all other folds together, and its ``w[0]``. A
+        single fold is its own other.
+    own
+        For each fold the data term of its images.
+    """
+
+    others: tuple[admm.DataTerm, ...]
+    peaks: tuple[Scalar, ...]
+    own: tuple[admm.DataTerm, ...]
+
+
+def folds(sums: Sequence[Sums]) -> Folds:
+    """Prepare the sums of every fold."""
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part
+    rest = [total - part if len(sums) > 1 else part for part in sums]
+    return Folds(
+        tuple(data_term(part) for part in rest),
+        tuple(part.peak for part in rest),
+        tuple(data_term(part) for part in sums),
+    )
+
+
+def solve_all(
+    data: Folds,
+    starts: Sequence[admm.ADMMState],
+    tau: Scalar,
+    regulariser: tv.Regulariser,
+    iterations: int,
+) -> tuple[admm.ADMMState, ...]:
+    """Solve for every fold's map, which is made from the other folds."""
+    return tuple(
+        solve(term, peak, start, tau, regulariser, iterations)[0]
+        for term, peak, start in zip(data.others, data.peaks, starts, strict=True)
+    )
+
+
+def cross_validate(
+    data: Folds,
+    starts: Sequence[admm.ADMMState],
+    tau: Scalar,
+    regulariser: tv.Regulariser,
+    iterations: int,
+    trials: int = 8,
+    factor: float = 1.4,
+) -> tuple[Scalar, tuple[admm.ADMMState, ...], dict[float, float]]:
+    r"""Choose :math:`\tau` by how well the folds predict each other.
+
+    Walks from the given ``tau`` by a factor to where the error of prediction no longer
+    falls, and ends at the vertex of the parabola, in ``log tau``, through the last
+    three errors.
+
+    Returns
+    -------
+    The chosen ``tau``, the solutions of the best one tried, and the errors found.
+    """
+    errors: dict[float, float] = {}
+    solutions: dict[float, tuple[admm.ADMMState, ...]] = {}
+    warm = tuple(starts)
+
+    def error(power: int) -> float:
+        nonlocal warm
+        if power not in errors:
+            warm = solve_all(data, warm, tau * factor**power, regulariser, iterations)
+            parts = [
+                prediction_error(own, state.coefficients)
+                for own, state in zip(data.own, warm, strict=True)
+            ]
+            errors[power] = float(sum(parts))
+            solutions[power] = warm
+        return errors[power]
+
+    down = error(-1) < error(0)
+    step, power = (-1, -1) if down else (1, 0)
+    while len(errors) < trials and error(power + step) < error(power):
+        power += step
+    vertex = float(power)
+    if power - 1 in errors and power + 1 in errors:
+        left, here, right = (errors[power + i] for i in (-1, 0, 1))
+        curvature = left - 2 * here + right
+        vertex += 0.5 * (left - right) / curvature if curvature > 0 else 0.0
+    table = {float(tau) * factor**p: value for p, value in sorted(errors.items())}
+    return tau * factor**vertex, solutions[power], table
+
+
+def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
+    """Multiply a map's spectrum by a gain per shell, linear between the shells.
+
+    The gain at the last shell also holds beyond it.
+    """
+    n = volume.shape[0]
+    full, half = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
+    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
+    shells = jnp.arange(gain.shape[0], dtype=gain.dtype)
+    factor = jnp.interp(jnp.asarray(radius, gain.dtype), shells, gain)
+    spectrum = jnp.fft.rfftn(volume)
+    spectrum = jax.lax.complex(spectrum.real * factor, spectrum.imag * factor)
+    return jnp.fft.irfftn(spectrum, s=volume.shape)
+
+
+@final
+class ShellSums(eqx.Module):
+    """Sums over images and the frequencies of a shell; they add up.
+
+    Attributes
+    ----------
+    data, model
+        Powers of the images and of the projections.
+    cross
+        Their inner product.
+    count
+        Number of frequencies.
+    """
+
+    data: Float[Array, "shells"]
+    model: Float[Array, "shells"]
+    cross: Float[Array, "shells"]
+    count: Float[Array, "shells"]
+
+    def __add__(self, other: "ShellSums") -> "ShellSums":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def gain(self) -> Float[Array, "shells"]:
+        r"""Least-squares scale of the projections, :math:`\langle g, S\rangle/|S|^2`.
+
+        From 0 to 2; 0 where the projections have no power.
+        """
+        known = self.model > 0
+        ratio = self.cross / jnp.where(known, self.model, 1.0)
+        return jnp.where(known, jnp.clip(ratio, 0.0, 2.0), 0.0)
+
+    @property
+    def residual_power(self) -> Float[Array, "shells"]:
+        """Mean power of what the scaled projections leave of the images."""
+        left = self.data - 2 * self.gain * self.cross + self.gain**2 * self.model
+        return jnp.maximum(left, 0.0) / jnp.maximum(self.count, 1.0)
+
+
+def shell_sums(
+    spectrum: Spectrum | None,
+    disc: Disc,
+    data: Complex[Array, "particles k"],
+    poses: Poses,
+    transfer: Float[Array, "particles k"] | None,
+    included: Float[Array, "particles"],
+) -> ShellSums:
+    """Compare images with projections at their poses, shell by shell.
+
+    ``included`` is 1 for a particle that counts and 0 for one that does not; without a
+    spectrum only the power of the data is found.
+    """
+    count = disc.image_size // 2 + 1
+    times = disc.multiplicity.astype(included.dtype)
+
+    def per_shell(values: Float[Array, "particles k"]) -> Float[Array, "shells"]:
+        total = jnp.matmul(included, values, precision=_HIGHEST) * times
+        return jax.ops.segment_sum(total, disc.shells, count)
+
+    power = per_shell(data.real**2 + data.imag**2)
+    number = per_shell(jnp.ones_like(data.real))
+    if spectrum is None:
+        return ShellSums(power, jnp.zeros_like(power), jnp.zeros_like(power), number)
+    model = slices.project(spectrum, disc, poses, transfer, len(data))
+    cross = model.real * data.real + model.imag * data.imag
+    model_power = model.real**2 + model.imag**2
+    return ShellSums(power, per_shell(model_power), per_shell(cross), number)

@@ -1,0 +1,176 @@
+r"""What is believed of each particle's pose: a prior, and a few weighted candidates.
+
+At low resolution a noisy image fits several orientations. The candidates that fit are
+kept side by side, weighted by their posterior probability, until the data decide.
+"""
+
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrefine._types import Rotations, Scalar, Shifts
+from jaxrefine.geometry import (
+    Poses,
+    matrix_to_euler,
+    matrix_to_rotvec,
+    rotvec_to_matrix,
+)
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@final
+class Prior(eqx.Module):
+    r"""Gaussian priors about a given pose, cut off at largest deviations.
+
+    .. math:: -\log p(R, t) = \frac{|v|^2}{2 s_R^2} + \frac{|t - t_0|^2}{2 s_t^2}
+       + \log\big((2\pi)^{5/2} s_R^3 s_t^2\big), \qquad e^{\hat v} = R R_0^T
+
+    Attributes
+    ----------
+    rotations, shifts
+        The pose ``R_0``, ``t_0`` (pixels).
+    angle_std, shift_std
+        Standard deviations ``s_R`` (radians, of each component of the rotation vector
+        ``v``) and ``s_t`` (pixels, of each component).
+    max_angle, max_shift
+        Largest ``|v|`` (radians) and largest ``|t - t_0|`` (pixels).
+    """
+
+    rotations: Rotations
+    shifts: Shifts
+    angle_std: Float[Array, "*batch"]
+    shift_std: Float[Array, "*batch"]
+    max_angle: Float[Array, "*batch"]
+    max_shift: Float[Array, "*batch"]
+
+    def take(self, some: Int[np.ndarray, " some"]) -> "Prior":
+        """Return the priors of some of the particles."""
+        return jax.tree.map(lambda leaf: leaf[some], self)
+
+    def deviation(
+        self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]
+    ) -> tuple[Float[Array, "3"], Float[Array, "2"]]:
+        """Return the rotation vector and the shift from the prior's pose."""
+        turned = jnp.matmul(rotation, self.rotations.T, precision=_HIGHEST)
+        return matrix_to_rotvec(turned), shift - self.shifts
+
+    def cost(self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]) -> Scalar:
+        """Return ``-log p``, normalised as if nothing were cut off."""
+        v, u = self.deviation(rotation, shift)
+        size = jnp.log(2 * jnp.pi) * 2.5 + jnp.log(self.angle_std) * 3
+        size = size + jnp.log(self.shift_std) * 2
+        square = jnp.sum(v**2) / self.angle_std**2 + jnp.sum(u**2) / self.shift_std**2
+        return square / 2 + size
+
+    def gradient(
+        self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]
+    ) -> Float[Array, "5"]:
+        """Return the gradient of the cost by ``(w, t)``, ``R <- exp(w^) R``."""
+        v, u = self.deviation(rotation, shift)
+        return jnp.concatenate([v / self.angle_std**2, u / self.shift_std**2])
+
+    def information(self) -> Float[Array, "5 5"]:
+        """Return the inverse of the prior's covariance."""
+        rotation = jnp.broadcast_to(1 / self.angle_std**2, (3,))
+        shift = jnp.broadcast_to(1 / self.shift_std**2, (2,))
+        return jnp.diag(jnp.concatenate([rotation, shift]))
+
+    def clip(
+        self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]
+    ) -> tuple[Float[Array, "3 3"], Float[Array, "2"]]:
+        """Return the nearest pose within the largest deviations."""
+        v, u = self.deviation(rotation, shift)
+        length, distance = (jnp.sqrt(jnp.sum(x**2) + 1e-30) for x in (v, u))
+        back = rotvec_to_matrix(v * jnp.minimum(1.0, self.max_angle / length))
+        nearest = jnp.matmul(back, self.rotations, precision=_HIGHEST)
+        rotation = jnp.where(length > self.max_angle, nearest, rotation)
+        return rotation, self.shifts + u * jnp.minimum(1.0, self.max_shift / distance)
+
+
+def prior(
+    poses: Poses,
+    angle_std: float,
+    shift_std: float,
+    max_angle: float,
+    max_shift: float,
+) -> Prior:
+    """Return priors about given poses, with a leading axis on every leaf."""
+    count, dtype = len(poses.angles), poses.angles.dtype
+    numbers = (angle_std, shift_std, max_angle, max_shift)
+    each = [jnp.full(count, number, dtype) for number in numbers]
+    return Prior(poses.rotations, poses.shifts, *each)
+
+
+@final
+class Hypotheses(eqx.Module):
+    """Weighted candidate poses of every particle, the most probable one first.
+
+    Attributes
+    ----------
+    rotations, shifts
+        ``H`` poses of each particle.
+    log_weights
+        Logarithms of their posterior probabilities, minus infinity for an empty place.
+    """
+
+    rotations: Float[Array, "*particles h 3 3"]
+    shifts: Float[Array, "*particles h 2"]
+    log_weights: Float[Array, "*particles h"]
+
+    @property
+    def weights(self) -> Float[Array, "*particles h"]:
+        """The posterior probabilities; they add up to 1."""
+        return jnp.exp(self.log_weights)
+
+    def best(self) -> Poses:
+        """Return the most probable pose of every particle."""
+        angles = matrix_to_euler(self.rotations[..., 0, :, :])
+        return Poses(angles, self.shifts[..., 0, :])
+
+
+def certain(poses: Poses, count: int) -> Hypotheses:
+    """Return hypotheses that believe in one pose each, with ``count`` places."""
+    rotations = jnp.repeat(poses.rotations[:, None], count, axis=1)
+    shifts = jnp.repeat(poses.shifts[:, None], count, axis=1)
+    empty = jnp.full((len(poses.angles), count), -jnp.inf, poses.angles.dtype)
+    return Hypotheses(rotations, shifts, empty.at[:, 0].set(0.0))
+
+
+def merge(
+    rotations: Float[Array, "h 3 3"],
+    shifts: Float[Array, "h 2"],
+    evidence: Float[Array, "h"],
+    separation: Scalar,
+) -> tuple[Hypotheses, Int[Array, "h"]]:
+    """Rank one particle's candidates, counting those that coincide once.
+
+    Parameters
+    ----------
+    rotations, shifts
+        Polished candidates.
+    evidence
+        Logarithms of their unnormalised posterior masses.
+    separation
+        Candidates nearer than this angle (radians) are one.
+
+    Returns
+    -------
+    The ranked hypotheses, and the order in which the candidates are in them.
+    """
+    cosine = jnp.einsum("iab,jab->ij", rotations, rotations, precision=_HIGHEST)
+    near = 3.0 - cosine < separation**2
+    count = evidence.shape[0]
+    first = jnp.arange(count)
+    above = (evidence[:, None] > evidence[None]) | (
+        (evidence[:, None] == evidence[None]) & (first[:, None] < first[None])
+    )
+    repeated = jnp.any(near & above, axis=0)
+    evidence = jnp.where(repeated, -jnp.inf, evidence)
+    order = jnp.argsort(-evidence)
+    ranked = evidence[order] - jax.nn.logsumexp(evidence)
+    return Hypotheses(rotations[order], shifts[order], ranked), order

@@ -1,0 +1,145 @@
+"""Images that a table names, ``000001@stack.mrcs``, read when they are asked for."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from jaxrefine.errors import InputError
+from jaxrefine.io.mrc import map_stack
+
+_OPEN_FILES = 16
+
+
+@final
+@dataclass(frozen=True)
+class StackImages:
+    """Images in any number of stacks, of which at most 16 are open at once.
+
+    Attributes
+    ----------
+    paths
+        The stacks.
+    file, index
+        Of each image, its stack's place in `paths` and its own in the stack, from 0.
+    image_size
+        Side of the images, in pixels.
+    pixel_size_in_angstroms
+        What the first stack's header says; None if it is unset.
+    """
+
+    paths: tuple[Path, ...]
+    file: Int[np.ndarray, " particles"] = field(repr=False)
+    index: Int[np.ndarray, " particles"] = field(repr=False)
+    image_size: int
+    pixel_size_in_angstroms: float | None
+    _map: Callable[[Path], tuple[np.ndarray, float | None]] = field(
+        init=False,
+        repr=False,
+        default_factory=lambda: lru_cache(_OPEN_FILES)(map_stack),
+    )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of images, rows and columns."""
+        return (len(self.file), self.image_size, self.image_size)
+
+    def __getitem__(
+        self, indices: Int[np.ndarray, " chosen"]
+    ) -> Float32[np.ndarray, "chosen m m"]:
+        """Read the images of an array of indices."""
+        indices = np.asarray(indices)
+        images = np.empty((len(indices), self.image_size, self.image_size), np.float32)
+        file, index = self.file[indices], self.index[indices]
+        for each in np.unique(file):
+            rows = np.flatnonzero(file == each)
+            rows = rows[np.argsort(index[rows])]
+            stack, _ = self._map(self.paths[each])
+            with np.errstate(over="ignore"):
+                images[rows] = stack[index[rows]]
+        return images
+
+
+def open_images(
+    names: Sequence[str], folders: Sequence[Path], table: str | Path
+) -> tuple[StackImages, dict[str, Path]]:
+    """Find the images that a table names, and look at the headers of their stacks.
+
+    Parameters
+    ----------
+    names
+        ``000001@stack.mrcs``, counted from 1, or ``image.mrc`` alone.
+    folders
+        Where to look for a stack, in this order, if its path is relative.
+    table
+        The table, for messages.
+
+    Returns
+    -------
+    images
+        The images, unread.
+    found
+        The path of each stack, by its name in the table.
+
+    Raises
+    ------
+    InputError
+        If a stack is missing, damaged or has fewer images than the table names, or if
+        the images are of different sizes.
+    """
+    parts = [split_name(name, table) for name in names]
+    places = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in parts))}
+    file = np.array([places[stack] for _, stack in parts])
+    index = np.array([number - 1 for number, _ in parts])
+    found, size, pixel = {}, 0, None
+    for stack, place in places.items():
+        path = locate(stack, folders)
+        if path is None:
+            here = Path()
+            looked = " or ".join(
+                "the working directory" if folder == here else str(folder)
+                for folder in dict.fromkeys(folders)
+            )
+            raise InputError(f"{table} names {stack}, which is not in {looked}.")
+        found[stack] = path
+        images, its_pixel = map_stack(path)
+        highest = int(index[file == place].max())
+        if highest >= len(images):
+            raise InputError(
+                f"{table} names image {highest + 1} of {path}, which has {len(images)}."
+            )
+        if place == 0:
+            size, pixel = images.shape[1], its_pixel
+        elif images.shape[1] != size:
+            raise InputError(
+                f"{table} names images of {images.shape[1]} pixels ({path}) and of "
+                f"{size} ({found[parts[0][1]]}); one size is wanted."
+            )
+    paths = tuple(found[stack] for stack in places)
+    return StackImages(paths, file, index, size, pixel), found
+
+
+def split_name(name: str, table: str | Path) -> tuple[int, str]:
+    """Return the number, from 1, and the stack of an image's name."""
+    number, at, stack = name.rpartition("@")
+    if not at:
+        return 1, name
+    if not (number.isascii() and number.isdigit() and int(number) >= 1 and stack):
+        raise InputError(
+            f"{table} names the image {name!r}; a number from 1, @ and a stack are "
+            "wanted."
+        )
+    return int(number), stack
+
+
+def locate(stack: str, folders: Sequence[Path]) -> Path | None:
+    """Return the path of a stack, in the first folder that has it."""
+    for folder in folders:
+        if (folder / stack).is_file():
+            return Path(os.path.normpath(folder / stack))
+    return None

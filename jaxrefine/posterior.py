@@ -1,0 +1,327 @@
+r"""The pose update for production: search, polish and weigh candidate poses.
+
+Visits the particles in batches from wherever their images are kept. A particle's result
+depends neither on the batch it is in nor on the batches' size (but for rounding): its
+candidates are drawn with a key of its own.
+"""
+
+from collections.abc import Iterator
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Complex, Float, Int, Key, PRNGKeyArray
+
+from jaxrefine import search, slices
+from jaxrefine._types import Images
+from jaxrefine.ctf import CTF
+from jaxrefine.gridding import Spectrum
+from jaxrefine.hypotheses import Hypotheses, Prior, merge
+from jaxrefine.particles import Particles
+from jaxrefine.slices import Disc
+from jaxrefine.tangent import Estimate, PoseUpdate
+
+NEGLIGIBLE = 1e-2
+"""Hypotheses less probable than this are not followed."""
+
+_POINTS_AT_ONCE = 2**21  # slice samples in a batch of the search: 16 MiB of spectra
+
+
+@final
+class View(eqx.Module):
+    """How images are compared with maps: a band limit and the noise there.
+
+    Attributes
+    ----------
+    disc
+        Frequencies that are compared.
+    weights
+        Multiplicity over the power of the noise; zero at the origin, since an image's
+        mean says nothing about a pose and much about the background.
+    inverse_noise
+        One over the power of the noise in a *pixel*: its power in the spectrum over
+        the number of pixels.
+    frequencies_in_inverse_angstroms
+        Frequencies of the disc, for the optics.
+    """
+
+    disc: Disc
+    weights: Float[Array, "k"]
+    inverse_noise: Float[Array, "k"]
+    frequencies_in_inverse_angstroms: Float[Array, "k 2"]
+
+    def spectra(self, images: Images) -> Complex[Array, "particles k"]:
+        """Return the images' spectra on the disc."""
+        return slices.image_spectra(images, self.disc)
+
+    def transfer(self, ctf: CTF | None) -> Float[Array, "particles k"] | None:
+        """Return the particles' contrast transfer functions on the disc."""
+        if ctf is None:
+            return None
+        return jax.vmap(lambda one: one(self.frequencies_in_inverse_angstroms))(ctf)
+
+
+def view(particles: Particles, r_max: int, noise: Float[Array, "shells"]) -> View:
+    """Compare up to ``r_max`` cycles per box, with the noise's power in each shell."""
+    m = particles.image_size
+    disc = slices.disc(m, r_max)
+    power = noise[disc.shells]
+    weights = disc.multiplicity.astype(noise.dtype) / power
+    frequencies = disc.frequencies.astype(noise.dtype)
+    physical = frequencies / (m * particles.pixel_size_in_angstroms)
+    weights = jnp.where(disc.shells > 0, weights, 0.0)
+    return View(disc, weights, m**2 / power, physical)
+
+
+def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
+    """Cut indices into batches of one size, the last one filled up by repetition.
+
+    Yields the batch and how many of it are new.
+    """
+    for first in range(0, len(indices), size):
+        part = indices[first : first + size]
+        yield np.resize(part, size), len(part)
+
+
+@eqx.filter_jit
+def _search(
+    keys: Key[Array, "b"],
+    spectrum: Spectrum,
+    view: View,
+    images: Images,
+    ctf: CTF | None,
+    prior: Prior,
+    centres: Float[Array, "b h 3 3"],
+    shifts: Float[Array, "b 2"],
+    spread: Float[Array, ""],
+    offsets: Float[Array, "t 2"],
+    count: int,
+    keep: int,
+    separation: Float[Array, ""],
+):
+    data, transfer = view.spectra(images), view.transfer(ctf)
+
+    def one(key, data, transfer, prior, centres, shift):
+        return search.explore(
+            key,
+            spectrum,
+            view.disc,
+            data,
+            transfer,
+            view.weights,
+            prior,
+            centres,
+            shift,
+            spread,
+            offsets,
+            count,
+            keep,
+            separation,
+        )
+
+    return jax.vmap(one)(keys, data, transfer, prior, centres, shifts)
+
+
+@final
+class Scan(eqx.Module):
+    """One pass of the search: where candidates are drawn, and how many.
+
+    Attributes
+    ----------
+    spread
+        Standard deviation of the candidates about their centres, radians.
+    shift_step, shift_steps
+        Spacing (pixels) and radius (in steps) of the grid of shifts.
+    count
+        Candidates about each centre.
+    """
+
+    spread: float
+    shift_step: float
+    shift_steps: int = eqx.field(static=True)
+    count: int = eqx.field(static=True)
+
+
+def explore(
+    key: PRNGKeyArray,
+    particles: Particles,
+    chosen: Int[np.ndarray, " chosen"],
+    spectrum: Spectrum,
+    view: View,
+    prior: Prior,
+    centres: Float[np.ndarray, "particles h 3 3"],
+    shifts: Float[np.ndarray, "particles 2"],
+    scan: Scan,
+    keep: int,
+) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
+    """Search for the best candidate poses of some of the particles.
+
+    Parameters
+    ----------
+    key
+        Folded with each particle's index.
+    particles, chosen
+        All particles, and which of them to visit.
+    spectrum, view
+        The map, and how images are compared with it.
+    prior
+        Priors of all particles.
+    centres, shifts
+        Where to search, for all particles.
+    scan
+        How to search.
+    keep
+        Candidates to return for each particle.
+    """
+    dtype = view.weights.dtype
+    offsets = jnp.asarray(search.shift_grid(scan.shift_steps), dtype) * scan.shift_step
+    total = scan.count * centres.shape[1]
+    size = max(1, _POINTS_AT_ONCE // (total * len(view.disc.shells)))
+    separation = jnp.asarray(1.5 / view.disc.r_max, dtype)
+    spread = jnp.asarray(scan.spread, dtype)
+    found = []
+    for batch, new in batches(chosen, size):
+        images, ctf = particles.batch(batch)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(batch))
+        result = _search(
+            keys,
+            spectrum,
+            view,
+            images,
+            ctf,
+            prior.take(batch),
+            jnp.asarray(centres[batch]),
+            jnp.asarray(shifts[batch]),
+            spread,
+            offsets,
+            scan.count,
+            keep,
+            separation,
+        )
+        found.append([np.asarray(part)[:new] for part in result])
+    rotations, moved = (np.concatenate(part) for part in zip(*found, strict=True))
+    return rotations, moved
+
+
+@eqx.filter_jit
+def _polish(
+    spectrum: Spectrum,
+    view: View,
+    images: Images,
+    ctf: CTF | None,
+    prior: Prior,
+    rotations: Float[Array, "b 3 3"],
+    shifts: Float[Array, "b 2"],
+    update: PoseUpdate,
+) -> tuple[Estimate, Float[Array, "b"]]:
+    data, transfer = view.spectra(images), view.transfer(ctf)
+
+    def one(data, transfer, prior, rotation, shift):
+        def objective(rotation, shift):
+            cost, gradient, information = slices.normal_equations(
+                spectrum, view.disc, data, rotation, shift, transfer, view.weights
+            )
+            return (
+                cost + prior.cost(rotation, shift),
+                gradient + prior.gradient(rotation, shift),
+                information + prior.information(),
+            )
+
+        estimate = update.minimise(objective, rotation, shift, prior.clip)
+        energy = jnp.sum(view.weights * (data.real**2 + data.imag**2)) / 2
+        _, volume = jnp.linalg.slogdet(estimate.information)
+        mass = 2.5 * jnp.log(2 * jnp.pi) - volume / 2
+        return estimate, energy - estimate.cost + mass
+
+    return jax.vmap(one)(data, transfer, prior, rotations, shifts)
+
+
+@final
+class Polished(eqx.Module):
+    """What became of some candidates (leading axis: candidates).
+
+    Attributes
+    ----------
+    rotations, shifts, information, damping
+        See `tangent.Estimate`.
+    evidence
+        Logarithm of the posterior mass about the pose, relative to the probability
+        that the image shows no particle.
+    """
+
+    rotations: Float[np.ndarray, "c 3 3"]
+    shifts: Float[np.ndarray, "c 2"]
+    information: Float[np.ndarray, "c 5 5"]
+    damping: Float[np.ndarray, "c iterations"]
+    evidence: Float[np.ndarray, "c"]
+
+
+def polish(
+    particles: Particles,
+    owners: Int[np.ndarray, " c"],
+    spectrum: Spectrum,
+    view: View,
+    prior: Prior,
+    rotations: Float[np.ndarray, "c 3 3"],
+    shifts: Float[np.ndarray, "c 2"],
+    update: PoseUpdate,
+    batch_size: int,
+) -> Polished:
+    """Take candidate poses to their optima on the continuum.
+
+    Parameters
+    ----------
+    particles, owners
+        All particles, and the one that each candidate belongs to.
+    spectrum, view, prior
+        As for :func:`explore`.
+    rotations, shifts
+        The candidates.
+    update
+        How, for instance `tangent.LevenbergMarquardt()`.
+    batch_size
+        Candidates at a time.
+    """
+    done = []
+    for batch, new in batches(np.arange(len(owners)), batch_size):
+        images, ctf = particles.batch(owners[batch])
+        estimate, evidence = _polish(
+            spectrum,
+            view,
+            images,
+            ctf,
+            prior.take(owners[batch]),
+            jnp.asarray(rotations[batch]),
+            jnp.asarray(shifts[batch]),
+            update,
+        )
+        parts = (
+            estimate.rotation,
+            estimate.shift,
+            estimate.information,
+            estimate.damping,
+            evidence,
+        )
+        done.append([np.asarray(part)[:new] for part in parts])
+    return Polished(*(np.concatenate(part) for part in zip(*done, strict=True)))
+
+
+@eqx.filter_jit
+def weigh(
+    rotations: Float[Array, "p h 3 3"],
+    shifts: Float[Array, "p h 2"],
+    evidence: Float[Array, "p h"],
+    separation: Float[Array, ""],
+) -> tuple[Hypotheses, Int[Array, "p h"]]:
+    """Rank the candidates of every particle; see `hypotheses.merge`."""
+    return jax.vmap(lambda r, t, e: merge(r, t, e, separation))(
+        rotations, shifts, evidence
+    )
+
+
+def open_particles(hypotheses: Hypotheses) -> Bool[np.ndarray, " particles"]:
+    """Return which particles have more than one hypothesis worth following."""
+    weights = np.asarray(hypotheses.weights)
+    return weights[:, 1:].max(axis=1, initial=0.0) > NEGLIGIBLE

@@ -1,0 +1,166 @@
+r"""Multi-start: the orientations and shifts that explain an image at low resolution.
+
+Candidate orientations are drawn about the current ones. For each of them one slice of
+the map gives, by correlation, the log-likelihoods on a whole grid of shifts:
+
+.. math:: \ell(R, t) = \Re \sum_k w_k\, \overline{S_k(R)}\, y_k\,
+   e^{2\pi i\, \omega_k\cdot t / m} - \tfrac12 \sum_k w_k |S_k(R)|^2,
+
+relative to that of an image without a particle. An orientation's score adds the prior
+and is summed over the shifts; the best orientations that differ are kept.
+
+All functions are for one particle; ``jax.vmap`` makes it many.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, PRNGKeyArray
+
+from jaxrefine._types import Scalar
+from jaxrefine.geometry import rotvec_to_matrix
+from jaxrefine.gridding import Spectrum
+from jaxrefine.hypotheses import Prior
+from jaxrefine.slices import Disc
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def shift_grid(steps: int) -> Float[np.ndarray, "t 2"]:
+    """Return the integer points within a circle of radius ``steps``, centre first."""
+    y, x = np.mgrid[-steps : steps + 1, -steps : steps + 1]
+    inside = x**2 + y**2 <= (steps + 0.5) ** 2
+    points = np.stack([x[inside], y[inside]], axis=-1).astype(float)
+    return points[np.argsort(np.sum(points**2, axis=-1), kind="stable")]
+
+
+def wanted_candidates(spread: float, r_max: int) -> int:
+    r"""Return how many orientations cover a Gaussian of a standard deviation.
+
+    Its volume :math:`(2\pi)^{3/2} s^3` over that of a cell of side ``1 / r_max``
+    radians, by which the pattern of a particle of two thirds of the box moves by half a
+    period at most; from 24 to 4096.
+    """
+    count = (2 * math.pi) ** 1.5 * (spread * r_max) ** 3
+    return int(min(max(math.ceil(count), 24), 4096))
+
+
+def propose(
+    key: PRNGKeyArray,
+    centres: Float[Array, "h 3 3"],
+    spread: Scalar,
+    count: int,
+) -> Float[Array, "h*{count} 3 3"]:
+    """Draw ``count`` orientations about each centre, the first being the centre.
+
+    ``spread`` is the standard deviation of each component of the rotation vector.
+    """
+    shape = (centres.shape[0], count, 3)
+    vectors = spread * jax.random.normal(key, shape, centres.dtype)
+    turns = rotvec_to_matrix(vectors.at[:, 0].set(0.0))
+    turned = jnp.einsum("hcij,hjk->hcik", turns, centres, precision=_HIGHEST)
+    return turned.reshape(-1, 3, 3)
+
+
+def log_likelihoods(
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    rotations: Float[Array, "r 3 3"],
+    shifts: Float[Array, "t 2"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+) -> Float[Array, "r t"]:
+    """Return the log-likelihood ratio of every orientation with every shift.
+
+    Parameters as for `slices.cost`; a negative log-likelihood is that cost.
+    """
+    gain = disc.envelope.astype(weights.dtype)
+    if transfer is not None:
+        gain = gain * transfer
+    x, y = disc.frequencies.astype(weights.dtype).T
+    right, down = rotations[:, 0, :, None], rotations[:, 1, :, None]
+    slices = spectrum(*(right[:, i] * x[None] + down[:, i] * y[None] for i in range(3)))
+    power = jnp.matmul(
+        slices.real**2 + slices.imag**2, weights * gain**2 / 2, precision=_HIGHEST
+    )
+    pull = weights * gain
+    real, imaginary = pull * data.real, pull * data.imag
+    # sum_k Re(conj(S) y e^{i a}) as one real matrix product over 2k columns.
+    frequencies = disc.frequencies.astype(weights.dtype)
+    angle = jnp.matmul(frequencies, shifts.T, precision=_HIGHEST)
+    angle = angle * (2 * jnp.pi / disc.image_size)
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    by_real = real[:, None] * cosine - imaginary[:, None] * sine
+    by_imaginary = imaginary[:, None] * cosine + real[:, None] * sine
+    correlation = jnp.matmul(slices.real, by_real, precision=_HIGHEST)
+    correlation = correlation + jnp.matmul(
+        slices.imag, by_imaginary, precision=_HIGHEST
+    )
+    return correlation - power[:, None]
+
+
+def explore(
+    key: PRNGKeyArray,
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+    prior: Prior,
+    centres: Float[Array, "h 3 3"],
+    shift: Float[Array, "2"],
+    spread: Scalar,
+    offsets: Float[Array, "t 2"],
+    count: int,
+    keep: int,
+    separation: Scalar,
+) -> tuple[Float[Array, "keep 3 3"], Float[Array, "keep 2"]]:
+    """Return the best of many candidate poses, no two of them alike.
+
+    Parameters
+    ----------
+    key
+        Draws the candidates.
+    spectrum, disc, data, transfer, weights
+        The map, and the particle's image, as for `slices.cost`.
+    prior
+        What is known of the pose.
+    centres
+        Orientations to draw candidates about, ``count`` each.
+    shift, offsets
+        Shifts to try: the offsets (pixels) from a shift.
+    spread
+        Standard deviation of the candidates about their centres, radians.
+    keep
+        How many to return.
+    separation
+        Smallest angle between two of them, radians.
+    """
+    rotations = propose(key, centres, spread, count)
+    shifts = shift[None] + offsets
+    likelihoods = log_likelihoods(
+        spectrum, disc, data, rotations, shifts, transfer, weights
+    )
+    turned = jnp.einsum("rij,ij->r", rotations, prior.rotations, precision=_HIGHEST)
+    moved = jnp.sum((shifts - prior.shifts[None]) ** 2, axis=-1)
+    # 3 - tr is the squared angle to fourth order.
+    by_rotation = -(3.0 - turned) / (2 * prior.angle_std**2)
+    within = 2.0 * (1.0 - jnp.cos(prior.max_angle))
+    by_rotation = jnp.where(3.0 - turned > within + 1e-6, -jnp.inf, by_rotation)
+    by_shift = -moved / (2 * prior.shift_std**2)
+    by_shift = jnp.where(moved > prior.max_shift**2, -jnp.inf, by_shift)
+    posterior = likelihoods + by_shift[None]
+    score = jax.nn.logsumexp(posterior, axis=1) + by_rotation
+    best_shift = shifts[jnp.argmax(posterior, axis=1)]
+
+    def pick(score, _):
+        index = jnp.argmax(score)
+        chosen = rotations[index]
+        cosine = jnp.einsum("rij,ij->r", rotations, chosen, precision=_HIGHEST)
+        rest = jnp.where(3.0 - cosine < separation**2, -jnp.inf, score)
+        return rest, (chosen, best_shift[index])
+
+    return jax.lax.scan(pick, score, None, keep)[1]

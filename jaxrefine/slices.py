@@ -1,0 +1,497 @@
+r"""The slice projector: images by the central-slice theorem, for production.
+
+.. math:: \hat g_p(\omega) = h_p(\omega)\, \hat\varphi(\omega)\,
+   \hat c(R_p^T (\omega, 0))\, e^{-2\pi i\, \omega\cdot t_p / m}
+
+Images are held by their Fourier coefficients on a :class:`Disc` of the half plane:
+frequencies ``omega = (x, y)`` in cycles per box of side ``m``, ``|omega| <= r_max``,
+counted from the image's origin ``m // 2``. The volume has the side of the images. What
+the images and the spatial projector know beyond ``r_max`` or Nyquist is absent here,
+and a particle pushed over the image's edge comes back on the other side.
+
+The interpolated spectrum's derivatives are exact, hence so are the gradients here.
+Functions of one particle take its data, rotation and shift; use
+:func:`jaxrefine._batching.map_over_particles` for many, about a hundred at a time.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, Int
+
+from jaxrefine import _batching, kbwf
+from jaxrefine._batching import map_over_particles
+from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.gridding import Frequencies, Insertion, NonuniformSpectrum, Spectrum
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Disc(eqx.Module):
+    """The frequencies of the half plane up to a radius; made by :func:`disc`.
+
+    Attributes
+    ----------
+    frequencies
+        ``(x, y)`` in cycles per box; one of each pair ``omega``, ``-omega``.
+    multiplicity
+        How many frequencies of the plane each stands for: 2, or 1 at the origin.
+    envelope
+        Fourier transform of the volume's basis function there; 1 for voxels.
+    rows, columns
+        Where they are in the result of ``rfft2``.
+    shells
+        Radii rounded to whole cycles per box.
+    """
+
+    frequencies: Float[Array, "k 2"]
+    multiplicity: Float[Array, "k"]
+    envelope: Float[Array, "k"]
+    rows: Int[Array, "k"]
+    columns: Int[Array, "k"]
+    shells: Int[Array, "k"]
+    image_size: int = eqx.field(static=True)
+    r_max: int = eqx.field(static=True)
+
+    @property
+    def quadrature(self) -> Float[Array, "k"]:
+        r"""Weights with which the spectra have the inner product of the images.
+
+        :math:`\sum_k w_k \Re(\bar a_k b_k)` is the sum over the pixels of the product
+        of the band-limited images: the multiplicity over ``m**2``.
+        """
+        return self.multiplicity / self.image_size**2
+
+
+def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
+    """List the frequencies of the half plane up to a radius.
+
+    Parameters
+    ----------
+    image_size
+        Side ``m`` of the images in pixels.
+    r_max
+        Largest frequency in cycles per box, below Nyquist, ``m / 2``.
+    basis
+        Basis of the volume's coefficients; without one they are voxel values.
+
+    Raises
+    ------
+    InputError
+        If the radius is not between 1 and the last below Nyquist.
+    """
+    last = (image_size - 1) // 2
+    if not 1 <= r_max <= last:
+        raise InputError(
+            f"images of side {image_size} want r_max from 1 to {last} cycles per box, "
+            f"not {r_max}"
+        )
+    y, x = np.mgrid[-r_max : r_max + 1, 0 : r_max + 1]
+    once = (x > 0) | (y >= 0)
+    inside = (x**2 + y**2 <= r_max**2) & once
+    x, y = x[inside], y[inside]
+    radius = np.hypot(x, y)
+    envelope = jnp.ones(len(x))
+    if basis is not None:
+        envelope = kbwf.fourier_transform(
+            basis, jnp.asarray(2 * math.pi / image_size * radius, envelope.dtype)
+        )
+    return Disc(
+        frequencies=jnp.asarray(np.stack([x, y], axis=-1), envelope.dtype),
+        multiplicity=jnp.asarray(np.where(radius > 0, 2, 1), envelope.dtype),
+        envelope=envelope,
+        rows=jnp.asarray(y % image_size, jnp.int32),
+        columns=jnp.asarray(x, jnp.int32),
+        shells=jnp.asarray(np.rint(radius), jnp.int32),
+        image_size=image_size,
+        r_max=r_max,
+    )
+
+
+def bucket(r_max: int, image_size: int) -> int:
+    """Round a radius down to one of fourteen, so that few programs need compiling.
+
+    The largest is the last below Nyquist; each is about 0.8 of the next. A radius below
+    all of them gives the smallest.
+    """
+    last = (image_size - 1) // 2
+    radii = [math.ceil(last * 0.8**step) for step in range(14)]
+    return max([radius for radius in radii if radius <= r_max], default=radii[-1])
+
+
+def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:
+    r"""Return the images' Fourier coefficients on the disc.
+
+    .. math:: \hat g(\omega) = \sum_j g[j]\, e^{-2\pi i\, \omega\cdot j / m},
+
+    ``j`` counted from the origin ``m // 2``.
+    """
+    if images.shape[-1] != disc.image_size:
+        raise InputError(
+            f"this disc wants images of side {disc.image_size}, not {images.shape[-1]}"
+        )
+    centred = jnp.fft.ifftshift(images, axes=(-2, -1))
+    return jnp.fft.rfft2(centred)[:, disc.rows, disc.columns]
+
+
+def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
+    """Return the images that have these coefficients, and none beyond the disc."""
+    m = disc.image_size
+    plane = jnp.zeros((len(spectra), m, m // 2 + 1), spectra.dtype)
+    plane = plane.at[:, disc.rows, disc.columns].set(spectra)
+    # The column x = 0 holds both of a pair.
+    edge = plane[:, :, 0]
+    mirror = jnp.conj(jnp.roll(edge[:, ::-1], 1, axis=1))
+    rows = np.arange(m)
+    plane = plane.at[:, :, 0].set(jnp.where(rows > m // 2, mirror, edge))
+    images = jnp.fft.irfft2(plane, s=(m, m))
+    return jnp.fft.fftshift(images, axes=(-2, -1))
+
+
+def _axes(disc: Disc, dtype) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
+    """Return the disc's frequencies, x and y."""
+    return disc.frequencies[:, 0].astype(dtype), disc.frequencies[:, 1].astype(dtype)
+
+
+def _on_plane(
+    disc: Disc, rotation: Float[Array, "3 3"]
+) -> tuple[Frequencies, Frequencies, Frequencies]:
+    r"""Place the disc in the volume's spectrum, :math:`R^T (\omega, 0)`.
+
+    Also returns the plane's normal :math:`R^T (0, 0, 1)`, and the derivative of the
+    points as the particle turns about the beam, :math:`R^T (\omega_y, -\omega_x, 0)`.
+    """
+    x, y = _axes(disc, rotation.dtype)
+    right, down, beam = rotation
+    points = tuple(right[i] * x + down[i] * y for i in range(3))
+    normal = tuple(jnp.full_like(x, 1) * beam[i] for i in range(3))
+    turning = tuple(right[i] * y - down[i] * x for i in range(3))
+    return points, normal, turning  # pyright: ignore[reportReturnType]
+
+
+def _phases(disc: Disc, shift: Float[Array, "2"]) -> Complex[Array, "k"]:
+    r"""Return :math:`e^{-2\pi i\, \omega\cdot t / m}`: it moves an image by ``t``."""
+    x, y = _axes(disc, shift.dtype)
+    angle = (-2 * math.pi / disc.image_size) * (x * shift[0] + y * shift[1])
+    return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
+
+
+def _scaled(factor: Float[Array, "..."], values: Complex[Array, "..."]):
+    """Multiply complex numbers by real ones."""
+    return jax.lax.complex(factor * values.real, factor * values.imag)
+
+
+def _check(disc: Disc, spectrum: Spectrum | NonuniformSpectrum) -> None:
+    if spectrum.box != disc.image_size or spectrum.r_max < disc.r_max:
+        raise InputError(
+            f"images of side {disc.image_size} up to {disc.r_max} cycles per box want "
+            "the spectrum of a volume of that side up to that frequency, not of side "
+            f"{spectrum.box} up to {spectrum.r_max}"
+        )
+
+
+@eqx.filter_jit
+def project(
+    spectrum: Spectrum | NonuniformSpectrum,
+    disc: Disc,
+    poses: Poses,
+    transfer: Float[Array, "particles k"] | None = None,
+    batch_size: int = 1024,
+) -> Complex[Array, "particles k"]:
+    """Project a map: the spectra of ``H(Theta, T) c`` on the disc.
+
+    Parameters
+    ----------
+    spectrum
+        Spectrum of the coefficients ``c``.
+    disc, poses
+        Frequencies of the images, and where the particles are.
+    transfer
+        Contrast transfer function of every particle on the disc; without it, 1.
+    batch_size
+        Particles at a time.
+    """
+    _check(disc, spectrum)
+
+    def project_one(particle):
+        rotation, shift, transfer = particle
+        values = spectrum(*_on_plane(disc, rotation)[0])
+        gain = _gain(disc, transfer, values.real.dtype)
+        return _scaled(gain, values * _phases(disc, shift))
+
+    particles = (poses.rotations, poses.shifts, transfer)
+    return map_over_particles(project_one, particles, batch_size)
+
+
+def _gain(disc: Disc, transfer: Float[Array, "k"] | None, dtype):
+    """Return what a slice is multiplied by: the transfer function and the basis'."""
+    envelope = disc.envelope.astype(dtype)
+    return envelope if transfer is None else transfer * envelope
+
+
+@eqx.filter_jit
+def backproject(
+    insertion: Insertion,
+    spectra: Complex[Array, "particles k"],
+    disc: Disc,
+    poses: Poses,
+    weights: Float[Array, "particles k"] | None = None,
+    batch_size: int = 512,
+) -> Volume:
+    r"""Back-project images given by their spectra: ``H(Theta, T)^T g``.
+
+    The adjoint of :func:`project` for the images' inner product (see
+    :attr:`Disc.quadrature`), so that it agrees with the spatial projector's.
+
+    Parameters
+    ----------
+    insertion
+        The way to insert slices, such as `gridding.default_insertion()`.
+    spectra, disc, poses
+        Spectra of the images, their frequencies, and where the particles are.
+    weights
+        Real factors of the spectra: the transfer function, for the adjoint of a
+        projection with one; divided by the noise's variance, for a weighted cost.
+    batch_size
+        Particles at a time.
+    """
+    if len(spectra) != len(poses.angles):
+        raise InputError(
+            f"{len(spectra)} images want as many poses, not {len(poses.angles)}"
+        )
+    dtype = spectra.real.dtype
+
+    def slice_of(particle):
+        rotation, shift, spectrum, weights = particle
+        factor = _gain(disc, weights, dtype) * disc.quadrature.astype(dtype)
+        values = _scaled(factor, spectrum * jnp.conj(_phases(disc, shift)))
+        return _on_plane(disc, rotation)[0], values
+
+    particles = (poses.rotations, poses.shifts, spectra, weights)
+    return _insert(
+        insertion, slice_of, particles, (disc.image_size, disc.r_max), batch_size
+    )
+
+
+@eqx.filter_jit
+def normal_kernel(
+    insertion: Insertion,
+    disc: Disc,
+    poses: Poses,
+    weights: Float[Array, "particles k"] | None = None,
+    batch_size: int = 512,
+) -> Float[Array, "side side side"]:
+    r"""Return the convolution kernel of the normal operator, as `normal.kernel` does.
+
+    .. math:: w[j] = \sum_{p,k} q_k\, a_{pk}\, \hat\varphi_k^2
+       \cos(2\pi\, \xi_{pk}\cdot j / m)
+
+    with the disc's quadrature ``q`` and the weights ``a``. It is exact: the adjoint of
+    a projection, times the weights, times the projection. (`normal.transfer` makes the
+    transfer that `normal.apply_normal` takes, and the preconditioner is made of the
+    kernel, too.)
+
+    The weights are squared transfer functions, or these over the noise's variance; the
+    other parameters are those of :func:`backproject`. The kernel is on
+    ``[-(m-1), m-1]**3``, indexed ``[z, y, x]``, zero at the middle.
+    """
+    dtype = poses.angles.dtype
+
+    def slice_of(particle):
+        rotation, weights = particle
+        envelope = disc.envelope.astype(dtype)
+        density = _gain(disc, weights, dtype) * envelope
+        density = density * disc.quadrature.astype(dtype)
+        x, y, z = _on_plane(disc, rotation)[0]
+        return (2 * x, 2 * y, 2 * z), jax.lax.complex(density, jnp.zeros_like(density))
+
+    size = (2 * disc.image_size, 2 * disc.r_max)
+    particles = (poses.rotations, weights)
+    return _insert(insertion, slice_of, particles, size, batch_size)[1:, 1:, 1:]
+
+
+def _insert(
+    insertion: Insertion,
+    slice_of: Callable[[Any], tuple[Frequencies, Complex[Array, "k"]]],
+    particles: Any,
+    size: tuple[int, int],
+    batch_size: int,
+) -> Volume:
+    """Insert the particles' slices into a volume of some side and ``r_max``."""
+    count, batch, batches = _batching._plan(particles, batch_size)
+
+    def add_batch(total, index):
+        first, some = _batching._batch(particles, index, batch, count)
+        points, values = jax.vmap(slice_of)(some)
+        new = first + jnp.arange(batch, dtype=index.dtype) >= index * batch
+        values = _scaled(new[:, None].astype(total.dtype), values)
+        x, y, z = (axis.reshape(-1) for axis in points)
+        return total + insertion.adjoint((x, y, z), values.reshape(-1), *size), None
+
+    blank = jnp.zeros((size[0],) * 3, particles[0].dtype)
+    return jax.lax.scan(add_batch, blank, jnp.arange(batches, dtype=jnp.int32))[0]
+
+
+class _Residual(eqx.Module):
+    """What a particle's cost is made of, everything shifted to the image's origin.
+
+    Moving both the data and the model by ``-t`` changes no inner product, and spares
+    the model and each of its derivatives the phases.
+    """
+
+    slices: tuple[Complex[Array, "k"], ...]
+    gain: Float[Array, "k"]
+    pull: Complex[Array, "k"]
+    cost: Scalar
+
+
+def _residual(
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+    sloping: bool = False,
+) -> _Residual:
+    """Return the residual ``S - y``, its pull ``w h (S - y)``, and the cost."""
+    _check(disc, spectrum)
+    points, *directions = _on_plane(disc, rotation)
+    along = tuple(directions) if sloping else ()
+    slices = spectrum.value_and_slopes(points, along)
+    gain = _gain(disc, transfer, weights.dtype)
+    difference = _scaled(gain, slices[0]) - data * jnp.conj(_phases(disc, shift))
+    square = difference.real**2 + difference.imag**2
+    pull = _scaled(weights * gain, difference)
+    return _Residual(slices, gain, pull, jnp.sum(weights * square) / 2)
+
+
+def cost(
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+) -> Scalar:
+    r"""Return one particle's cost, :math:`\frac12 \sum_k w_k |S_k - y_k|^2`.
+
+    Parameters
+    ----------
+    spectrum
+        Spectrum of the coefficients.
+    disc
+        Frequencies of the images.
+    data
+        Spectrum ``y`` of the particle's image.
+    rotation, shift
+        Its pose.
+    transfer
+        Its contrast transfer function, or None for 1.
+    weights
+        Weights ``w``; `Disc.quadrature` makes it the paper's cost of the band-limited
+        image, over the noise's variance the negative log-likelihood.
+    """
+    return _residual(spectrum, disc, data, rotation, shift, transfer, weights).cost
+
+
+def cost_and_gradient(
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+) -> tuple[Scalar, Float[Array, "5"]]:
+    r"""Return the cost and its gradient by ``(wx, wy, wz, tx, ty)``.
+
+    The rotation moves as :math:`R \leftarrow e^{\hat w} R`, at ``w = 0``, so that
+
+    .. math:: \frac{\partial}{\partial w}\, R^T (\omega, 0) = R^T
+       \left((\omega, 0) \times \frac{\partial w}{\partial w}\right):
+
+    with the slice's derivatives ``dn`` along the plane's normal and ``da`` about the
+    beam, the model's are ``-omega_y dn``, ``omega_x dn``, ``da``, and by the shift
+    ``-2 pi i omega / m`` times itself. Parameters as for :func:`cost`.
+    """
+    now = _residual(spectrum, disc, data, rotation, shift, transfer, weights)
+    points, normal, turning = _on_plane(disc, rotation)
+    out, about = spectrum.slopes_along(now.pull, points, (normal, turning))
+    through = _crossed(now.pull, now.slices[0]) * (2 * math.pi / disc.image_size)
+    first, _ = _moments(disc, out.dtype)
+    tilt, move = _dot(out, first), _dot(through, first)
+    return now.cost, jnp.stack([-tilt[1], tilt[0], jnp.sum(about), move[0], move[1]])
+
+
+def normal_equations(
+    spectrum: Spectrum,
+    disc: Disc,
+    data: Complex[Array, "k"],
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
+    weights: Float[Array, "k"],
+) -> tuple[Scalar, Float[Array, "5"], Float[Array, "5 5"]]:
+    r"""Return the cost, its gradient :math:`J^T W r` and :math:`J^T W J`.
+
+    ``J`` are the derivatives of the residual ``r = S - y`` listed in
+    :func:`cost_and_gradient`. They are three slices times monomials of ``omega``, and
+    so are their inner products sums of ten images times monomials. Parameters as for
+    :func:`cost`.
+    """
+    now = _residual(spectrum, disc, data, rotation, shift, transfer, weights, True)
+    still, out, about = now.slices
+    step = 2 * math.pi / disc.image_size
+    first, second = _moments(disc, weights.dtype)
+    power = weights * now.gain**2
+
+    tilt = _dot(_product(now.pull, out), first)
+    turn = jnp.sum(_product(now.pull, about))
+    move = _dot(_crossed(now.pull, still), first) * step
+    gradient = jnp.stack([-tilt[1], tilt[0], turn, move[0], move[1]])
+
+    tilt_tilt = _dot(power * _product(out, out), second)
+    tilt_turn = _dot(power * _product(out, about), first)
+    tilt_move = _dot(power * _crossed(out, still), second) * step
+    turn_turn = jnp.sum(power * _product(about, about))
+    turn_move = _dot(power * _crossed(about, still), first) * step
+    move_move = _dot(power * _product(still, still), second) * step**2
+    upper = [
+        [tilt_tilt[2], -tilt_tilt[1], -tilt_turn[1], -tilt_move[1], -tilt_move[2]],
+        [tilt_tilt[0], tilt_turn[0], tilt_move[0], tilt_move[1]],
+        [turn_turn, turn_move[0], turn_move[1]],
+        [move_move[0], move_move[1]],
+        [move_move[2]],
+    ]
+    rows = [[upper[min(i, j)][abs(i - j)] for j in range(5)] for i in range(5)]
+    return now.cost, gradient, jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _product(a: Complex[Array, "k"], b: Complex[Array, "k"]) -> Float[Array, "k"]:
+    r"""Return :math:`\Re(\bar a b)`."""
+    return a.real * b.real + a.imag * b.imag
+
+
+def _crossed(a: Complex[Array, "k"], b: Complex[Array, "k"]) -> Float[Array, "k"]:
+    r"""Return :math:`\Re(-i \bar a b) = \Im(\bar a b)`."""
+    return a.real * b.imag - a.imag * b.real
+
+
+def _moments(disc: Disc, dtype) -> tuple[Float[Array, "k 2"], Float[Array, "k 3"]]:
+    """Return the monomials ``x, y`` and ``x**2, x y, y**2`` of the frequencies."""
+    x, y = _axes(disc, dtype)
+    return jnp.stack([x, y], axis=-1), jnp.stack([x * x, x * y, y * y], axis=-1)
+
+
+def _dot(values: Float[Array, "k"], monomials: Float[Array, "k j"]):
+    return jnp.dot(values, monomials, precision=_HIGHEST)

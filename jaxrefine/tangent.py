@@ -1,0 +1,207 @@
+r"""Pose updates in the tangent space of SO(3) x R^2.
+
+A pose moves by a 5-vector ``(w, t)``: :math:`R \leftarrow e^{\hat w} R` and
+``t <- t + dt``. There are no Euler angles to be singular, and no chart to leave.
+
+A pose update is any object with ``minimise(objective, rotation, shift)``. An objective
+returns the cost at a pose, its gradient by the 5-vector, and an approximation of its
+Hessian: :math:`J^T W J` of the residual plus the prior's. All is written for one
+particle; ``jax.vmap`` makes it many.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, final, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxrefine._types import Scalar
+from jaxrefine.geometry import rotvec_to_matrix
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+Objective = Callable[
+    [Float[Array, "3 3"], Float[Array, "2"]],
+    tuple[Scalar, Float[Array, "5"], Float[Array, "5 5"]],
+]
+"""Cost, gradient and information matrix at a pose."""
+
+Constraint = Callable[
+    [Float[Array, "3 3"], Float[Array, "2"]],
+    tuple[Float[Array, "3 3"], Float[Array, "2"]],
+]
+"""Takes a pose to the nearest allowed one."""
+
+_LARGEST_TURN = 0.5  # radians in one step; the linearisation is good for no more
+
+
+@final
+class Estimate(eqx.Module):
+    """A pose, and how well it is determined.
+
+    Attributes
+    ----------
+    rotation, shift
+        The pose.
+    cost
+        The objective there.
+    information
+        :math:`J^T W J` plus the prior's; its inverse is the covariance of the rotation
+        vector (radians) and the shift (pixels), the Cramer-Rao bound where the
+        residual is noise.
+    damping
+        What was added to the information's diagonal in each iteration, relative to it.
+    accepted
+        Whether each iteration lowered the cost.
+    """
+
+    rotation: Float[Array, "*batch 3 3"]
+    shift: Float[Array, "*batch 2"]
+    cost: Float[Array, "*batch"]
+    information: Float[Array, "*batch 5 5"]
+    damping: Float[Array, "*batch iterations"]
+    accepted: Bool[Array, "*batch iterations"]
+
+    @property
+    def covariance(self) -> Float[Array, "*batch 5 5"]:
+        """Inverse of the information."""
+        return jnp.linalg.inv(self.information)
+
+
+def retract(
+    rotation: Float[Array, "3 3"], shift: Float[Array, "2"], step: Float[Array, "5"]
+) -> tuple[Float[Array, "3 3"], Float[Array, "2"]]:
+    r"""Move a pose: :math:`(e^{\hat w} R,\; t + dt)` with ``step = (w, dt)``."""
+    turn = rotvec_to_matrix(step[:3])
+    return jnp.matmul(turn, rotation, precision=_HIGHEST), shift + step[3:]
+
+
+@runtime_checkable
+class PoseUpdate(Protocol):
+    """What the refinement asks of a way to improve a pose."""
+
+    def minimise(
+        self,
+        objective: Objective,
+        rotation: Float[Array, "3 3"],
+        shift: Float[Array, "2"],
+        constraint: Constraint,
+    ) -> Estimate:
+        """Improve one pose; the result's cost is never above that of the start."""
+        ...
+
+
+@final
+class LevenbergMarquardt(eqx.Module):
+    r"""Levenberg-Marquardt with Marquardt's scaling, and damping per particle.
+
+    .. math:: (A + \mu\,\mathrm{diag} A)\, \delta = -g, \qquad A = J^T W J + \Sigma^{-1}
+
+    A step is accepted only if the cost falls; then the damping falls too, else it
+    grows. One evaluation of the objective per iteration, and one to begin with.
+
+    Parameters
+    ----------
+    iterations
+        Steps tried.
+    damping
+        Its first value.
+    """
+
+    iterations: int = eqx.field(static=True, default=3)
+    damping: float = eqx.field(static=True, default=1e-2)
+
+    def minimise(
+        self,
+        objective: Objective,
+        rotation: Float[Array, "3 3"],
+        shift: Float[Array, "2"],
+        constraint: Constraint,
+    ) -> Estimate:
+        """Improve one pose."""
+        dtype = rotation.dtype
+        rotation, shift = constraint(rotation, shift)
+
+        def iterate(carry, _):
+            (rotation, shift), (cost, gradient, information), damping = carry
+            diagonal = jnp.diag(information)
+            # An image without signal has no information; it must not divide by zero.
+            floor = 1e-6 * jnp.max(diagonal) + jnp.finfo(dtype).tiny
+            damped = information + jnp.diag(damping * diagonal + floor)
+            step = -jnp.linalg.solve(damped, gradient)
+            turn = jnp.sqrt(jnp.sum(step[:3] ** 2) + jnp.finfo(dtype).tiny)
+            step = step * jnp.minimum(1.0, _LARGEST_TURN / turn)
+            trial = constraint(*retract(rotation, shift, step))
+            there = objective(*trial)
+            better = there[0] < cost
+            here = (rotation, shift), (cost, gradient, information)
+            new = jax.tree.map(
+                lambda a, b: jnp.where(better, a, b), (trial, there), here
+            )
+            eased = jnp.where(better, damping / 5, damping * 8)
+            return (*new, eased), (damping, better)
+
+        # The first iteration stands still and is accepted: it evaluates the start.
+        unknown = (
+            jnp.asarray(jnp.inf, dtype),
+            jnp.zeros(5, dtype),
+            jnp.eye(5, dtype=dtype),
+        )
+        first = jnp.asarray(5 * self.damping, dtype)
+        (pose, (cost, _, information), _), (damping, accepted) = jax.lax.scan(
+            iterate, ((rotation, shift), unknown, first), None, self.iterations + 1
+        )
+        return Estimate(*pose, cost, information, damping[1:], accepted[1:])
+
+
+@final
+class Descent(eqx.Module):
+    """Any gradient method of ``optax`` on the 5-vector of the tangent space.
+
+    The gradient is scaled by the square roots of the information's diagonal at the
+    start, which makes radians and pixels alike; the best pose met is kept.
+
+    Parameters
+    ----------
+    transformation
+        For instance ``optax.adam(0.5)``.
+    iterations
+        Steps made.
+    """
+
+    transformation: optax.GradientTransformation = eqx.field(static=True)
+    iterations: int = eqx.field(static=True, default=20)
+
+    def minimise(
+        self,
+        objective: Objective,
+        rotation: Float[Array, "3 3"],
+        shift: Float[Array, "2"],
+        constraint: Constraint,
+    ) -> Estimate:
+        """Improve one pose."""
+        start = constraint(rotation, shift)
+        cost, gradient, information = objective(*start)
+        scale = jnp.sqrt(jnp.diag(information)) + jnp.finfo(rotation.dtype).tiny
+        memory = self.transformation.init(jnp.zeros_like(gradient))
+
+        def iterate(carry, _):
+            pose, gradient, memory, best = carry
+            step, memory = self.transformation.update(gradient / scale, memory)
+            pose = constraint(*retract(*pose, step / scale))
+            cost, gradient, information = objective(*pose)
+            better = cost < best[1]
+            found = (pose, cost, information)
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+            return (pose, gradient, memory, best), better
+
+        best = (start, cost, information)
+        (*_, best), accepted = jax.lax.scan(
+            iterate, (start, gradient, memory, best), None, self.iterations
+        )
+        pose, cost, information = best
+        none = jnp.zeros(self.iterations, rotation.dtype)
+        return Estimate(*pose, cost, information, none, accepted)

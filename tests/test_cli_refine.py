@@ -1,0 +1,486 @@
+"""``jaxrefine refine`` and ``reconstruct``: files, resuming, and what is refused.
+
+The refinement itself is mostly a stand-in, which moves every pose by as much in every
+iteration; at the end come runs of the real ones.
+"""
+
+import json
+import math
+from types import SimpleNamespace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import cli, paper, refine
+from jaxrefine.cli import _production
+from jaxrefine.ctf import CTF
+from jaxrefine.geometry import Poses
+from jaxrefine.io import (
+    read_mrc,
+    read_particles,
+    read_star,
+    write_mrc,
+    write_new_particles,
+    write_stack,
+    write_star,
+)
+
+N, COUNT, PIXEL = 16, 8, 2.0
+STEP = 0.25
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of random images with poses and optics, and a map."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(COUNT, N, N)).astype(np.float32)
+    write_stack(tmp_path / "particles.mrcs", images, PIXEL)
+    write_mrc(tmp_path / "init.mrc", rng.normal(size=(N, N, N)), PIXEL)
+    angles = jnp.asarray(rng.uniform(-1, 1, (COUNT, 3)))
+    poses = Poses(angles, jnp.asarray(rng.uniform(-1, 1, (COUNT, 2))))
+    names = [f"{i:06d}@particles.mrcs" for i in range(1, COUNT + 1)]
+    defocus = jnp.linspace(1e4, 2e4, COUNT)
+    for name, ctf in (("particles", CTF(defocus, defocus)), ("plain", None)):
+        path = tmp_path / f"{name}.star"
+        write_new_particles(path, poses, names, N, PIXEL, CTF(0.0, 0.0), ctf)
+    return tmp_path
+
+
+class State(eqx.Module):
+    iteration: jax.Array
+    shifts: jax.Array
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replace the engine; return the record of its calls, and where to stop it."""
+    seen = SimpleNamespace(calls=[], stop_after=None, iterations=[])
+
+    def stand_in(particles, poses, volume, config, *, key, subsets, state, callback):
+        seen.calls.append(SimpleNamespace(**locals()))
+        if state is None:
+            state = State(jnp.zeros((), jnp.int32), poses.shifts)
+        while int(state.iteration) < config.iterations:
+            state = State(state.iteration + 1, state.shifts + STEP)
+            seen.iterations.append(int(state.iteration))
+            row = {"iteration": int(state.iteration), "tau": [1.0, math.nan]}
+            callback(state, SimpleNamespace(row=lambda row=row: row))
+            if seen.stop_after == int(state.iteration):
+                raise KeyboardInterrupt
+        half_maps = (np.asarray(volume), np.asarray(volume)[::-1])
+        covariance = np.diag([1e-4, 4e-4, 4e-4, 0.09, 0.16])
+        return SimpleNamespace(
+            poses=Poses(poses.angles, state.shifts),
+            covariances=np.broadcast_to(covariance, (COUNT, 5, 5)),
+            log_likelihood=np.arange(COUNT) - 0.5,
+            undetermined=np.arange(COUNT) == 3,
+            volume=2 * np.asarray(volume),
+            half_maps=half_maps if config.half_sets else None,
+            fsc=np.ones(N // 2 + 1) if config.half_sets else None,
+            tau=0.7,
+        )
+
+    def like(source, *_):
+        return State(jnp.zeros((), jnp.int32), source.poses.shifts)
+
+    monkeypatch.setattr(refine, "refine", stand_in)
+    monkeypatch.setattr(_production, "_like_a_state", like)
+    return seen
+
+
+def command(data, *further, star="particles.star"):
+    inputs = [data / star, "--map", data / "init.mrc"]
+    return ["refine", *inputs, "--out", data / "out", *further]
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def assert_refused(code, out, err, words):
+    last = err.splitlines()[-1]
+    assert (code, out) == (2, "")
+    assert last.startswith("jaxrefine ") and words in last, err
+    assert "Traceback" not in err and len(last) < 400
+
+
+def log(folder):
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- what is written
+
+
+def test_the_folder_of_a_finished_run(data, capsys, stand_in):
+    code, out, _ = run(capsys, *command(data, "--iterations", 3))
+    assert code == 0 and str(data / "out") in out and "half maps" not in out
+    assert {path.name for path in (data / "out").iterdir()} == {
+        *("particles.star", "map.mrc", "metrics.jsonl", "run.json", "state")
+    }
+    before = read_star(data / "particles.star")
+    after = read_star(data / "out/particles.star")
+    added = ["rlnLogLikeliContribution", "jaxrefineAngleStd", "jaxrefineShiftStd"]
+    assert list(after["particles"]) == [*before["particles"], *added]
+    assert after["optics"] == before["optics"]
+    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = old.poses.shifts + 3 * STEP
+    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    np.testing.assert_allclose(new.poses.angles, old.poses.angles, atol=1e-7)
+    for at in (np.array([0]), np.array([COUNT - 1])):
+        images = (file.particles.batch(at)[0] for file in (old, new))
+        np.testing.assert_array_equal(*images)
+    # Root mean squares of the angle and of the length of the shift.
+    table = {name: np.array(after["particles"][name], float) for name in added}
+    np.testing.assert_allclose(table[added[0]], np.arange(COUNT) - 0.5)
+    np.testing.assert_allclose(table[added[1]], np.rad2deg(0.03), atol=1e-6)
+    np.testing.assert_allclose(table[added[2]], 0.5)
+    volume, voxel = read_mrc(data / "out/map.mrc")
+    np.testing.assert_array_equal(volume, 2 * read_mrc(data / "init.mrc")[0])
+    assert voxel == PIXEL
+    rows = log(data / "out")
+    assert rows == [{"iteration": i, "tau": [1.0, None]} for i in (1, 2, 3)]
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["finished"] is True and report["undetermined"] == 1
+    assert report["config"]["iterations"] == 3 and report["settings"]["iterations"] == 3
+    assert report["config"]["multi_start"] == list(refine.RefineConfig().multi_start)
+    assert report["wall_s"] > 0 and report["peak_rss_mib"] > 10
+    assert {"jaxrefine", "jax"} <= report["versions"].keys() and report["device"]
+
+
+def test_what_the_engine_is_given(data, capsys, stand_in):
+    options = ["--max-angle", 30, "--max-shift", 3, "--batch-size", 5, "--seed", 4]
+    assert run(capsys, *command(data, *options, "--iterations", 1))[0] == 0
+    (call,) = stand_in.calls
+    config, default = call.config, refine.RefineConfig()
+    assert config.max_angle == pytest.approx(math.pi / 6) and config.max_shift == 3
+    assert 0 < config.angle_spread < min(default.angle_spread, config.max_angle)
+    assert 0 < config.shift_spread < 3 and config.batch_size == 5
+    assert call.subsets is None and not config.half_sets
+    assert call.particles.ctf is not None and len(call.particles) == COUNT
+    assert jax.random.key_data(call.key)[-1] == 4
+    np.testing.assert_array_equal(call.volume, read_mrc(data / "init.mrc")[0])
+    shifts = read_particles(data / "particles.star").poses.shifts
+    np.testing.assert_array_equal(call.poses.shifts, shifts)
+
+
+def test_half_sets_are_the_files_or_dealt(data, capsys, stand_in):
+    code, out, _ = run(capsys, *command(data, "--half-sets", "--iterations", 1))
+    assert code == 0 and "half maps agree" in out
+    dealt = stand_in.calls[0].subsets
+    assert sorted(dealt) == [1] * (COUNT // 2) + [2] * (COUNT // 2)
+    result = data / "out/particles.star"
+    np.testing.assert_array_equal(read_particles(result).random_subset, dealt)
+    for i, sign in ((1, 1), (2, -1)):
+        half, _ = read_mrc(data / f"out/half{i}.mrc")
+        np.testing.assert_array_equal(half, read_mrc(data / "init.mrc")[0][::sign])
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["half_set_fsc"] == [1.0] * (N // 2 + 1)
+    # A file that says so decides.
+    blocks = read_star(data / "particles.star")
+    blocks["particles"]["rlnRandomSubset"] = ["1"] * 3 + ["2"] * 5
+    write_star(data / "particles.star", blocks)
+    again = command(data, "--half-sets", "--iterations", 1)
+    again[again.index(data / "out")] = data / "again"
+    assert run(capsys, *again)[0] == 0
+    np.testing.assert_array_equal(stand_in.calls[1].subsets, [1] * 3 + [2] * 5)
+    table = read_star(data / "again/particles.star")["particles"]
+    assert list(table)[-4:-2] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
+
+
+# --- resuming
+
+
+def test_a_run_carries_on_where_it_stopped(data, capsys, stand_in):
+    stand_in.stop_after = 2
+    code, out, err = run(capsys, *command(data, "--iterations", 4))
+    assert code == 130 and not out and err.endswith("interrupted\n")
+    assert not json.loads((data / "out/run.json").read_text())["finished"]
+    assert not (data / "out/particles.star").exists()
+    # Killed after a row, before its checkpoint.
+    with (data / "out/metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3}\n')
+    stand_in.stop_after = None
+    assert run(capsys, *command(data, "--iterations", 4))[0] == 0
+    assert stand_in.iterations == [1, 2, 3, 4]
+    assert [row["iteration"] for row in log(data / "out")] == [1, 2, 3, 4]
+    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = old.poses.shifts + 4 * STEP
+    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+
+
+def test_a_run_that_stopped_at_once_begins_again(data, capsys, stand_in, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "refine", stop)
+        assert run(capsys, *command(data, "--iterations", 2))[0] == 130
+    assert run(capsys, *command(data, "--iterations", 2))[0] == 0
+    assert stand_in.iterations == [1, 2]
+
+
+def test_a_finished_run_is_left_alone(data, capsys, stand_in):
+    assert run(capsys, *command(data, "--iterations", 2))[0] == 0
+    files = [path for path in (data / "out").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    code, out, err = run(capsys, *command(data, "--iterations", 2))
+    assert code == 0 and "already, finished" in out and not err
+    assert before == {path: path.stat().st_mtime_ns for path in files}
+    assert len(stand_in.calls) == 1
+
+
+OTHERS = {
+    "iterations": ["--iterations", 3],
+    "seed": ["--seed", 1],
+    "max_angle": ["--max-angle", 20],
+    "half_sets": ["--half-sets"],
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_and_inputs_are_refused(data, capsys, stand_in, finished):
+    first = command(data, "--iterations", 2)
+    stand_in.stop_after = None if finished else 1
+    assert run(capsys, *first)[0] == (0 if finished else 130)
+    report = (data / "out/run.json").read_bytes()
+    for name, options in OTHERS.items():
+        assert_refused(*run(capsys, *first, *options), f"another {name}; ")
+    initial = (data / "init.mrc").read_bytes()
+    write_mrc(data / "init.mrc", np.ones((N, N, N)), PIXEL)
+    assert_refused(*run(capsys, *first), "another map; ")
+    (data / "init.mrc").write_bytes(initial)
+    other = command(data, "--iterations", 2, star="plain.star")
+    assert_refused(*run(capsys, *other), "another particles; ")
+    assert (data / "out/run.json").read_bytes() == report
+    # Memory is no part of the result.
+    stand_in.stop_after = None
+    assert run(capsys, *first, "--batch-size", 3)[0] == 0
+
+
+# --- bad input
+
+BAD_OPTIONS = [
+    ["--iterations", 0],
+    ["--batch-size", 0],
+    ["--max-angle", 0],
+    ["--max-angle", 181],
+    ["--max-angle", "nan"],
+    ["--max-shift", -1],
+    ["--max-shift", "inf"],
+    ["--seed", -1],
+    ["--seed", 2**31],
+    ["--preset", "paper"],
+    ["--preset", "released"],
+]
+
+
+@pytest.mark.parametrize("bad", BAD_OPTIONS, ids=lambda bad: f"{bad[0]} {bad[1]}")
+def test_a_bad_option_is_a_sentence(data, capsys, stand_in, bad):
+    words = "contrast-transfer" if bad[0] == "--preset" else bad[0]
+    assert_refused(*run(capsys, *command(data, *bad)), words)
+    assert not (data / "out").exists() and not stand_in.calls
+
+
+@pytest.mark.parametrize(
+    "option", [["--half-sets"], ["--max-angle", 9], ["--max-shift", 9]]
+)
+def test_what_the_published_presets_cannot(data, capsys, option):
+    bad = command(data, "--preset", "released", *option, star="plain.star")
+    assert_refused(*run(capsys, *bad), f"{option[0]} does not go with")
+    assert not (data / "out").exists()
+
+
+def of_another_size(data):
+    write_mrc(data / "init.mrc", np.ones((N + 2,) * 3), PIXEL)
+
+
+def of_another_voxel(data):
+    write_mrc(data / "init.mrc", np.ones((N,) * 3), PIXEL * 1.01)
+
+
+def of_zeros(data):
+    write_mrc(data / "init.mrc", np.zeros((N,) * 3), PIXEL)
+
+
+def used(data):
+    (data / "out").mkdir()
+    (data / "out/thesis.tex").write_text("precious")
+
+
+def of_something_else(data):
+    (data / "out").mkdir()
+    (data / "out/run.json").write_text("[1]")
+
+
+BAD_INPUTS = {
+    of_another_size: "init.mrc has 18^3 voxels",
+    of_another_voxel: "init.mrc has voxels of 2.02 A",
+    of_zeros: "init.mrc is zero everywhere",
+    lambda data: (data / "init.mrc").unlink(): "init.mrc does not exist",
+    lambda data: (data / "particles.mrcs").unlink(): "names particles.mrcs, which",
+    lambda data: (data / "particles.star").write_text("no"): "not a STAR file",
+    lambda data: (data / "out").write_text("a file"): "out is a file",
+    used: "holds files but no run.json",
+    of_something_else: "run.json is not the report",
+}
+
+
+@pytest.mark.parametrize("damage", BAD_INPUTS)
+def test_bad_input_is_a_sentence(data, capsys, stand_in, damage):
+    damage(data)
+    before = {path: path.stat().st_size for path in sorted(data.rglob("*"))}
+    assert_refused(*run(capsys, *command(data)), BAD_INPUTS[damage])
+    assert not stand_in.calls
+    assert before == {path: path.stat().st_size for path in sorted(data.rglob("*"))}
+
+
+def test_an_image_that_is_not_finite(data, capsys):
+    """Found when it is read; the run can be repeated."""
+    path = data / "particles.mrcs"
+    content = bytearray(path.read_bytes())
+    place = 1024 + 4 * N * N * 5
+    content[place : place + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(content)
+    assert_refused(
+        *run(capsys, *command(data, "--preset", "released", star="plain.star")),
+        "Image 5 (from 0) holds a value",
+    )
+
+
+# --- reconstruct
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """Replace the engine of ``reconstruct``; return its calls."""
+    calls = []
+
+    def stand_in(particles, poses, config, *, key):
+        calls.append((particles, poses, config, key))
+        n = particles.image_size
+        halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))
+        return SimpleNamespace(volume=halves[0] + 2, half_maps=halves, lam=0.5)
+
+    monkeypatch.setattr(refine, "reconstruct", stand_in)
+    return calls
+
+
+def test_reconstruct_writes_maps(data, capsys, maker):
+    words = ["reconstruct", data / "particles.star", "--out", data / "map.mrc"]
+    assert run(capsys, *words, "--batch-size", 3)[0] == 0
+    assert not list(data.glob("map_half*"))
+    code, out, _ = run(capsys, *words, "--half-sets")
+    assert code == 0 and "map_half2.mrc" in out and "lambda 0.5" in out
+    for name, value in (("map", 3), ("map_half1", 1), ("map_half2", 2)):
+        volume, voxel = read_mrc(data / f"{name}.mrc")
+        assert (volume == value).all() and voxel == PIXEL
+    assert maker[0][2].batch_size == 3 and len(maker[0][0]) == COUNT
+
+
+def test_reconstruct_refuses(data, capsys, maker):
+    words = ["reconstruct", data / "particles.star", "--out"]
+    for further, sentence in (
+        ([data / "no/map.mrc"], "is not a folder"),
+        ([data], "is a folder"),
+        ([data / "map.mrc", "--batch-size", 0], "--batch-size"),
+        ([data / "map.mrc", "--seed", -1], "--seed"),
+    ):
+        assert_refused(*run(capsys, *words, *further), sentence)
+    absent = ["reconstruct", data / "absent.star", "--out", data / "map.mrc"]
+    assert_refused(*run(capsys, *absent), "does not exist")
+    assert not maker and not (data / "map.mrc").exists()
+
+
+# --- the real ones
+
+
+@pytest.mark.slow
+def test_the_published_algorithm_runs_and_resumes(data, capsys, monkeypatch):
+    """An interrupted run ends as an uninterrupted one."""
+    words = ["--preset", "released", "--iterations", 2]
+    assert run(capsys, *command(data, *words, star="plain.star"))[0] == 0
+    whole = read_mrc(data / "out/map.mrc")[0]
+    assert whole.std() > 0
+    assert [row["iteration"] for row in log(data / "out")] == [1, 2]
+    original = paper.step
+
+    def once(state, *arguments):
+        if int(state.iteration) == 1:
+            raise KeyboardInterrupt
+        return original(state, *arguments)
+
+    again = command(data, *words, star="plain.star")
+    again[again.index(data / "out")] = data / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(paper, "step", once)
+        assert run(capsys, *again)[0] == 130
+    assert run(capsys, *again)[0] == 0
+    np.testing.assert_array_equal(read_mrc(data / "again/map.mrc")[0], whole)
+    tables = [read_star(data / f"{x}/particles.star") for x in ("out", "again")]
+    assert tables[0] == tables[1]
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """A small data set with optics, and a start that is off."""
+    folder = tmp_path_factory.mktemp("refine")
+    rng = np.random.default_rng(1)
+    axis = np.arange(N) - N // 2
+    volume = np.zeros((N, N, N))
+    for centre in rng.uniform(-4, 4, (6, 3)):
+        x, y, z = (np.exp(-0.5 * ((axis - c) / 1.2) ** 2) for c in centre)
+        volume += rng.uniform(1, 3) * z[:, None, None] * y[:, None] * x
+    write_mrc(folder / "map.mrc", volume, 4.0)
+    words = ["simulate", folder / "map.mrc", "--out", folder / "data", "--ctf"]
+    words += ["--particles", 32, "--snr-db", 6, "--max-shift", 1]
+    words += ["--init-angle", 0.25, "--init-blur", 1]
+    assert cli.main([str(word) for word in words]) == 0
+    return folder / "data"
+
+
+@pytest.mark.slow
+def test_the_production_engine_runs_and_resumes(simulated, tmp_path, capsys):
+    """Poses and map come closer to the truth; a stopped run ends as a whole one."""
+    start = ["refine", simulated / "particles.star", "--map", simulated / "init.mrc"]
+    start += ["--iterations", 2, "--max-shift", 2]
+    assert run(capsys, *start, "--out", tmp_path / "whole")[0] == 0
+    errors = []
+    for table in (simulated / "init.star", tmp_path / "whole/particles.star"):
+        words = ["evaluate", table, simulated / "truth.star", "--json"]
+        assert run(capsys, *words, tmp_path / "errors.json")[0] == 0
+        errors.append(json.loads((tmp_path / "errors.json").read_text()))
+    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+        assert errors[1][figure] < 0.5 * errors[0][figure]
+    assert errors[1]["matched_by"] == "image name"
+
+    original = _production.RunFolder.record
+
+    def stop(self, state, row):
+        original(self, state, row)
+        if row["iteration"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_production.RunFolder, "record", stop)
+        assert run(capsys, *start, "--out", tmp_path / "parts")[0] == 130
+    assert run(capsys, *start, "--out", tmp_path / "parts")[0] == 0
+    for name in ("whole", "parts"):
+        assert [row["iteration"] for row in log(tmp_path / name)] == [1, 2]
+    maps = [read_mrc(tmp_path / f"{name}/map.mrc")[0] for name in ("whole", "parts")]
+    np.testing.assert_allclose(*maps, atol=1e-4 * maps[0].max())
+    tables = [
+        read_particles(tmp_path / f"{x}/particles.star") for x in ("whole", "parts")
+    ]
+    np.testing.assert_allclose(*(t.poses.shifts for t in tables), atol=1e-4)
+
+    words = ["reconstruct", simulated / "truth.star", "--half-sets", "--out"]
+    assert run(capsys, *words, tmp_path / "oracle.mrc")[0] == 0
+    truth = read_mrc(simulated / "truth.mrc")[0].ravel()
+    for name in ("oracle", "oracle_half1", "oracle_half2"):
+        found = read_mrc(tmp_path / f"{name}.mrc")[0].ravel()
+        assert np.corrcoef(found, truth)[0, 1] > 0.9

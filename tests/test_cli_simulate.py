@@ -1,0 +1,271 @@
+"""``jaxrefine simulate``: the images show what the tables say, and RELION agrees."""
+
+import json
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import cli
+from jaxrefine.geometry import euler_to_matrix
+from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
+
+N, VOXEL, COUNT = 20, 2.0, 7
+SIZE, PIXEL = 16, 2.5
+FILES = {
+    *("particles.star", "truth.star", "init.star", "particles.mrcs"),
+    *("truth.mrc", "init.mrc", "simulate.json"),
+}
+
+
+def blob(centre, width, n=N):
+    """A Gaussian at ``centre`` (x, y, z), in voxels from the origin."""
+    axis = np.arange(n) - n // 2
+    x, y, z = (np.exp(-0.5 * ((axis - c) / width) ** 2) for c in centre)
+    return (z[:, None, None] * y[:, None] * x).astype(np.float32)
+
+
+CENTRE, WIDTH = np.array([2.0, -1.0, 1.5]), 1.5  # of the blob, on the map's grid
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def simulate(folder, name, *further):
+    """Simulate from the folder's map; return the folder of the data set."""
+    command = ["simulate", folder / "map.mrc", "--out", folder / name]
+    command += ["--particles", COUNT, "--max-shift", 1, "--seed", 5, *further]
+    assert cli.main([str(word) for word in command]) == 0
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three data sets that differ in their optics and their noise alone."""
+    folder = tmp_path_factory.mktemp("simulate")
+    write_mrc(folder / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    size = ["--size", SIZE, "--init-blur", 1.5, "--init-angle", 0.3]
+    simulate(folder, "plain", "--sigma", 0, *size)
+    simulate(folder, "seen", "--sigma", 0, "--ctf", "--voltage", 200, *size)
+    simulate(folder, "noisy", "--snr-db", -3, "--ctf", "--voltage", 200, *size)
+    return folder
+
+
+def images_of(path):
+    file = read_particles(path)
+    return np.asarray(file.particles.batch(np.arange(len(file)))[0], float), file
+
+
+def test_all_files_are_there(folder):
+    for name in ("plain", "seen", "noisy"):
+        assert {path.name for path in (folder / name).iterdir()} == FILES
+    report = json.loads((folder / "noisy/simulate.json").read_text())
+    assert report["finished"] and report["sigma"] > 0
+    assert report["settings"]["snr_db"] == -3 and report["settings"]["seed"] == 5
+    assert report["pixel_size_in_angstroms"] == PIXEL
+
+
+def test_the_particle_is_where_the_table_says(folder):
+    """The centroid of a blob at k is ``M k + t``, through crop, projector and file."""
+    images, file = images_of(folder / "plain/truth.star")
+    assert file.particles.pixel_size_in_angstroms == PIXEL
+    axis = np.arange(SIZE) - SIZE // 2
+    mass = images.sum(axis=(1, 2))
+    x, y = (np.tensordot(images.sum(axis=i), axis, 1) / mass for i in (1, 2))
+    rotations = euler_to_matrix(file.poses.angles)
+    seen = np.asarray(rotations)[:, :2] @ (CENTRE * SIZE / N)
+    expected = seen + np.asarray(file.poses.shifts)
+    assert np.ptp(expected, axis=0).min() > 2
+    np.testing.assert_allclose(np.stack([x, y], 1), expected, atol=0.02)
+    assert 0.5 < np.abs(file.poses.shifts).max() <= 1
+
+
+def test_the_mass_is_that_of_the_cropped_map(folder):
+    images, _ = images_of(folder / "plain/truth.star")
+    truth, voxel = read_mrc(folder / "plain/truth.mrc")
+    assert truth.shape == (SIZE,) * 3 and voxel == pytest.approx(PIXEL)
+    np.testing.assert_allclose(images.sum(axis=(1, 2)), truth.sum(), rtol=0.01)
+    expected = blob(CENTRE * SIZE / N, WIDTH * SIZE / N, SIZE)
+    np.testing.assert_allclose(truth, expected, atol=0.01)
+
+
+def test_the_images_are_seen_through_the_ctf_of_the_table(folder):
+    plain, without = images_of(folder / "plain/truth.star")
+    seen, file = images_of(folder / "seen/truth.star")
+    assert without.particles.ctf is None
+    ctf = file.particles.ctf
+    assert ctf is not None
+    np.testing.assert_array_equal(ctf.voltage, np.full(COUNT, 200.0))
+    mean = np.asarray(ctf.defocus_u + ctf.defocus_v) / 2
+    astigmatism = np.asarray(ctf.defocus_u - ctf.defocus_v)
+    assert (8e3 <= mean).all() and (mean <= 22e3).all() and np.ptp(mean) > 2e3
+    assert (0 <= astigmatism).all() and (astigmatism <= 1e3).all()
+    np.testing.assert_allclose(file.poses.angles, without.poses.angles, atol=1e-8)
+    k = np.fft.fftfreq(SIZE, PIXEL)
+    points = np.stack(np.meshgrid(k, k), axis=-1)
+    inside = (np.abs(points) < 0.49 / PIXEL).all(axis=-1)  # below Nyquist
+    transfer = np.asarray(jax.vmap(lambda c: c(jnp.asarray(points[inside])))(ctf))
+    before, after = (np.fft.fft2(images)[:, inside] for images in (plain, seen))
+    scale = np.abs(after).max()
+    np.testing.assert_allclose(after, transfer * before, atol=1e-5 * scale)
+
+
+def test_the_noise_has_the_level_asked_for(folder):
+    seen, _ = images_of(folder / "seen/truth.star")
+    noisy, _ = images_of(folder / "noisy/truth.star")
+    sigma = json.loads((folder / "noisy/simulate.json").read_text())["sigma"]
+    # -3 dB per pixel, of the power behind the CTF.
+    assert sigma**2 == pytest.approx(np.mean(seen**2) * 10**0.3, rel=1e-4)
+    noise = (noisy - seen) / sigma
+    assert np.mean(noise) == pytest.approx(0, abs=5 / noise.size**0.5)
+    assert np.mean(noise**2) == pytest.approx(1, abs=5 * (2 / noise.size) ** 0.5)
+    between = np.corrcoef(noise.reshape(COUNT, -1)) - np.eye(COUNT)
+    assert np.abs(between).max() < 5 / SIZE
+
+
+def test_the_start_is_off_by_what_was_asked_for(folder):
+    truth = read_particles(folder / "seen/truth.star")
+    start = read_particles(folder / "seen/init.star")
+    error = np.asarray(start.poses.angles - truth.poses.angles)
+    assert 0.1 < np.abs(error).max() <= 0.3 + 1e-6
+    np.testing.assert_array_equal(start.poses.shifts, np.zeros((COUNT, 2)))
+    blocks = [read_star(folder / f"seen/{name}.star") for name in ("init", "particles")]
+    assert blocks[0] == blocks[1]
+    # The initial map is wider, by the blur.
+    volume, voxel = read_mrc(folder / "seen/init.mrc")
+    assert voxel == pytest.approx(PIXEL)
+    before = WIDTH * SIZE / N
+    width = (before**2 + 1.5**2) ** 0.5
+    expected = blob(CENTRE * SIZE / N, width, SIZE) * (before / width) ** 3
+    np.testing.assert_allclose(volume, expected, atol=0.01)
+
+
+def test_the_batch_size_changes_nothing(folder):
+    simulate(
+        *(folder, "again", "--sigma", 0.25, "--batch-size", 3),
+        *("--size", SIZE, "--init-blur", 1.5, "--init-angle", 0.3),
+    )
+    again, file = images_of(folder / "again/truth.star")
+    plain, _ = images_of(folder / "plain/truth.star")
+    noisy, _ = images_of(folder / "noisy/truth.star")
+    seen, _ = images_of(folder / "seen/truth.star")
+    sigma = json.loads((folder / "noisy/simulate.json").read_text())["sigma"]
+    # Poses and noise are drawn for each particle by itself.
+    np.testing.assert_allclose(
+        (again - plain) / 0.25, (noisy - seen) / sigma, atol=2e-4
+    )
+
+
+def test_a_finished_data_set_is_left_alone(folder, capsys):
+    out = folder / "plain"
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
+    command += ["--max-shift", 1, "--size", SIZE, "--init-blur", 1.5]
+    same = ["--init-angle", 0.3, "--sigma", 0]
+    code, text, _ = run(capsys, *command, *same, "--seed", 5)
+    assert code == 0 and "already" in text
+    code, text, err = run(capsys, *command, *same, "--seed", 6)
+    assert code == 2 and "another seed" in err and not text
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_an_interruption_leaves_nothing_half_written(folder, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.simulate.simulate, "clean_images", stop)
+    out = folder / "stopped"
+    command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
+    code, _, err = run(capsys, *command, "--sigma", 1)
+    assert code == 130 and err.endswith("interrupted\n")
+    assert [path.name for path in out.iterdir()] == ["simulate.json"]
+    assert not json.loads((out / "simulate.json").read_text())["finished"]
+
+
+@pytest.mark.skipif(
+    shutil.which("relion_reconstruct") is None,
+    reason="relion_reconstruct is not installed",
+)
+def test_relion_reconstructs_the_truth(folder):
+    """From the true poses, signs, units and optics included."""
+    out = folder / "relion"
+    command = ["simulate", folder / "map.mrc", "--out", out, "--particles", 60]
+    command += ["--max-shift", 2, "--size", SIZE, "--snr-db", 20, "--ctf"]
+    assert cli.main([str(word) for word in command]) == 0
+    for name, further in (("right", ["--ctf"]), ("wrong", [])):
+        program = ["relion_reconstruct", "--i", "truth.star", "--o", f"{name}.mrc"]
+        subprocess.run([*program, *further], cwd=out, check=True, capture_output=True)
+    truth = read_mrc(out / "truth.mrc")[0]
+
+    def likeness(name):
+        return np.corrcoef(truth.ravel(), read_mrc(out / f"{name}.mrc")[0].ravel())[
+            0, 1
+        ]
+
+    assert likeness("right") > 0.97
+    assert likeness("wrong") < 0.9
+
+
+# --- bad input
+
+BAD_OPTIONS = [
+    ["--particles", 0],
+    ["--sigma", -1],
+    ["--sigma", "nan"],
+    ["--max-shift", -1],
+    ["--max-shift", "inf"],
+    ["--init-angle", -0.1],
+    ["--init-blur", "nan"],
+    ["--size", 4],
+    ["--size", N + 1],
+    ["--seed", -1],
+    ["--seed", 2**31],
+    ["--batch-size", 0],
+    ["--voltage", 0],
+    ["--spherical-aberration", -1],
+    ["--amplitude-contrast", 1.5],
+]
+
+
+@pytest.mark.parametrize("bad", BAD_OPTIONS, ids=lambda bad: f"{bad[0]} {bad[1]}")
+def test_a_bad_option_is_a_sentence(tmp_path, capsys, bad):
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    command = ["simulate", tmp_path / "map.mrc", "--out", tmp_path / "out"]
+    code, out, err = run(capsys, *command, "--particles", 3, "--sigma", 1, *bad)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("jaxrefine simulate: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_maps_and_folders(tmp_path, capsys):
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    write_mrc(tmp_path / "zero.mrc", np.zeros((N, N, N)), VOXEL)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("precious")
+    for name, out, words in (
+        ("absent.mrc", "out", "does not exist"),
+        ("zero.mrc", "out", "zero everywhere"),
+        ("map.mrc", "thesis", "name a new or an empty folder"),
+        ("map.mrc", "map.mrc", "is a file"),
+    ):
+        command = ["simulate", tmp_path / name, "--out", tmp_path / out]
+        code, text, err = run(capsys, *command, "--particles", 3, "--sigma", 1)
+        assert (code, text) == (2, "") and words in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "noise", [[], ["--sigma", "1", "--snr-db", "0"]], ids=["none", "two"]
+)
+def test_one_noise_level_is_wanted(tmp_path, capsys, noise):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["simulate", "map.mrc", "--out", "x", "--particles", "3", *noise])
+    assert stop.value.code == 2
+    assert "--snr-db" in capsys.readouterr().err

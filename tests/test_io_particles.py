@@ -1,0 +1,557 @@
+"""Tables of particles: what is read, what is kept, and that images are found again."""
+
+import gzip
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import mrcfile
+import numpy as np
+import pytest
+
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.io import (
+    image_identities,
+    map_stack,
+    new_stack,
+    read_particles,
+    read_poses,
+    read_stack,
+    read_star,
+    write_new_particles,
+    write_particles,
+    write_stack,
+    write_star,
+)
+from jaxrefine.io.stacks import _OPEN_FILES
+
+M, PIXEL = 6, 1.5
+RNG = np.random.default_rng(0)
+
+
+def stack(path, count, m=M, pixel=PIXEL):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = RNG.normal(size=(count, m, m)).astype(np.float32)
+    write_stack(path, images, pixel)
+    return images
+
+
+def column(values):
+    return [f"{value:.6f}" for value in values]
+
+
+def particle_columns(names, **further):
+    count = len(names)
+    angles = RNG.uniform(-180, 180, (3, count))
+    kinds = zip(("Rot", "Tilt", "Psi"), angles, strict=True)
+    return {
+        "rlnImageName": list(names),
+        **{f"rlnAngle{kind}": column(values) for kind, values in kinds},
+        **further,
+    }
+
+
+def optics(**further):
+    return {
+        "rlnOpticsGroup": ["1", "2"],
+        "rlnOpticsGroupName": ["first", "second"],
+        "rlnVoltage": ["300", "200"],
+        "rlnSphericalAberration": ["2.7", "2.0"],
+        "rlnAmplitudeContrast": ["0.1", "0.07"],
+        "rlnImagePixelSize": ["1.5", "1.5"],
+        **further,
+    }
+
+
+CTF_COLUMNS = {
+    "rlnDefocusU": ["15000", "16000", "17000"],
+    "rlnDefocusV": ["14000", "15500", "16900"],
+    "rlnDefocusAngle": ["10", "20", "-30"],
+}
+
+
+@pytest.fixture
+def new_style(tmp_path):
+    """RELION 3.1, two stacks, two optics groups, and a column that nobody knows."""
+    a, b = stack(tmp_path / "in/a.mrcs", 4), stack(tmp_path / "in/sub/b.mrcs", 2)
+    table = particle_columns(
+        ["000003@a.mrcs", "2@sub/b.mrcs", "000001@a.mrcs"],
+        rlnOriginXAngst=["3", "-1.5", "0"],
+        mine=["x y", "#", "z"],
+        rlnOriginYAngst=["0", "0", "6"],
+        rlnOpticsGroup=["2", "1", "1"],
+        **CTF_COLUMNS,
+    )
+    path = tmp_path / "in/particles.star"
+    blocks = {"optics": optics(), "particles": table, "notes": {"about": ["this one"]}}
+    write_star(path, blocks)
+    return path, np.stack([a[2], b[1], a[0]])
+
+
+@pytest.fixture
+def old_style(tmp_path):
+    """RELION 3.0: no optics block, origins in pixels."""
+    images = stack(tmp_path / "in/a.mrcs", 3)
+    table = particle_columns(
+        [f"{i}@a.mrcs" for i in (1, 2, 3)],
+        rlnOriginX=["1", "2", "3"],
+        rlnOriginY=["-1", "0", "0"],
+        rlnDetectorPixelSize=["5"] * 3,
+        rlnMagnification=["37369.207031"] * 3,
+        rlnVoltage=["300", "300", "200"],
+        rlnSphericalAberration=["2.7"] * 3,
+        rlnAmplitudeContrast=["0.1"] * 3,
+        rlnPhaseShift=["0", "90", "0"],
+        rlnRandomSubset=["2", "1", "2"],
+        **CTF_COLUMNS,
+    )
+    path = tmp_path / "in/particles.star"
+    write_star(path, {"images": table})
+    return path, images
+
+
+def all_images(file):
+    return np.asarray(file.particles.batch(np.arange(len(file)))[0])
+
+
+# --- reading
+
+
+def test_a_new_file(new_style):
+    path, images = new_style
+    file = read_particles(path)
+    np.testing.assert_array_equal(all_images(file), images)
+    assert file.particles.pixel_size_in_angstroms == 1.5
+    np.testing.assert_allclose(file.poses.shifts, [[-2, 0], [1, 0], [0, -4]])
+    np.testing.assert_allclose(file.poses.angles, read_poses(path)[0])
+    assert file.random_subset is None
+    ctf = file.particles.ctf
+    np.testing.assert_array_equal(ctf.defocus_v, [14000, 15500, 16900])
+    np.testing.assert_allclose(ctf.defocus_angle, np.deg2rad([10, 20, -30]))
+    # By optics group, which is 2, 1, 1.
+    np.testing.assert_array_equal(ctf.voltage, [200, 300, 300])
+    np.testing.assert_array_equal(ctf.spherical_aberration, [2.0, 2.7, 2.7])
+    np.testing.assert_array_equal(ctf.amplitude_contrast, [0.07, 0.1, 0.1])
+    np.testing.assert_array_equal(ctf.scale, np.ones(3))
+    np.testing.assert_array_equal(ctf.b_factor, np.zeros(3))
+
+
+def test_an_old_file(old_style):
+    path, images = old_style
+    file = read_particles(path)
+    np.testing.assert_array_equal(all_images(file), images)
+    pixel = file.particles.pixel_size_in_angstroms
+    assert pixel == pytest.approx(5e4 / 37369.207031)
+    np.testing.assert_array_equal(file.poses.shifts, [[-1, 1], [-2, 0], [-3, 0]])
+    np.testing.assert_array_equal(file.random_subset, [2, 1, 2])
+    np.testing.assert_array_equal(file.particles.ctf.voltage, [300, 300, 200])
+    np.testing.assert_allclose(file.particles.ctf.phase_shift, [0, np.pi / 2, 0])
+
+
+def test_without_optics_and_pixel_size(tmp_path):
+    """No defocus, no correction; the pixel is that of the stack, or 1 A."""
+    for pixel, written in ((2.5, 2.5), (1.0, 0.0)):
+        images = stack(tmp_path / "a.mrcs", 2)
+        with mrcfile.open(tmp_path / "a.mrcs", "r+") as mrc:
+            mrc.voxel_size = written
+        path = tmp_path / "p.star"
+        write_star(path, {"": particle_columns(["1@a.mrcs", "2@a.mrcs"])})
+        file = read_particles(path)
+        assert file.particles.ctf is None
+        assert file.particles.pixel_size_in_angstroms == pixel
+        np.testing.assert_array_equal(file.poses.shifts, np.zeros((2, 2)))
+        np.testing.assert_array_equal(all_images(file), images)
+
+
+def test_a_column_of_the_particle_precedes_its_groups(new_style):
+    path, _ = new_style
+    blocks = read_star(path)
+    blocks["particles"]["rlnVoltage"] = ["100", "120", "80"]
+    write_star(path, blocks)
+    np.testing.assert_array_equal(
+        read_particles(path).particles.ctf.voltage, [100, 120, 80]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", np.int8, np.int16, np.float16])
+def test_stacks_are_mapped_whatever_their_type(tmp_path, dtype):
+    path = tmp_path / "a.mrcs"
+    values = np.arange(2 * M * M).reshape(2, M, M).astype(dtype)
+    with mrcfile.new(path) as mrc:
+        mrc.set_extended_header(np.zeros(100, "V1"))
+        mrc.set_data(values)
+        mrc.voxel_size = 2.0
+    images, pixel = map_stack(path)
+    assert isinstance(images, np.memmap) and pixel == 2.0
+    np.testing.assert_array_equal(images, read_stack(path)[0])
+
+
+def test_a_single_image_without_a_number(tmp_path):
+    with mrcfile.new(tmp_path / "one.mrc") as mrc:
+        mrc.set_data(np.ones((M, M), np.float32))
+    path = tmp_path / "p.star"
+    write_star(path, {"": particle_columns(["one.mrc"])})
+    np.testing.assert_array_equal(all_images(read_particles(path)), np.ones((1, M, M)))
+
+
+def test_many_stacks_few_open(tmp_path):
+    """Images come in the order asked for, and memory maps are let go."""
+    count = _OPEN_FILES + 5
+    images = [stack(tmp_path / f"{i}.mrcs", 1)[0] for i in range(count)]
+    path = tmp_path / "p.star"
+    names = [f"1@{i}.mrcs" for i in range(count)]
+    write_star(path, {"": particle_columns(names)})
+    file = read_particles(path)
+    order = RNG.permutation(np.repeat(np.arange(count), 2))
+    batch, _ = file.particles.batch(order)
+    np.testing.assert_array_equal(batch, np.stack(images)[order])
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text()
+        assert 0 < maps.count(str(tmp_path)) <= _OPEN_FILES
+
+
+def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
+    """Beside the table, then in the working directory, then in the data folder."""
+    folders = [tmp_path / name for name in ("table", "work", "data")]
+    for folder in folders:
+        folder.mkdir()
+    path = folders[0] / "p.star"
+    write_star(path, {"": particle_columns(["1@raw/a.mrcs"])})
+    monkeypatch.chdir(folders[1])
+    for folder in folders[::-1]:
+        images = stack(folder / "raw/a.mrcs", 1)
+        np.testing.assert_array_equal(
+            all_images(read_particles(path, folders[2])), images
+        )
+
+
+def test_real_files(data_dir):
+    for version, pixel in ((30, 5e4 / 37369.207031), (31, 1.4)):
+        path = data_dir / "real_sample" / f"sample_particles_relion{version}.star"
+        file = read_particles(path)
+        assert file.particles.images.shape == (17, 200, 200)
+        assert file.particles.pixel_size_in_angstroms == pytest.approx(pixel)
+        assert file.particles.ctf.defocus_u[0] == pytest.approx(21186.804688)
+        np.testing.assert_array_equal(file.particles.ctf.voltage[7:9], [300, 200])
+        assert set(file.random_subset) == {1, 2}
+        last, _ = file.particles.batch(np.array([16]))
+        np.testing.assert_array_equal(
+            last[0], read_stack(path.parent / "sample.mrcs")[0][16]
+        )
+
+
+# --- writing
+
+
+def turned(file):
+    """Other poses, of values that STAR files hold exactly."""
+    count = len(file)
+    angles = np.deg2rad(np.round(RNG.uniform(-180, 180, (count, 3)), 3))
+    return Poses(
+        jnp.asarray(angles), jnp.asarray(RNG.integers(-8, 8, (count, 2)) / 4.0)
+    )
+
+
+POSE_COLUMNS = {"rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"}
+
+
+@pytest.mark.parametrize(
+    ("style", "origins", "written"),
+    [
+        ("new_style", {"rlnOriginXAngst", "rlnOriginYAngst"}, 1.5),
+        ("old_style", {"rlnOriginX", "rlnOriginY"}, 1.0),
+    ],
+)
+def test_all_but_the_poses_is_kept(style, origins, written, tmp_path, request):
+    path, images = request.getfixturevalue(style)
+    file = read_particles(path)
+    poses, out = turned(file), path.parent / "out.star"
+    extra = {"rlnLogLikeliContribution": np.array([1.5, 2, -3]), "count": [1, 2, 3]}
+    write_particles(out, file, poses, extra)
+    old, new = read_star(path), read_star(out)
+    name = "particles" if style == "new_style" else "images"
+    assert list(new) == list(old)
+    assert all(new[block] == old[block] for block in old if block != name)
+    before, after = old[name], new[name]
+    assert list(after) == [*before, *extra]
+    for key in before.keys() - POSE_COLUMNS - origins:
+        assert after[key] == before[key], key
+    x, y = (np.array(after[f"{o}"], float) for o in sorted(origins))
+    np.testing.assert_allclose(np.stack([x, y], 1), -written * poses.shifts, atol=1e-6)
+    assert after["rlnLogLikeliContribution"] == ["1.500000", "2.000000", "-3.000000"]
+    assert after["count"] == ["1", "2", "3"]
+    again = read_particles(out)
+    np.testing.assert_allclose(again.poses.angles, poses.angles, atol=1e-8)
+    np.testing.assert_allclose(again.poses.shifts, poses.shifts, atol=1e-6)
+    np.testing.assert_array_equal(all_images(again), images)
+
+
+@pytest.mark.parametrize(
+    ("style", "name", "suffix"),
+    [("new_style", "particles", "Angst"), ("old_style", "images", "")],
+)
+def test_missing_origins_are_added_in_the_style_of_the_file(
+    style, name, suffix, request
+):
+    path, _ = request.getfixturevalue(style)
+    blocks = read_star(path)
+    for axis in "XY":
+        del blocks[name][f"rlnOrigin{axis}{suffix}"]
+    write_star(path, blocks)
+    file = read_particles(path)
+    np.testing.assert_array_equal(file.poses.shifts, np.zeros((3, 2)))
+    poses = turned(file)
+    write_particles(path, file, poses)
+    assert list(read_star(path)[name])[-2:] == [f"rlnOrigin{a}{suffix}" for a in "XY"]
+    found = read_particles(path).poses.shifts
+    np.testing.assert_allclose(found, poses.shifts, atol=1e-6)
+
+
+def test_a_column_written_twice_stays_in_its_place(new_style):
+    path, _ = new_style
+    file = read_particles(path)
+    write_particles(path, file, file.poses, {"rlnDefocusU": [1.0, 2.0, 3.0]})
+    after = read_star(path)["particles"]
+    assert list(after) == list(file.blocks["particles"])
+    assert after["rlnDefocusU"] == ["1.000000", "2.000000", "3.000000"]
+    assert file.blocks["particles"]["rlnDefocusU"][0] == "15000", "must be untouched"
+
+
+@pytest.mark.parametrize("place", ["out", "in/deeper", "."])
+@pytest.mark.parametrize("relative", [False, True])
+def test_images_are_found_from_another_folder(
+    new_style, tmp_path, monkeypatch, place, relative
+):
+    path, images = new_style
+    if relative:
+        monkeypatch.chdir(tmp_path)
+        path = path.relative_to(tmp_path)
+    file = read_particles(path)
+    folder = (Path() if relative else tmp_path) / place
+    folder.mkdir(exist_ok=True)
+    write_particles(folder / "out.star", file, file.poses)
+    names = read_star(folder / "out.star")["particles"]["rlnImageName"]
+    assert not any(os.path.isabs(name.partition("@")[2]) for name in names)
+    assert [name.partition("@")[0] for name in names] == ["000003", "2", "000001"]
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(
+        all_images(read_particles(tmp_path / place / "out.star")), images
+    )
+    # Both tables still tell which images they mean.
+    absolute = tmp_path / "in/particles.star"
+    assert image_identities(
+        read_star(tmp_path / place / "out.star"), tmp_path / place / "out.star"
+    ) == image_identities(read_star(absolute), absolute)
+
+
+def test_names_from_the_working_directory_stay(tmp_path, monkeypatch):
+    """As RELION wants them, unless another stack would then be found."""
+    monkeypatch.chdir(tmp_path)
+    images = stack(Path("raw/a.mrcs"), 1)
+    Path("in").mkdir()
+    Path("out").mkdir()
+    write_star("in/p.star", {"": particle_columns(["1@raw/a.mrcs"])})
+    file = read_particles("in/p.star")
+    write_particles("out/p.star", file, file.poses)
+    assert read_star("out/p.star")[""]["rlnImageName"] == ["1@raw/a.mrcs"]
+    stack(Path("out/raw/a.mrcs"), 1)
+    write_particles("out/p.star", file, file.poses)
+    np.testing.assert_array_equal(all_images(read_particles("out/p.star")), images)
+
+
+def test_names_from_the_data_folder_become_absolute(tmp_path):
+    images = stack(tmp_path / "data/a.mrcs", 1)
+    write_star(tmp_path / "p.star", {"": particle_columns(["1@a.mrcs"])})
+    file = read_particles(tmp_path / "p.star", tmp_path / "data")
+    write_particles(tmp_path / "q.star", file, file.poses)
+    np.testing.assert_array_equal(
+        all_images(read_particles(tmp_path / "q.star")), images
+    )
+
+
+def test_as_many_values_as_particles(new_style, tmp_path):
+    file = read_particles(new_style[0])
+    few = Poses(file.poses.angles[:2], file.poses.shifts[:2])
+    for poses, extra in ((few, {}), (file.poses, {"x": [1]})):
+        with pytest.raises(InputError, match="came with 3 particles"):
+            write_particles(tmp_path / "out.star", file, poses, extra)
+    assert not (tmp_path / "out.star").exists()
+
+
+def test_a_new_file_is_read_back(new_style, tmp_path):
+    file = read_particles(new_style[0])
+    ctf = file.particles.ctf
+    one_group = {
+        "voltage": jnp.full(3, 300.0),
+        "spherical_aberration": jnp.full(3, 2.7),
+        "amplitude_contrast": jnp.full(3, 0.1),
+    }
+    leaves = {**vars(ctf), **one_group}
+    ctf = type(ctf)(**leaves)
+    group = type(ctf)(0.0, 0.0)
+    path = tmp_path / "in/new.star"
+    names = file.blocks["particles"]["rlnImageName"]
+    write_new_particles(path, file.poses, names, M, 1.5, group, ctf)
+    again = read_particles(path)
+    for name, leaf in vars(ctf).items():
+        found = getattr(again.particles.ctf, name)
+        np.testing.assert_allclose(found, leaf, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(again.poses.shifts, file.poses.shifts, atol=1e-6)
+    write_new_particles(path, file.poses, names, M, 1.5, group)
+    assert read_particles(path).particles.ctf is None
+
+
+def test_a_stack_is_filled_in_place(tmp_path):
+    path = tmp_path / "a.mrcs"
+    images = RNG.normal(size=(3, M, M)).astype(np.float32)
+    with new_stack(path, 3, M, 2.5) as empty:
+        empty[1:] = images[1:]
+        empty[0] = images[0]
+        assert not path.exists()
+    np.testing.assert_array_equal(read_stack(path)[0], images)
+    with mrcfile.open(path) as mrc:
+        assert (mrc.header.ispg, mrc.header.mz) == (0, 1)
+        assert mrc.header.dmax < mrc.header.dmin, "the statistics are unknown"
+    with pytest.raises(KeyboardInterrupt), new_stack(path, 9, M, 2.5):
+        raise KeyboardInterrupt
+    assert [each.name for each in tmp_path.iterdir()] == ["a.mrcs"]
+    assert len(read_stack(path)[0]) == 3
+
+
+# --- bad input
+
+
+def damaged(new_style, change):
+    path, _ = new_style
+    blocks = read_star(path)
+    change(blocks["particles"], blocks["optics"])
+    write_star(path, blocks)
+    return path
+
+
+def set_names(*names):
+    return lambda table, _: table.update(rlnImageName=list(names))
+
+
+def drop(*names):
+    def change(table, groups):
+        for name in names:
+            table.pop(name, None)
+            groups.pop(name, None)
+
+    return change
+
+
+BAD_TABLES = {
+    "missing stack": (
+        set_names("1@a.mrcs", "1@gone.mrcs", "1@a.mrcs"),
+        "names gone.mrcs, which is not in .*in or the working directory",
+    ),
+    "beyond the end": (
+        set_names("4@a.mrcs", "5@a.mrcs", "1@a.mrcs"),
+        "names image 5 of .*a.mrcs, which has 4",
+    ),
+    "number zero": (set_names("0@a.mrcs", *["1@a.mrcs"] * 2), "'0@a.mrcs'; a number"),
+    "no number": (set_names("x@a.mrcs", *["1@a.mrcs"] * 2), "'x@a.mrcs'; a number"),
+    "no images": (drop("rlnImageName"), "lacks the column rlnImageName"),
+    "no poses": (drop("rlnAngleTilt"), "lacks the columns rlnAngleTilt"),
+    "no voltage": (drop("rlnVoltage"), "rlnVoltage"),
+    "no contrast": (drop("rlnAmplitudeContrast"), "rlnAmplitudeContrast"),
+    "no groups": (drop("rlnOpticsGroup"), "rlnOpticsGroup"),
+    "no rows": (lambda table, _: [v.clear() for v in table.values()], "no particles"),
+    "contrast": (
+        lambda _, groups: groups.update(rlnAmplitudeContrast=["0.1", "1.2"]),
+        "rlnAmplitudeContrast: 0 to 1",
+    ),
+    "voltage": (
+        lambda _, groups: groups.update(rlnVoltage=["0", "300"]),
+        "rlnVoltage: positive",
+    ),
+    "two pixel sizes": (
+        lambda _, groups: groups.update(rlnImagePixelSize=["1.5", "1.6"]),
+        "pixels of 1.5 to 1.6 A",
+    ),
+    "subset": (
+        lambda table, _: table.update(rlnRandomSubset=["1", "1.5", "2"]),
+        "rlnRandomSubset: whole numbers",
+    ),
+    "not a number": (
+        lambda table, _: table.update(rlnDefocusU=["1", "x", "2"]),
+        "rlnDefocusU",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TABLES)
+def test_a_bad_table_is_a_sentence(new_style, bad):
+    change, words = BAD_TABLES[bad]
+    path = damaged(new_style, change)
+    with pytest.raises(InputError, match=words) as caught:
+        read_particles(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and message.endswith(".")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def compress(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def other_size(path):
+    stack(path, 4, M + 1)
+
+
+def not_square(path):
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(np.zeros((4, M, M + 1), np.float32))
+
+
+def complex_values(path):
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(np.zeros((4, M, M), np.complex64))
+
+
+BAD_STACKS = {
+    truncate: "a.mrcs is truncated or damaged.*4 images",
+    compress: "a.mrcs is compressed",
+    other_size: "images of 6 pixels .*b.mrcs.* and of 7",
+    not_square: "a.mrcs holds an array of 4 x 6 x 7",
+    complex_values: "a.mrcs holds complex",
+    lambda path: path.write_bytes(b""): "a.mrcs is not an MRC file",
+    lambda path: path.write_text("no map" * 999): "a.mrcs is not an MRC file",
+}
+
+
+@pytest.mark.parametrize("damage", BAD_STACKS)
+def test_a_bad_stack_is_a_sentence(new_style, damage):
+    path, _ = new_style
+    damage(path.parent / "a.mrcs")
+    with pytest.raises(InputError, match=BAD_STACKS[damage]) as caught:
+        read_particles(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_defoci_without_any_pixel_size(new_style):
+    path, _ = new_style
+    table = read_star(path)["particles"]
+    for name in ("rlnOriginXAngst", "rlnOriginYAngst", "rlnOpticsGroup"):
+        table.pop(name)
+    table |= {
+        name: [value] * 3
+        for name, value in (
+            ("rlnVoltage", "300"),
+            ("rlnSphericalAberration", "2.7"),
+            ("rlnAmplitudeContrast", "0.1"),
+        )
+    }
+    write_star(path, {"particles": table})
+    assert read_particles(path).particles.pixel_size_in_angstroms == PIXEL
+    for name in ("a.mrcs", "sub/b.mrcs"):
+        with mrcfile.open(path.parent / name, "r+") as mrc:
+            mrc.voxel_size = 0
+    with pytest.raises(InputError, match="defoci but no pixel size"):
+        read_particles(path)
