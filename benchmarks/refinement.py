@@ -10,7 +10,7 @@ the truth blurred by 4 pixels. FSC is against the truth, without a mask, as it s
 
 - ``joint`` refines from there; ``oracle`` is our volume update from the true poses;
 - ``relion`` is ``relion_reconstruct`` from the true STAR file, where it is installed;
-- ``bound`` polishes the poses against the true map: RMS error over the Cramer-Rao bound,
+- ``bound`` polishes the poses against the true map: RMS errors, the Cramer-Rao bound,
   and how many true poses lie in the 95 % ellipsoids.
 
 Every joint refinement is timed in a process of its own, compilation included.
@@ -53,8 +53,14 @@ MAX_ANGLE_ERROR, MAX_SHIFT, BLUR = 0.7, 3.0, 4.0
 
 
 def fourier_crop(volume: np.ndarray, n: int) -> np.ndarray:
-    """Keep the lowest ``n`` frequencies along each axis; the intensity stays."""
+    """Keep the lowest ``n`` frequencies along each axis; the intensity stays.
+
+    A box of ``n`` larger than the volume's is filled up with zeros instead.
+    """
     m = volume.shape[0]
+    if n > m:
+        before = n // 2 - m // 2
+        return np.pad(volume, (before, n - m - before))
     spectrum = np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(volume)))
     low = m // 2 - n // 2
     spectrum = spectrum[low : low + n, low : low + n, low : low + n]

@@ -228,7 +228,7 @@ def _explore(
         about = np.asarray(whole.prior.rotations)[:, None]
         origin = np.asarray(whole.prior.shifts)
         rotations, moved = run(0, first, about, origin, everywhere)
-        centres = np.repeat(centres, 2, axis=1)
+        centres = np.tile(centres, (1, 2, 1, 1))
         centres[chosen, : config.hypotheses] = rotations
         # The wide search's shift is the better one only where nothing was known.
         if not np.asarray(state.evidence).any():

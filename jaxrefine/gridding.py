@@ -11,7 +11,8 @@ a tolerance of one's choice, and the faster adjoint on a CPU.
 Why the code below looks as it does: XLA runs an interpolation as one parallel loop
 that writes no intermediates, several times faster than anything else it can do, if
 the sum over the samples ends in an operation that it will not compute twice, and if
-no two such sums can be seen to read the same samples. See :func:`_unit`.
+no two such sums can be seen to read the same samples. See
+:meth:`Spectrum._finish` and :meth:`Spectrum._zero`.
 """
 
 import importlib.util
@@ -394,6 +395,8 @@ class Finufft(eqx.Module):
             *_radians(points, n),
             iflag=1,
             eps=self.tolerance,
+            # Several threads add up in any order, and no run would repeat another.
+            opts=_jax_finufft().options.Opts(nthreads=1),  # pyright: ignore
         )
         return total.real
 

@@ -172,5 +172,7 @@ def merge(
     repeated = jnp.any(near & above, axis=0)
     evidence = jnp.where(repeated, -jnp.inf, evidence)
     order = jnp.argsort(-evidence)
-    ranked = evidence[order] - jax.nn.logsumexp(evidence)
+    # Relative to the first, so that rounding does not grow with the evidence.
+    ranked = evidence[order] - jnp.max(evidence)
+    ranked = ranked - jax.nn.logsumexp(ranked)
     return Hypotheses(rotations[order], shifts[order], ranked), order

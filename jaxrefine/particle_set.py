@@ -5,10 +5,12 @@ from typing import final
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrefine import admm, tv
+from jaxrefine._types import Volume
 from jaxrefine.crossfit import FOLDS
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -80,7 +82,7 @@ class RefineConfig:
     update: PoseUpdate = LevenbergMarquardt()
     regulariser: tv.Regulariser = tv.IsotropicTV()
     interpolation: Gridding = Gridding()
-    search_interpolation: Gridding = Gridding(2, 2.0)
+    search_interpolation: Gridding = Gridding(3, 1.5)
     insertion: Insertion | None = None
     batch_size: int = 256
 
@@ -186,3 +188,73 @@ def particle_set(
     fold = np.empty(len(particles), int)
     fold[order] = np.arange(len(particles)) % FOLDS
     return ParticleSet(particles, prior, fold, config)
+
+
+def divide(
+    particles: Particles,
+    poses: Poses,
+    config: RefineConfig,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None,
+) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
+    """Deal the particles into sets and folds; also return a key for the search."""
+    deal, fold, draw = jax.random.split(key, 3)
+    members = _members(len(particles), config, deal, subsets)
+    sets = [
+        particle_set(particles.take(some), take(poses, some), fold, config)
+        for some in members
+    ]
+    return draw, members, sets
+
+
+def _members(
+    count: int,
+    config: RefineConfig,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None,
+) -> list[Int[np.ndarray, " members"]]:
+    """Return the particles of every set that is refined by itself."""
+    if not config.half_sets:
+        return [np.arange(count)]
+    if subsets is None:
+        order = np.asarray(jax.random.permutation(key, count))
+        return [np.sort(order[::2]), np.sort(order[1::2])]
+    if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
+        raise InputError(
+            f"half sets want a 1 or a 2 for each of {count} particles, not "
+            f"{sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
+        )
+    return [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
+
+
+def take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
+    """Return some of the poses."""
+    return Poses(poses.angles[some], poses.shifts[some])
+
+
+def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, Volume]:
+    """Return poses and map in single precision; refuse what does not fit."""
+    count, n = len(particles), particles.image_size
+    if count < 4:
+        raise InputError(f"at least 4 particles are wanted, not {count}")
+    if n < 16:
+        raise InputError(f"images of side 16 or more are wanted, not {n}")
+    if poses.angles.shape != (count, 3) or poses.shifts.shape != (count, 2):
+        raise InputError(
+            f"{count} images want as many poses, not angles of shape "
+            f"{poses.angles.shape} and shifts of shape {poses.shifts.shape}"
+        )
+    if volume.shape != (n, n, n):
+        raise InputError(
+            f"images of side {n} want a map of that side, not of shape {volume.shape}"
+        )
+    for name, array in (
+        ("angles", poses.angles),
+        ("shifts", poses.shifts),
+        ("the map's values", volume),
+    ):
+        bad = int(np.sum(~np.isfinite(np.asarray(array))))
+        if bad:
+            raise InputError(f"{name} must be finite, but {bad} of them are not")
+    angles, shifts = (jnp.asarray(x, jnp.float32) for x in (poses.angles, poses.shifts))
+    return Poses(angles, shifts), jnp.asarray(volume, jnp.float32)

@@ -27,9 +27,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrefine import crossfit, engine, metrics, slices
 from jaxrefine._types import Volume
-from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.particle_set import ParticleSet, RefineConfig, SetState, particle_set
+from jaxrefine.particle_set import (
+    ParticleSet,
+    RefineConfig,
+    SetState,
+    checked,
+    divide,
+    particle_set,
+    take,
+)
 from jaxrefine.particles import Particles
 
 __all__ = [
@@ -170,6 +177,22 @@ Callback = Callable[[RefineState, RefineInfo], None]
 """Called after every outer iteration: progress, metrics, checkpoints."""
 
 
+def init(
+    particles: Particles,
+    poses: Poses,
+    volume: Volume,
+    config: RefineConfig | None = None,
+    *,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None = None,
+) -> RefineState:
+    """Return the state that :func:`refine` begins with; parameters as there."""
+    config = RefineConfig() if config is None else config
+    poses, volume = checked(particles, poses, volume)
+    _, members, sets = divide(particles, poses, config, key, subsets)
+    return _start(sets, members, poses, volume)
+
+
 def refine(
     particles: Particles,
     poses: Poses,
@@ -209,31 +232,36 @@ def refine(
         If images, poses and map do not fit each other, or are not finite.
     """
     config = RefineConfig() if config is None else config
-    poses, volume = _checked(particles, poses, volume)
-    deal, fold, draw = jax.random.split(key, 3)
-    members = _members(len(particles), config, deal, subsets)
-    sets = [
-        particle_set(particles.take(some), _take(poses, some), fold, config)
-        for some in members
-    ]
+    poses, volume = checked(particles, poses, volume)
+    draw, members, sets = divide(particles, poses, config, key, subsets)
     if state is None:
-        last = sets[0].last
-        state = RefineState(
-            tuple(
-                engine.start(one, _take(poses, some), volume)
-                for one, some in zip(sets, members, strict=True)
-            ),
-            jnp.zeros((), jnp.int32),
-            jnp.asarray(min(config.first_r_max, last), jnp.int32),
-            jnp.asarray(jnp.inf, volume.dtype),
-            jnp.zeros((), volume.dtype),
-            jnp.zeros((), bool),
-        )
+        state = _start(sets, members, poses, volume)
     while int(state.iteration) < config.iterations and not bool(state.finished):
         state, info = _iterate(sets, state, draw)
         if callback is not None:
             callback(state, info)
     return _conclude(sets, members, poses, state)
+
+
+def _start(
+    sets: list[ParticleSet],
+    members: list[Int[np.ndarray, " members"]],
+    poses: Poses,
+    volume: Volume,
+) -> RefineState:
+    """Return the state before the first iteration."""
+    config, dtype = sets[0].config, volume.dtype
+    return RefineState(
+        tuple(
+            engine.start(one, take(poses, some), volume)
+            for one, some in zip(sets, members, strict=True)
+        ),
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(min(config.first_r_max, sets[0].last), jnp.int32),
+        jnp.asarray(jnp.inf, dtype),
+        jnp.zeros((), dtype),
+        jnp.zeros((), bool),
+    )
 
 
 def _iterate(
@@ -401,7 +429,7 @@ def reconstruct(
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size
-    poses, volume = _checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
+    poses, volume = checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
     whole = particle_set(particles, poses, key, config)
     state = engine.start(whole, poses, volume)
     everyone = np.ones(len(particles), bool)
@@ -413,57 +441,3 @@ def reconstruct(
     return Reconstruction(
         np.asarray(found.volume), (first, second), found.lam, found.tau, found.errors
     )
-
-
-def _take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
-    return Poses(poses.angles[some], poses.shifts[some])
-
-
-def _members(
-    count: int,
-    config: RefineConfig,
-    key: PRNGKeyArray,
-    subsets: Int[np.ndarray, " particles"] | None,
-) -> list[Int[np.ndarray, " members"]]:
-    """Return the particles of every set that is refined by itself."""
-    if not config.half_sets:
-        return [np.arange(count)]
-    if subsets is None:
-        order = np.asarray(jax.random.permutation(key, count))
-        return [np.sort(order[::2]), np.sort(order[1::2])]
-    if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
-        raise InputError(
-            f"half sets want a 1 or a 2 for each of {count} particles, not "
-            f"{sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
-        )
-    return [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
-
-
-def _checked(
-    particles: Particles, poses: Poses, volume: Volume
-) -> tuple[Poses, Volume]:
-    """Return poses and map in single precision; refuse what does not fit."""
-    count, n = len(particles), particles.image_size
-    if count < 4:
-        raise InputError(f"at least 4 particles are wanted, not {count}")
-    if n < 16:
-        raise InputError(f"images of side 16 or more are wanted, not {n}")
-    if poses.angles.shape != (count, 3) or poses.shifts.shape != (count, 2):
-        raise InputError(
-            f"{count} images want as many poses, not angles of shape "
-            f"{poses.angles.shape} and shifts of shape {poses.shifts.shape}"
-        )
-    if volume.shape != (n, n, n):
-        raise InputError(
-            f"images of side {n} want a map of that side, not of shape {volume.shape}"
-        )
-    for name, array in (
-        ("angles", poses.angles),
-        ("shifts", poses.shifts),
-        ("the map's values", volume),
-    ):
-        bad = int(np.sum(~np.isfinite(np.asarray(array))))
-        if bad:
-            raise InputError(f"{name} must be finite, but {bad} of them are not")
-    angles, shifts = (jnp.asarray(x, jnp.float32) for x in (poses.angles, poses.shifts))
-    return Poses(angles, shifts), jnp.asarray(volume, jnp.float32)

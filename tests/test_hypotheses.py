@@ -7,9 +7,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import multivariate_normal
 
-from jaxrefine import tangent
+from jaxrefine import hypotheses, tangent
 from jaxrefine.geometry import Poses, euler_to_matrix, geodesic_distance
-from jaxrefine.hypotheses import Prior, certain, merge, prior
+from jaxrefine.hypotheses import Prior, certain, prior
 
 ANGLE_STD, SHIFT_STD, MAX_ANGLE, MAX_SHIFT = 0.3, 1.5, 0.8, 2.5
 
@@ -31,10 +31,23 @@ def make_prior(seed=0, dtype=jnp.float64, **changes):
     return Prior(draw_rotations(1, seed, dtype)[0], shift, *numbers)
 
 
+retract = jax.jit(tangent.retract)
+merge = jax.jit(hypotheses.merge)
+cost = jax.jit(Prior.cost)
+gradient = jax.jit(Prior.gradient)
+clip = jax.jit(Prior.clip)
+distance = jax.jit(geodesic_distance)
+
+
+@jax.jit
+def cost_along(step, known, pose):
+    return known.cost(*tangent.retract(*pose, step))
+
+
 def moved(known, step):
     """The prior's pose, turned and shifted by a 5-vector."""
     step = jnp.asarray(step, known.shifts.dtype)
-    return tangent.retract(known.rotations, known.shifts, step)
+    return retract(known.rotations, known.shifts, step)
 
 
 def steps(count, angle, shift, seed=5):
@@ -59,27 +72,25 @@ def test_the_cost_is_the_negative_log_density(angle):
         v = Rotation.from_matrix(turn).as_rotvec()
         point = np.concatenate([v, np.asarray(shift - known.shifts)])
         exact = -multivariate_normal.logpdf(point, np.zeros(5), covariance)
-        assert float(known.cost(rotation, shift)) == pytest.approx(exact, rel=1e-9)
+        assert float(cost(known, rotation, shift)) == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-3, 0.4, 2.0])
 def test_the_gradient_of_the_prior(angle):
     """Along exp(w^) R: |log|^2 has its logarithm as gradient, at any distance."""
     known = make_prior()
+    slope = jax.jit(jax.jacfwd(cost_along))
     for step in steps(3, angle, 1.7):
         pose = moved(known, step)
-        twin = jax.jacfwd(lambda d, p=pose: known.cost(*tangent.retract(*p, d)))
-        np.testing.assert_allclose(
-            known.gradient(*pose), twin(jnp.zeros(5)), rtol=1e-9, atol=1e-9
-        )
+        twin = slope(jnp.zeros(5), known, pose)
+        np.testing.assert_allclose(gradient(known, *pose), twin, rtol=1e-9, atol=1e-9)
 
 
 def test_the_information_of_the_prior():
     """It is the Hessian where the prior is most dense, and positive definite."""
     known = make_prior()
-    hessian = jax.hessian(
-        lambda d: known.cost(*tangent.retract(known.rotations, known.shifts, d))
-    )(jnp.zeros(5))
+    pose = known.rotations, known.shifts
+    hessian = jax.jit(jax.hessian(cost_along))(jnp.zeros(5), known, pose)
     np.testing.assert_allclose(known.information(), hessian, rtol=1e-8, atol=1e-8)
 
 
@@ -89,7 +100,7 @@ def test_allowed_poses_are_left_alone(angle, shift, dtype):
     known = make_prior(dtype=dtype)
     for step in steps(3, angle, max(shift, 1e-12)):
         pose = moved(known, step)
-        new = known.clip(*pose)
+        new = clip(known, *pose)
         np.testing.assert_array_equal(new[0], pose[0])
         np.testing.assert_allclose(new[1], pose[1], atol=1e-6)
         assert new[0].dtype == new[1].dtype == dtype
@@ -103,23 +114,23 @@ def test_other_poses_end_at_the_largest_deviation(angle, shift):
     allowed = np.concatenate(
         [steps(300, MAX_ANGLE, MAX_SHIFT, seed) for seed in (1, 2)]
     ) * np.random.default_rng(3).uniform(size=(600, 1)) ** (1 / 3)
-    others, moves = jax.vmap(lambda s: moved(known, s))(jnp.asarray(allowed))
+    others, moves = jax.jit(jax.vmap(lambda s: moved(known, s)))(jnp.asarray(allowed))
     for step in steps(3, angle, shift):
         pose = moved(known, step)
-        rotation, t = known.clip(*pose)
-        assert float(geodesic_distance(rotation, known.rotations)) == pytest.approx(
+        rotation, t = clip(known, *pose)
+        assert float(distance(rotation, known.rotations)) == pytest.approx(
             MAX_ANGLE, rel=1e-9
         )
         deviation = np.linalg.norm(t - known.shifts)
         assert deviation == pytest.approx(min(shift, MAX_SHIFT), rel=1e-9)
-        turned = float(geodesic_distance(rotation, pose[0]))
+        turned = float(distance(rotation, pose[0]))
         assert turned == pytest.approx(angle - MAX_ANGLE, rel=1e-6)
         there = jnp.broadcast_to(pose[0], others.shape)
-        assert turned <= geodesic_distance(others, there).min() + 1e-9
+        assert turned <= distance(others, there).min() + 1e-9
         gaps = np.linalg.norm(np.asarray(moves) - np.asarray(pose[1]), axis=1)
         assert np.linalg.norm(t - pose[1]) <= gaps.min() + 1e-9
         # A projection: what was clipped is allowed.
-        again = known.clip(rotation, t)
+        again = clip(known, rotation, t)
         np.testing.assert_allclose(again[0], rotation, atol=1e-12)
         np.testing.assert_allclose(again[1], t, atol=1e-12)
 
@@ -133,12 +144,12 @@ def test_priors_of_many_particles():
     many = prior(poses, ANGLE_STD, SHIFT_STD, MAX_ANGLE, MAX_SHIFT)
     some = many.take(np.array([4, 1, 1]))
     rotations, shifts = draw_rotations(3), jnp.asarray(rng.normal(size=(3, 2)))
-    costs = jax.vmap(lambda p, r, t: p.cost(r, t))(some, rotations, shifts)
+    costs = jax.jit(jax.vmap(Prior.cost))(some, rotations, shifts)
     for i, index in enumerate((4, 1, 1)):
         numbers = [jnp.asarray(x) for x in (ANGLE_STD, SHIFT_STD, MAX_ANGLE, MAX_SHIFT)]
         one = Prior(poses.rotations[index], poses.shifts[index], *numbers)
         assert float(costs[i]) == pytest.approx(
-            float(one.cost(rotations[i], shifts[i]))
+            float(cost(one, rotations[i], shifts[i]))
         )
 
 
@@ -170,7 +181,7 @@ def brute_merge(rotations, evidence, separation):
     return kept, mass / mass.sum()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_merge_is_the_ranking_by_hand(seed):
     """With clusters of near candidates, some ties, and some empty places."""
     rng = np.random.default_rng(seed)
@@ -222,7 +233,7 @@ def test_the_separation_is_an_angle():
     first = draw_rotations(1)[0]
     for angle, count in ((0.29, 1), (0.31, 2)):
         step = jnp.array([angle, 0, 0, 0, 0])
-        second, _ = tangent.retract(first, jnp.zeros(2), step)
+        second, _ = retract(first, jnp.zeros(2), step)
         ranked, _ = merge(
             jnp.stack([first, second]),
             jnp.zeros((2, 2)),

@@ -5,14 +5,12 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Int
 
-from jaxrefine import engine, io, progress, refine
+from jaxrefine import io, progress, refine
 from jaxrefine.cli._folder import RunFolder
 from jaxrefine.cli.refine import Outcome
-from jaxrefine.particle_set import particle_set
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
 _IN_BALL, _IN_DISC = 1 / math.sqrt(5), 1 / 2
@@ -23,8 +21,8 @@ def configure(
 ) -> refine.RefineConfig:
     """Return the parameters that the options ask for.
 
-    A largest change says how well the poses are known, too: they are taken to be spread
-    as if uniformly up to it, but rotations no further than by default.
+    Without priors a largest change says how well the poses are known: they are taken to
+    be spread as if uniformly up to it, but rotations no further than by default.
     """
     del source
     chosen: dict[str, Any] = {"half_sets": options.half_sets}
@@ -38,6 +36,11 @@ def configure(
     if options.max_shift is not None:
         chosen["max_shift"] = options.max_shift
         chosen["shift_spread"] = _IN_DISC * options.max_shift
+    if options.prior_angle is not None:
+        chosen["angle_spread"] = math.radians(options.prior_angle)
+    if options.prior_shift is not None:
+        chosen["shift_spread"] = options.prior_shift
+        chosen.setdefault("max_shift", 3 * options.prior_shift)
     return refine.RefineConfig(**chosen)
 
 
@@ -52,7 +55,8 @@ def run(
     """Refine from the last checkpoint, or from the given poses and map."""
     key = jax.random.key(options.seed)
     subsets = _deal(source, options.seed) if config.half_sets else None
-    state = folder.resume(lambda: _like_a_state(source, subsets, volume, config, key))
+    what = (source.particles, source.poses, volume, config)
+    state = folder.resume(lambda: refine.init(*what, key=key, subsets=subsets))
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
@@ -62,10 +66,7 @@ def run(
         advance(state, row)
 
     result = refine.refine(
-        source.particles,
-        source.poses,
-        volume,
-        config,
+        *what,
         key=key,
         subsets=subsets,
         state=state,
@@ -96,34 +97,6 @@ def _deal(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:
         return source.random_subset
     order = np.random.default_rng(seed).permutation(len(source))
     return 1 + order % 2
-
-
-def _like_a_state(
-    source: io.ParticleFile,
-    subsets: Int[np.ndarray, " particles"] | None,
-    volume: jax.Array,
-    config: refine.RefineConfig,
-    key: PRNGKeyArray,
-) -> refine.RefineState:
-    """Return a state of the shapes and types that a refinement saves."""
-    poses = jax.tree.map(lambda leaf: leaf.astype(volume.dtype), source.poses)
-    one_set = np.ones(len(source), int) if subsets is None else subsets
-    sets = []
-    for number in np.unique(one_set):
-        some = np.flatnonzero(one_set == number)
-        theirs = jax.tree.map(lambda leaf, some=some: leaf[some], poses)
-        whole = particle_set(source.particles.take(some), theirs, key, config)
-        sets.append(engine.start(whole, theirs, volume))
-    whole_number, flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    number = jnp.zeros((), volume.dtype)
-    return refine.RefineState(
-        tuple(sets),
-        iteration=whole_number,
-        r_max=whole_number,
-        angle_change=number,
-        best_gold=number,
-        finished=flag,
-    )
 
 
 def columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:

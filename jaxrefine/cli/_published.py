@@ -26,7 +26,8 @@ def configure(
     InputError
         If the options or the particles ask for what the preset cannot do.
     """
-    for name in ("half_sets", "max_angle", "max_shift"):
+    names = ("half_sets", "max_angle", "max_shift", "prior_angle", "prior_shift")
+    for name in names:
         if getattr(options, name):
             raise InputError(
                 f"--{name.replace('_', '-')} does not go with --preset "

@@ -44,8 +44,19 @@ def add(commands) -> None:
         "the published algorithm, literally, and as its authors released it",
     )
     option("--iterations", type=int, help="most outer iterations")
-    option("--max-angle", type=float, help="largest change of a pose, degrees")
-    option("--max-shift", type=float, help="largest change of a position, pixels")
+    option("--max-angle", type=float, help="largest turn of a pose, degrees")
+    option("--max-shift", type=float, help="largest move of a particle, pixels")
+    option(
+        "--prior-angle",
+        type=float,
+        help="how well the given angles are known: standard deviation of each "
+        "component of the rotation, degrees (default 26)",
+    )
+    option(
+        "--prior-shift",
+        type=float,
+        help="the same of the positions along x and y, pixels (default 2)",
+    )
     option("--seed", type=int, default=0, help="seed of everything random (default 0)")
     option("--batch-size", type=int, help="particles computed at once")
     option("--datadir", type=Path, help="where else to look for stacks of images")
@@ -102,7 +113,12 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} wants a value of at least 1, not {value}.")
-    for name, most in (("max_angle", 180.0), ("max_shift", math.inf)):
+    for name, most in (
+        ("max_angle", 180.0),
+        ("max_shift", math.inf),
+        ("prior_angle", 180.0),
+        ("prior_shift", math.inf),
+    ):
         value = getattr(options, name)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
             flag = f"--{name.replace('_', '-')}"
@@ -138,7 +154,8 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
 
     Stacks, which may be large, are known by their sizes.
     """
-    names = ("half_sets", "preset", "iterations", "max_angle", "max_shift", "seed")
+    names = ("half_sets", "preset", "iterations", "max_angle", "max_shift")
+    names += ("prior_angle", "prior_shift", "seed")
     sizes = sorted(path.stat().st_size for path in source.stacks.values())
     return {
         **{name: getattr(options, name) for name in names},

@@ -1,0 +1,557 @@
+"""The production refinement, end to end on a tiny particle: one shape, many laws."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrefine import engine, metrics, refine, simulate, slices
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
+from jaxrefine.gridding import Gridding
+from jaxrefine.io import load_checkpoint, save_checkpoint
+from jaxrefine.particle_set import RefineConfig, particle_set
+from jaxrefine.particles import Particles
+from jaxrefine.tangent import Descent
+
+N, P, LAST = 24, 80, 11
+ZEROS, CONSTANT, NOISE = 3, 10, 41  # particles without a particle
+SILENT = [ZEROS, CONSTANT, NOISE]
+SINGLE = jnp.float32
+KEY = jax.random.key(3)
+# One band limit, so that all is compiled once. XLA's insertion adds up in one order;
+# finufft's threads do not, and no two runs would have the same bits.
+CONFIG = RefineConfig(
+    angle_spread=0.3,
+    shift_spread=1.2,
+    iterations=3,
+    first_r_max=LAST,
+    search_r_max=LAST,
+    candidates=16,
+    insertion=Gridding(2, 2.0),
+    batch_size=64,
+)
+
+
+class Scene:
+    """A phantom, its images with a few bad ones among them, and a start."""
+
+    def __init__(self, snr_db=3.0):
+        self.truth = simulate.phantom(jax.random.key(0), N)
+        angles, shifts, noise, error = jax.random.split(jax.random.key(1), 4)
+        self.poses = Poses(
+            equidistributed_angles(angles, P, SINGLE),
+            simulate.random_shifts(shifts, P, 1.5, SINGLE),
+        )
+        disc = slices.disc(N, LAST)
+        spectrum = Gridding(6, 2.0).spectrum(self.truth, LAST)
+        clean = slices.to_images(slices.project(spectrum, disc, self.poses), disc)
+        sigma = simulate.noise_std(clean, snr_db)
+        self.images = np.array(simulate.add_noise(noise, clean, sigma), np.float32)
+        self.images[ZEROS], self.images[CONSTANT] = 0.0, 5.0
+        self.images[NOISE] = float(sigma) * np.random.default_rng(0).normal(size=(N, N))
+        self.initial = simulate.init1_poses(error, self.poses, 0.4)
+        self.map = simulate.blur(self.truth, 2.0)
+        self.real = np.setdiff1d(np.arange(P), SILENT)
+
+    def refine(self, config=CONFIG, images=None, **options):
+        images = self.images if images is None else images
+        particles = Particles(images)
+        return refine.refine(
+            particles, self.initial, self.map, config, key=KEY, **options
+        )
+
+    def fsc(self, volume):
+        return float(metrics.mean_fsc(metrics.fsc(jnp.asarray(volume), self.truth)))
+
+    def errors(self, poses):
+        """The errors of the real particles, up to a motion of the map."""
+        truth, some = self.poses, self.real
+        errors = metrics.pose_errors(
+            poses.angles[some],
+            poses.shifts[some],
+            truth.angles[some],
+            truth.shifts[some],
+        )
+        return metrics.summarise(errors)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+@pytest.fixture(scope="module")
+def run(scene):
+    """A whole run, and what its callback saw."""
+    seen = []
+    result = scene.refine(callback=lambda state, info: seen.append((state, info)))
+    return result, seen
+
+
+@pytest.fixture(scope="module")
+def unrefined(scene):
+    particles = Particles(scene.images)
+    return refine.reconstruct(particles, scene.initial, CONFIG, key=KEY)
+
+
+@pytest.fixture(scope="module")
+def oracle(scene):
+    some = scene.real
+    particles = Particles(scene.images).take(some)
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    return refine.reconstruct(particles, poses, CONFIG, key=KEY)
+
+
+def assert_identical(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def outcome(result):
+    """All arrays of a result."""
+    return {
+        field.name: getattr(result, field.name) for field in dataclasses.fields(result)
+    }
+
+
+# --- that it refines
+
+
+def test_poses_and_map_improve(scene, run, unrefined):
+    result, _ = run
+    before, after = scene.errors(scene.initial), scene.errors(result.poses)
+    assert before["angle_error_deg_median"] > 15
+    assert after["angle_error_deg_median"] < 5
+    assert after["fraction_within_10_deg"] > 0.9
+    assert after["shift_error_px_median"] < 0.3
+    assert scene.fsc(result.volume) > scene.fsc(unrefined.volume) + 0.2
+    assert scene.fsc(result.volume) > scene.fsc(scene.map) + 0.05
+
+
+def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
+    """Than the initial map, than wrong poses, and than refined ones (nearly)."""
+    best = scene.fsc(oracle.volume)
+    assert best > scene.fsc(scene.map) + 0.05
+    assert best > scene.fsc(unrefined.volume) + 0.2
+    assert best > scene.fsc(run[0].volume) - 0.02
+    first, second = oracle.half_maps
+    assert first.shape == second.shape == (N, N, N)
+    # Halves are worse than the whole, and differ.
+    assert 0.3 < max(scene.fsc(first), scene.fsc(second)) < best
+    assert not np.array_equal(first, second)
+    assert oracle.errors and oracle.lam > 0
+    tried = min(oracle.errors, key=oracle.errors.__getitem__)
+    assert 1 / 1.4 <= oracle.tau / tried <= 1.4
+
+
+def test_images_that_show_nothing(scene, run):
+    """Zeros, a constant and noise end where they began, and are told apart."""
+    result, _ = run
+    assert list(np.flatnonzero(result.undetermined)) == SILENT
+    np.testing.assert_array_equal(
+        result.poses.angles[np.array(SILENT)], scene.initial.angles[np.array(SILENT)]
+    )
+    np.testing.assert_array_equal(
+        result.poses.shifts[np.array(SILENT)], scene.initial.shifts[np.array(SILENT)]
+    )
+    assert (result.log_likelihood[SILENT] <= 0).all()
+    assert (result.log_likelihood[scene.real] > 0).all()
+    for leaf in jax.tree.leaves(outcome(result)):
+        assert not np.isnan(leaf).any()
+    assert np.isfinite(result.volume).all()
+    np.linalg.cholesky(result.covariances.astype(float))  # positive definite
+    changed = np.asarray(result.poses.angles) != np.asarray(scene.initial.angles)
+    assert changed[scene.real].all(axis=1).mean() > 0.9
+
+
+def test_poses_stay_in_their_bounds(scene, run):
+    result, _ = run
+    moves = np.asarray(result.poses.shifts) - np.asarray(scene.initial.shifts)
+    assert np.linalg.norm(moves, axis=1).max() <= CONFIG.max_shift * (1 + 1e-5)
+    config = dataclasses.replace(
+        CONFIG, iterations=1, max_angle=0.1, max_shift=0.3, tau=1.0
+    )
+    result = scene.refine(config)
+    rotations, start = (
+        np.asarray(euler_to_matrix(poses.angles), float)
+        for poses in (result.poses, scene.initial)
+    )
+    trace = np.einsum("pij,pij->p", rotations, start)
+    assert np.arccos(np.clip((trace - 1) / 2, -1, 1)).max() < 0.1 + 1e-3
+    moves = np.asarray(result.poses.shifts) - np.asarray(scene.initial.shifts)
+    assert np.linalg.norm(moves, axis=1).max() <= 0.3 * (1 + 1e-5)
+
+
+# --- what a callback gets
+
+
+def test_the_callback_is_told_everything(run):
+    result, seen = run
+    assert [info.iteration for _, info in seen] == [1, 2, 3]
+    assert [int(state.iteration) for state, _ in seen] == [1, 2, 3]
+    radii = [info.r_max for _, info in seen]
+    assert radii == sorted(radii) and radii[-1] <= LAST
+    for _, info in seen:
+        row = json.loads(json.dumps(info.row(), allow_nan=False))
+        assert row == info.row()
+        assert set(row) == {field.name for field in dataclasses.fields(info)}
+        assert len(row["damping"]) == CONFIG.update.iterations
+        assert min(row["damping"]) > 0 and 0 <= row["decided"] <= 1
+        assert row["gold_score"] is None and len(row["tau"]) == 1
+        assert 0 < row["fold_score"] < 1
+    # The median particle's steps succeed, so its damping falls.
+    assert seen[-1][1].damping == sorted(seen[-1][1].damping, reverse=True)
+    assert seen[0][1].searched == seen[2][1].searched == P
+    changes = [info.angle_change_in_degrees for _, info in seen]
+    assert changes[0] > 3 * changes[-1]
+    scores = [info.fold_score for _, info in seen]
+    assert scores[-1] > scores[0]
+
+
+def test_the_state_is_consistent(run):
+    """Weights are probabilities; the best hypothesis is the first one."""
+    for state, _ in run[1]:
+        (one,) = state.sets
+        weights = np.asarray(one.hypotheses.weights)
+        np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
+        assert (np.diff(weights, axis=1) <= 0).all()
+        assert (one.noise > 0).all() and (one.gain >= 0).all()
+        assert np.isfinite(one.evidence).all()
+
+
+# --- that it repeats itself
+
+
+def test_the_same_input_from_a_file_gives_the_same_bits(scene, run, tmp_path):
+    """A memory map instead of an array, and a run from the start."""
+    path = tmp_path / "images.raw"
+    scene.images.tofile(path)
+    images = np.memmap(path, np.float32, "r", shape=scene.images.shape)
+    assert_identical(outcome(scene.refine(images=images)), outcome(run[0]))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_ends_in_the_same_bits(scene, run, after, tmp_path):
+    result, seen = run
+    save_checkpoint(tmp_path / "state", seen[after - 1][0], {})
+    like = jax.tree.map(jnp.zeros_like, seen[0][0])
+    state, _ = load_checkpoint(tmp_path / "state", like)
+    resumed = []
+    again = scene.refine(
+        state=state, callback=lambda state, info: resumed.append(info.iteration)
+    )
+    assert resumed == list(range(after + 1, 4))
+    assert_identical(outcome(again), outcome(result))
+
+
+def test_a_finished_run_is_only_concluded(scene, run):
+    def never(state, info):
+        raise AssertionError("nothing is left to do")
+
+    result, seen = run
+    again = scene.refine(state=seen[-1][0], callback=never)
+    assert_identical(outcome(again), outcome(result))
+
+
+def test_the_batch_size_does_not_matter(scene, run):
+    result = scene.refine(dataclasses.replace(CONFIG, batch_size=7))
+    rotations, exact = (euler_to_matrix(one.poses.angles) for one in (result, run[0]))
+    # Beyond rounding: a particle with two almost equal hypotheses may choose another.
+    gaps = np.abs(np.asarray(rotations) - np.asarray(exact)).max(axis=(1, 2))
+    assert np.quantile(gaps, 0.95) < 1e-3
+    gaps = np.abs(np.asarray(result.poses.shifts) - np.asarray(run[0].poses.shifts))
+    assert np.quantile(gaps.max(axis=1), 0.95) < 1e-3
+    gap = np.linalg.norm(result.volume - run[0].volume)
+    assert gap < 1e-2 * np.linalg.norm(run[0].volume)
+
+
+# --- half sets
+
+SUBSETS = 1 + np.arange(P) % 2
+HALVES = dataclasses.replace(CONFIG, iterations=2, half_sets=True, tau=0.9)
+
+
+@pytest.fixture(scope="module")
+def halves(scene):
+    seen = []
+    result = scene.refine(
+        HALVES, subsets=SUBSETS, callback=lambda state, info: seen.append(info)
+    )
+    return result, seen
+
+
+def test_half_sets_have_maps_and_a_correlation(scene, halves):
+    result, seen = halves
+    first, second = result.half_maps
+    curve = metrics.fsc(jnp.asarray(first), jnp.asarray(second))
+    np.testing.assert_array_equal(result.fsc, curve)
+    assert 0.3 < np.mean(result.fsc[1:8]) < 1
+    assert scene.fsc(result.volume) > max(scene.fsc(first), scene.fsc(second))
+    assert result.tau == pytest.approx(0.9, rel=1e-6)
+    for info in seen:
+        assert len(info.tau) == 2 and 0 < info.gold_score < 1
+        json.dumps(info.row(), allow_nan=False)
+
+
+def test_half_sets_know_nothing_of_each_other(scene, halves):
+    """Other images in set 2: set 1's poses, map and covariances keep their bits.
+
+    (They share a band limit, which is at its largest here.)
+    """
+    images = scene.images.copy()
+    images[SUBSETS == 2] = np.random.default_rng(4).permuted(
+        images[SUBSETS == 2], axis=2
+    )
+    result, first = scene.refine(HALVES, images=images, subsets=SUBSETS), SUBSETS == 1
+    for name in ("covariances", "log_likelihood", "undetermined"):
+        np.testing.assert_array_equal(
+            getattr(result, name)[first], getattr(halves[0], name)[first]
+        )
+    assert_identical(
+        jax.tree.map(lambda leaf: leaf[first], result.poses),
+        jax.tree.map(lambda leaf: leaf[first], halves[0].poses),
+    )
+    np.testing.assert_array_equal(result.half_maps[0], halves[0].half_maps[0])
+    assert_identical(result.state.sets[0], halves[0].state.sets[0])
+    assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
+
+
+def test_subsets_are_respected(halves):
+    """Relabelling the sets swaps them; without labels they are dealt in two halves."""
+    sizes = [len(one.evidence) for one in halves[0].state.sets]
+    assert sizes == [P // 2, P // 2]
+    uneven = np.where(np.arange(P) < 20, 2, 1)
+    for subsets, expected in ((uneven, [60, 20]), (None, [40, 40])):
+        members = refine._members(P, HALVES, KEY, subsets)
+        assert [len(some) for some in members] == expected
+        assert sorted(np.concatenate(members)) == list(range(P))
+    members = refine._members(P, HALVES, KEY, uneven)
+    np.testing.assert_array_equal(members[1], np.arange(20))
+    (everyone,) = refine._members(P, CONFIG, KEY, None)
+    np.testing.assert_array_equal(everyone, np.arange(P))
+
+
+# --- other settings
+
+STILL = dataclasses.replace(CONFIG, iterations=1, multi_start=())
+
+
+def test_a_tau_that_is_given_is_used(scene, run):
+    smooth = scene.refine(dataclasses.replace(STILL, tau=20.0))
+    rough = scene.refine(dataclasses.replace(STILL, tau=0.05))
+    for result, tau in ((smooth, 20.0), (rough, 0.05)):
+        assert result.tau == pytest.approx(tau, rel=1e-6)
+    variation = [np.abs(np.diff(one.volume)).sum() for one in (smooth, rough)]
+    assert variation[0] < 0.5 * variation[1]
+    found = refine.reconstruct(
+        Particles(scene.images),
+        scene.initial,
+        dataclasses.replace(CONFIG, tau=20.0),
+        key=KEY,
+    )
+    assert found.tau == pytest.approx(20.0, rel=1e-6) and found.errors == {}
+    assert 0.1 < run[0].tau < 10
+
+
+def test_poses_may_be_updated_by_any_method_of_optax(scene):
+    """From poses near the truth; dtype promotion as users have it."""
+    update = Descent(optax.sgd(0.3), iterations=10)
+    rng = np.random.default_rng(2)
+    near = Poses(
+        scene.poses.angles + jnp.asarray(0.1 * rng.normal(size=(P, 3)), SINGLE),
+        scene.poses.shifts,
+    )
+    config = dataclasses.replace(STILL, update=update, tau=1.0)
+    seen = []
+    result = refine.refine(
+        Particles(scene.images),
+        near,
+        scene.truth,
+        config,
+        key=KEY,
+        callback=lambda state, info: seen.append(info),
+    )
+    before, after = scene.errors(near), scene.errors(result.poses)
+    assert after["angle_error_deg_median"] < 0.6 * before["angle_error_deg_median"]
+    assert len(seen[0].damping) == 10 and seen[0].searched == 0
+
+
+def test_images_of_nothing_at_all(scene):
+    """All zeros: no map, no poses, but no failure either."""
+    result = scene.refine(STILL, images=np.zeros_like(scene.images))
+    assert result.undetermined.all()
+    np.testing.assert_array_equal(result.poses.angles, scene.initial.angles)
+    np.testing.assert_array_equal(result.poses.shifts, scene.initial.shifts)
+    assert np.isfinite(result.volume).all()
+    assert np.isfinite(result.covariances).all()
+
+
+def test_the_wide_search_keeps_all_that_is_known(scene, run, monkeypatch):
+    """The second pass is about the candidates found and every current hypothesis."""
+    (state,) = run[1][1][0].sets
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
+    centres_seen = []
+
+    def explore(key, particles, chosen, spectrum, view, prior, centres, *rest):
+        centres_seen.append(np.array(centres[chosen]))
+        found = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
+        return found, np.zeros((len(chosen), 3, 2), np.float32)
+
+    monkeypatch.setattr(engine.posterior, "explore", explore)
+    chosen = whole.members(0)
+    engine._explore(whole, state, chosen, scene.map, LAST, True, KEY)
+    first, second = centres_seen
+    np.testing.assert_allclose(first[:, 0], whole.prior.rotations[chosen])
+    current = np.asarray(state.hypotheses.rotations)[chosen]
+    for i in range(3):
+        gaps = np.abs(second - current[:, i, None]).max(axis=(2, 3)).min(axis=1)
+        np.testing.assert_array_equal(gaps, 0)
+    assert (np.abs(second - np.eye(3)).max(axis=(2, 3)).min(axis=1) == 0).all()
+
+
+@pytest.mark.slow
+def test_the_band_limit_marches(scene):
+    """As users run it: defaults, finufft if there is one, a limit that only grows."""
+    config = dataclasses.replace(
+        CONFIG, first_r_max=7, iterations=4, multi_start=(0,), insertion=None
+    )
+    seen = []
+    result = scene.refine(config, callback=lambda state, info: seen.append(info))
+    radii = [info.r_max for info in seen]
+    assert radii == sorted(radii) and radii[0] < radii[-1] <= LAST
+    assert radii[0] <= 7 and (np.diff(np.log2(radii)) <= 1).all()
+    assert all(info.search_r_max <= info.r_max for info in seen)
+    assert scene.errors(result.poses)["angle_error_deg_median"] < 5
+
+
+# --- what is refused
+
+POSITIVE = ("angle_spread", "shift_spread", "max_angle", "max_shift")
+COUNTS = (
+    "iterations",
+    "first_r_max",
+    "search_r_max",
+    "hypotheses",
+    "candidates",
+    "admm_iterations",
+    "batch_size",
+)
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
+def test_settings_that_must_be_positive(name, value):
+    with pytest.raises(InputError, match=f"^{name} wants to be positive, not {value}$"):
+        RefineConfig(**{name: float(value)})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -3])
+def test_settings_that_must_be_at_least_one(name, value):
+    words = f"^{name} wants to be at least 1, not {value}$"
+    with pytest.raises(InputError, match=words):
+        RefineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.5, np.nan])
+def test_a_tau_that_is_none(tau):
+    with pytest.raises(InputError, match=f"^tau wants to be positive, not {tau}$"):
+        RefineConfig(tau=float(tau))
+
+
+def blank(count=6, side=16):
+    """Images, poses and a map that fit each other."""
+    poses = Poses(jnp.zeros((count, 3)), jnp.zeros((count, 2)))
+    return np.zeros((count, side, side), np.float32), poses, jnp.zeros((side,) * 3)
+
+
+def spoilt(which, value):
+    images, poses, volume = blank()
+    if which == "angles":
+        poses = Poses(poses.angles.at[2, 1].set(value), poses.shifts)
+    elif which == "shifts":
+        poses = Poses(poses.angles, poses.shifts.at[2, 1].set(value).at[3].set(value))
+    else:
+        volume = volume.at[3, 4, 5].set(value)
+    return images, poses, volume
+
+
+REFUSED = {
+    "few particles": (blank(3), "^at least 4 particles are wanted, not 3$"),
+    "small images": (blank(6, 15), "^images of side 16 or more are wanted, not 15$"),
+    "other poses": (
+        (blank(6)[0], blank(5)[1], blank(6)[2]),
+        r"^6 images want as many poses, not angles of shape \(5, 3\) and shifts of "
+        r"shape \(5, 2\)$",
+    ),
+    "another map": (
+        (*blank()[:2], jnp.zeros((20, 20, 20))),
+        r"^images of side 16 want a map of that side, not of shape \(20, 20, 20\)$",
+    ),
+    "angles": (
+        spoilt("angles", jnp.nan),
+        "^angles must be finite, but 1 of them are not$",
+    ),
+    "shifts": (
+        spoilt("shifts", jnp.inf),
+        "^shifts must be finite, but 3 of them are not$",
+    ),
+    "map": (
+        spoilt("map", -jnp.inf),
+        "^the map's values must be finite, but 1 of them are not$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_input_that_does_not_fit(case):
+    (images, poses, volume), words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
+        refine.refine(Particles(images), poses, volume, key=KEY)
+    if case not in ("another map", "map"):
+        with pytest.raises(InputError, match=words):
+            refine.reconstruct(Particles(images), poses, key=KEY)
+
+
+def test_an_image_that_is_not_finite_is_named():
+    images, poses, volume = blank()
+    images[4, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^Image 4 \(from 0\) holds a value"):
+        refine.refine(Particles(images), poses, volume, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "words"),
+    [
+        (
+            [0, 1, 0, 1, 0, 1],
+            r"^half sets want a 1 or a 2 .* 6 particles, not \[0, 1\]",
+        ),
+        ([1, 1, 1, 1, 1, 1], r"a 1 or a 2 for each of 6 particles, not \[1\] for 6$"),
+        ([1, 2, 3, 1, 2, 3], r"not \[1, 2, 3\] for 6$"),
+        ([1, 2, 1, 2], r"for each of 6 particles, not \[1, 2\] for 4$"),
+    ],
+)
+def test_subsets_that_are_none(subsets, words):
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True)
+    with pytest.raises(InputError, match=words):
+        refine.refine(
+            Particles(images), poses, volume, config, key=KEY, subsets=np.array(subsets)
+        )
+
+
+def test_a_half_set_wants_two_particles():
+    """Each set is dealt into two folds, neither of which may be empty."""
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True, iterations=1)
+    subsets = np.array([1, 2, 2, 2, 2, 2])
+    with pytest.raises(InputError):
+        refine.refine(
+            Particles(images), poses, volume, config, key=KEY, subsets=subsets
+        )
