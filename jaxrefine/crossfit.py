@@ -207,32 +207,34 @@ def cross_validate(
     The chosen ``tau``, the solutions of the best one tried, and the errors found.
     """
     errors: dict[float, float] = {}
-    solutions: dict[float, tuple[admm.ADMMState, ...]] = {}
-    warm = tuple(starts)
+    # Solutions are compared warm: one that is made from cold is smoother than its tau.
+    warm = best = solve_all(data, starts, tau, regulariser, iterations)
 
     def error(power: int) -> float:
-        nonlocal warm
+        nonlocal warm, best
         if power not in errors:
             warm = solve_all(data, warm, tau * factor**power, regulariser, iterations)
             parts = [
                 prediction_error(own, state.coefficients)
                 for own, state in zip(data.own, warm, strict=True)
             ]
-            errors[power] = float(sum(parts))
-            solutions[power] = warm
+            value = float(sum(parts))
+            best = warm if value <= min(errors.values(), default=value) else best
+            errors[power] = value
         return errors[power]
 
-    down = error(-1) < error(0)
+    here = error(0)
+    down = error(-1) < here
     step, power = (-1, -1) if down else (1, 0)
     while len(errors) < trials and error(power + step) < error(power):
         power += step
     vertex = float(power)
     if power - 1 in errors and power + 1 in errors:
-        left, here, right = (errors[power + i] for i in (-1, 0, 1))
-        curvature = left - 2 * here + right
+        left, middle, right = (errors[power + i] for i in (-1, 0, 1))
+        curvature = left - 2 * middle + right
         vertex += 0.5 * (left - right) / curvature if curvature > 0 else 0.0
     table = {float(tau) * factor**p: value for p, value in sorted(errors.items())}
-    return tau * factor**vertex, solutions[power], table
+    return tau * factor**vertex, best, table
 
 
 def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:

@@ -29,7 +29,7 @@ _SHIFTS_PER_PERIOD = 8
 _LOCAL_SHIFTS = 3
 _CERTAIN = 0.99
 _SAMPLE = 2000  # particles that scale and noise are measured from
-_POINTS_INSERTED = 2**20
+_EMPTY, _QUIET = 1e-6, 1e-2  # of the median shell: no data, and the least noise
 _FINAL_ROUNDS = 3
 _ROUND = 512
 
@@ -43,24 +43,24 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
     """
     count = len(whole.particles)
     hypotheses = certain(poses, whole.config.hypotheses)
-    maps = tuple(admm.init(volume) for _ in range(FOLDS))
     shells = whole.particles.image_size // 2 + 1
     one = jnp.ones(shells, volume.dtype)
     sums = _measure(whole, hypotheses, [volume] * FOLDS, one)
     power = sums.data / jnp.maximum(sums.count, 1.0)
     outer = power[3 * whole.last // 4 : whole.last + 1]
-    level = jnp.maximum(jnp.mean(outer), 1e-6 * jnp.max(power))
+    level = jnp.maximum(jnp.mean(outer), _EMPTY * jnp.max(power[1:]))
     level = jnp.where(level > 0, level, 1.0)
     few = slice(1, 4)
     signal = jnp.sum(sums.data[few] - level * sums.count[few])
-    model = jnp.maximum(jnp.sum(sums.model[few]), jnp.finfo(volume.dtype).tiny)
+    model = jnp.sum(sums.model[few])
+    model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
     scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
     return SetState(
         hypotheses,
         information=jnp.zeros((count, 5, 5), volume.dtype),
         evidence=jnp.zeros(count, volume.dtype),
-        maps=maps,
-        gain=scale * one,
+        maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
+        gain=one,
         noise=level * one,
         tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
         fold_fsc=one,
@@ -109,13 +109,17 @@ def update_poses(
     """
     config, count = whole.config, len(whole.particles)
     keep, places = config.hypotheses, np.arange(count)
-    candidates = np.array(state.hypotheses.rotations)
-    shifts = np.array(state.hypotheses.shifts)
-    active = np.asarray(state.hypotheses.weights) > NEGLIGIBLE
+    # The last place is for the best pose so far, which no search may lose.
+    last = np.arange(keep + 1) % keep
+    candidates = np.asarray(state.hypotheses.rotations)[:, last]
+    shifts = np.asarray(state.hypotheses.shifts)[:, last]
+    active = np.asarray(state.hypotheses.weights)[:, last] > NEGLIGIBLE
+    active[:, keep] = False
     wide = iteration in config.multi_start
     undecided = np.asarray(state.hypotheses.weights)[:, 0] < _CERTAIN
     beyond = iteration > max(config.multi_start, default=-1)
     searched = undecided if beyond else np.ones(count, bool)
+    known = bool(np.asarray(state.evidence).any())
 
     coarse_r = slices.bucket(
         min(r_max, config.search_r_max), whole.particles.image_size
@@ -128,8 +132,9 @@ def update_poses(
         chosen = members[searched[members]]
         if len(chosen):
             found = _explore(whole, state, chosen, reference, coarse_r, wide, key)
-            candidates[chosen], shifts[chosen] = found
-            active[chosen] = True
+            candidates[chosen, :keep], shifts[chosen, :keep] = found
+            active[chosen, :keep] = True
+            active[chosen, keep] = known
         owners, column = np.nonzero(active[members])
         owners = members[owners]
         spectrum = _spectrum(config.interpolation, reference, r_max)
@@ -146,8 +151,8 @@ def update_poses(
         )
         polished.append((owners, column, result))
 
-    information = np.zeros((count, keep, 5, 5), np.float32)
-    evidence = np.full((count, keep), -np.inf, np.float32)
+    information = np.zeros((*active.shape, 5, 5), np.float32)
+    evidence = np.full(active.shape, -np.inf, np.float32)
     for owners, column, result in polished:
         candidates[owners, column] = result.rotations
         shifts[owners, column] = result.shifts
@@ -159,6 +164,7 @@ def update_poses(
         jnp.asarray(shifts, dtype),
         jnp.asarray(evidence, dtype),
         jnp.asarray(1.0 / r_max, dtype),
+        keep,
     )
     best = np.asarray(order)[:, 0]
     before, after = state.hypotheses, hypotheses
@@ -269,7 +275,8 @@ def sum_up(
     """Sum up the images of each fold at all their hypotheses, by their weights."""
     n = whole.particles.image_size
     everything = posterior.view(whole.particles, whole.last, noise)
-    size = max(1, _POINTS_INSERTED // len(everything.disc.shells))
+    # Enough slices at a time to outweigh the FFT of the kernel's grid.
+    size = max(_ROUND, n**3 * 2 // len(everything.disc.shells))
     weights = np.asarray(hypotheses.weights) * included[:, None]
     weights = np.where(weights > NEGLIGIBLE, weights, 0.0)
     sums = []
@@ -323,7 +330,9 @@ def _measure(
     poses = hypotheses.best()
     total = None
     for fold in range(FOLDS):
-        members = whole.members(fold)[: _SAMPLE // FOLDS]
+        members = whole.members(fold)
+        some = np.linspace(0, len(members) - 1, min(len(members), _SAMPLE // FOLDS))
+        members = members[some.astype(int)]
         size = min(whole.config.batch_size, len(members))
         for batch, new in posterior.batches(members, size):
             images, ctf = whole.particles.batch(batch)
@@ -351,18 +360,51 @@ def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> Se
 
 
 def assess(whole: ParticleSet, state: SetState) -> SetState:
-    """Measure scale and noise from the images, and the correlation of the maps."""
+    """Measure scale and noise from the images, and the correlation of the maps.
+
+    The power of the noise is infinite in shells that the images are empty in.
+    """
     volumes = [one.coefficients for one in state.maps]
     sums = _measure(whole, state.hypotheses, volumes, state.noise)
-    known = jnp.arange(len(state.noise)) <= whole.last
-    floor = 1e-6 * jnp.max(sums.residual_power)
-    power = jnp.maximum(sums.residual_power, floor)
-    noise = jnp.where(known & (power > 0), power, state.noise)
+    power, inside = sums.residual_power, slice(1, whole.last + 1)
+    # A shell that the images are empty in says nothing, however small its residual.
+    data = sums.data / jnp.maximum(sums.count, 1.0)
+    empty = data <= _EMPTY * jnp.median(data[inside])
+    noise = jnp.maximum(power, _QUIET * jnp.median(power[inside]))
+    noise = jnp.where(empty, jnp.inf, noise)
+    measured = jnp.arange(len(noise)) <= whole.last
+    measured = measured & (jnp.max(data[inside]) > 0)
+    noise = jnp.where(measured, noise, state.noise)
     return eqx.tree_at(
         lambda s: (s.gain, s.noise, s.fold_fsc),
         state,
         (sums.gain, noise, metrics.fsc(*volumes)),
     )
+
+
+def measure_information(
+    whole: ParticleSet, state: SetState, r_max: int
+) -> Float[np.ndarray, "particles 5 5"]:
+    """Return the information on every best pose, the cost's curvature included."""
+    poses = state.hypotheses.best()
+    rotations = np.asarray(state.hypotheses.rotations)[:, 0]
+    shifts, found = np.asarray(poses.shifts), np.array(state.information)
+    view = posterior.view(whole.particles, r_max, state.noise)
+    for fold in range(FOLDS):
+        members = whole.members(fold)
+        reference = crossfit.filter_shells(state.maps[fold].coefficients, state.gain)
+        found[members] = posterior.curvature(
+            whole.particles,
+            members,
+            _spectrum(whole.config.interpolation, reference, r_max),
+            view,
+            whole.prior,
+            rotations[members],
+            shifts[members],
+            found[members],
+            whole.config.batch_size,
+        )
+    return found
 
 
 def undetermined(state: SetState) -> Bool[np.ndarray, " particles"]:

@@ -20,6 +20,9 @@ from jaxrefine.hypotheses import prior as make_prior
 from jaxrefine.particles import Particles
 from jaxrefine.tangent import LevenbergMarquardt, PoseUpdate
 
+FEWEST = 4
+"""Particles that a set wants at least: two for each fold."""
+
 
 @final
 @dataclass(frozen=True)
@@ -199,7 +202,9 @@ def divide(
 ) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
     """Deal the particles into sets and folds; also return a key for the search."""
     deal, fold, draw = jax.random.split(key, 3)
-    members = _members(len(particles), config, deal, subsets)
+    members = [np.arange(len(particles))]
+    if config.half_sets:
+        members = halves(len(particles), deal, subsets)
     sets = [
         particle_set(particles.take(some), take(poses, some), fold, config)
         for some in members
@@ -207,24 +212,26 @@ def divide(
     return draw, members, sets
 
 
-def _members(
-    count: int,
-    config: RefineConfig,
-    key: PRNGKeyArray,
-    subsets: Int[np.ndarray, " particles"] | None,
+def halves(
+    count: int, key: PRNGKeyArray, subsets: Int[np.ndarray, " particles"] | None
 ) -> list[Int[np.ndarray, " members"]]:
-    """Return the particles of every set that is refined by itself."""
-    if not config.half_sets:
-        return [np.arange(count)]
+    """Return the particles of two halves: given as 1 and 2, or dealt at random."""
     if subsets is None:
         order = np.asarray(jax.random.permutation(key, count))
-        return [np.sort(order[::2]), np.sort(order[1::2])]
+        subsets = np.empty(count, int)
+        subsets[order] = 1 + np.arange(count) % 2
     if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
             f"half sets want a 1 or a 2 for each of {count} particles, not "
             f"{sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
         )
-    return [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
+    sets = [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
+    if min(len(some) for some in sets) < FEWEST:
+        raise InputError(
+            f"each half set wants at least {FEWEST} particles, not {len(sets[0])} and "
+            f"{len(sets[1])}"
+        )
+    return sets
 
 
 def take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
@@ -235,8 +242,8 @@ def take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
 def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, Volume]:
     """Return poses and map in single precision; refuse what does not fit."""
     count, n = len(particles), particles.image_size
-    if count < 4:
-        raise InputError(f"at least 4 particles are wanted, not {count}")
+    if count < FEWEST:
+        raise InputError(f"at least {FEWEST} particles are wanted, not {count}")
     if n < 16:
         raise InputError(f"images of side 16 or more are wanted, not {n}")
     if poses.angles.shape != (count, 3) or poses.shifts.shape != (count, 2):

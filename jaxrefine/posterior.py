@@ -5,6 +5,7 @@ depends neither on the batch it is in nor on the batches' size (but for rounding
 candidates are drawn with a key of its own.
 """
 
+import math
 from collections.abc import Iterator
 from typing import final
 
@@ -12,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Complex, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Complex, Float, Int, Key, PRNGKeyArray
 
 from jaxrefine import search, slices
 from jaxrefine._types import Images
@@ -21,11 +22,12 @@ from jaxrefine.gridding import Spectrum
 from jaxrefine.hypotheses import Hypotheses, Prior, merge
 from jaxrefine.particles import Particles
 from jaxrefine.slices import Disc
-from jaxrefine.tangent import Estimate, PoseUpdate
+from jaxrefine.tangent import Estimate, PoseUpdate, retract
 
 NEGLIGIBLE = 1e-2
 """Hypotheses less probable than this are not followed."""
 
+_LEAST_CURVATURE = 0.1  # of that of Gauss and Newton
 _POINTS_AT_ONCE = 2**21  # slice samples in a batch of the search: 16 MiB of spectra
 
 
@@ -39,10 +41,10 @@ class View(eqx.Module):
         Frequencies that are compared.
     weights
         Multiplicity over the power of the noise; zero at the origin, since an image's
-        mean says nothing about a pose and much about the background.
+        mean says much about the background, and in shells without power.
     inverse_noise
         One over the power of the noise in a *pixel*: its power in the spectrum over
-        the number of pixels.
+        the number of pixels. Zero where the weights are.
     frequencies_in_inverse_angstroms
         Frequencies of the disc, for the optics.
     """
@@ -68,11 +70,11 @@ def view(particles: Particles, r_max: int, noise: Float[Array, "shells"]) -> Vie
     m = particles.image_size
     disc = slices.disc(m, r_max)
     power = noise[disc.shells]
-    weights = disc.multiplicity.astype(noise.dtype) / power
+    inverse = jnp.where((disc.shells > 0) & (power < jnp.inf), m**2 / power, 0.0)
+    weights = disc.multiplicity.astype(noise.dtype) * inverse / m**2
     frequencies = disc.frequencies.astype(noise.dtype)
     physical = frequencies / (m * particles.pixel_size_in_angstroms)
-    weights = jnp.where(disc.shells > 0, weights, 0.0)
-    return View(disc, weights, m**2 / power, physical)
+    return View(disc, weights, inverse, physical)
 
 
 def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
@@ -314,14 +316,90 @@ def weigh(
     shifts: Float[Array, "p h 2"],
     evidence: Float[Array, "p h"],
     separation: Float[Array, ""],
+    keep: int,
 ) -> tuple[Hypotheses, Int[Array, "p h"]]:
-    """Rank the candidates of every particle; see `hypotheses.merge`."""
-    return jax.vmap(lambda r, t, e: merge(r, t, e, separation))(
+    """Rank the candidates of every particle and keep the best; see `hypotheses.merge`.
+
+    The weights of those that are kept add up to 1.
+    """
+    ranked, order = jax.vmap(lambda r, t, e: merge(r, t, e, separation))(
         rotations, shifts, evidence
     )
+    kept = jax.tree.map(lambda leaf: leaf[:, :keep], ranked)
+    weights = jax.nn.log_softmax(kept.log_weights, axis=-1)
+    return Hypotheses(kept.rotations, kept.shifts, weights), order
 
 
-def open_particles(hypotheses: Hypotheses) -> Bool[np.ndarray, " particles"]:
-    """Return which particles have more than one hypothesis worth following."""
-    weights = np.asarray(hypotheses.weights)
-    return weights[:, 1:].max(axis=1, initial=0.0) > NEGLIGIBLE
+@eqx.filter_jit
+def _curvature(
+    spectrum: Spectrum,
+    view: View,
+    images: Images,
+    ctf: CTF | None,
+    prior: Prior,
+    rotations: Float[Array, "b 3 3"],
+    shifts: Float[Array, "b 2"],
+    information: Float[Array, "b 5 5"],
+) -> Float[Array, "b 5 5"]:
+    data, transfer = view.spectra(images), view.transfer(ctf)
+
+    def one(data, transfer, prior, rotation, shift, information):
+        # Columns are five independent errors of one standard deviation.
+        half = jnp.linalg.inv(jnp.linalg.cholesky(information)).T
+        steps = math.sqrt(5) * jnp.concatenate([half.T, -half.T])
+
+        def gradient(step):
+            place = retract(rotation, shift, step)
+            _, slope = slices.cost_and_gradient(
+                spectrum, view.disc, data, *place, transfer, view.weights
+            )
+            return jnp.matmul(half.T, slope + prior.gradient(*place))
+
+        slopes = jax.lax.map(gradient, steps)
+        mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))
+        back = jnp.linalg.cholesky(information)
+        whitened = (mean + mean.T) / 2
+        found = back @ whitened @ back.T
+        sound = jnp.linalg.eigvalsh(whitened)[0] > _LEAST_CURVATURE
+        return jnp.where(sound, found, information)
+
+    return jax.vmap(one)(data, transfer, prior, rotations, shifts, information)
+
+
+def curvature(
+    particles: Particles,
+    owners: Int[np.ndarray, " c"],
+    spectrum: Spectrum,
+    view: View,
+    prior: Prior,
+    rotations: Float[np.ndarray, "c 3 3"],
+    shifts: Float[np.ndarray, "c 2"],
+    information: Float[np.ndarray, "c 5 5"],
+    batch_size: int,
+) -> Float[np.ndarray, "c 5 5"]:
+    r"""Return the mean Hessian of the cost over the Gaussian posterior of each pose.
+
+    .. math:: \mathbb{E}[\nabla^2 J] = \Sigma^{-1}\, \mathbb{E}[\delta\, \nabla
+       J(\delta)^T], \qquad \delta \sim \mathcal{N}(0, \Sigma)
+
+    by the cubature rule of third degree: gradients at plus and minus :math:`\sqrt 5`
+    standard deviations along five axes. Unlike the information of Gauss and Newton it
+    knows the residual and how the cost flattens away from its optimum, so ellipsoids
+    of its inverse cover what they should more nearly. Where it is not safely positive
+    definite, the given information is returned.
+    """
+    done = []
+    for batch, new in batches(np.arange(len(owners)), batch_size):
+        images, ctf = particles.batch(owners[batch])
+        found = _curvature(
+            spectrum,
+            view,
+            images,
+            ctf,
+            prior.take(owners[batch]),
+            jnp.asarray(rotations[batch]),
+            jnp.asarray(shifts[batch]),
+            jnp.asarray(information[batch]),
+        )
+        done.append(np.asarray(found)[:new])
+    return np.concatenate(done)

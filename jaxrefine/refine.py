@@ -16,7 +16,7 @@ of all particles. The images are visited in batches, from wherever they are kept
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import equinox as eqx
@@ -34,6 +34,7 @@ from jaxrefine.particle_set import (
     SetState,
     checked,
     divide,
+    halves,
     particle_set,
     take,
 )
@@ -50,7 +51,8 @@ __all__ = [
 ]
 
 _SUPPORTED = 0.5  # correlation of the folds' maps up to where poses are compared
-_SETTLED = 0.75  # poses that change by more of what they changed before have settled
+_SETTLED = 0.3  # poses have settled that change by less of their error bars
+_SLOW = 0.75  # or by more of what they changed before
 _STALLED = 2e-3  # growth of the gold-standard correlation that is worth an iteration
 
 
@@ -121,7 +123,8 @@ class Reconstruction:
     volume
         The map.
     half_maps
-        Maps of two halves of the particles, made with the same ``tau``.
+        Maps of two halves of the particles, each by itself, made with the ``tau`` that
+        was the best of those tried.
     lam, tau
         Weight of the regulariser, absolute and in units of the noise.
     errors
@@ -292,7 +295,7 @@ def _iterate(
     grown = _next_band_limit(r_max, float(np.mean(supported)), sets[0])
     change = float(np.mean([report.angle_change_in_degrees for report in reports]))
     if gold is None:
-        better = change < _SETTLED * float(state.angle_change)
+        better = _SETTLED * _error_bar(new) < change < _SLOW * float(state.angle_change)
     else:
         better = gold > float(state.best_gold) + _STALLED
     searching = iteration <= max(config.multi_start, default=-1)
@@ -328,6 +331,13 @@ def _iterate(
     return state, info
 
 
+def _error_bar(sets: list[SetState]) -> float:
+    """Return the median standard deviation of a rotation, in degrees."""
+    information = np.concatenate([np.asarray(one.information) for one in sets])
+    covariance = np.linalg.inv(information)[:, :3, :3]
+    return float(np.rad2deg(np.median(np.sqrt(np.trace(covariance, axis1=1, axis2=2)))))
+
+
 def _next_band_limit(r_max: int, supported: float, whole: ParticleSet) -> int:
     """Grow the band limit to what the folds' maps support, at most twofold at a time.
 
@@ -359,13 +369,16 @@ def _conclude(
     evidence = np.zeros(count, angles.dtype)
     silent = np.zeros(count, bool)
     sums, maps, new = [], [], []
+    r_max = slices.bucket(int(state.r_max), sets[0].particles.image_size)
     for one, some, old in zip(sets, members, state.sets, strict=True):
         nothing = engine.undetermined(old)
         best = old.hypotheses.best()
         moved = ~nothing
         angles[some[moved]] = np.asarray(best.angles)[moved]
         shifts[some[moved]] = np.asarray(best.shifts)[moved]
-        information[some] = old.information
+        known = engine.measure_information(one, old, r_max)
+        unrefined = np.asarray(jax.vmap(lambda p: p.information())(one.prior))
+        information[some] = np.where(nothing[:, None, None], unrefined, known)
         evidence[some] = old.evidence
         silent[some] = nothing
         part = engine.sum_up(one, old.hypotheses, old.noise, moved)
@@ -407,6 +420,7 @@ def reconstruct(
     config: RefineConfig | None = None,
     *,
     key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None = None,
 ) -> Reconstruction:
     """Make a map of particles at given poses, which are kept.
 
@@ -421,6 +435,8 @@ def reconstruct(
         Parameters, of which those of the volume update matter.
     key
         Deals the particles into two halves.
+    subsets
+        The half of each particle, 1 or 2; dealt at random without it.
 
     Raises
     ------
@@ -431,13 +447,18 @@ def reconstruct(
     n = particles.image_size
     poses, volume = checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
     whole = particle_set(particles, poses, key, config)
+    if subsets is not None:
+        fold = np.zeros(len(particles), int)
+        fold[halves(len(particles), key, subsets)[1]] = 1
+        whole = replace(whole, fold=fold)
     state = engine.start(whole, poses, volume)
     everyone = np.ones(len(particles), bool)
     data = crossfit.folds(engine.sum_up(whole, state.hypotheses, state.noise, everyone))
     state = engine.update_maps(whole, state, data)
     sums = engine.sum_up(whole, state.hypotheses, state.noise, everyone)
     found, state = engine.final_map(whole, state, sums)
-    first, second = (np.asarray(one.coefficients) for one in state.maps)
+    # The first map is made of the particles that are not in the first fold.
+    second, first = (np.asarray(one.coefficients) for one in state.maps)
     return Reconstruction(
         np.asarray(found.volume), (first, second), found.lam, found.tau, found.errors
     )

@@ -160,7 +160,7 @@ class LevenbergMarquardt(eqx.Module):
 
 @final
 class Descent(eqx.Module):
-    """Any gradient method of ``optax`` on the 5-vector of the tangent space.
+    """A first-order method of ``optax`` on the 5-vector of the tangent space.
 
     The gradient is scaled by the square roots of the information's diagonal at the
     start, which makes radians and pixels alike; the best pose met is kept.
@@ -187,11 +187,12 @@ class Descent(eqx.Module):
         start = constraint(rotation, shift)
         cost, gradient, information = objective(*start)
         scale = jnp.sqrt(jnp.diag(information)) + jnp.finfo(rotation.dtype).tiny
-        memory = self.transformation.init(jnp.zeros_like(gradient))
+        here = jnp.zeros_like(gradient)
+        memory = self.transformation.init(here)
 
         def iterate(carry, _):
             pose, gradient, memory, best = carry
-            step, memory = self.transformation.update(gradient / scale, memory)
+            step, memory = self.transformation.update(gradient / scale, memory, here)
             moved = retract(pose[0], pose[1], jnp.asarray(step) / scale)
             pose = constraint(*moved)
             cost, gradient, information = objective(*pose)

@@ -125,6 +125,7 @@ def test_the_folder_of_a_finished_run(data, capsys, stand_in):
     before = read_star(data / "particles.star")
     after = read_star(data / "out/particles.star")
     added = ["rlnLogLikeliContribution", "jaxrefineAngleStd", "jaxrefineShiftStd"]
+    added += ["jaxrefineUndetermined"]
     assert list(after["particles"]) == [*before["particles"], *added]
     assert after["optics"] == before["optics"]
     old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
@@ -139,6 +140,7 @@ def test_the_folder_of_a_finished_run(data, capsys, stand_in):
     np.testing.assert_allclose(table[added[0]], np.arange(COUNT) - 0.5)
     np.testing.assert_allclose(table[added[1]], np.rad2deg(0.03), atol=1e-6)
     np.testing.assert_allclose(table[added[2]], 0.5)
+    np.testing.assert_array_equal(table[added[3]], np.arange(COUNT) == 3)
     volume, voxel = read_mrc(data / "out/map.mrc")
     np.testing.assert_array_equal(volume, 2 * read_mrc(data / "init.mrc")[0])
     assert voxel == PIXEL
@@ -189,7 +191,7 @@ def test_half_sets_are_the_files_or_dealt(data, capsys, stand_in):
     assert run(capsys, *again)[0] == 0
     np.testing.assert_array_equal(stand_in.calls[1].subsets, [1] * 3 + [2] * 5)
     table = read_star(data / "again/particles.star")["particles"]
-    assert list(table)[-4:-2] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
+    assert list(table)[-5:-3] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
 
 
 # --- resuming
@@ -360,7 +362,8 @@ def maker(monkeypatch):
     """Replace the engine of ``reconstruct``; return its calls."""
     calls = []
 
-    def stand_in(particles, poses, config, *, key):
+    def stand_in(particles, poses, config, *, key, subsets):
+        assert subsets is None
         calls.append((particles, poses, config, key))
         n = particles.image_size
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))

@@ -316,10 +316,19 @@ def test_cross_validation_finds_the_minimum_of_a_scan(noisy, scan, start):
 
 def test_cross_validation_stops_when_its_trials_are_spent(noisy):
     tau, _, table = crossfit.cross_validate(
-        noisy.folds, noisy.starts, jnp.asarray(0.05), tv.IsotropicTV(), 30, trials=3
+        noisy.folds, noisy.starts, jnp.asarray(0.15), tv.IsotropicTV(), 30, trials=3
     )
     assert len(table) <= 4
-    assert 0.05 < float(tau) <= 0.05 * 1.4**3
+    assert 0.15 < float(tau) <= 0.15 * 1.4**3
+
+
+def test_cross_validation_walks_the_right_way_from_a_cold_start(noisy, scan):
+    """Far below the best tau it has to go up, though no map has converged yet."""
+    assert scan[0][np.argmin(scan[1])] > 0.1
+    tau, *_ = crossfit.cross_validate(
+        noisy.folds, noisy.starts, jnp.asarray(0.05), tv.IsotropicTV(), 30
+    )
+    assert float(tau) > 0.05
 
 
 # --- shells

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from jaxrefine import hypotheses, posterior, slices
+from jaxrefine import hypotheses, posterior, slices, tangent
 from jaxrefine.ctf import CTF
 from jaxrefine.geometry import Poses
 from jaxrefine.gridding import Gridding
@@ -103,7 +103,8 @@ def test_the_view(scene):
     origin = np.asarray(view.disc.shells) == 0
     weights = np.asarray(view.disc.multiplicity) / (SIGMA * N) ** 2
     np.testing.assert_allclose(view.weights, np.where(origin, 0, weights), rtol=1e-6)
-    np.testing.assert_allclose(view.inverse_noise, 1 / SIGMA**2, rtol=1e-6)
+    inverse = np.where(origin, 0, 1 / SIGMA**2)
+    np.testing.assert_allclose(view.inverse_noise, inverse, rtol=1e-6)
     physical = np.asarray(view.disc.frequencies) / (N * PIXEL)
     np.testing.assert_allclose(
         view.frequencies_in_inverse_angstroms, physical, rtol=1e-6
@@ -143,6 +144,49 @@ def test_covariances_are_honest(scene, polished):
     assert bound[:3].max() < 0.25 and bound[3:].max() < 1
 
 
+def test_the_curvature_is_the_mean_hessian(scene, polished):
+    """Against the Hessian, by autodiff, averaged over draws from the Gaussian."""
+    owners = np.array([5, 9])
+    pose = polished.rotations[owners], polished.shifts[owners]
+    information = polished.information[owners]
+    found = posterior.curvature(
+        scene.particles,
+        owners,
+        scene.spectrum,
+        scene.view,
+        scene.prior,
+        *pose,
+        information,
+        2,
+    )
+    images, ctf = scene.particles.batch(owners)
+    data, transfer = scene.view.spectra(images), scene.view.transfer(ctf)
+
+    def cost(step, prior, rotation, shift, data, transfer):
+        place = tangent.retract(rotation, shift, step)
+        view = scene.view
+        likelihood = slices.cost(
+            scene.spectrum, view.disc, data, *place, transfer, view.weights
+        )
+        return likelihood + prior.cost(*place)
+
+    hessian = jax.vmap(jax.hessian(cost), in_axes=(0, *[None] * 5))
+    rng = np.random.default_rng(0)
+    for i, owner in enumerate(owners):
+        prior = jax.tree.map(lambda leaf, owner=owner: leaf[owner], scene.prior)
+        half = np.linalg.cholesky(np.linalg.inv(information[i].astype(float)))
+        draws = rng.normal(size=(200, 5))
+        draws = np.concatenate([draws, -draws]) @ half.T
+        place = (jnp.asarray(part[i]) for part in pose)
+        hessians = hessian(
+            jnp.asarray(draws, SINGLE), prior, *place, data[i], transfer[i]
+        )
+        mean = np.mean(np.asarray(hessians, float), axis=0)
+        assert np.abs(half.T @ (found[i] - mean) @ half).max() < 0.1
+        # It is not the information that it was made from.
+        assert np.abs(half.T @ (found[i] - information[i]) @ half).max() > 0.02
+
+
 def test_silent_images_go_where_the_prior_is(scene, polished):
     """Zeros and a constant: nothing but a map that is not seen; finite throughout."""
     for leaf in jax.tree.leaves(polished):
@@ -158,7 +202,8 @@ def test_without_a_map_nothing_is_known(scene):
     np.testing.assert_allclose(result.evidence, 0, atol=1e-3)
     expected = np.diag([1 / 0.5**2] * 3 + [1 / 2.0**2] * 2)
     np.testing.assert_allclose(result.information, np.tile(expected, (50, 1, 1)))
-    assert np.abs(errors_of(scene, Padded(result))[:50]).max() < 1e-4
+    # A cost of 100 is rounded to 1e-5, which a pose 0.005 standard deviations off has.
+    assert np.abs(errors_of(scene, Padded(result))[:50]).max() < 0.01
 
 
 class Padded:
@@ -273,17 +318,12 @@ def test_weigh_is_merge_for_each():
     shifts, evidence = jnp.zeros((4, 3, 2)), jnp.asarray(rng.normal(size=(4, 3)))
     evidence = evidence.at[2, 1:].set(-jnp.inf)
     separation = jnp.asarray(0.05)
-    known, order = posterior.weigh(rotations, shifts, evidence, separation)
+    known, order = posterior.weigh(rotations, shifts, evidence, separation, 3)
     for i in range(4):
         one, places = hypotheses.merge(rotations[i], shifts[i], evidence[i], separation)
         np.testing.assert_array_equal(order[i], places)
         np.testing.assert_allclose(known.weights[i], one.weights, atol=1e-12)
         np.testing.assert_array_equal(known.rotations[i], one.rotations)
-    weights = np.asarray(known.weights)
-    expected = (weights[:, 1:] > posterior.NEGLIGIBLE).any(axis=1)
-    np.testing.assert_array_equal(posterior.open_particles(known), expected)
-    assert not expected[2] and expected.any()
-    single = hypotheses.Hypotheses(
-        known.rotations[:, :1], known.shifts[:, :1], known.log_weights[:, :1]
-    )
-    assert not posterior.open_particles(single).any()
+    fewer, _ = posterior.weigh(rotations, shifts, evidence, separation, 2)
+    np.testing.assert_array_equal(fewer.rotations, known.rotations[:, :2])
+    np.testing.assert_allclose(np.sum(fewer.weights, axis=1), 1.0)

@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_refines_poses():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    section = README.split("## The paper's algorithm in twenty lines")[1]
+    example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", example],
@@ -26,6 +27,17 @@ def test_example_refines_poses():
     for figure in ("angle_error_deg_median", "shift_error_px_median"):
         assert refined[figure] < 0.5 * initial[figure]
     assert float(fsc.removeprefix("mean FSC ")) > 0.5
+
+
+def test_the_library_example_uses_what_there_is():
+    import jaxrefine  # noqa: PLC0415
+
+    section = README.split("## As a library")[1].split("## ")[0]
+    for field in re.findall(r"result\.([a-z_]+)", section):
+        assert field in jaxrefine.refine.Result.__annotations__, field
+    for name in re.findall(r"`([a-z_]+)`", section):
+        modules = (jaxrefine.RefineConfig.__annotations__, ["optax"])
+        assert any(name in module for module in modules), name
 
 
 def test_every_name_in_the_equation_table_exists():

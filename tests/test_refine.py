@@ -14,7 +14,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
 from jaxrefine.gridding import Gridding
 from jaxrefine.io import load_checkpoint, save_checkpoint
-from jaxrefine.particle_set import RefineConfig, particle_set
+from jaxrefine.particle_set import RefineConfig, divide, particle_set
 from jaxrefine.particles import Particles
 from jaxrefine.tangent import Descent
 
@@ -23,8 +23,8 @@ ZEROS, CONSTANT, NOISE = 3, 10, 41  # particles without a particle
 SILENT = [ZEROS, CONSTANT, NOISE]
 SINGLE = jnp.float32
 KEY = jax.random.key(3)
-# One band limit, so that all is compiled once. XLA's insertion adds up in one order;
-# finufft's threads do not, and no two runs would have the same bits.
+# One band limit and coarse interpolation, so that little is compiled, and once.
+COARSE = Gridding(2, 2.0)
 CONFIG = RefineConfig(
     angle_spread=0.3,
     shift_spread=1.2,
@@ -32,7 +32,9 @@ CONFIG = RefineConfig(
     first_r_max=LAST,
     search_r_max=LAST,
     candidates=16,
-    insertion=Gridding(2, 2.0),
+    interpolation=COARSE,
+    search_interpolation=COARSE,
+    insertion=COARSE,
     batch_size=64,
 )
 
@@ -48,7 +50,7 @@ class Scene:
             simulate.random_shifts(shifts, P, 1.5, SINGLE),
         )
         disc = slices.disc(N, LAST)
-        spectrum = Gridding(6, 2.0).spectrum(self.truth, LAST)
+        spectrum = Gridding(4, 2.0).spectrum(self.truth, LAST)
         clean = slices.to_images(slices.project(spectrum, disc, self.poses), disc)
         sigma = simulate.noise_std(clean, snr_db)
         self.images = np.array(simulate.add_noise(noise, clean, sigma), np.float32)
@@ -149,6 +151,58 @@ def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
     assert 1 / 1.4 <= oracle.tau / tried <= 1.4
 
 
+def test_the_background_does_not_matter(scene, oracle):
+    """An offset of every image says nothing, be it zero mean or many sigmas."""
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    images = scene.images[some]
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    for offset in (-mean, 10 * images.std()):
+        particles = Particles(images + offset)
+        again = refine.reconstruct(particles, poses, CONFIG, key=KEY)
+        assert scene.fsc(again.volume) == pytest.approx(
+            scene.fsc(oracle.volume), abs=0.01
+        )
+        assert again.tau == pytest.approx(oracle.tau, rel=0.05)
+
+
+def test_shells_that_are_empty_are_ignored(scene, oracle):
+    """Images cut off below Nyquist make a map cut off there, and no other."""
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    disc = slices.disc(N, LAST - 3)
+    spectra = slices.image_spectra(jnp.asarray(scene.images[some]), disc)
+    images = np.asarray(slices.to_images(spectra, disc))
+    again = refine.reconstruct(Particles(images), poses, CONFIG, key=KEY)
+    kept = slice(1, LAST - 3)
+    before, after = (
+        np.asarray(metrics.fsc(jnp.asarray(x.volume), scene.truth))[kept]
+        for x in (oracle, again)
+    )
+    np.testing.assert_allclose(after, before, atol=0.05)
+
+
+def test_reconstruct_respects_subsets(scene):
+    """The first half map is made of the first half, and of nothing else."""
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    subsets = 1 + (np.arange(len(some)) < len(some) // 3)
+    images = scene.images[some]
+    maps = []
+    for factor in (1.0, 0.0):
+        scale = np.where(subsets == 2, factor, 1.0).astype(np.float32)
+        made = refine.reconstruct(
+            Particles(images * scale[:, None, None]),
+            poses,
+            dataclasses.replace(CONFIG, tau=1.0),
+            key=KEY,
+            subsets=subsets,
+        )
+        maps.append(made.half_maps)
+    assert np.abs(maps[1][1]).max() < 1e-3 * np.abs(maps[0][1]).max()
+    assert scene.fsc(maps[1][0]) > 0.5
+
+
 def test_images_that_show_nothing(scene, run):
     """Zeros, a constant and noise end where they began, and are told apart."""
     result, _ = run
@@ -185,6 +239,25 @@ def test_poses_stay_in_their_bounds(scene, run):
     assert np.arccos(np.clip((trace - 1) / 2, -1, 1)).max() < 0.1 + 1e-3
     moves = np.asarray(result.poses.shifts) - np.asarray(scene.initial.shifts)
     assert np.linalg.norm(moves, axis=1).max() <= 0.3 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_the_scale_of_the_initial_map_does_not_matter(scene, factor):
+    """It is given that of the images, whatever it was; an empty map stays empty."""
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
+    known = [
+        engine.start(whole, scene.initial, scene.map * jnp.asarray(f, SINGLE))
+        for f in (1.0, factor, 0.0)
+    ]
+    maps = [np.asarray(one.maps[0].coefficients * one.gain[0]) for one in known]
+    peak = float(scene.truth.max())
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-4 * peak)
+    np.testing.assert_array_equal(maps[2], 0)
+    # The images are projections of the truth: so is the blurred map's low end.
+    low = np.abs(np.fft.rfftn(maps[0]))[0, 0, 1:3] / np.abs(
+        np.fft.rfftn(scene.map)[0, 0, 1:3]
+    )
+    assert (np.abs(np.log(low)) < np.log(1.6)).all()
 
 
 # --- what a callback gets
@@ -258,8 +331,9 @@ def test_a_finished_run_is_only_concluded(scene, run):
     assert_identical(outcome(again), outcome(result))
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_matter(scene, run):
-    result = scene.refine(dataclasses.replace(CONFIG, batch_size=7))
+    result = scene.refine(dataclasses.replace(CONFIG, batch_size=27))
     rotations, exact = (euler_to_matrix(one.poses.angles) for one in (result, run[0]))
     # Beyond rounding: a particle with two almost equal hypotheses may choose another.
     gaps = np.abs(np.asarray(rotations) - np.asarray(exact)).max(axis=(1, 2))
@@ -321,18 +395,28 @@ def test_half_sets_know_nothing_of_each_other(scene, halves):
     assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
 
 
-def test_subsets_are_respected(halves):
-    """Relabelling the sets swaps them; without labels they are dealt in two halves."""
+def test_subsets_are_respected(scene, halves):
+    """Sets are who they are said to be; without labels they are two halves."""
     sizes = [len(one.evidence) for one in halves[0].state.sets]
     assert sizes == [P // 2, P // 2]
     uneven = np.where(np.arange(P) < 20, 2, 1)
+
+    def deal(config, subsets):
+        particles = Particles(scene.images)
+        return divide(particles, scene.initial, config, KEY, subsets)[1:]
+
     for subsets, expected in ((uneven, [60, 20]), (None, [40, 40])):
-        members = refine._members(P, HALVES, KEY, subsets)
+        members, sets = deal(HALVES, subsets)
         assert [len(some) for some in members] == expected
         assert sorted(np.concatenate(members)) == list(range(P))
-    members = refine._members(P, HALVES, KEY, uneven)
-    np.testing.assert_array_equal(members[1], np.arange(20))
-    (everyone,) = refine._members(P, CONFIG, KEY, None)
+        for some, one in zip(members, sets, strict=True):
+            images, _ = one.particles.batch(np.arange(len(some)))
+            np.testing.assert_array_equal(images, scene.images[some])
+            np.testing.assert_array_equal(one.prior.shifts, scene.initial.shifts[some])
+            # Two folds of each set, as large as each other.
+            assert abs(len(one.members(0)) - len(one.members(1))) <= 1
+    np.testing.assert_array_equal(deal(HALVES, uneven)[0][1], np.arange(20))
+    (everyone,), _ = deal(CONFIG, None)
     np.testing.assert_array_equal(everyone, np.arange(P))
 
 
@@ -416,9 +500,9 @@ def test_the_wide_search_keeps_all_that_is_known(scene, run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_band_limit_marches(scene):
-    """As users run it: defaults, finufft if there is one, a limit that only grows."""
+    """It only grows; with the default insertion, too, runs repeat their bits."""
     config = dataclasses.replace(
-        CONFIG, first_r_max=7, iterations=4, multi_start=(0,), insertion=None
+        CONFIG, first_r_max=7, iterations=2, multi_start=(0,), insertion=None
     )
     seen = []
     result = scene.refine(config, callback=lambda state, info: seen.append(info))
@@ -426,7 +510,8 @@ def test_the_band_limit_marches(scene):
     assert radii == sorted(radii) and radii[0] < radii[-1] <= LAST
     assert radii[0] <= 7 and (np.diff(np.log2(radii)) <= 1).all()
     assert all(info.search_r_max <= info.r_max for info in seen)
-    assert scene.errors(result.poses)["angle_error_deg_median"] < 5
+    assert scene.errors(result.poses)["angle_error_deg_median"] < 8
+    assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
 # --- what is refused
@@ -520,8 +605,8 @@ def test_input_that_does_not_fit(case):
 
 def test_an_image_that_is_not_finite_is_named():
     images, poses, volume = blank()
-    images[4, 0, 0] = np.nan
-    with pytest.raises(InputError, match=r"^Image 4 \(from 0\) holds a value"):
+    images[:, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^Image [0-5] \(from 0\) holds a value"):
         refine.refine(Particles(images), poses, volume, key=KEY)
 
 
@@ -546,7 +631,7 @@ def test_subsets_that_are_none(subsets, words):
         )
 
 
-def test_a_half_set_wants_two_particles():
+def test_a_half_set_wants_enough_particles():
     """Each set is dealt into two folds, neither of which may be empty."""
     images, poses, volume = blank()
     config = RefineConfig(half_sets=True, iterations=1)

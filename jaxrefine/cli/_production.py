@@ -78,6 +78,7 @@ def run(
         "tau": float(result.tau),
     }
     further = columns(result.log_likelihood, result.covariances)
+    further["jaxrefineUndetermined"] = undetermined.astype(int)
     if subsets is not None:
         further["rlnRandomSubset"] = subsets
     if result.fsc is not None:

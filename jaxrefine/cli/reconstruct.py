@@ -49,9 +49,12 @@ def run(options: argparse.Namespace) -> None:
     from jaxrefine import refine
 
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    config = refine.RefineConfig(half_sets=options.half_sets, **chosen)
+    config = refine.RefineConfig(**chosen)
     key = jax.random.key(options.seed)
-    result = refine.reconstruct(source.particles, source.poses, config, key=key)
+    subsets = source.random_subset if options.half_sets else None
+    result = refine.reconstruct(
+        source.particles, source.poses, config, key=key, subsets=subsets
+    )
     pixel = source.particles.pixel_size_in_angstroms
     io.write_mrc(out, result.volume, pixel)
     written = [out]
