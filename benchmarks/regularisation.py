@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from refinement import Case, mean_fsc, simulate
 
-from jaxrefine import admm, crossfit, engine
+from jaxrefine import admm, crossfit, map_update
 from jaxrefine.geometry import Poses
 from jaxrefine.particle_set import RefineConfig, particle_set
 from jaxrefine.particles import Particles
@@ -69,8 +69,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     def sums_of(images: np.ndarray):
         particles = Particles(images)
         whole = particle_set(particles, poses, jax.random.key(1), RefineConfig())
-        state = engine.start(whole, poses, jnp.zeros((n,) * 3, jnp.float32))
-        return engine.sum_up(whole, state.hypotheses, noise, everyone)
+        state = map_update.start(whole, poses, jnp.zeros((n,) * 3, jnp.float32))
+        return map_update.sum_up(whole, state.hypotheses, noise, everyone)
 
     first, second = sums_of(data["images"])
     both = first + second

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from jaxrefine.errors import InputError
 
@@ -22,24 +23,38 @@ def sum_over_particles(
     ``batch_size`` particles are evaluated at a time; the peak memory is that of one
     batch, and only the running sum is kept.
     """
+
+    def sum_of_batch(batch, new):
+        # A product with weights rather than a sum: XLA would fuse the evaluation into a
+        # reduction, which is a scalar loop on a CPU (slower by a factor of 10).
+        def add_up(leaf):
+            weights = new.astype(leaf.dtype)
+            return jnp.tensordot(weights, leaf, 1, precision=jax.lax.Precision.HIGHEST)
+
+        return jax.tree.map(add_up, jax.vmap(function)(batch))
+
+    return sum_over_batches(sum_of_batch, particles, batch_size)
+
+
+def sum_over_batches(
+    function: Callable[[Any, Bool[Array, "batch"]], Any],
+    particles: Any,
+    batch_size: int,
+) -> Any:
+    """Sum ``function(batch, new)`` over batches of a pytree of particles.
+
+    The last batch reaches back so as to be whole; ``new`` is false for those of its
+    particles that have been in another.
+    """
     count, size, batches = _plan(particles, batch_size)
 
     def add_batch(total, index):
         first, batch = _batch(particles, index, size, count)
         new = first + jnp.arange(size, dtype=index.dtype) >= index * size
-        values = jax.vmap(function)(batch)
+        return jax.tree.map(jnp.add, total, function(batch, new)), None
 
-        # A product with weights rather than a sum: XLA would fuse the evaluation into a
-        # reduction, which is a scalar loop on a CPU (slower by a factor of 10).
-        def add(total, leaf):
-            weights = new.astype(leaf.dtype)
-            highest = jax.lax.Precision.HIGHEST
-            return total + jnp.tensordot(weights, leaf, 1, precision=highest)
-
-        return jax.tree.map(add, total, values), None
-
-    one = jax.tree.map(lambda leaf: leaf[0], particles)
-    shapes = jax.eval_shape(function, one)
+    some = jax.tree.map(lambda leaf: leaf[:size], particles)
+    shapes = jax.eval_shape(function, some, jnp.ones(size, bool))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     indices = jnp.arange(batches, dtype=jnp.int32)
     return jax.lax.scan(add_batch, zero, indices)[0]

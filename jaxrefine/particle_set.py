@@ -89,6 +89,11 @@ class RefineConfig:
     insertion: Insertion | None = None
     batch_size: int = 256
 
+    @property
+    def last_multi_start(self) -> int:
+        """The last outer iteration that searches the whole prior; -1 without any."""
+        return max(self.multi_start, default=-1)
+
     def __post_init__(self):
         for name in ("angle_spread", "shift_spread", "max_angle", "max_shift"):
             if not getattr(self, name) > 0:
@@ -138,6 +143,12 @@ class SetState(eqx.Module):
     noise: Float[Array, "shells"]
     tau: Float[Array, ""]
     fold_fsc: Float[Array, "shells"]
+
+    @property
+    def mean_map(self) -> Volume:
+        """The mean of the folds' maps."""
+        first, second = (one.coefficients for one in self.maps)
+        return (first + second) / 2
 
 
 @final

@@ -6,7 +6,7 @@ candidates are drawn with a key of its own.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import final
 
 import equinox as eqx
@@ -85,6 +85,26 @@ def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
     for first in range(0, len(indices), size):
         part = indices[first : first + size]
         yield np.resize(part, size), len(part)
+
+
+def _visit(
+    particles: Particles,
+    owners: Int[np.ndarray, " some"],
+    prior: Prior,
+    size: int,
+    function: Callable[..., Iterable[Array]],
+) -> list[np.ndarray]:
+    """Call ``function(places, images, ctf, prior)`` batch by batch; join its results.
+
+    ``places`` are places in ``owners``, the particles that are wanted.
+    """
+    done = []
+    for places, new in batches(np.arange(len(owners)), size):
+        some = owners[places]
+        images, ctf = particles.batch(some)
+        results = function(places, images, ctf, prior.take(some))
+        done.append([np.asarray(result)[:new] for result in results])
+    return [np.concatenate(result) for result in zip(*done, strict=True)]
 
 
 @eqx.filter_jit
@@ -183,27 +203,27 @@ def explore(
     size = max(1, _POINTS_AT_ONCE // (total * len(view.disc.shells)))
     separation = jnp.asarray(1.5 / view.disc.r_max, dtype)
     spread = jnp.asarray(scan.spread, dtype)
-    found = []
-    for batch, new in batches(chosen, size):
-        images, ctf = particles.batch(batch)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(batch))
-        result = _search(
+
+    def search_batch(places, images, ctf, prior):
+        some = chosen[places]
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(some))
+        return _search(
             keys,
             spectrum,
             view,
             images,
             ctf,
-            prior.take(batch),
-            jnp.asarray(centres[batch]),
-            jnp.asarray(shifts[batch]),
+            prior,
+            jnp.asarray(centres[some]),
+            jnp.asarray(shifts[some]),
             spread,
             offsets,
             scan.count,
             keep,
             separation,
         )
-        found.append([np.asarray(part)[:new] for part in result])
-    rotations, moved = (np.concatenate(part) for part in zip(*found, strict=True))
+
+    rotations, moved = _visit(particles, chosen, prior, size, search_batch)
     return rotations, moved
 
 
@@ -286,28 +306,27 @@ def polish(
     batch_size
         Candidates at a time.
     """
-    done = []
-    for batch, new in batches(np.arange(len(owners)), batch_size):
-        images, ctf = particles.batch(owners[batch])
+
+    def polish_batch(places, images, ctf, prior):
         estimate, evidence = _polish(
             spectrum,
             view,
             images,
             ctf,
-            prior.take(owners[batch]),
-            jnp.asarray(rotations[batch]),
-            jnp.asarray(shifts[batch]),
+            prior,
+            jnp.asarray(rotations[places]),
+            jnp.asarray(shifts[places]),
             update,
         )
-        parts = (
+        return (
             estimate.rotation,
             estimate.shift,
             estimate.information,
             estimate.damping,
             evidence,
         )
-        done.append([np.asarray(part)[:new] for part in parts])
-    return Polished(*(np.concatenate(part) for part in zip(*done, strict=True)))
+
+    return Polished(*_visit(particles, owners, prior, batch_size, polish_batch))
 
 
 @eqx.filter_jit
@@ -344,8 +363,9 @@ def _curvature(
     data, transfer = view.spectra(images), view.transfer(ctf)
 
     def one(data, transfer, prior, rotation, shift, information):
+        root = jnp.linalg.cholesky(information)
         # Columns are five independent errors of one standard deviation.
-        half = jnp.linalg.inv(jnp.linalg.cholesky(information)).T
+        half = jnp.linalg.inv(root).T
         steps = math.sqrt(5) * jnp.concatenate([half.T, -half.T])
 
         def gradient(step):
@@ -357,9 +377,8 @@ def _curvature(
 
         slopes = jax.lax.map(gradient, steps)
         mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))
-        back = jnp.linalg.cholesky(information)
         whitened = (mean + mean.T) / 2
-        found = back @ whitened @ back.T
+        found = root @ whitened @ root.T
         sound = jnp.linalg.eigvalsh(whitened)[0] > _LEAST_CURVATURE
         return jnp.where(sound, found, information)
 
@@ -388,18 +407,18 @@ def curvature(
     of its inverse cover what they should more nearly. Where it is not safely positive
     definite, the given information is returned.
     """
-    done = []
-    for batch, new in batches(np.arange(len(owners)), batch_size):
-        images, ctf = particles.batch(owners[batch])
+
+    def curvature_of_batch(places, images, ctf, prior):
         found = _curvature(
             spectrum,
             view,
             images,
             ctf,
-            prior.take(owners[batch]),
-            jnp.asarray(rotations[batch]),
-            jnp.asarray(shifts[batch]),
-            jnp.asarray(information[batch]),
+            prior,
+            jnp.asarray(rotations[places]),
+            jnp.asarray(shifts[places]),
+            jnp.asarray(information[places]),
         )
-        done.append(np.asarray(found)[:new])
-    return np.concatenate(done)
+        return (found,)
+
+    return _visit(particles, owners, prior, batch_size, curvature_of_batch)[0]

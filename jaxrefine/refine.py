@@ -11,6 +11,10 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    of the fold that it is not in;
 4. scale, noise and supported resolution are measured shell by shell from the folds.
 
+Half sets go through this independently. Since nothing keeps them from drifting apart as
+wholes, the second is put into the frame of the first before they are compared or joined
+(:mod:`jaxrefine.half_sets`).
+
 At the end the regulariser's weight is chosen by cross-validation, and one map is made
 of all particles. The images are visited in batches, from wherever they are kept.
 """
@@ -25,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxrefine import crossfit, engine, metrics, slices
+from jaxrefine import crossfit, half_sets, map_update, metrics, pose_update, slices
 from jaxrefine._types import Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.particle_set import (
@@ -46,6 +50,7 @@ __all__ = [
     "RefineInfo",
     "RefineState",
     "Result",
+    "init",
     "reconstruct",
     "refine",
 ]
@@ -58,14 +63,40 @@ _STALLED = 2e-3  # growth of the gold-standard correlation that is worth an iter
 
 @final
 class RefineState(eqx.Module):
-    """What the next outer iteration needs; all that a checkpoint must hold."""
+    """What the next outer iteration needs; all that a checkpoint must hold.
+
+    Attributes
+    ----------
+    sets, members
+        The sets that are refined by themselves, and which particles are in them.
+    iteration, r_max
+        Outer iterations made, and the band limit of the next.
+    angle_change, best_gold
+        What the last iteration is compared with.
+    finished
+        Whether the refinement has converged.
+    """
 
     sets: tuple[SetState, ...]
+    members: tuple[Int[Array, "_"], ...]
     iteration: Int[Array, ""]
     r_max: Int[Array, ""]
     angle_change: Float[Array, ""]
     best_gold: Float[Array, ""]
     finished: Bool[Array, ""]
+
+    @property
+    def poses(self) -> Poses:
+        """The best poses so far, in the order of the particles."""
+        best = [one.hypotheses.best() for one in self.sets]
+        back = jnp.argsort(jnp.concatenate(self.members))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *best)
+
+    @property
+    def volume(self) -> Volume:
+        """The mean of the maps so far."""
+        maps = [one.mean_map for one in self.sets]
+        return sum(maps[1:], maps[0]) / len(maps)
 
 
 @final
@@ -254,13 +285,15 @@ def _start(
 ) -> RefineState:
     """Return the state before the first iteration."""
     config, dtype = sets[0].config, volume.dtype
+    size = sets[0].particles.image_size
     return RefineState(
         tuple(
-            engine.start(one, take(poses, some), volume)
+            map_update.start(one, take(poses, some), volume)
             for one, some in zip(sets, members, strict=True)
         ),
+        tuple(jnp.asarray(some, jnp.int32) for some in members),
         jnp.zeros((), jnp.int32),
-        jnp.asarray(min(config.first_r_max, sets[0].last), jnp.int32),
+        jnp.asarray(slices.bucket(config.first_r_max, size), jnp.int32),
         jnp.asarray(jnp.inf, dtype),
         jnp.zeros((), dtype),
         jnp.zeros((), bool),
@@ -272,14 +305,15 @@ def _iterate(
 ) -> tuple[RefineState, RefineInfo]:
     """Make one outer iteration on every set."""
     config, iteration = sets[0].config, int(state.iteration)
-    r_max = slices.bucket(int(state.r_max), sets[0].particles.image_size)
+    r_max = int(state.r_max)
     new, reports = [], []
     for i, (one, old) in enumerate(zip(sets, state.sets, strict=True)):
         draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
-        moved, report = engine.update_poses(one, old, iteration, r_max, draw)
+        posed, report = pose_update.update_poses(one, old, iteration, r_max, draw)
         everyone = np.ones(len(one.particles), bool)
-        sums = engine.sum_up(one, moved.hypotheses, moved.noise, everyone)
-        new.append(engine.update_maps(one, moved, crossfit.folds(sums)))
+        sums = map_update.sum_up(one, posed.hypotheses, posed.noise, everyone)
+        made = map_update.update_maps(one, posed, crossfit.folds(sums))
+        new.append(map_update.assess(one, made))
         reports.append(report)
 
     last = sets[0].last
@@ -290,7 +324,7 @@ def _iterate(
         scores.append(float(jnp.mean(curve[1:])))
     gold = None
     if len(new) == 2:
-        curve = metrics.fsc(*(_mean_map(one) for one in new))
+        curve = half_sets.correlation(new[0], new[1], sets[0])
         gold = float(jnp.mean(curve[1 : last + 1]))
     grown = _next_band_limit(r_max, float(np.mean(supported)), sets[0])
     change = float(np.mean([report.angle_change_in_degrees for report in reports]))
@@ -298,19 +332,17 @@ def _iterate(
         better = _SETTLED * _error_bar(new) < change < _SLOW * float(state.angle_change)
     else:
         better = gold > float(state.best_gold) + _STALLED
-    searching = iteration <= max(config.multi_start, default=-1)
+    searching = iteration <= config.last_multi_start
     dtype = state.angle_change.dtype
     state = RefineState(
         tuple(new),
+        state.members,
         state.iteration + 1,
         jnp.asarray(grown, jnp.int32),
         jnp.asarray(change, dtype),
         jnp.asarray(max(gold or 0.0, float(state.best_gold)), dtype),
         jnp.asarray(not (better or searching or grown > r_max)),
     )
-    searched = sum(report.searched for report in reports)
-    size = sets[0].particles.image_size
-    coarse = slices.bucket(min(r_max, config.search_r_max), size)
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(report, name) for report in reports]))
@@ -318,8 +350,8 @@ def _iterate(
     info = RefineInfo(
         iteration=iteration + 1,
         r_max=r_max,
-        search_r_max=coarse if searched else 0,
-        searched=searched,
+        search_r_max=max(report.search_r_max for report in reports),
+        searched=sum(report.searched for report in reports),
         decided=mean("decided"),
         damping=np.mean([report.damping for report in reports], axis=0).tolist(),
         angle_change_in_degrees=mean("angle_change_in_degrees"),
@@ -350,12 +382,6 @@ def _next_band_limit(r_max: int, supported: float, whole: ParticleSet) -> int:
     return max(r_max, reached)
 
 
-def _mean_map(state: SetState) -> Volume:
-    """Return the mean of the folds' maps."""
-    first, second = (one.coefficients for one in state.maps)
-    return (first + second) / 2
-
-
 def _conclude(
     sets: list[ParticleSet],
     members: list[Int[np.ndarray, " members"]],
@@ -369,22 +395,22 @@ def _conclude(
     evidence = np.zeros(count, angles.dtype)
     silent = np.zeros(count, bool)
     sums, maps, new = [], [], []
-    r_max = slices.bucket(int(state.r_max), sets[0].particles.image_size)
-    for one, some, old in zip(sets, members, state.sets, strict=True):
-        nothing = engine.undetermined(old)
+    for one, some, found in zip(sets, members, state.sets, strict=True):
+        old = found if not new else half_sets.turned(found, state.sets[0], one)
+        nothing = pose_update.undetermined(old)
         best = old.hypotheses.best()
         moved = ~nothing
         angles[some[moved]] = np.asarray(best.angles)[moved]
         shifts[some[moved]] = np.asarray(best.shifts)[moved]
-        known = engine.measure_information(one, old, r_max)
+        known = pose_update.measure_information(one, found, int(state.r_max))
         unrefined = np.asarray(jax.vmap(lambda p: p.information())(one.prior))
         information[some] = np.where(nothing[:, None, None], unrefined, known)
         evidence[some] = old.evidence
         silent[some] = nothing
-        part = engine.sum_up(one, old.hypotheses, old.noise, moved)
-        found, final = engine.final_map(one, old, part)
+        part = map_update.sum_up(one, old.hypotheses, old.noise, moved)
+        made, final = map_update.final_map(one, old, part)
         sums.append(part)
-        maps.append(found)
+        maps.append(made)
         new.append(final)
     volume, tau, half_maps, curve = maps[0].volume, maps[0].tau, None, None
     if len(sets) == 2:
@@ -393,10 +419,10 @@ def _conclude(
         tau = float(np.sqrt(maps[0].tau * maps[1].tau))
         both = [a + b for a, b in zip(*sums, strict=True)]
         joined = eqx.tree_at(lambda s: s.tau, new[0], jnp.asarray(tau, volume.dtype))
-        volume = engine.map_at(sets[0].config, both, joined).volume
+        volume = map_update.map_at(sets[0].config, both, joined).volume
     return Result(
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
-        _covariances(information),
+        np.linalg.inv(information),
         evidence,
         silent,
         np.asarray(volume),
@@ -405,13 +431,6 @@ def _conclude(
         tau,
         eqx.tree_at(lambda s: s.sets, state, tuple(new)),
     )
-
-
-def _covariances(information: Float[np.ndarray, "particles 5 5"]):
-    """Invert the information; without an iteration there is none, and no bound."""
-    if not information.any():
-        return np.full_like(information, np.inf)
-    return np.linalg.inv(information)
 
 
 def reconstruct(
@@ -451,12 +470,14 @@ def reconstruct(
         fold = np.zeros(len(particles), int)
         fold[halves(len(particles), key, subsets)[1]] = 1
         whole = replace(whole, fold=fold)
-    state = engine.start(whole, poses, volume)
+    state = map_update.start(whole, poses, volume)
     everyone = np.ones(len(particles), bool)
-    data = crossfit.folds(engine.sum_up(whole, state.hypotheses, state.noise, everyone))
-    state = engine.update_maps(whole, state, data)
-    sums = engine.sum_up(whole, state.hypotheses, state.noise, everyone)
-    found, state = engine.final_map(whole, state, sums)
+    data = crossfit.folds(
+        map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
+    )
+    state = map_update.assess(whole, map_update.update_maps(whole, state, data))
+    sums = map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
+    found, state = map_update.final_map(whole, state, sums)
     # The first map is made of the particles that are not in the first fold.
     second, first = (np.asarray(one.coefficients) for one in state.maps)
     return Reconstruction(

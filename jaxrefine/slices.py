@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxrefine import _batching, kbwf
-from jaxrefine._batching import map_over_particles
+from jaxrefine import kbwf
+from jaxrefine._batching import map_over_particles, sum_over_batches
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -325,18 +325,14 @@ def _insert(
     batch_size: int,
 ) -> Volume:
     """Insert the particles' slices into a volume of some side and ``r_max``."""
-    count, batch, batches = _batching._plan(particles, batch_size)
 
-    def add_batch(total, index):
-        first, some = _batching._batch(particles, index, batch, count)
+    def insert_batch(some, new):
         points, values = jax.vmap(slice_of)(some)
-        new = first + jnp.arange(batch, dtype=index.dtype) >= index * batch
-        values = _scaled(new[:, None].astype(total.dtype), values)
+        values = _scaled(new[:, None].astype(values.real.dtype), values)
         x, y, z = (axis.reshape(-1) for axis in points)
-        return total + insertion.adjoint((x, y, z), values.reshape(-1), *size), None
+        return insertion.adjoint((x, y, z), values.reshape(-1), *size)
 
-    blank = jnp.zeros((size[0],) * 3, particles[0].dtype)
-    return jax.lax.scan(add_batch, blank, jnp.arange(batches, dtype=jnp.int32))[0]
+    return sum_over_batches(insert_batch, particles, batch_size)
 
 
 class _Residual(eqx.Module):

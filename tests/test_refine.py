@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrefine import engine, metrics, refine, simulate, slices
+from jaxrefine import map_update, metrics, pose_update, refine, simulate, slices
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
 from jaxrefine.gridding import Gridding
@@ -246,7 +246,7 @@ def test_the_scale_of_the_initial_map_does_not_matter(scene, factor):
     """It is given that of the images, whatever it was; an empty map stays empty."""
     whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
     known = [
-        engine.start(whole, scene.initial, scene.map * jnp.asarray(f, SINGLE))
+        map_update.start(whole, scene.initial, scene.map * jnp.asarray(f, SINGLE))
         for f in (1.0, factor, 0.0)
     ]
     maps = [np.asarray(one.maps[0].coefficients * one.gain[0]) for one in known]
@@ -486,9 +486,9 @@ def test_the_wide_search_keeps_all_that_is_known(scene, run, monkeypatch):
         found = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
         return found, np.zeros((len(chosen), 3, 2), np.float32)
 
-    monkeypatch.setattr(engine.posterior, "explore", explore)
+    monkeypatch.setattr(pose_update.posterior, "explore", explore)
     chosen = whole.members(0)
-    engine._explore(whole, state, chosen, scene.map, LAST, True, KEY)
+    pose_update._explore(whole, state, chosen, scene.map, LAST, True, KEY)
     first, second = centres_seen
     np.testing.assert_allclose(first[:, 0], whole.prior.rotations[chosen])
     current = np.asarray(state.hypotheses.rotations)[chosen]

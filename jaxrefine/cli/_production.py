@@ -10,7 +10,9 @@ from jaxtyping import Int
 
 from jaxrefine import io, progress, refine
 from jaxrefine.cli._folder import RunFolder
-from jaxrefine.cli.refine import Outcome
+from jaxrefine.cli._outcome import Outcome
+from jaxrefine.errors import InputError
+from jaxrefine.particles import Particles
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
 _IN_BALL, _IN_DISC = 1 / math.sqrt(5), 1 / 2
@@ -23,9 +25,15 @@ def configure(
 
     Without priors a largest change says how well the poses are known: they are taken to
     be spread as if uniformly up to it, but rotations no further than by default.
+
+    Raises
+    ------
+    InputError
+        If the initial resolution is not one of the images'.
     """
-    del source
     chosen: dict[str, Any] = {"half_sets": options.half_sets}
+    if options.initial_resolution is not None:
+        chosen["first_r_max"] = _shell(options.initial_resolution, source.particles)
     for name in ("iterations", "batch_size"):
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
@@ -42,6 +50,18 @@ def configure(
         chosen["shift_spread"] = options.prior_shift
         chosen.setdefault("max_shift", 3 * options.prior_shift)
     return refine.RefineConfig(**chosen)
+
+
+def _shell(resolution: float, particles: Particles) -> int:
+    """Return a resolution in angstroms as a band limit in cycles per box."""
+    box = particles.image_size * particles.pixel_size_in_angstroms
+    shell, last = math.floor(box / resolution), (particles.image_size - 1) // 2
+    if not 1 <= shell <= last:
+        raise InputError(
+            f"--initial-resolution wants {box / last:.3g} to {box:g} A for these "
+            f"images, not {resolution:g}."
+        )
+    return shell
 
 
 def run(

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrefine import io, kbwf, paper, progress, spatial
 from jaxrefine.cli._folder import RunFolder
-from jaxrefine.cli.refine import Outcome
+from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 
 _BATCH_SIZE = 8
@@ -26,7 +26,8 @@ def configure(
     InputError
         If the options or the particles ask for what the preset cannot do.
     """
-    names = ("half_sets", "max_angle", "max_shift", "prior_angle", "prior_shift")
+    names = ("half_sets", "initial_resolution", "max_angle", "max_shift")
+    names += ("prior_angle", "prior_shift")
     for name in names:
         if getattr(options, name):
             raise InputError(

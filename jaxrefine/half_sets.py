@@ -1,0 +1,58 @@
+"""Two sets of particles that are refined by themselves, brought together.
+
+Nothing in the data keeps them from drifting apart as wholes, by a fraction of a degree.
+Before their maps are compared or joined, the second is put into the frame of the first.
+Neither learns anything of the other but that.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrefine import admm, alignment, metrics, slices
+from jaxrefine.particle_set import ParticleSet, SetState
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def correlation(
+    first: SetState, second: SetState, whole: ParticleSet
+) -> Float[Array, "shells"]:
+    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    motion = _motion(second, first, whole)
+    moved = alignment.move_map(second.mean_map, *motion)
+    return metrics.fsc(first.mean_map, moved)
+
+
+def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState:
+    """Turn and move a set's maps and poses, all together, to those of another set.
+
+    Parameters
+    ----------
+    state, reference
+        The set to move, and the one to move it to.
+    whole
+        The particles and parameters of the first.
+    """
+    rotation, translation = _motion(state, reference, whole)
+    maps = [
+        admm.init(alignment.move_map(one.coefficients, rotation, translation))
+        for one in state.maps
+    ]
+    rotations = jnp.matmul(state.hypotheses.rotations, rotation, precision=_HIGHEST)
+    moved = jnp.matmul(rotations[..., :2, :], translation, precision=_HIGHEST)
+    return eqx.tree_at(
+        lambda s: (s.maps, s.hypotheses.rotations, s.hypotheses.shifts),
+        state,
+        (tuple(maps), rotations, state.hypotheses.shifts - moved),
+    )
+
+
+def _motion(
+    state: SetState, reference: SetState, whole: ParticleSet
+) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
+    """Return the motion of a set's map to another's, found at the search's band."""
+    size = whole.particles.image_size
+    r_max = slices.bucket(whole.config.search_r_max, size)
+    return alignment.align_maps(state.mean_map, reference.mean_map, r_max)

@@ -1,0 +1,256 @@
+r"""The volume side of an outer iteration, for one set of particles.
+
+`start` makes the state, `sum_up` inserts the images, `update_maps` makes the folds'
+maps, `assess` measures what they are worth, `final_map` makes one of all particles.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxrefine import admm, crossfit, metrics, posterior
+from jaxrefine._types import Volume
+from jaxrefine.crossfit import FOLDS
+from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine.hypotheses import Hypotheses, certain
+from jaxrefine.particle_set import ParticleSet, RefineConfig, SetState
+from jaxrefine.posterior import NEGLIGIBLE, View
+
+_SAMPLE = 2000  # particles that scale and noise are measured from
+_EMPTY, _QUIET = 1e-6, 1e-2  # of the median shell: no data, and the least noise
+_FINAL_ROUNDS = 3
+_ROUND = 512
+
+
+def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
+    """Begin with a map of unknown scale, and with noise as strong as it is far out.
+
+    Of the map only what lies below the first band limit is used. The noise is taken to
+    be white at first, with the power of the images in the last quarter of their shells.
+    The map is scaled such that its projections have the power of the images beyond that
+    in the first three shells, which does not need the poses.
+    """
+    count = len(whole.particles)
+    hypotheses = certain(poses, whole.config.hypotheses)
+    shells = whole.particles.image_size // 2 + 1
+    one = jnp.ones(shells, volume.dtype)
+    volume = crossfit.filter_shells(volume, _up_to(whole.config.first_r_max, one))
+    sums = _measure(whole, hypotheses, [volume] * FOLDS, one)
+    power = sums.data / jnp.maximum(sums.count, 1.0)
+    outer = power[3 * whole.last // 4 : whole.last + 1]
+    level = jnp.maximum(jnp.mean(outer), _EMPTY * jnp.max(power[1:]))
+    level = jnp.where(level > 0, level, 1.0)
+    few = slice(1, 4)
+    signal = jnp.sum(sums.data[few] - level * sums.count[few])
+    model = jnp.sum(sums.model[few])
+    model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
+    scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
+    return SetState(
+        hypotheses,
+        information=jnp.zeros((count, 5, 5), volume.dtype),
+        evidence=jnp.zeros(count, volume.dtype),
+        maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
+        gain=one,
+        noise=level * one,
+        tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
+        fold_fsc=one,
+    )
+
+
+def _up_to(r_max: int, one: Float[Array, "shells"]) -> Float[Array, "shells"]:
+    """Return a gain of 1 up to a shell and 0 beyond, with a cosine edge of 3 shells."""
+    beyond = jnp.clip((jnp.arange(len(one)) - r_max) / 3, 0.0, 1.0)
+    return one * 0.5 * (1 + jnp.cos(jnp.pi * beyond.astype(one.dtype)))
+
+
+@eqx.filter_jit
+def _insert(insertion, view: View, images, ctf, poses: Poses, weights):
+    return crossfit.insert(
+        insertion,
+        view.disc,
+        view.spectra(images),
+        poses,
+        view.transfer(ctf),
+        weights[:, None] * view.inverse_noise[None],
+    )
+
+
+def sum_up(
+    whole: ParticleSet,
+    hypotheses: Hypotheses,
+    noise: Float[Array, "shells"],
+    included: Bool[np.ndarray, " particles"],
+) -> list[crossfit.Sums]:
+    """Sum up the images of each fold at all their hypotheses, by their weights."""
+    n = whole.particles.image_size
+    everything = posterior.view(whole.particles, whole.last, noise)
+    # Enough slices at a time to outweigh the FFT of the kernel's grid.
+    size = max(_ROUND, n**3 * 2 // len(everything.disc.shells))
+    weights = np.asarray(hypotheses.weights) * included[:, None]
+    weights = np.where(weights > NEGLIGIBLE, weights, 0.0)
+    sums = []
+    for fold in range(FOLDS):
+        members = whole.members(fold)
+        owners, column = np.nonzero(weights[members])
+        owners = members[owners]
+        total = crossfit.Sums.zero(n, noise.dtype)
+        places = np.arange(len(owners))
+        for batch, new in posterior.batches(places, _rounded(len(owners), size)):
+            owner, place = owners[batch], column[batch]
+            images, ctf = whole.particles.batch(owner)
+            weight = np.where(np.arange(len(batch)) < new, weights[owner, place], 0.0)
+            poses = Poses(
+                matrix_to_euler(hypotheses.rotations[owner, place]),
+                hypotheses.shifts[owner, place],
+            )
+            total = total + _insert(
+                whole.insertion,
+                everything,
+                images,
+                ctf,
+                poses,
+                jnp.asarray(weight, noise.dtype),
+            )
+        sums.append(total)
+    return sums
+
+
+def _rounded(count: int, largest: int) -> int:
+    """Return a batch size for so many, one of few so that few programs are compiled."""
+    return min(max(1, -(-count // _ROUND)) * _ROUND, largest)
+
+
+@eqx.filter_jit
+def _compare(spectrum, view: View, images, ctf, poses, included):
+    return crossfit.shell_sums(
+        spectrum, view.disc, view.spectra(images), poses, view.transfer(ctf), included
+    )
+
+
+def _measure(
+    whole: ParticleSet,
+    hypotheses: Hypotheses,
+    maps,
+    noise: Float[Array, "shells"],
+) -> crossfit.ShellSums:
+    """Compare images with the maps that they are not in, at their best poses."""
+    full = posterior.view(whole.particles, whole.last, noise)
+    poses = hypotheses.best()
+    total = None
+    for fold in range(FOLDS):
+        members = whole.members(fold)
+        some = np.linspace(0, len(members) - 1, min(len(members), _SAMPLE // FOLDS))
+        members = members[some.astype(int)]
+        size = min(whole.config.batch_size, len(members))
+        spectrum = whole.config.interpolation.spectrum(maps[fold], whole.last)
+        for batch, new in posterior.batches(members, size):
+            images, ctf = whole.particles.batch(batch)
+            part = _compare(
+                spectrum,
+                full,
+                images,
+                ctf,
+                Poses(poses.angles[batch], poses.shifts[batch]),
+                jnp.asarray(np.arange(size) < new, noise.dtype),
+            )
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> SetState:
+    """Make the folds' maps."""
+    config = whole.config
+    maps = crossfit.solve_all(
+        data, state.maps, state.tau, config.regulariser, config.admm_iterations
+    )
+    return eqx.tree_at(lambda s: s.maps, state, maps)
+
+
+def assess(whole: ParticleSet, state: SetState) -> SetState:
+    """Measure scale and noise from the images, and the correlation of the maps.
+
+    The power of the noise is infinite in shells that the images are empty in.
+    """
+    volumes = [one.coefficients for one in state.maps]
+    sums = _measure(whole, state.hypotheses, volumes, state.noise)
+    power, inside = sums.residual_power, slice(1, whole.last + 1)
+    # A shell that the images are empty in says nothing, however small its residual.
+    data = sums.data / jnp.maximum(sums.count, 1.0)
+    empty = data <= _EMPTY * jnp.median(data[inside])
+    noise = jnp.maximum(power, _QUIET * jnp.median(power[inside]))
+    noise = jnp.where(empty, jnp.inf, noise)
+    measured = jnp.arange(len(noise)) <= whole.last
+    measured = measured & (jnp.max(data[inside]) > 0)
+    noise = jnp.where(measured, noise, state.noise)
+    return eqx.tree_at(
+        lambda s: (s.gain, s.noise, s.fold_fsc),
+        state,
+        (sums.gain, noise, metrics.fsc(*volumes)),
+    )
+
+
+@final
+@dataclass(frozen=True)
+class FinalMap:
+    """A map of all particles of a set.
+
+    Attributes
+    ----------
+    volume
+        The map.
+    lam, tau
+        Weight of the regulariser, absolute and in units of the noise.
+    errors
+        Errors of prediction that ``tau`` was chosen by, if it was.
+    """
+
+    volume: Volume
+    lam: float
+    tau: float
+    errors: dict[float, float]
+
+
+def final_map(
+    whole: ParticleSet, state: SetState, sums: list[crossfit.Sums]
+) -> tuple[FinalMap, SetState]:
+    """Choose the regulariser's weight, and make one map of all particles."""
+    config, errors = whole.config, {}
+    if config.tau is None:
+        tau, maps, errors = crossfit.cross_validate(
+            crossfit.folds(sums),
+            state.maps,
+            state.tau,
+            config.regulariser,
+            config.admm_iterations,
+        )
+        state = eqx.tree_at(lambda s: (s.maps, s.tau), state, (maps, tau))
+    return map_at(config, sums, state, errors), state
+
+
+def map_at(
+    config: RefineConfig,
+    sums: list[crossfit.Sums],
+    state: SetState,
+    errors: dict[float, float] | None = None,
+) -> FinalMap:
+    """Make one map of all folds, starting between theirs, at the state's ``tau``."""
+    total = sums[0] + sums[1]
+    data = crossfit.data_term(total)
+    solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
+    for _ in range(_FINAL_ROUNDS):
+        solution, _ = crossfit.solve(
+            data,
+            total.peak,
+            solution,
+            state.tau,
+            config.regulariser,
+            config.admm_iterations,
+        )
+    lam = float(state.tau * jnp.sqrt(total.peak))
+    return FinalMap(solution.coefficients, lam, float(state.tau), errors or {})
