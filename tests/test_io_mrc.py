@@ -298,3 +298,14 @@ def test_real_stacks(data_dir, name, shape, pixel):
     images, size = read_stack(data_dir / name)
     assert images.shape == shape
     assert size == pytest.approx(pixel, rel=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_long_extended_header_is_not_taken_at_its_word(read, path, order):
+    """Else 2 GiB are allocated before the end of the file is met."""
+    write_raw(path, unique_volume(4).astype(f"{order}f4"))
+    content = bytearray(path.read_bytes())
+    content[92:96] = np.array([2**31 - 1], f"{order}i4").tobytes()
+    path.write_bytes(content)
+    assert_one_sentence(read, path, "is not an MRC file, or is damaged")

@@ -12,6 +12,7 @@ import pytest
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
+    Pairs,
     image_identities,
     map_stack,
     new_stack,
@@ -125,7 +126,8 @@ def test_a_new_file(new_style):
     assert file.particles.pixel_size_in_angstroms == 1.5
     np.testing.assert_allclose(file.poses.shifts, [[-2, 0], [1, 0], [0, -4]])
     np.testing.assert_allclose(file.poses.angles, read_poses(path)[0])
-    assert file.random_subset is None
+    assert file.random_subset is None and file.has_poses
+    np.testing.assert_array_equal(file.optics_group, [2, 1, 1])
     ctf = file.particles.ctf
     np.testing.assert_array_equal(ctf.defocus_v, [14000, 15500, 16900])
     np.testing.assert_allclose(ctf.defocus_angle, np.deg2rad([10, 20, -30]))
@@ -145,6 +147,7 @@ def test_an_old_file(old_style):
     assert pixel == pytest.approx(5e4 / 37369.207031)
     np.testing.assert_array_equal(file.poses.shifts, [[-1, 1], [-2, 0], [-3, 0]])
     np.testing.assert_array_equal(file.random_subset, [2, 1, 2])
+    assert file.optics_group is None
     np.testing.assert_array_equal(file.particles.ctf.voltage, [300, 300, 200])
     np.testing.assert_allclose(file.particles.ctf.phase_shift, [0, np.pi / 2, 0])
 
@@ -212,10 +215,10 @@ def test_many_stacks_few_open(tmp_path):
 
 
 def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
-    """Beside the table, then in the working directory, then in the data folder."""
-    folders = [tmp_path / name for name in ("table", "work", "data")]
+    """Beside the table, in the working directory, the data folder, and above."""
+    folders = [tmp_path / name for name in ("p/q/table", "work", "data", "p/q", "p")]
     for folder in folders:
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
     path = folders[0] / "p.star"
     write_star(path, {"": particle_columns(["1@raw/a.mrcs"])})
     monkeypatch.chdir(folders[1])
@@ -224,6 +227,46 @@ def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
         np.testing.assert_array_equal(
             all_images(read_particles(path, folders[2])), images
         )
+
+
+def test_without_poses(old_style, tmp_path):
+    """Particles as extracted, even with an angle in the plane, have poses of zero."""
+    path, images = old_style
+    blocks = read_star(path)
+    for name in ("rlnAngleRot", "rlnAngleTilt"):
+        del blocks["images"][name]
+    write_star(path, blocks)
+    file = read_particles(path)
+    assert not file.has_poses
+    np.testing.assert_array_equal(file.poses.angles, np.zeros((3, 3)))
+    np.testing.assert_array_equal(file.poses.shifts, np.zeros((3, 2)))
+    np.testing.assert_array_equal(all_images(file), images)
+    poses = turned(file)
+    write_particles(path, file, poses)
+    again = read_particles(path)
+    assert again.has_poses
+    np.testing.assert_allclose(again.poses.angles, poses.angles, atol=1e-8)
+    np.testing.assert_allclose(again.poses.shifts, poses.shifts, atol=1e-6)
+
+
+def test_unused_groups_may_differ(new_style):
+    """Groups go by number, however it is written, and only those in use matter."""
+    path, _ = new_style
+    blocks = read_star(path)
+    blocks["optics"] |= {"rlnImageSize": ["6", "8"], "rlnImagePixelSize": ["1.5", "2"]}
+    blocks["particles"]["rlnOpticsGroup"] = ["1", "1.000000", "01"]
+    write_star(path, blocks)
+    file = read_particles(path)
+    np.testing.assert_array_equal(file.optics_group, [1, 1, 1])
+    np.testing.assert_array_equal(file.particles.ctf.voltage, [300] * 3)
+
+
+def test_images_that_are_said_to_be_raw(new_style):
+    path, _ = new_style
+    blocks = read_star(path)
+    blocks["optics"]["rlnCtfDataAreCtfPremultiplied"] = ["0", "0"]
+    write_star(path, blocks)
+    assert len(read_particles(path)) == 3
 
 
 def test_real_files(data_dir):
@@ -308,6 +351,25 @@ def test_missing_origins_are_added_in_the_style_of_the_file(
     np.testing.assert_allclose(found, poses.shifts, atol=1e-6)
 
 
+def test_both_units_are_written_where_both_stand(new_style):
+    """RELION 3.1 reads Angstrom alone; other programs may read the pixels."""
+    path, _ = new_style
+    blocks = read_star(path)
+    for axis in "XY":
+        del blocks["particles"][f"rlnOrigin{axis}Angst"]
+    blocks["particles"]["rlnOriginX"] = ["1", "2", "3"]
+    write_star(path, blocks)
+    file = read_particles(path)
+    np.testing.assert_array_equal(file.poses.shifts, [[-1, 0], [-2, 0], [-3, 0]])
+    poses = turned(file)
+    write_particles(path, file, poses)
+    after = read_star(path)["particles"]
+    for suffix, unit in (("", 1.0), ("Angst", 1.5)):
+        origins = [after[f"rlnOrigin{axis}{suffix}"] for axis in "XY"]
+        found = np.array(origins, float).T
+        np.testing.assert_allclose(found, -unit * poses.shifts, atol=1e-6)
+
+
 def test_a_column_written_twice_stays_in_its_place(new_style):
     path, _ = new_style
     file = read_particles(path)
@@ -316,6 +378,23 @@ def test_a_column_written_twice_stays_in_its_place(new_style):
     assert list(after) == list(file.blocks["particles"])
     assert after["rlnDefocusU"] == ["1.000000", "2.000000", "3.000000"]
     assert file.blocks["particles"]["rlnDefocusU"][0] == "15000", "must be untouched"
+
+
+def test_priors_and_single_particles_stay(new_style):
+    """A table of one row may stand in its file without a loop."""
+    path, _ = new_style
+    blocks = read_star(path)
+    one = {name: values[:1] for name, values in blocks["particles"].items()}
+    one |= {"rlnAnglePsiPrior": ["12.5"], "rlnOriginXPriorAngst": ["0.250"]}
+    blocks["particles"] = Pairs(one)
+    write_star(path, blocks)
+    file = read_particles(path)
+    write_particles(path, file, turned(file), {"count": [1]})
+    after = read_star(path)["particles"]
+    assert isinstance(after, Pairs)
+    assert list(after) == [*one, "count"]
+    for name in ("rlnAnglePsiPrior", "rlnOriginXPriorAngst", "mine", "rlnDefocusU"):
+        assert after[name] == one[name]
 
 
 @pytest.mark.parametrize("place", ["out", "in/deeper", "."])
@@ -358,6 +437,34 @@ def test_names_from_the_working_directory_stay(tmp_path, monkeypatch):
     stack(Path("out/raw/a.mrcs"), 1)
     write_particles("out/p.star", file, file.poses)
     np.testing.assert_array_equal(all_images(read_particles("out/p.star")), images)
+
+
+def test_names_from_the_project_stay(tmp_path, monkeypatch):
+    """A table of a RELION job names stacks from the project's folder, above it."""
+    monkeypatch.chdir("/")
+    images = stack(tmp_path / "Extract/job1/a.mrcs", 2)
+    (tmp_path / "Refine3D/job2").mkdir(parents=True)
+    (tmp_path / "Refine/job3").mkdir(parents=True)
+    path = tmp_path / "Refine3D/job2/run_data.star"
+    names = ["1@Extract/job1/a.mrcs", "000002@Extract/job1/a.mrcs"]
+    write_star(path, {"": particle_columns(names)})
+    file = read_particles(path)
+    out = tmp_path / "Refine/job3/particles.star"
+    write_particles(out, file, file.poses)
+    assert read_star(out)[""]["rlnImageName"] == names
+    np.testing.assert_array_equal(all_images(read_particles(out)), images)
+    tables = [read_star(path), read_star(out)]
+    assert image_identities(tables[0], path) == image_identities(tables[1], out)
+
+
+def test_an_at_sign_in_a_name(tmp_path):
+    """The first one ends the number, as in RELION."""
+    images = stack(tmp_path / "a@b.mrcs", 2)
+    write_star(tmp_path / "p.star", {"": particle_columns(["2@a@b.mrcs"])})
+    file = read_particles(tmp_path / "p.star")
+    np.testing.assert_array_equal(all_images(file), images[1:])
+    write_particles(tmp_path / "p.star", file, file.poses)
+    assert read_star(tmp_path / "p.star")[""]["rlnImageName"] == ["2@a@b.mrcs"]
 
 
 def test_names_from_the_data_folder_become_absolute(tmp_path):
@@ -446,7 +553,7 @@ def drop(*names):
 BAD_TABLES = {
     "missing stack": (
         set_names("1@a.mrcs", "1@gone.mrcs", "1@a.mrcs"),
-        "names gone.mrcs, which is not in .*in or the working directory",
+        "names gone.mrcs, which is neither in .*in, nor in a folder above",
     ),
     "beyond the end": (
         set_names("4@a.mrcs", "5@a.mrcs", "1@a.mrcs"),
@@ -456,6 +563,51 @@ BAD_TABLES = {
     "no number": (set_names("x@a.mrcs", *["1@a.mrcs"] * 2), "'x@a.mrcs'; a number"),
     "no images": (drop("rlnImageName"), "lacks the column rlnImageName"),
     "no poses": (drop("rlnAngleTilt"), "lacks the columns rlnAngleTilt"),
+    "no poses but one": (drop("rlnAngleRot"), "lacks the columns rlnAngleRot"),
+    "no defocus": (drop("rlnDefocusU"), "has rlnDefocusV but lacks rlnDefocusU"),
+    "two boxes": (
+        lambda _, groups: groups.update(rlnImageSize=["6", "8"]),
+        "rlnImageSize of 6, 8, but images of 6 pixels",
+    ),
+    "another box": (
+        lambda _, groups: groups.update(rlnImageSize=["8", "8"]),
+        "rlnImageSize of 8, but images of 6 pixels",
+    ),
+    "premultiplied": (
+        lambda _, groups: groups.update(rlnCtfDataAreCtfPremultiplied=["0", "1"]),
+        "says rlnCtfDataAreCtfPremultiplied: its images are multiplied by their CTF",
+    ),
+    "flipped": (
+        lambda table, _: table.update(rlnCtfDataArePhaseFlipped=["0", "1", "0"]),
+        "says rlnCtfDataArePhaseFlipped: its images are phase-flipped",
+    ),
+    "missing group": (
+        lambda table, _: table.update(rlnOpticsGroup=["1", "3", "7"]),
+        "has no optics group 3, 7",
+    ),
+    "group twice": (
+        lambda _, groups: groups.update(rlnOpticsGroup=["1", "1"]),
+        "two optics groups of one number",
+    ),
+    "half a group": (
+        lambda table, _: table.update(rlnOpticsGroup=["1", "1.5", "2"]),
+        "rlnOpticsGroup: whole numbers",
+    ),
+    "huge number": (
+        set_names(f"{'9' * 5000}@a.mrcs", *["1@a.mrcs"] * 2),
+        "a number from 1",
+    ),
+    "beyond floats": (
+        lambda table, groups: (
+            table.update(rlnOriginXAngst=["1e300"] * 3),
+            groups.update(rlnImagePixelSize=["1e-300"] * 2),
+        ),
+        "origins that are not finite",
+    ),
+    "defocus NaN": (
+        lambda table, _: table.update(rlnDefocusU=["1", "nan", "2"]),
+        "rlnDefocusU: a value is NaN",
+    ),
     "no voltage": (drop("rlnVoltage"), "rlnVoltage"),
     "no contrast": (drop("rlnAmplitudeContrast"), "rlnAmplitudeContrast"),
     "no groups": (drop("rlnOpticsGroup"), "rlnOpticsGroup"),
@@ -516,7 +668,7 @@ def complex_values(path):
 
 
 BAD_STACKS = {
-    truncate: "a.mrcs is truncated or damaged.*4 images",
+    truncate: "a.mrcs is truncated or damaged.*4 x 6 x 6",
     compress: "a.mrcs is compressed",
     other_size: "images of 6 pixels .*b.mrcs.* and of 7",
     not_square: "a.mrcs holds an array of 4 x 6 x 7",

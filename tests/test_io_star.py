@@ -3,13 +3,21 @@
 import pytest
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import read_star, write_star
+from jaxrefine.io import Pairs, read_star, write_star
 from jaxrefine.io import star as star_module
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "particles.star"
+
+
+def assert_same(blocks, expected):
+    """Blocks, columns, their order, values, and what was a loop."""
+    assert list(blocks) == list(expected)
+    for name, table in blocks.items():
+        assert list(table.items()) == list(expected[name].items())
+        assert isinstance(table, Pairs) == isinstance(expected[name], Pairs)
 
 
 AWKWARD = """
@@ -59,6 +67,36 @@ def test_quotes_comments_pairs_and_empty_loops(path):
     }
 
 
+def test_what_was_no_loop_stays_none(path):
+    path.write_text(AWKWARD)
+    blocks = read_star(path)
+    kinds = {name: isinstance(table, Pairs) for name, table in blocks.items()}
+    assert kinds == {"general": True, "": False, "empty": False, "last": False}
+    write_star(path, blocks)
+    assert_same(read_star(path), blocks)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tabs_and_blank_lines_anywhere(path, end):
+    text = "\n\n\tdata_a\n\n\nloop_\n\n_x #1\n\n\t_y\t#2\n\n1\t2\n \n\n3 4\n\n"
+    path.write_bytes(text.replace("\n", end).encode())
+    assert read_star(path) == {"a": {"x": ["1", "3"], "y": ["2", "4"]}}
+
+
+def test_only_ascii_blanks_part_values(path):
+    """A no-break space belongs to a name, as it does for RELION."""
+    path.write_text("data_\nloop_\n_x\n_y\na\u00a0b 2\n", encoding="utf-8")
+    blocks = read_star(path)
+    assert blocks == {"": {"x": ["a\u00a0b"], "y": ["2"]}}
+    write_star(path, blocks)
+    assert read_star(path) == blocks
+
+
+def test_only_files_with_optics_groups_are_marked_as_new(path):
+    write_star(path, {"images": {"rlnX": ["1"]}})
+    assert "version" not in path.read_text()
+
+
 def test_round_trip_of_awkward_values(path):
     blocks = {
         "optics": {"rlnOpticsGroup": ["1"], "rlnName": ["two words"]},
@@ -69,9 +107,11 @@ def test_round_trip_of_awkward_values(path):
         "one": {"rlnA": ["_a", "data_x", "loop_", "", "#", "x"]},
         "empty": {"rlnA": [], "rlnB": []},
         "": {},
+        "general": Pairs(rlnA=["two words"], rlnB=["#"], rlnC=[""]),
+        "nothing": Pairs(),
     }
     write_star(path, blocks)
-    assert read_star(path) == blocks
+    assert_same(read_star(path), blocks)
 
 
 def test_written_as_relion_does(path):
@@ -127,6 +167,7 @@ def test_missing_file_and_folder(path):
     ("table", "words"),
     [
         ({"a": ["1"], "b": []}, "columns of different lengths"),
+        (Pairs(a=["1", "2"]), "columns of different lengths"),
         ({"a": ["two\nlines"]}, "cannot be quoted"),
         ({"a": ["both \" and ' here"]}, "cannot be quoted"),
     ],
@@ -177,7 +218,17 @@ def test_real_files_survive_a_round_trip(data_dir, path, name):
         assert (len(columns), len(columns[0])) == shape
     assert list(blocks) == list(SHAPES[name])
     write_star(path, blocks)
-    assert read_star(path) == blocks
+    assert_same(read_star(path), blocks)
+
+
+@pytest.mark.parametrize("folder", ["real_sample", "real_betagal", "relion_oracle"])
+def test_real_particles_survive_a_round_trip(data_dir, path, folder):
+    files = sorted((data_dir / folder).glob("*.star"))
+    assert files
+    for file in files:
+        blocks = read_star(file)
+        write_star(path, blocks)
+        assert_same(read_star(path), blocks)
 
 
 def test_real_quoted_values(data_dir):

@@ -2,6 +2,7 @@
 
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
+from jaxrefine.io.cs import read_cs as read_cs
 from jaxrefine.io.json import append_json_line as append_json_line
 from jaxrefine.io.json import keep_lines as keep_lines
 from jaxrefine.io.json import read_json as read_json
@@ -17,6 +18,7 @@ from jaxrefine.io.particles import image_identities as image_identities
 from jaxrefine.io.particles import read_particles as read_particles
 from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles
+from jaxrefine.io.star import Pairs as Pairs
 from jaxrefine.io.star import poses_of as poses_of
 from jaxrefine.io.star import read_poses as read_poses
 from jaxrefine.io.star import read_star as read_star

@@ -20,7 +20,9 @@ from jaxrefine.io._atomic import atomic_path, existing_file
 
 _ISOTROPY = 1e-3
 _COMPLEX_MODES = (3, 4)
-_WORD_MAP = slice(208, 211)
+_MODE, _NSYMBT, _WORD_MAP = slice(12, 16), slice(92, 96), slice(208, 211)
+_BYTE_ORDERS = ("little", "big")
+_DAMAGE = (ValueError, OSError, EOFError, zlib.error, MemoryError, ArithmeticError)
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 
 
@@ -112,34 +114,13 @@ def map_stack(
         finite are not looked for.
     """
     path = existing_file(path)
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) in _DECOMPRESSORS:
-                raise InputError(
-                    f"{path} is compressed; images are read in place, so decompress it."
-                )
-        _require_word_map(path)
-        with (
-            warnings.catch_warnings(action="ignore"),
-            mrcfile.open(path, permissive=True, header_only=True) as mrc,
-        ):
-            header: Any = mrc.header
-            offset = header.nbytes + int(header.nsymbt)
-        dtype = mrcfile_utils.data_dtype_from_header(header)
-    except InputError:
-        raise
-    except (ValueError, OSError, EOFError, MemoryError, ArithmeticError):
-        raise InputError(f"{path} is not an MRC file, or is damaged.") from None
+    if _is_compressed(path):
+        raise InputError(
+            f"{path} is compressed; images are read in place, so decompress it."
+        )
+    header, dtype, offset = _header(path)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
     _require_square_images(path, shape, _axes(header))
-    wanted = offset + math.prod(shape) * dtype.itemsize
-    if min(shape) < 1 or path.stat().st_size < wanted:
-        raise InputError(
-            f"{path} is truncated or damaged: its header announces {shape[0]} images "
-            f"of {shape[1]} x {shape[2]}, {wanted} bytes; it has {path.stat().st_size}."
-        )
-    if int(header.mode) in _COMPLEX_MODES:
-        raise InputError(f"{path} holds complex values; a real array is wanted.")
     voxel = _voxel(header)[:2]
     images = np.memmap(path, dtype, "r", offset, shape)
     return images, _isotropic(voxel, path) if any(voxel) else None
@@ -206,25 +187,48 @@ def new_stack(
 
 def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
     """Return the data as stored, (mapc, mapr, maps), and the voxel size (x, y, z)."""
+    header, _, _ = _header(path)
     try:
-        _require_word_map(path)
         with (
             warnings.catch_warnings(action="ignore"),
             mrcfile.open(path, permissive=True) as mrc,
         ):
-            header: Any = mrc.header
             data = mrc.data
-    except (ValueError, OSError, EOFError, zlib.error, MemoryError, ArithmeticError):
+    except _DAMAGE:
+        data = None
+    if data is None or not data.size:
+        raise InputError(f"{path} is truncated or damaged: its values cannot be read.")
+    return data, _axes(header), _voxel(header)
+
+
+def _header(path: Path) -> tuple[Any, np.dtype, int]:
+    """Return the header of a file, the type of its values, and where they begin."""
+    try:
+        _require_start(path)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            mrcfile.open(path, permissive=True, header_only=True) as mrc,
+        ):
+            header: Any = mrc.header
+        dtype = mrcfile_utils.data_dtype_from_header(header)
+    except _DAMAGE:
         raise InputError(f"{path} is not an MRC file, or is damaged.") from None
     if int(header.mode) in _COMPLEX_MODES:
         raise InputError(f"{path} holds complex values; a real array is wanted.")
-    if data is None or not data.size:
+    offset = header.nbytes + int(header.nsymbt)
+    shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
+    wanted, has = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if min(shape) < 1 or (wanted > has and not _is_compressed(path)):
         raise InputError(
             f"{path} is truncated or damaged: its header announces "
-            f"{header.nx} x {header.ny} x {header.nz} values of mode {header.mode}, "
-            "which cannot be read."
+            f"{' x '.join(map(str, shape))} values, {wanted} bytes; it has {has}."
         )
-    return data, _axes(header), _voxel(header)
+    return header, dtype, offset
+
+
+def _is_compressed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in _DECOMPRESSORS
 
 
 def _axes(header: Any) -> tuple[int, ...]:
@@ -256,17 +260,26 @@ def _require_square_images(
         )
 
 
-def _require_word_map(path: Path) -> None:
-    """Raise ``ValueError`` if the header of a file lacks the word that marks MRC.
+def _require_start(path: Path) -> None:
+    """Raise ``ValueError`` if a file does not begin as an MRC file.
 
-    To be asked before `mrcfile`, which takes from any bytes how much to allocate.
+    It has the word ``MAP``, and in the byte order in which its mode is small an
+    extended header that is not longer than the file. To be asked before `mrcfile`,
+    which takes from any bytes how much to allocate.
     """
     with open(path, "rb") as file:
         start = file.read(_WORD_MAP.stop)
+    longest = path.stat().st_size
     if start[_WORD_MAP] != b"MAP" and start[:2] in _DECOMPRESSORS:
         with _DECOMPRESSORS[start[:2]](path, "rb") as file:
             start = file.read(_WORD_MAP.stop)
-    if start[_WORD_MAP] != b"MAP":
+        longest = math.inf
+    lengths = [
+        int.from_bytes(start[_NSYMBT], order)
+        for order in _BYTE_ORDERS
+        if int.from_bytes(start[_MODE], order) < 2**16
+    ]
+    if start[_WORD_MAP] != b"MAP" or min(lengths, default=0) > longest:
         raise ValueError
 
 

@@ -1,4 +1,6 @@
-"""Tables of particles in RELION's format: images, optics and poses together.
+"""Tables of particles: images, optics and poses together.
+
+A table is RELION's, or is told in RELION's words by :mod:`jaxrefine.io.cs`.
 
 The origins, which are minus our shifts, and their units are converted here and in
 :mod:`jaxrefine.io.star` alone.
@@ -6,6 +8,7 @@ The origins, which are minus our shifts, and their units are converted here and 
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +20,14 @@ from jaxtyping import Array, Float, Int
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.io.stacks import locate, open_images, split_name
+from jaxrefine.io.cs import read_cs
+from jaxrefine.io.stacks import (
+    folders_above,
+    locate,
+    open_images,
+    search_folders,
+    split_name,
+)
 from jaxrefine.io.star import (
     Table,
     fixed,
@@ -29,10 +39,16 @@ from jaxrefine.io.star import (
     pose_columns,
     poses_of,
     read_star,
+    whole_numbers,
     write_star,
 )
 from jaxrefine.particles import Particles
 
+_VIEW = {"rlnAngleRot", "rlnAngleTilt"}
+_PREPARED = {
+    "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
+    "rlnCtfDataArePhaseFlipped": "phase-flipped",
+}
 _SAME_PIXEL = 1e-3
 _UNIT_OF_DETECTOR_PIXEL = 1e4  # micrometres, in Angstrom
 
@@ -47,13 +63,17 @@ class ParticleFile:
     path
         The file.
     blocks
-        Its tables, untouched.
+        Its tables, untouched; those of a cryoSPARC file as RELION would have them.
     particles
         The images, which are read when they are asked for, with their optics.
     poses
         The poses: radians, and shifts in pixels.
-    random_subset
-        ``rlnRandomSubset`` of each particle; None if the file does not say.
+    has_poses
+        Whether the file has them: if it has neither ``rlnAngleRot`` nor
+        ``rlnAngleTilt``, all poses are zero.
+    random_subset, optics_group
+        ``rlnRandomSubset`` and ``rlnOpticsGroup`` of each particle, which count from 1;
+        None if the file does not say.
     stacks
         The path of each stack of images, by its name in the table.
     """
@@ -62,7 +82,9 @@ class ParticleFile:
     blocks: dict[str, Table] = field(repr=False)
     particles: Particles = field(repr=False)
     poses: Poses = field(repr=False)
+    has_poses: bool
     random_subset: Int[np.ndarray, " particles"] | None = field(repr=False)
+    optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
     stacks: dict[str, Path] = field(repr=False)
 
     def __len__(self) -> int:
@@ -70,7 +92,7 @@ class ParticleFile:
 
 
 def read_particles(path: str | Path, datadir: str | Path | None = None) -> ParticleFile:
-    """Read a table of particles, RELION 3.1 or older; the images stay where they are.
+    """Read a table of particles; the images stay where they are.
 
     The pixel size is ``rlnImagePixelSize`` of the optics groups, ``rlnPixelSize``,
     ``rlnDetectorPixelSize`` over ``rlnMagnification``, or that of the first stack. The
@@ -81,37 +103,50 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     Parameters
     ----------
     path
-        The STAR file.
+        A STAR file of RELION, of any version, or a ``.cs`` file of cryoSPARC.
     datadir
         Stacks whose path is relative are looked for in the folder of the file, in the
-        working directory, then here.
+        working directory, here, then in the folders above that of the file.
 
     Raises
     ------
     InputError
-        If the file is not a table of particles with images and poses, if a stack is
-        missing, damaged or too short, or if images or pixels differ in size.
+        If the file is not a table of particles with images, if a stack is missing,
+        damaged or too short, if images or pixels differ in size, if there are some but
+        not all columns of poses or of optics, or if the images are multiplied by their
+        CTF or its sign.
     """
     path = Path(path)
-    blocks = read_star(path)
+    blocks = read_cs(path) if path.suffix == ".cs" else read_star(path)
     table = particle_table(blocks, path)
     if not any(table.values()):
         raise InputError(f"{path} holds no particles.")
     if "rlnImageName" not in table:
         raise InputError(f"{path} lacks the column rlnImageName.")
-    angles, shifts = poses_of(blocks, path)
-    folders = [path.parent, Path(), *([] if datadir is None else [Path(datadir)])]
-    images, stacks = open_images(table["rlnImageName"], folders, path)
+    _require_raw_images(blocks, table, path)
+    count = len(table["rlnImageName"])
+    has_poses = not _VIEW.isdisjoint(table)
+    angles, shifts = np.zeros((count, 3)), np.zeros((count, 2))
+    if has_poses:
+        angles, shifts = poses_of(blocks, path)
+    images, stacks = open_images(table["rlnImageName"], path, datadir)
+    _require_box(blocks, table, images.image_size, path)
     pixel = _pixel_size(blocks, table, path) or images.pixel_size_in_angstroms
     ctf = _ctf(blocks, table, path)
     if pixel is None and ctf is not None:
         raise InputError(f"{path} gives defoci but no pixel size, nor do its stacks.")
+    subset, group = (
+        whole_numbers(table, name, path) if name in table else None
+        for name in ("rlnRandomSubset", "rlnOpticsGroup")
+    )
     return ParticleFile(
         path,
         blocks,
         Particles(images, ctf, pixel or 1.0),
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
-        _whole_numbers(table, "rlnRandomSubset", path),
+        has_poses,
+        subset,
+        group,
         stacks,
     )
 
@@ -124,11 +159,12 @@ def write_particles(
 ) -> None:
     """Write a table that was read, with other poses and further columns.
 
-    Blocks, columns and their order are kept. Origins are written in the unit that the
-    file has them in; if it has none, in Angstrom with optics groups and in pixels
-    without. A stack that was found beside the old file is named by its path from the
-    new one, one that was found from the working directory keeps its name, and any
-    other gets its absolute path.
+    The file is RELION's, whatever was read. Blocks, columns and their order are kept.
+    Origins are written in Angstrom if optics groups give the pixel size and in pixels
+    if not, and also in the other unit if the file has that. A stack keeps its name if
+    the same one is found by it from the new file or above; one that was found beside
+    the old file is named by its path from the new one; any other gets its absolute
+    path.
 
     Parameters
     ----------
@@ -150,7 +186,7 @@ def write_particles(
     path = Path(path)
     blocks = dict(particle_file.blocks)
     name = particle_block(blocks, particle_file.path)
-    table = dict(blocks[name])
+    table = copy(blocks[name])
     columns: dict[str, Sequence[Any] | Array | np.ndarray] = {
         **_poses_in_style(blocks, table, particle_file, poses),
         **(extra or {}),
@@ -163,11 +199,11 @@ def write_particles(
             )
         table[column] = _texts(values)
     renamed = {
-        stack: _name_from(path.parent, stack, found, particle_file.path.parent)
+        stack: _name_from(path, stack, found, particle_file.path.parent)
         for stack, found in particle_file.stacks.items()
     }
     table["rlnImageName"] = [
-        image[: image.rfind("@") + 1] + renamed[split_name(image, path)[1]]
+        image[: image.find("@") + 1] + renamed[split_name(image, path)[1]]
         for image in table["rlnImageName"]
     ]
     blocks[name] = table
@@ -239,7 +275,7 @@ def image_identities(
     if "rlnImageName" not in table:
         return None
     parts = [split_name(name, path) for name in table["rlnImageName"]]
-    folders = [path.parent, Path()]
+    folders = search_folders(path)
     absolute = {
         stack: Path(os.path.abspath(locate(stack, folders) or path.parent / stack))
         for stack in {stack for _, stack in parts}
@@ -266,6 +302,8 @@ _GROUP_OPTICS = {
 
 def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     if "rlnDefocusU" not in table:
+        if "rlnDefocusV" in table:
+            raise InputError(f"{path} has rlnDefocusV but lacks rlnDefocusU.")
         return None
     leaves = {}
     for name, (leaf, unit, default) in _PARTICLE_OPTICS.items():
@@ -294,6 +332,30 @@ def _of_each(
     return of_optics_group(blocks, table, name, path)
 
 
+def _require_raw_images(blocks: dict[str, Table], table: Table, path: Path) -> None:
+    """Raise if a table says that something was done to its images' CTF."""
+    for name, done in _PREPARED.items():
+        said = name in table or name in blocks.get("optics", {})
+        if said and _of_each(blocks, table, name, path).any():
+            raise InputError(
+                f"{path} says {name}: its images are {done}; images as they were "
+                "extracted are wanted."
+            )
+
+
+def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) -> None:
+    """Raise if the optics groups have another box than the images."""
+    if "rlnImageSize" not in blocks.get("optics", {}):
+        return
+    sizes = of_optics_group(blocks, table, "rlnImageSize", path)
+    if (sizes != size).any():
+        said = ", ".join(f"{each:g}" for each in np.unique(sizes))
+        raise InputError(
+            f"{path} has optics groups with an rlnImageSize of {said}, but images of "
+            f"{size} pixels; one size is wanted."
+        )
+
+
 def _pixel_size(blocks: dict[str, Table], table: Table, path: Path) -> float | None:
     """Return the one pixel size of a table, in Angstrom; None if it has none."""
     if "rlnImagePixelSize" in blocks.get("optics", {}):
@@ -304,8 +366,9 @@ def _pixel_size(blocks: dict[str, Table], table: Table, path: Path) -> float | N
         detector = numbers(table, "rlnDetectorPixelSize", path)
         magnification = numbers(table, "rlnMagnification", path)
         sizes = np.zeros_like(detector)
-        np.divide(detector, magnification, out=sizes, where=magnification > 0)
-        sizes = _UNIT_OF_DETECTOR_PIXEL * sizes
+        with np.errstate(over="ignore"):
+            np.divide(detector, magnification, out=sizes, where=magnification > 0)
+            sizes = _UNIT_OF_DETECTOR_PIXEL * sizes
     else:
         return None
     smallest, largest = float(sizes.min()), float(sizes.max())
@@ -318,34 +381,19 @@ def _pixel_size(blocks: dict[str, Table], table: Table, path: Path) -> float | N
     return float(sizes[0])
 
 
-def _whole_numbers(
-    table: Table, name: str, path: Path
-) -> Int[np.ndarray, " particles"] | None:
-    if name not in table:
-        return None
-    values = numbers(table, name, path)
-    if (values != np.rint(values)).any():
-        raise InputError(f"{path}, column {name}: whole numbers are wanted.")
-    return values.astype(np.int64)
-
-
 def _poses_in_style(
     blocks: dict[str, Table], table: Table, particle_file: ParticleFile, poses: Poses
 ) -> Table:
-    """Return the columns of poses, with origins in the unit that a table has."""
+    """Return the columns of poses, with origins in the units that a table wants."""
     angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts)
-    pixel = particle_file.particles.pixel_size_in_angstroms
-    units = [unit for unit in (pixel, None) if _origin(unit) in table]
-    if not units:
-        units = [pixel if "optics" in blocks else None]
+    in_angstroms = "rlnImagePixelSize" in blocks.get("optics", {})
     columns: Table = {}
-    for unit in units:
-        columns |= pose_columns(angles, shifts, unit)
+    for unit in (particle_file.particles.pixel_size_in_angstroms, None):
+        suffix = "" if unit is None else "Angst"
+        in_style = (unit is not None) == in_angstroms
+        if in_style or any(f"rlnOrigin{axis}{suffix}" in table for axis in "XY"):
+            columns |= pose_columns(angles, shifts, unit)
     return columns
-
-
-def _origin(pixel: float | None) -> str:
-    return "rlnOriginX" if pixel is None else "rlnOriginXAngst"
 
 
 def _texts(values: Sequence[Any] | Array | np.ndarray) -> list[str]:
@@ -356,16 +404,16 @@ def _texts(values: Sequence[Any] | Array | np.ndarray) -> list[str]:
     return [str(value) for value in array.tolist()]
 
 
-def _name_from(folder: Path, stack: str, found: Path, old_folder: Path) -> str:
-    """Return the name of a stack in a table that lies in another folder."""
-    absolute = os.path.abspath(found)
-    if os.path.isabs(stack):
+def _name_from(table: Path, stack: str, found: Path, old_folder: Path) -> str:
+    """Return the name of a stack in a table that lies elsewhere than the old one."""
+    again = locate(stack, [table.parent, *folders_above(table)])
+    if os.path.isabs(stack) or (again is not None and again.samefile(found)):
         return stack
+    absolute = os.path.abspath(found)
     if _same(old_folder / stack, found):
-        relative = os.path.relpath(absolute, os.path.abspath(folder))
-        return relative if _same(folder / relative, found) else absolute
-    shadowed = (folder / stack).exists() and not _same(folder / stack, found)
-    return stack if _same(Path(stack), found) and not shadowed else absolute
+        relative = os.path.relpath(absolute, os.path.abspath(table.parent))
+        return relative if _same(table.parent / relative, found) else absolute
+    return absolute
 
 
 def _same(path: Path, other: Path) -> bool:

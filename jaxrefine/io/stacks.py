@@ -14,6 +14,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.mrc import map_stack
 
 _OPEN_FILES = 16
+_DIGITS = 18  # of a number that a 64-bit integer holds
 
 
 @final
@@ -54,19 +55,19 @@ class StackImages:
     ) -> Float32[np.ndarray, "chosen m m"]:
         """Read the images of an array of indices."""
         indices = np.asarray(indices)
-        images = np.empty((len(indices), self.image_size, self.image_size), np.float32)
+        images = np.empty((len(indices), *self.shape[1:]), np.float32)
         file, index = self.file[indices], self.index[indices]
         for each in np.unique(file):
             rows = np.flatnonzero(file == each)
             rows = rows[np.argsort(index[rows])]
             stack, _ = self._map(self.paths[each])
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 images[rows] = stack[index[rows]]
         return images
 
 
 def open_images(
-    names: Sequence[str], folders: Sequence[Path], table: str | Path
+    names: Sequence[str], table: Path, datadir: str | Path | None = None
 ) -> tuple[StackImages, dict[str, Path]]:
     """Find the images that a table names, and look at the headers of their stacks.
 
@@ -74,10 +75,8 @@ def open_images(
     ----------
     names
         ``000001@stack.mrcs``, counted from 1, or ``image.mrc`` alone.
-    folders
-        Where to look for a stack, in this order, if its path is relative.
-    table
-        The table, for messages.
+    table, datadir
+        The table, and a folder: stacks are looked for in `search_folders` of them.
 
     Returns
     -------
@@ -96,22 +95,24 @@ def open_images(
     places = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in parts))}
     file = np.array([places[stack] for _, stack in parts])
     index = np.array([number - 1 for number, _ in parts])
+    highest = np.zeros(len(places), np.int64)
+    np.maximum.at(highest, file, index)
+    folders = search_folders(table, datadir)
     found, size, pixel = {}, 0, None
     for stack, place in places.items():
         path = locate(stack, folders)
         if path is None:
-            here = Path()
-            looked = " or ".join(
-                "the working directory" if folder == here else str(folder)
-                for folder in dict.fromkeys(folders)
+            further = "" if datadir is None else f", nor in {datadir}"
+            raise InputError(
+                f"{table} names {stack}, which is neither in {table.parent}, nor in "
+                f"a folder above, nor in the working directory{further}."
             )
-            raise InputError(f"{table} names {stack}, which is not in {looked}.")
         found[stack] = path
         images, its_pixel = map_stack(path)
-        highest = int(index[file == place].max())
-        if highest >= len(images):
+        if highest[place] >= len(images):
             raise InputError(
-                f"{table} names image {highest + 1} of {path}, which has {len(images)}."
+                f"{table} names image {highest[place] + 1} of {path}, which has "
+                f"{len(images)}."
             )
         if place == 0:
             size, pixel = images.shape[1], its_pixel
@@ -126,10 +127,11 @@ def open_images(
 
 def split_name(name: str, table: str | Path) -> tuple[int, str]:
     """Return the number, from 1, and the stack of an image's name."""
-    number, at, stack = name.rpartition("@")
+    number, at, stack = name.partition("@")
     if not at:
         return 1, name
-    if not (number.isascii() and number.isdigit() and int(number) >= 1 and stack):
+    whole = number.isascii() and number.isdigit() and len(number) <= _DIGITS
+    if not (whole and int(number) >= 1 and stack):
         raise InputError(
             f"{table} names the image {name!r}; a number from 1, @ and a stack are "
             "wanted."
@@ -137,9 +139,24 @@ def split_name(name: str, table: str | Path) -> tuple[int, str]:
     return int(number), stack
 
 
+def search_folders(table: Path, datadir: str | Path | None = None) -> list[Path]:
+    """Return where the stacks of a table are looked for, in this order.
+
+    In the table's folder, the working directory, `datadir`, and the folders above the
+    table's: RELION and cryoSPARC name a stack by its path from the project's folder.
+    """
+    given = [] if datadir is None else [Path(datadir)]
+    return [table.parent, Path(), *given, *folders_above(table)]
+
+
+def folders_above(table: Path) -> Sequence[Path]:
+    """Return the folders above a table's own, nearest first."""
+    return Path(os.path.abspath(table)).parents[1:]
+
+
 def locate(stack: str, folders: Sequence[Path]) -> Path | None:
     """Return the path of a stack, in the first folder that has it."""
     for folder in folders:
-        if (folder / stack).is_file():
+        if os.path.isfile(folder / stack):
             return Path(os.path.normpath(folder / stack))
     return None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float64, Int64
 
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import atomic_path, existing_file
@@ -17,16 +17,26 @@ from jaxrefine.io._atomic import atomic_path, existing_file
 Table = dict[str, list[str]]
 """The values of each column, all columns of one length."""
 
+
+class Pairs(Table):
+    """A table of one row that stands in its file as names with values, not as a loop.
+
+    A block without anything in it is one too, of no columns.
+    """
+
+
+_LARGEST_WHOLE = 2**53  # up to which every whole number is a float
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
-_VALUE = re.compile(r"""\"(.*?)\"(?=\s|$)|'(.*?)'(?=\s|$)|(\S+)""")
+_VALUE = re.compile(r"""\"(.*?)\"(?=\s|$)|'(.*?)'(?=\s|$)|(\S+)""", re.ASCII)
 _NEEDS_QUOTES = re.compile(r"""^$|\s|^(?:["'_#;]|data_|loop_)""")
 
 
 def read_star(path: str | Path) -> dict[str, Table]:
     """Read every block of a STAR file.
 
-    A block of name-value pairs becomes a table of one row, an empty loop a table whose
-    columns are empty. Values stay strings, without their quotes.
+    A block of name-value pairs becomes a table of one row, marked as `Pairs`; an empty
+    loop becomes a table whose columns are empty. Values stay strings, without their
+    quotes; `write_star` writes them back as they were, and comments are lost.
 
     Raises
     ------
@@ -43,18 +53,18 @@ def read_star(path: str | Path) -> dict[str, Table]:
         raise InputError(f"{path} is not a STAR file: it is not text.")
 
     blocks: dict[str, Table] = {}
-    table: Table | None = None
+    name, table = "", None
     in_loop = False
     for number, line in enumerate(text.split("\n"), start=1):
         values = _values(line)
         if not values:
             continue
         where = f"{path}, line {number}"
-        first = line.split(maxsplit=1)[0]
+        first = "" if line.lstrip().startswith(("'", '"')) else values[0]
         alone = len(values) == 1
         if alone and first.startswith("data_"):
-            table, in_loop = {}, False
-            _insert(blocks, first.removeprefix("data_"), table, where)
+            name, table, in_loop = first.removeprefix("data_"), Pairs(), False
+            _insert(blocks, name, table, where)
         elif table is None:
             raise InputError(
                 f"{where}: this is not a STAR file, no data_ block is open."
@@ -62,7 +72,8 @@ def read_star(path: str | Path) -> dict[str, Table]:
         elif alone and first == "loop_":
             if table or in_loop:
                 raise InputError(f"{where}: the block already holds a table.")
-            in_loop = True
+            table, in_loop = {}, True
+            blocks[name] = table
         elif in_loop and alone and first.startswith("_") and not any(table.values()):
             _insert(table, first[1:], [], where)
         elif in_loop:
@@ -83,24 +94,32 @@ def read_star(path: str | Path) -> dict[str, Table]:
 
 
 def write_star(path: str | Path, blocks: dict[str, Table]) -> None:
-    """Write blocks as loops, in the style of RELION 3.1.
+    """Write blocks in RELION's style: `Pairs` as names with values, others as loops.
 
-    The file appears complete or not at all.
+    A file with optics groups is marked as of RELION 3.1, which takes one without that
+    mark to be older, and converts it. The file appears complete or not at all.
 
     Raises
     ------
     InputError
-        If the columns of a block differ in length, if a value cannot be quoted, or if
-        the file cannot be written.
+        If the columns of a block differ in length, or those of `Pairs` have not one
+        value, if a value cannot be quoted, or if the file cannot be written.
     """
+    version = ["", "# version 30001"] if "optics" in blocks else []
     lines = []
     for name, table in blocks.items():
-        if len({len(column) for column in table.values()}) > 1:
+        lengths = {len(column) for column in table.values()}
+        if len(lengths) > 1 or (isinstance(table, Pairs) and lengths - {1}):
             raise InputError(f"Block {name!r} has columns of different lengths.")
-        lines += ["", "# version 30001", "", f"data_{name}", "", "loop_ "]
-        lines += [f"_{column} #{i} " for i, column in enumerate(table, start=1)]
-        for row in zip(*table.values(), strict=True):
-            lines.append(" ".join(f"{_quoted(value):>12}" for value in row))
+        lines += [*version, "", f"data_{name}", ""]
+        if isinstance(table, Pairs):
+            for column, (value,) in table.items():
+                lines.append(f"_{column:<40} {_quoted(value):>12}")
+        else:
+            lines.append("loop_ ")
+            lines += [f"_{column} #{i} " for i, column in enumerate(table, start=1)]
+            for row in zip(*table.values(), strict=True):
+                lines.append(" ".join(f"{_quoted(value):>12}" for value in row))
         lines.append("")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -144,11 +163,14 @@ def poses_of(
     for axis in "XY":
         if f"rlnOrigin{axis}Angst" in particles:
             in_angstroms = numbers(particles, f"rlnOrigin{axis}Angst", path)
-            origins.append(in_angstroms / pixel_sizes(blocks, particles, path))
+            with np.errstate(over="ignore"):
+                origins.append(in_angstroms / pixel_sizes(blocks, particles, path))
         elif f"rlnOrigin{axis}" in particles:
             origins.append(numbers(particles, f"rlnOrigin{axis}", path))
         else:
             origins.append(np.zeros_like(angles[0]))
+    if not np.isfinite(origins).all():
+        raise InputError(f"{path} has origins that are not finite in pixels.")
     return np.deg2rad(np.stack(angles, axis=-1)), -np.stack(origins, axis=-1)
 
 
@@ -224,7 +246,7 @@ def pose_columns(
 
 def _values(line: str) -> list[str]:
     """Split a line into its values, without quotes and comment."""
-    if not any(mark in line for mark in "\"'#"):
+    if line.isascii() and not any(mark in line for mark in "\"'#"):
         return line.split()
     values = []
     for match in _VALUE.finditer(line):
@@ -281,7 +303,14 @@ def pixel_sizes(
 def of_optics_group(
     blocks: dict[str, Table], particles: Table, name: str, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
-    """Return a column of the optics groups, for each particle."""
+    """Return a column of the optics groups, for each particle.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, if a particle's group is missing, or if two groups
+        have one number.
+    """
     optics = blocks.get("optics", {})
     if not {"rlnOpticsGroup", name} <= optics.keys():
         raise InputError(
@@ -291,11 +320,16 @@ def of_optics_group(
     if "rlnOpticsGroup" not in particles:
         raise InputError(f"{path} gives the particles no rlnOpticsGroup.")
     values = numbers(optics, name, path)
-    of_group = dict(zip(optics["rlnOpticsGroup"], values, strict=True))
-    unknown = sorted(set(particles["rlnOpticsGroup"]) - of_group.keys())
-    if unknown:
-        raise InputError(f"{path} has no optics group {', '.join(unknown)}.")
-    return np.array([of_group[group] for group in particles["rlnOpticsGroup"]])
+    groups, places = np.unique(
+        whole_numbers(optics, "rlnOpticsGroup", path), return_index=True
+    )
+    if len(groups) < len(values):
+        raise InputError(f"{path} has two optics groups of one number.")
+    own = whole_numbers(particles, "rlnOpticsGroup", path)
+    unknown = np.setdiff1d(own, groups)
+    if len(unknown):
+        raise InputError(f"{path} has no optics group {', '.join(map(str, unknown))}.")
+    return values[places[np.searchsorted(groups, own)]]
 
 
 def numbers(
@@ -309,6 +343,16 @@ def numbers(
     if not np.isfinite(numbers).all():
         raise InputError(f"{path}, column {name}: a value is NaN or infinite.")
     return numbers
+
+
+def whole_numbers(
+    table: Table, name: str, path: str | Path
+) -> Int64[np.ndarray, " particles"]:
+    """Return a column as whole numbers."""
+    values = numbers(table, name, path)
+    if (values != np.rint(values)).any() or (np.abs(values) > _LARGEST_WHOLE).any():
+        raise InputError(f"{path}, column {name}: whole numbers are wanted.")
+    return values.astype(np.int64)
 
 
 def fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:

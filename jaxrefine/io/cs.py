@@ -1,0 +1,215 @@
+"""cryoSPARC's tables of particles, told in RELION's words.
+
+A ``.cs`` file is a structured array of NumPy. Its poses are rotation vectors ``v``
+whose turn ``exp(v^)`` takes the image's axes to the map's: RELION's Euler matrix is the
+transpose, ``exp(-v^)``. Its shifts are RELION's origins. (Source: the conversions of
+pyem and cryoDRGN, which agree.)
+"""
+
+import tokenize
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float64
+
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import matrix_to_euler, rotvec_to_matrix
+from jaxrefine.io._atomic import existing_file
+from jaxrefine.io.star import Table, fixed, pose_columns
+
+_LARGEST_HEADER = 100_000  # bytes
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    OSError,
+    MemoryError,
+)
+_DEGREE = np.pi / 180
+
+# Column: field, unit of the column in that of the field.
+_GROUP_OPTICS = {
+    "rlnVoltage": "ctf/accel_kv",
+    "rlnSphericalAberration": "ctf/cs_mm",
+    "rlnAmplitudeContrast": "ctf/amp_contrast",
+}
+_PARTICLE_OPTICS = {
+    "rlnDefocusU": ("ctf/df1_A", 1.0),
+    "rlnDefocusV": ("ctf/df2_A", 1.0),
+    "rlnDefocusAngle": ("ctf/df_angle_rad", _DEGREE),
+    "rlnPhaseShift": ("ctf/phase_shift_rad", _DEGREE),
+    "rlnCtfBfactor": ("ctf/bfactor", 1.0),
+    "rlnCtfScalefactor": ("ctf/scale", 1.0),
+}
+_DEFAULTS = {"ctf/phase_shift_rad": 0.0, "ctf/bfactor": 0.0, "ctf/scale": 1.0}
+
+
+def read_cs(path: str | Path) -> dict[str, Table]:
+    """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
+
+    Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
+    ``alignments3D``, and ``alignments3D/split`` is ``rlnRandomSubset`` less one; both
+    may be missing. Particles that share ``ctf/exp_group_id``, voltage, spherical
+    aberration, amplitude contrast, pixel and box are an optics group. Images in which
+    protein is dark (``blob/sign`` of -1) get a negative ``rlnCtfScalefactor``. Beam
+    tilt, higher aberrations, 2-D alignments and several classes are ignored.
+
+    Parameters
+    ----------
+    path
+        The file, with the images' fields in it: as cryoSPARC exports it.
+
+    Returns
+    -------
+    blocks
+        ``optics`` and ``particles``.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or damaged, lacks a field that is needed or has one of
+        another type, or if protein is dark and there is no CTF to say so.
+    """
+    path = existing_file(path)
+    fields = _load(path)
+    stacks = _paths(fields, "blob/path", path)
+    numbers = _numbers(fields, "blob/idx", path)
+    pixels = _numbers(fields, "blob/psize_A", path)
+    micrographs = stacks
+    if "location/micrograph_path" in fields:
+        micrographs = _paths(fields, "location/micrograph_path", path)
+    optics, member = _optics_groups(fields, pixels, path)
+    particles = {
+        "rlnImageName": [
+            f"{int(number) + 1:06d}@{stack}"
+            for number, stack in zip(numbers, stacks, strict=True)
+        ],
+        "rlnMicrographName": micrographs,
+        "rlnOpticsGroup": [str(group + 1) for group in member],
+        **_poses(fields, pixels, path),
+        **_ctf(fields, path),
+    }
+    if "alignments3D/split" in fields:
+        split = _numbers(fields, "alignments3D/split", path)
+        particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
+    return {"optics": optics, "particles": particles}
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    """Return the fields of the table, each with a leading axis of particles."""
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            table = np.lib.format.read_array(
+                file, allow_pickle=False, max_header_size=_LARGEST_HEADER
+            )
+    except _DAMAGE:
+        table = None
+    if table is None or table.ndim != 1 or table.dtype.names is None:
+        raise InputError(
+            f"{path} is not a cryoSPARC table in NumPy's format, or is damaged."
+        )
+    return {name: table[name] for name in table.dtype.names}
+
+
+def _field(fields: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    if name not in fields:
+        raise InputError(
+            f"{path} lacks the field {name}; a table of particles as cryoSPARC exports "
+            "it is wanted."
+        )
+    return fields[name]
+
+
+def _numbers(
+    fields: dict[str, np.ndarray], name: str, path: Path, width: int | None = None
+) -> Float64[np.ndarray, "particles ..."]:
+    """Return a field of one finite number for each particle, or of `width`."""
+    field = _field(fields, name, path)
+    shape = field.shape[:1] if width is None else (len(field), width)
+    if field.dtype.kind not in "iuf" or field.shape != shape:
+        raise InputError(f"{path}, field {name}: {width or 1} numbers are wanted.")
+    with np.errstate(invalid="ignore"):
+        numbers = field.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{path}, field {name}: a value is NaN or infinite.")
+    return numbers
+
+
+def _paths(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
+    """Return a field of paths from the project's folder, which ``>`` may stand for."""
+    field = _field(fields, name, path)
+    try:
+        texts = np.char.decode(field, "utf-8") if field.dtype.kind == "S" else field
+    except UnicodeDecodeError:
+        texts = None
+    if texts is None or texts.dtype.kind != "U" or texts.ndim != 1:
+        raise InputError(f"{path}, field {name}: text is wanted.")
+    if not all(text.isprintable() for text in texts.tolist()):
+        raise InputError(f"{path}, field {name}: a path has unprintable characters.")
+    return [text.removeprefix(">") for text in texts.tolist()]
+
+
+def _optics_groups(
+    fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path
+) -> tuple[Table, np.ndarray]:
+    """Return the optics groups, and the place of each particle's among them."""
+    has_ctf = "ctf/df1_A" in fields
+    optics = {
+        column: _numbers(fields, name, path)
+        for column, name in _GROUP_OPTICS.items()
+        if has_ctf or name in fields
+    }
+    box = _numbers(fields, "blob/shape", path, 2)[:, 0]
+    keys = [*optics.values(), pixels, box]
+    if "ctf/exp_group_id" in fields:
+        keys.insert(0, _numbers(fields, "ctf/exp_group_id", path))
+    _, first, member = np.unique(
+        np.stack(keys, axis=1), axis=0, return_index=True, return_inverse=True
+    )
+    count = len(first)
+    table = {
+        "rlnOpticsGroup": [str(group) for group in range(1, count + 1)],
+        "rlnOpticsGroupName": [f"opticsGroup{group}" for group in range(1, count + 1)],
+        **{column: fixed(values[first]) for column, values in optics.items()},
+        "rlnImagePixelSize": fixed(pixels[first]),
+        "rlnImageSize": [str(int(size)) for size in box[first]],
+        "rlnImageDimensionality": ["2"] * count,
+    }
+    return table, member.ravel()
+
+
+def _poses(fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path) -> Table:
+    """Return the columns of poses; none if there are no poses in three dimensions."""
+    if "alignments3D/pose" not in fields:
+        return {}
+    vectors = _numbers(fields, "alignments3D/pose", path, 3)
+    angles = matrix_to_euler(rotvec_to_matrix(jnp.asarray(-vectors)))
+    if "alignments3D/psize_A" in fields:
+        pixels = _numbers(fields, "alignments3D/psize_A", path)
+    shifts = -_numbers(fields, "alignments3D/shift", path, 2) * pixels[:, None]
+    return pose_columns(angles, shifts, 1.0)
+
+
+def _ctf(fields: dict[str, np.ndarray], path: Path) -> Table:
+    """Return the columns of the CTF; none if there are no defoci."""
+    sign = np.ones(len(fields["blob/path"]))
+    if "blob/sign" in fields:
+        sign = np.sign(_numbers(fields, "blob/sign", path))
+    if "ctf/df1_A" not in fields:
+        if (sign < 0).any():
+            raise InputError(
+                f"{path} has images in which protein is dark (blob/sign -1), but no "
+                "CTF whose scale could say so; bright protein is wanted."
+            )
+        return {}
+    columns = {}
+    for column, (name, unit) in _PARTICLE_OPTICS.items():
+        if name in fields or name not in _DEFAULTS:
+            columns[column] = _numbers(fields, name, path) / unit
+        else:
+            columns[column] = np.full_like(sign, _DEFAULTS[name])
+    columns["rlnCtfScalefactor"] *= np.where(sign < 0, -1.0, 1.0)
+    return {column: fixed(values) for column, values in columns.items()}
