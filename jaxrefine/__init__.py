@@ -10,6 +10,8 @@ Pure functions on small frozen pytrees, one module per concept, lowest layer fir
   Algorithm 1;
 - :mod:`~jaxrefine.search`, :mod:`~jaxrefine.tangent` and :mod:`~jaxrefine.crossfit`
   production's pose and volume updates, :mod:`~jaxrefine.refine` the joint refinement;
+- :mod:`~jaxrefine.matching` projection matching, :mod:`~jaxrefine.postprocess` masks,
+  gold-standard FSC and sharpening;
 - :mod:`~jaxrefine.simulate` and :mod:`~jaxrefine.metrics` synthetic data and figures
   of merit, :mod:`~jaxrefine.io` files.
 
@@ -21,10 +23,12 @@ from jaxrefine import ctf as ctf
 from jaxrefine import geometry as geometry
 from jaxrefine import io as io
 from jaxrefine import kbwf as kbwf
+from jaxrefine import matching as matching
 from jaxrefine import metrics as metrics
 from jaxrefine import normal as normal
 from jaxrefine import paper as paper
 from jaxrefine import pose as pose
+from jaxrefine import postprocess as postprocess
 from jaxrefine import refine as refine
 from jaxrefine import simulate as simulate
 from jaxrefine import slices as slices

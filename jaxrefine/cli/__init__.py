@@ -11,10 +11,19 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from jaxrefine.cli import demo, evaluate, fsc, reconstruct, refine, simulate
+from jaxrefine.cli import (
+    demo,
+    evaluate,
+    fsc,
+    match,
+    postprocess,
+    reconstruct,
+    refine,
+    simulate,
+)
 from jaxrefine.errors import InputError
 
-_COMMANDS = (demo, simulate, refine, reconstruct, fsc, evaluate)
+_COMMANDS = (demo, simulate, match, refine, reconstruct, postprocess, fsc, evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

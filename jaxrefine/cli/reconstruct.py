@@ -45,6 +45,11 @@ def run(options: argparse.Namespace) -> None:
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
     source = io.read_particles(options.particles, options.datadir)
+    if not source.has_poses:
+        raise InputError(
+            f"{options.particles} has no poses (rlnAngleRot, rlnAngleTilt); "
+            "`jaxrefine match` finds some."
+        )
 
     from jaxrefine import refine
 

@@ -2,21 +2,21 @@
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrefine import io, metrics, progress
+from jaxrefine.cli import _production, _published
 from jaxrefine.cli._folder import RunFolder, file_digest
+from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses
 
 _SAME_VOXEL = 1e-3
-_DEFAULT = "default"
+_ENGINES = {"default": _production, "paper": _published, "released": _published}
 _RESULTS = {"map": "map.mrc", "halves": ("half1.mrc", "half2.mrc")}
 
 
@@ -38,12 +38,18 @@ def add(commands) -> None:
     )
     option(
         "--preset",
-        choices=(_DEFAULT, "paper", "released"),
-        default=_DEFAULT,
+        choices=tuple(_ENGINES),
+        default="default",
         help="default: fast, with contrast-transfer functions; paper and released: "
         "the published algorithm, literally, and as its authors released it",
     )
     option("--iterations", type=int, help="most outer iterations")
+    option(
+        "--initial-resolution",
+        type=float,
+        help="what the map and the poses are good for at first, angstroms (default: a "
+        "seventh of the box)",
+    )
     option("--max-angle", type=float, help="largest turn of a pose, degrees")
     option("--max-shift", type=float, help="largest move of a particle, pixels")
     option(
@@ -63,45 +69,24 @@ def add(commands) -> None:
     command.set_defaults(run=run)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a refinement came to, with whatever it alone knows.
-
-    Attributes
-    ----------
-    poses, volume, half_maps
-        Refined.
-    columns
-        Further columns of the particles.
-    report
-        Further entries of ``run.json``.
-    """
-
-    poses: Poses
-    volume: np.ndarray
-    half_maps: tuple[np.ndarray, np.ndarray] | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
-
-
 def run(options: argparse.Namespace) -> None:
     """Refine, or carry on, or say that it is done."""
     _check(options)
     source = io.read_particles(options.particles, options.datadir)
+    if not source.has_poses:
+        raise InputError(
+            f"{options.particles} has no poses (rlnAngleRot, rlnAngleTilt); "
+            "`jaxrefine match` finds some."
+        )
     volume = _initial_map(options.map, source)
-    published = options.preset != _DEFAULT
-    if published:
-        from jaxrefine.cli import _published as engine
-    else:
-        from jaxrefine.cli import _production as engine
+    engine = _ENGINES[options.preset]
     config = engine.configure(options, source)
-    refined: Any = engine.run
     folder = RunFolder(options.out, "run.json", _settings(options, source))
     if folder.finished:
         print(f"{options.out} holds this refinement already, finished")
         return
     with progress.Bars() as bars:
-        outcome = refined(options, source, volume, config, folder, bars)
+        outcome = engine.run(options, source, volume, config, folder, bars)
     _write(options.out, source, outcome)
     folder.finish({"config": _describe(config), **outcome.report})
     print(_sentence(options.out, source, outcome))
@@ -114,6 +99,7 @@ def _check(options: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} wants a value of at least 1, not {value}.")
     for name, most in (
+        ("initial_resolution", math.inf),
         ("max_angle", 180.0),
         ("max_shift", math.inf),
         ("prior_angle", 180.0),
@@ -154,8 +140,8 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
 
     Stacks, which may be large, are known by their sizes.
     """
-    names = ("half_sets", "preset", "iterations", "max_angle", "max_shift")
-    names += ("prior_angle", "prior_shift", "seed")
+    names = ("half_sets", "preset", "iterations", "initial_resolution", "max_angle")
+    names += ("max_shift", "prior_angle", "prior_shift", "seed")
     sizes = sorted(path.stat().st_size for path in source.stacks.values())
     return {
         **{name: getattr(options, name) for name in names},

@@ -1,0 +1,104 @@
+"""``jaxrefine match``: particles and a map in, the particles' poses on a grid out."""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxrefine import io, matching, progress
+from jaxrefine.cli.refine import _initial_map
+from jaxrefine.errors import InputError
+from jaxrefine.particles import Particles
+
+
+def add(commands) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "match",
+        help="find the poses of particles in a map, starting from none",
+        description="Poses that the particles have are not used.",
+    )
+    default = matching.MatchConfig()
+    option = command.add_argument
+    option("particles", type=Path, metavar="PARTICLES.star")
+    option("--map", type=Path, required=True, metavar="REF.mrc", help="the reference")
+    option("--out", type=Path, required=True, metavar="OUT.star", help="file to write")
+    option(
+        "--angle-step",
+        type=float,
+        default=default.angle_step_in_degrees,
+        help="between neighbouring directions, and in plane, degrees (default "
+        "%(default)g)",
+    )
+    option(
+        "--max-shift",
+        type=float,
+        default=default.max_shift,
+        help="largest shift, pixels (default %(default)g)",
+    )
+    option(
+        "--shift-step",
+        type=float,
+        default=default.shift_step,
+        help="between neighbouring shifts, pixels (default %(default)g)",
+    )
+    option(
+        "--resolution",
+        type=float,
+        help="finest detail compared, angstroms (default: what the step of the angles "
+        "supports)",
+    )
+    option(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        help="particles computed at once (default %(default)d)",
+    )
+    option("--datadir", type=Path, help="where else to look for stacks of images")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Match the particles; write them with the poses found."""
+    out = options.out
+    if not out.parent.is_dir():
+        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
+    if out.is_dir():
+        raise InputError(f"Cannot write {out}: it is a folder.")
+    config = matching.MatchConfig(
+        options.angle_step,
+        options.max_shift,
+        options.shift_step,
+        batch_size=options.batch_size,
+    )
+    source = io.read_particles(options.particles, options.datadir)
+    for path in (options.particles, options.map, *source.stacks.values()):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"Cannot write {out}: it is an input.")
+    volume = _initial_map(options.map, source)
+    if options.resolution is not None:
+        r_max = _shell(options.resolution, source.particles)
+        config = replace(config, r_max=r_max)
+    with progress.Bars() as bars:
+        advance = bars.next("matching", math.ceil(len(source) / config.batch_size))
+        found = matching.match(
+            source.particles, volume, config, callback=lambda done: advance(done, {})
+        )
+    columns = {"jaxrefineCorrelation": np.asarray(found.scores)}
+    io.write_particles(out, source, found.poses, columns)
+    median = float(np.median(columns["jaxrefineCorrelation"]))
+    print(f"{len(source)} particles, median correlation {median:.3f}: {out}")
+
+
+def _shell(resolution: float, particles: Particles) -> int:
+    """Return a resolution in angstroms as a band limit in cycles per box."""
+    box = particles.image_size * particles.pixel_size_in_angstroms
+    last = (particles.image_size - 1) // 2
+    if not box / last <= resolution <= box:
+        raise InputError(
+            f"--resolution wants {box / last:.3g} to {box:g} A for these images, not "
+            f"{resolution:g}."
+        )
+    return math.floor(box / resolution)
