@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, kbwf, metrics, plots, progress, refine, simulate
-from jaxrefine._types import Volume
+from jaxrefine import io, metrics, plots, progress, refine, simulate, study
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.particles import Particles
 from jaxrefine.refine import RefineConfig
 
@@ -114,10 +112,14 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     maps = {"truth": np.asarray(truth), "initial": np.asarray(initial_map), **volumes}
     for name, volume in maps.items():
         io.write_mrc(out / f"{name}.mrc", volume, 1.0)
-    errors = {name: _errors(pose, dataset.truth) for name, pose in poses.items()}
+    found = {
+        name: study.assess(volume, poses[name], truth, dataset.truth)
+        for name, volume in volumes.items()
+    }
+    errors = {name: one.errors for name, one in found.items()}
     _draw(config, dataset.images, maps, errors, out)
 
-    summary: dict[str, Any] = _summarise(volumes, poses, errors, truth, dataset.truth)
+    summary = _summarise(found)
     summary["undetermined"] = int(joint.undetermined.sum())
     summary["iterations"] = int(joint.state.iteration)
     summary["settings"] = asdict(config)
@@ -158,37 +160,21 @@ def _check(config: DemoConfig, out: Path) -> None:
         )
 
 
-def _errors(poses: Poses, truth: Poses) -> metrics.PoseErrors:
-    return metrics.pose_errors(poses.angles, poses.shifts, truth.angles, truth.shifts)
-
-
-def _summarise(volumes, poses, errors, truth: Volume, true: Poses) -> dict[str, Any]:
+def _summarise(
+    found: dict[str, study.Assessment],
+) -> dict[str, Any]:
     """Gather the figures of merit under their documented names."""
-    summary = {}
-    basis = kbwf.KBWF()
-    for name, volume in volumes.items():
-        curve = metrics.fsc(jnp.asarray(volume), truth)
-        summary[f"mean_fsc_{name}"] = float(metrics.mean_fsc(curve))
-        summary[f"rc_{name}"] = float(metrics.crossing(curve, 0.5))
-        pose = poses[name]
-        motion = metrics.align_poses(pose.angles, pose.shifts, true.angles, true.shifts)
-        moved = kbwf.evaluate_moved(
-            basis,
-            kbwf.expand(basis, jnp.asarray(volume)),
-            motion.rotation,
-            motion.translation,
-        )
-        aligned = metrics.mean_fsc(metrics.fsc(moved, truth))
-        summary[f"mean_fsc_aligned_{name}"] = float(aligned)
-        turned = geodesic_distance(motion.rotation, jnp.eye(3, dtype=moved.dtype))
-        summary[f"gauge_rotation_deg_{name}"] = float(jnp.rad2deg(turned))
-    start, end = (metrics.summarise(errors[name]) for name in ("unrefined", "joint"))
-    for figure in ("median", "p90"):
-        summary[f"angle_error_deg_{figure}_init"] = start[f"angle_error_deg_{figure}"]
-        summary[f"angle_error_deg_{figure}_joint"] = end[f"angle_error_deg_{figure}"]
+    summary: dict[str, Any] = {}
+    rows = {name: one.row() for name, one in found.items()}
+    for name, row in rows.items():
+        for figure in ("mean_fsc", "mean_fsc_aligned", "rc", "gauge_rotation_deg"):
+            summary[f"{figure}_{name}"] = row[figure]
+    for figure in ("angle_error_deg_median", "angle_error_deg_p90"):
+        summary[f"{figure}_init"] = rows["unrefined"][figure]
+        summary[f"{figure}_joint"] = rows["joint"][figure]
     for figure in ("fraction_within_5_deg", "fraction_within_10_deg"):
-        summary[figure] = end[figure]
-    summary["shift_error_px_median"] = end["shift_error_px_median"]
+        summary[figure] = rows["joint"][figure]
+    summary["shift_error_px_median"] = rows["joint"]["shift_error_px_median"]
     return summary
 
 

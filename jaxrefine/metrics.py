@@ -195,6 +195,27 @@ def pose_errors(
     return PoseErrors(jnp.rad2deg(angle), shift)
 
 
+@eqx.filter_jit
+def pose_differences(
+    angles: Float[Array, "particles 3"],
+    shifts: Float[Array, "particles 2"],
+    true_angles: Float[Array, "particles 3"],
+    true_shifts: Float[Array, "particles 2"],
+) -> tuple[Float[Array, "particles 3"], Float[Array, "particles 2"]]:
+    r"""Return the signed differences that the paper shows, Figs. 5, 6, 11 and 12.
+
+    True minus refined (rot, tilt, psi), in degrees from -180 to 180, and (x, y) in
+    pixels, after the motion of `align_poses`. Near the poles rot and psi differ by much
+    for little; `pose_errors` is the better measure. Parameters as there.
+    """
+    motion = align_poses(angles, shifts, true_angles, true_shifts)
+    rotations = geometry.euler_to_matrix(true_angles)
+    turned = [geometry.matrix_to_euler(r) for r in (rotations, motion.aligned)]
+    turn = (turned[0] - turned[1] + jnp.pi) % (2 * jnp.pi) - jnp.pi
+    moved = jnp.matmul(motion.aligned[:, :2], motion.translation, precision=_HIGHEST)
+    return jnp.rad2deg(turn), true_shifts - shifts + moved
+
+
 def summarise(errors: PoseErrors) -> dict[str, float]:
     """Return the numbers that stand for all particles in a report."""
     angle, shift = errors.angle_in_degrees, errors.shift_in_pixels

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from jaxrefine.io import write_json, write_mrc
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 FAST = ["--preset", "smoke", "--set", "particles=6", "--set", "paper_iterations=1"]
+FAST += ["--set", "methods=['published']"]
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -39,7 +41,7 @@ def timeless(path: Path) -> dict:
     return strip(json.loads((path / "metrics.json").read_text()))
 
 
-REFINED = "state_joint_released.eqx"
+REFINED = Path("work/joint_released/state.eqx")
 
 STOP = """
 import sys
@@ -53,8 +55,9 @@ original = getattr(io, moment)
 
 def stopping(path, *content):
     original(path, *content)
-    state = path.parent / "state_joint_released.eqx"
-    if path == state or path.name == "metrics.json" and state.exists():
+    state = path.parent / "work/joint_released/state.eqx"
+    stored = path.name == "metrics.json" and state.exists()
+    if stored or path.parent.name == "joint_released":
         raise KeyboardInterrupt
 
 setattr(io, moment, stopping)
@@ -68,7 +71,7 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
     first = run(*FAST, "--out", str(whole), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "| oracle (paper) |" in first.stdout
-    for name in ("config.json", "provenance.json", "metrics.json", "done", "fsc.png"):
+    for name in ("config.json", "provenance.json", "metrics.json", "done", "table.md"):
         assert (whole / name).exists()
     assert "phantom" in json.loads((whole / "config.json").read_text())["map"]
 
@@ -86,13 +89,18 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
         assert stopped.returncode == 130, stopped.stderr
         assert "interrupted; the same command resumes" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-        assert [path.name for path in broken.glob("state*")] == [REFINED]
+        assert [*broken.glob("work/*/state.eqx")] == [broken / REFINED]
         assert not (broken / "done").exists()
     assert "joint (released)" in timeless(broken)
     second = run(*FAST, "--out", str(broken), cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert timeless(broken) == timeless(whole)
-    assert not list(broken.glob("state*"))
+    assert not list(broken.glob("work/*/state.eqx"))
+    for path in (whole / "maps").iterdir():
+        assert (
+            path.read_bytes()[1024:]
+            == (broken / "maps" / path.name).read_bytes()[1024:]
+        )
 
     stamp = (whole / "metrics.json").stat().st_mtime_ns
     again = run(*FAST, "--out", str(whole), cwd=tmp_path)
@@ -112,9 +120,9 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
         (["--set", "nonsense=1"], "--set knows"),
         (["--set", "particles=many"], "is not KEY=VALUE"),
         (["--set", "particles=6.5"], "--set particles=6.5 wants"),
-        (["--set", "sigma='0.1'"], "wants a value of the type of 0.1"),
-        (["--set", "paper_step_scales=1.0"], "wants a value of the type of [1.0, "),
-        (["--set", "paper_step_scales=['1']"], "wants a value of the type of [1.0, "),
+        (["--set", "snr_db='0.1'"], "wants a value of the type of 10.0"),
+        (["--set", "paper_step_scales=1.0"], "wants a value of the type of [1000.0]"),
+        (["--set", "paper_step_scales=['1']"], "wants a value of the type of [1000.0]"),
         (["--volume", "absent.mrc"], "does not exist"),
     ],
 )
@@ -156,10 +164,10 @@ def test_a_map_brings_its_size(init1, harness, tmp_path):
 
 
 def test_set_keeps_the_types(init1, harness):
-    words = ["sigma=1", "paper_step_scales=[1, 2.5]", "particles=7", "title='x'"]
+    words = ["snr_db=1", "paper_step_scales=[1, 2.5]", "particles=7", "title='x'"]
     config = harness.resolve(options(overrides=words), init1.KEYS)
     assert config["paper_step_scales"] == [1.0, 2.5]
-    assert isinstance(config["sigma"], float) and isinstance(config["particles"], int)
+    assert isinstance(config["snr_db"], float) and isinstance(config["particles"], int)
     with pytest.raises(InputError, match="particles=true wants"):
         harness.resolve(options(overrides=["particles=true"]), init1.KEYS)
 
@@ -172,8 +180,8 @@ def test_a_configuration_that_cannot_be_read(init1, harness, tmp_path):
     with pytest.raises(InputError, match="is not a TOML file"):
         harness.resolve(options(config=path), init1.KEYS)
     whole = (EXPERIMENTS / "configs/hjc_init1.toml").read_text()
-    path.write_text(re.sub("^(seed|sigma) = .*\n", "", whole, flags=re.MULTILINE))
-    with pytest.raises(InputError, match="lacks seed, sigma"):
+    path.write_text(re.sub("^(seed|max_shift) = .*\n", "", whole, flags=re.MULTILINE))
+    with pytest.raises(InputError, match="lacks seed, max_shift"):
         harness.resolve(options(config=path), init1.KEYS)
 
 
@@ -203,41 +211,28 @@ def test_a_study_that_stops_says_why(harness, capsys, error, code, words):
 def test_every_method_has_files_of_its_own(init1, harness):
     scales = "paper_step_scales=[1, 10, 1000, 1e6, 1e-6, 0.1]"
     config = harness.resolve(options(overrides=[scales]), init1.KEYS)
-    names = list(init1.methods(config))
-    slugs = [init1.slug(name) for name in names]
-    assert len(set(slugs)) == len(names) == 11
+    case = SimpleNamespace(dataset=SimpleNamespace(sigma=0.1))
+    names = [
+        name
+        for family in init1.FAMILIES.values()
+        for name in family({**config, "relion_limit_min": 1}, case)
+    ]
+    slugs = [init1.comparison.slug(name) for name in names]
+    assert len(set(slugs)) == len(names) >= 14
     assert all(re.fullmatch("[a-z0-9_-]+", slug) for slug in slugs)
-    assert init1.slug("joint (paper, steps x 1000)") == "joint_paper_steps_x_1000"
-    assert {
-        method.settings.batch_size for method in init1.methods(config).values()
-    } == {config["batch_size"]}
+    slug = init1.comparison.slug("joint (paper, steps x 1000)")
+    assert slug == "joint_paper_steps_x_1000"
 
 
-ALWAYS = ["oracle (paper)", "oracle (released)", "unrefined (paper)"]
-ALWAYS += ["joint (released)"]
-
-
-@pytest.mark.parametrize(
-    ("scales", "shown"),
-    [
-        ("[]", []),
-        ("[1.0]", ["joint (paper)"]),
-        ("[10.0, 100.0]", ["joint (paper, steps x 100)"]),
-        ("[1.0, 10.0]", ["joint (paper)", "joint (paper, steps x 10)"]),
-    ],
-)
-def test_pictures_show_the_best_of_the_step_scales_there_are(
-    init1, harness, scales, shown
-):
-    overrides = [f"paper_step_scales={scales}"]
-    config = harness.resolve(options(overrides=overrides), init1.KEYS)
-    results = {
-        name: {"mean_fsc": rank} for rank, name in enumerate(init1.methods(config))
-    }
-    assert init1._worth_showing(results) == ALWAYS + shown
+def test_unknown_families_are_refused(tmp_path):
+    words = ["--set", "methods=['engine', 'magic']", "--out", str(tmp_path / "out")]
+    result = run("--preset", "smoke", *words, cwd=tmp_path)
+    assert result.returncode == 2 and "not magic" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 ROW = {
+    "remark": "",
     "mean_fsc": 0.5,
     "mean_fsc_aligned": 0.625,
     "rc": 8.0,
@@ -253,14 +248,14 @@ ROW = {
 def test_the_table(init1, harness, tmp_path):
     """A curve that never falls is a lower bound, and NaN survives the file."""
     results = {"a": ROW, "b": {**ROW, "rc": 7.9, "angle_error_deg_p90": float("nan")}}
-    text = init1.table(results)
+    text = init1.comparison.table(results)
     head, rule, first, second = text.splitlines()
     assert "| mean FSC | mean FSC, aligned |" in head
     assert len({line.count("|") for line in (head, rule, first, second)}) == 1
     assert first.startswith("| a | 0.500 | 0.625 | ≥ 8.0 | 1.25 | 3.0 |")
     assert second.startswith("| b | 0.500 | 0.625 | 7.9 | 1.25 | nan |")
     write_json(tmp_path / "metrics.json", results)
-    assert init1.table(harness.read_metrics(tmp_path)) == text
+    assert init1.comparison.table(harness.read_metrics(tmp_path)) == text
 
 
 def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):

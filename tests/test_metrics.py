@@ -213,3 +213,22 @@ def test_summary():
             "shift_error_px_p95": 0.95,
         }
     )
+
+
+def test_signed_differences_are_those_put_in():
+    """Angles off by known amounts, in a frame that is turned and moved as a whole."""
+    key = jax.random.key(7)
+    angles = geometry.equidistributed_angles(key, 80, jnp.float64)
+    angles = angles[(angles[:, 1] > 0.3) & (angles[:, 1] < 2.8)]
+    error = 0.02 * jax.random.normal(key, angles.shape)
+    error = error - jnp.median(error, axis=0)[None]
+    off = 0.3 * jax.random.normal(jax.random.key(8), (len(angles), 2))
+    rotation = geometry.rotvec_to_matrix(jnp.array([0.3, -0.5, 0.2]))
+    turned = geometry.euler_to_matrix(angles - error) @ rotation
+    found = metrics.pose_differences(
+        geometry.matrix_to_euler(turned), -off, angles, jnp.zeros_like(off)
+    )
+    # The frame is found from noisy poses, to a fraction of their errors.
+    np.testing.assert_allclose(found[0], np.rad2deg(error), atol=0.8)
+    np.testing.assert_allclose(found[1], off, atol=0.2)
+    assert np.corrcoef(found[0].ravel(), error.ravel())[0, 1] > 0.95

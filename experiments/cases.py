@@ -1,0 +1,148 @@
+"""The simulated data sets that the studies start from."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import relion
+from comparison import Case
+
+from jaxrefine import io, kbwf, simulate
+from jaxrefine._types import Volume
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import (
+    Poses,
+    Rotations,
+    align_rotations_and_hand,
+    matrix_to_euler,
+    mirror,
+)
+from jaxrefine.matching import MatchConfig, match
+from jaxrefine.particles import Particles
+
+KEYS = (
+    "title",
+    "seed",
+    "size",
+    "particles",
+    "snr_db",
+    "max_angle_error",
+    "max_shift",
+    "initial_blur",
+    "voxel_size_in_angstroms",
+    "batch_size",
+)
+"""What a configuration must say of its data set."""
+
+
+def init1(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
+    """Simulate a data set with the start Init-1, section IV-B.
+
+    The initial map is the truth, blurred, where the paper has one that RELION made
+    ab initio.
+    """
+    del out
+    truth, dataset = _simulate(config, volume, config["max_angle_error"])
+    initial_map = simulate.blur(truth, config["initial_blur"])
+    return Case(truth, dataset, initial_map, config["voxel_size_in_angstroms"])
+
+
+def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
+    """Simulate a data set with the start Init-2: map and poses made ab initio.
+
+    By RELION where it is installed; otherwise the map is the truth, blurred, and the
+    poses are found by projection matching with it. A map made ab initio has a frame and
+    a hand of its own: map and poses are brought into the truth's, all together, so that
+    curves can be compared. The shifts are zero.
+    """
+    truth, dataset = _simulate(config, volume, 0.0)
+    voxel = config["voxel_size_in_angstroms"]
+    images = np.asarray(dataset.images, np.float32)
+    if relion.available():
+        folder = out / "work" / "ab_initio"
+        folder.mkdir(parents=True, exist_ok=True)
+        blank = jax.tree.map(jnp.zeros_like, dataset.truth)
+        found = relion.ab_initio(
+            folder,
+            relion.write_particles(folder, images, blank, voxel),
+            diameter_in_angstroms=0.9 * len(truth) * voxel,
+            seed=config["seed"],
+            limit_s=60 * config["relion_limit_min"],
+            iterations=tuple(config["ab_initio_iterations"]),
+            threads=2,
+            callback=lambda now: print(f"ab initio: iteration {now.iterations}"),
+        )
+        if not found.finished:
+            raise InputError(
+                f"RELION's ab-initio reconstruction wants more than "
+                f"{config['relion_limit_min']} minutes; the same command with a larger "
+                "relion_limit_min in another --out, or fewer ab_initio_iterations."
+            )
+        poses = found.poses
+        initial_map, rotations = _in_the_frame_of(dataset.truth, found.volume, poses)
+        initial = Poses(matrix_to_euler(rotations), jnp.zeros_like(poses.shifts))
+    else:
+        print(
+            "RELION is not installed: Init-2 by projection matching.", file=sys.stderr
+        )
+        initial_map = simulate.blur(truth, config["initial_blur"])
+        settings = MatchConfig(max_shift=config["max_shift"] + 1)
+        initial = match(Particles(images), initial_map, settings).poses
+        initial = Poses(initial.angles, jnp.zeros_like(initial.shifts))
+    dataset = eqx.tree_at(lambda d: d.initial, dataset, initial)
+    return Case(truth, dataset, initial_map, voxel)
+
+
+def _simulate(
+    config: dict[str, Any], volume: Path | None, max_angle_error: float
+) -> tuple[Volume, simulate.Dataset]:
+    map_key, data_key = jax.random.split(jax.random.key(config["seed"]))
+    if volume is None:
+        truth = simulate.phantom(map_key, config["size"])
+    else:
+        truth = jnp.asarray(io.read_mrc(volume)[0])
+    dataset = simulate.make_dataset(
+        data_key,
+        truth,
+        config["particles"],
+        max_shift=config["max_shift"],
+        max_angle_error=max_angle_error,
+        snr_db=config["snr_db"],
+        batch_size=config["batch_size"],
+    )
+    return truth, dataset
+
+
+def _in_the_frame_of(
+    truth: Poses, volume: np.ndarray, poses: Poses
+) -> tuple[Volume, Rotations]:
+    """Turn a map and its poses as a whole to where true poses say; also their hand."""
+    rotation, mirrored = align_rotations_and_hand(poses.rotations, truth.rotations)
+    basis, found = kbwf.KBWF(), jnp.asarray(volume)
+    rotations = poses.rotations
+    if mirrored:
+        found, rotations = _mirrored(found), mirror(rotations)
+    moved = kbwf.evaluate_moved(
+        basis, kbwf.expand(basis, found), rotation, jnp.zeros(3, found.dtype)
+    )
+    return moved, jnp.matmul(rotations, rotation, precision=jax.lax.Precision.HIGHEST)
+
+
+def _mirrored(volume: Volume) -> Volume:
+    """Return a map's mirror image in the plane ``z = 0``, as `geometry.mirror` does."""
+    return volume[::-1] if len(volume) % 2 else jnp.roll(volume[::-1], 1, axis=0)
+
+
+def caption(config: dict[str, Any]) -> str:
+    """Say under which conditions a result was found."""
+    return (
+        f"{config['title']}: {config['map']}, {config['size']}³ voxels, "
+        f"{config['particles']} particles at {config['snr_db']:g} dB, Euler angles off "
+        f"by up to {config['max_angle_error']:g} rad, shifts up to "
+        f"{config['max_shift']:g} px unknown, initial map = truth blurred by "
+        f"{config['initial_blur']:g} voxels, seed {config['seed']}."
+    )

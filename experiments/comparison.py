@@ -1,0 +1,301 @@
+"""Comparisons: one simulated data set, reconstructed in several ways.
+
+Every method gets the same :class:`Case`, reports its iterations to a :class:`Record`,
+which survives interruptions, and returns an :class:`Outcome`. What the figures show is
+measured here once, and kept in the run's folder:
+
+- ``metrics.json``: for each method the figures of merit, resolution curves, densities
+  of the pose errors, and one row for each iteration;
+- ``maps/METHOD.mrc``, and ``maps/METHOD_003.mrc`` after each of its iterations.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, metrics, study
+from jaxrefine._types import Volume
+from jaxrefine.demo import rc_text
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.progress import Bars
+from jaxrefine.simulate import Dataset
+
+
+class Case(NamedTuple):
+    """A simulated data set, the truth behind it and a common start."""
+
+    truth: Volume
+    dataset: Dataset
+    initial_map: Volume
+    voxel_size_in_angstroms: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method came to.
+
+    Attributes
+    ----------
+    volume, poses
+        The map, and the poses that it was made at.
+    half_maps
+        Maps of two halves of the particles, where there are such.
+    processed
+        The map after post-processing, where that is part of the method.
+    remark
+        What a reader of the figures must know.
+    """
+
+    volume: np.ndarray
+    poses: Poses
+    half_maps: tuple[np.ndarray, np.ndarray] | None = None
+    processed: np.ndarray | None = None
+    remark: str = ""
+
+
+class Record:
+    """The iterations of a method, kept with the state to carry on from.
+
+    Parameters
+    ----------
+    case
+        What the method is given.
+    folder
+        The method's own, for its checkpoint or whatever its programs write.
+    maps
+        Path of its maps, without the iteration's number.
+    bars
+        Where progress is shown.
+    name
+        Of the method.
+    """
+
+    def __init__(self, case: Case, folder: Path, maps: Path, bars: Bars, name: str):
+        self.case, self.folder = case, folder
+        self.history: list[dict[str, Any]] = []
+        self._maps, self._bars, self._name = maps, bars, name
+        self._begin, self._earlier = time.perf_counter(), 0.0
+        self._advance: Callable[[Any, Mapping[str, Any]], None] | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of work on this method, those of interrupted runs included."""
+        return self._earlier + time.perf_counter() - self._begin
+
+    def resume(self, fresh: Any) -> Any:
+        """Return the last state that was kept, or else the fresh one."""
+        path = self.folder / "state.eqx"
+        if not path.exists():
+            return fresh
+        state, saved = io.load_checkpoint(path, fresh)
+        self.history = saved["history"]
+        self._earlier = self.history[-1]["elapsed_s"]
+        return state
+
+    def expect(self, iterations: int) -> None:
+        """Open a progress bar."""
+        self._advance = self._bars.next(self._name, iterations, len(self.history))
+
+    def add(
+        self, volume: Volume | np.ndarray, poses: Poses, state: Any = None, **numbers
+    ) -> None:
+        """Measure an iteration, keep its map and, if there is one, the state."""
+        case, number = self.case, len(self.history) + 1
+        truth = case.dataset.truth
+        curve = metrics.fsc(jnp.asarray(volume, case.truth.dtype), case.truth)
+        errors = metrics.pose_errors(
+            poses.angles, poses.shifts, truth.angles, truth.shifts
+        )
+        row = {
+            "iteration": number,
+            **study.resolution_row(curve),
+            **metrics.summarise(errors),
+            **numbers,
+            "elapsed_s": self.elapsed_s,
+        }
+        self.history.append(row)
+        path = self._maps.with_name(f"{self._maps.name}_{number:03d}.mrc")
+        io.write_mrc(path, np.asarray(volume), case.voxel_size_in_angstroms)
+        if state is not None:
+            saved = {"history": self.history}
+            io.save_checkpoint(self.folder / "state.eqx", state, saved)
+        if self._advance is not None:
+            self._advance(state, row)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of reconstructing.
+
+    Attributes
+    ----------
+    run
+        Does it.
+    title
+        What it is, for captions, if its name does not say.
+    """
+
+    run: Callable[[Case, Record], Outcome]
+    title: str = field(default="")
+
+
+Family = Callable[[dict[str, Any], Case], dict[str, Method]]
+"""From a configuration and a case to some methods, by name."""
+
+
+def run(
+    options: argparse.Namespace,
+    config: dict[str, Any],
+    prepare: Callable[[dict[str, Any], Path | None, Path], Case],
+    families: Mapping[str, Family],
+) -> None:
+    """Run what is left of a study, and print its table.
+
+    Parameters
+    ----------
+    options, config
+        From `harness.parse` and `harness.resolve`.
+    prepare
+        Makes the case from the configuration, the given map and the run's folder.
+    families
+        What ``methods`` of the configuration may list.
+    """
+    unknown = [name for name in config["methods"] if name not in families]
+    if unknown:
+        known = ", ".join(families)
+        raise InputError(f"methods wants some of {known}, not {', '.join(unknown)}.")
+    out = harness.open_run(options, config)
+    if not (out / "done").exists():
+        harness.write_provenance(out)
+        case = prepare(config, options.volume, out)
+        chosen: dict[str, Method] = {}
+        for name in config["methods"]:
+            chosen |= families[name](config, case)
+        text = table(compare(out, case, chosen))
+        (out / "table.md").write_text(text + "\n", encoding="utf-8")
+        (out / "done").touch()
+    print(table(harness.read_metrics(out)))
+    print(f"results are in {out}")
+
+
+def compare(
+    out: Path, case: Case, methods: Mapping[str, Method]
+) -> dict[str, dict[str, Any]]:
+    """Run the methods that have not been run yet; return the results of all.
+
+    A method's map after post-processing is a result of its own, "NAME, post-processed".
+    """
+    maps, voxel = out / "maps", case.voxel_size_in_angstroms
+    maps.mkdir(exist_ok=True)
+    for name, volume in (("truth", case.truth), ("initial_map", case.initial_map)):
+        io.write_mrc(maps / f"{name}.mrc", np.asarray(volume), voxel)
+    results = harness.read_metrics(out)
+    with Bars() as bars:
+        for name, method in methods.items():
+            folder = out / "work" / slug(name)
+            if name in results:
+                (folder / "state.eqx").unlink(missing_ok=True)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            record = Record(case, folder, maps / slug(name), bars, name)
+            outcome = method.run(case, record)
+            wall = record.elapsed_s
+            results[name] = _entry(case, outcome, outcome.volume, record.history, wall)
+            io.write_mrc(maps / f"{slug(name)}.mrc", outcome.volume, voxel)
+            if outcome.processed is not None:
+                second = f"{name}, post-processed"
+                results[second] = _entry(case, outcome, outcome.processed, [], wall)
+                io.write_mrc(maps / f"{slug(second)}.mrc", outcome.processed, voxel)
+            io.write_json(out / "metrics.json", results)
+            (folder / "state.eqx").unlink(missing_ok=True)
+    return results
+
+
+def _entry(
+    case: Case, outcome: Outcome, volume: np.ndarray, history: list, wall_s: float
+) -> dict[str, Any]:
+    """Return what ``metrics.json`` holds of a method."""
+    found = study.assess(volume, outcome.poses, case.truth, case.dataset.truth)
+    entry = {
+        **found.row(),
+        "wall_s": wall_s,
+        "remark": outcome.remark,
+        "fsc": _rounded(found.curve),
+        "fsc_aligned": _rounded(found.aligned_curve),
+        "differences": difference_densities(outcome.poses, case.dataset.truth),
+        "history": history,
+    }
+    if outcome.half_maps is not None:
+        entry["half_map_fsc"] = _rounded(
+            metrics.fsc(*map(jnp.asarray, outcome.half_maps))
+        )
+    return entry
+
+
+_ANGLE_EDGES = np.linspace(-20, 20, 81)  # degrees: the range that the paper shows
+_SHIFT_EDGES = np.linspace(-4, 4, 81)  # pixels
+
+
+def difference_densities(poses: Poses, truth: Poses) -> dict[str, Any]:
+    """Return the densities of the pose errors that Figs. 5, 6, 11 and 12 show.
+
+    Densities are per degree and per pixel, of all particles, including those outside of
+    the bins, whose fraction is given too.
+    """
+    angles, shifts = metrics.pose_differences(
+        poses.angles, poses.shifts, truth.angles, truth.shifts
+    )
+    found = {}
+    for names, values, edges in (
+        (("rot", "tilt", "psi"), angles, _ANGLE_EDGES),
+        (("x", "y"), shifts, _SHIFT_EDGES),
+    ):
+        for name, column in zip(names, np.asarray(values).T, strict=True):
+            counts, _ = np.histogram(column, edges)
+            width = edges[1] - edges[0]
+            found[name] = {
+                "first": float(edges[0]),
+                "width": float(width),
+                "density": _rounded(counts / (len(column) * width)),
+                "outside": 1.0 - float(counts.sum()) / len(column),
+            }
+    return found
+
+
+def _rounded(values: jax.Array | np.ndarray) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the results as a Markdown table."""
+    head = (
+        "| method | mean FSC | mean FSC, aligned | r_c (shells) | "
+        "angle error, median (deg) | p90 | within 10 deg | "
+        "shift error, median (px) | wall (s) |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+    rows = [
+        f"| {name} | {r['mean_fsc']:.3f} | {r['mean_fsc_aligned']:.3f} "
+        f"| {rc_text(r['rc'], len(r['fsc']) - 1)} "
+        f"| {r['angle_error_deg_median']:.2f} | {r['angle_error_deg_p90']:.1f} "
+        f"| {100 * r['fraction_within_10_deg']:.1f} % "
+        f"| {r['shift_error_px_median']:.3f} | {r['wall_s']:.0f} |"
+        for name, r in results.items()
+    ]
+    remarks = [f"- {name}: {r['remark']}" for name, r in results.items() if r["remark"]]
+    return "\n".join([head, *rows, *([""] if remarks else []), *remarks])
+
+
+def slug(name: str) -> str:
+    """Return a method's name as a file's: "joint (paper)" is ``joint_paper``."""
+    return re.sub(r"[^a-z0-9-]+", "_", name.lower()).strip("_")

@@ -1,0 +1,239 @@
+"""The ways of reconstructing that the studies compare, as `comparison.Method`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import relion
+from comparison import Case, Method, Outcome, Record
+
+from jaxrefine import kbwf, paper, refine, spatial
+from jaxrefine.geometry import Poses
+from jaxrefine.matching import MatchConfig, match
+from jaxrefine.particles import Particles
+from jaxrefine.postprocess import postprocess, soft_mask
+from jaxrefine.simulate import Dataset
+
+Start = Callable[[Dataset], Poses]
+"""Which poses of a data set a method starts from."""
+
+
+def true_poses(dataset: Dataset) -> Poses:
+    """Return the poses that the images were made at."""
+    return dataset.truth
+
+
+def initial_poses(dataset: Dataset) -> Poses:
+    """Return the poses that a refinement starts from."""
+    return dataset.initial
+
+
+def particles_of(case: Case) -> Particles:
+    """Return a case's images as the engine wants them."""
+    images = np.asarray(case.dataset.images, np.float32)
+    return Particles(images, None, case.voxel_size_in_angstroms)
+
+
+# --- the engine
+
+
+def reconstruction(start: Start, seed: int) -> Method:
+    """Make a map by our volume update, with the poses kept."""
+
+    def run(case: Case, record: Record) -> Outcome:
+        poses, key = start(case.dataset), jax.random.key(seed)
+        record.expect(1)
+        made = refine.reconstruct(particles_of(case), poses, key=key)
+        record.add(made.volume, poses)
+        return Outcome(made.volume, poses, made.half_maps)
+
+    return Method(run)
+
+
+def refinement(config: refine.RefineConfig, seed: int) -> Method:
+    """Refine poses and map jointly by the engine."""
+
+    def run(case: Case, record: Record) -> Outcome:
+        key, dataset = jax.random.key(seed), case.dataset
+        what = (particles_of(case), dataset.initial, case.initial_map, config)
+        state = record.resume(refine.init(*what, key=key))
+        record.expect(config.iterations)
+
+        def keep(state: refine.RefineState, info: refine.RefineInfo) -> None:
+            record.add(state.volume, state.poses, state, **info.row())
+
+        done = refine.refine(*what, key=key, state=state, callback=keep)
+        processed = None
+        if done.half_maps is not None:
+            processed = _post_processed(case, done.half_maps, key)
+        return Outcome(done.volume, done.poses, done.half_maps, processed)
+
+    return Method(run)
+
+
+def _post_processed(
+    case: Case, half_maps: tuple[np.ndarray, np.ndarray], key: jax.Array
+) -> np.ndarray:
+    """Mask the mean of half maps, and filter it by their correlation."""
+    voxel = case.voxel_size_in_angstroms
+    first, second = map(jnp.asarray, half_maps)
+    mask = soft_mask((first + second) / 2, voxel)
+    done = postprocess(first, second, mask, voxel, key=key)
+    return np.asarray(done.masked_volume)
+
+
+# --- the paper's algorithm
+
+
+def spatial_reconstruction(settings: paper.RefineConfig, start: Start) -> Method:
+    """Run the volume updates of Algorithm 1 alone."""
+
+    def run(case: Case, record: Record) -> Outcome:
+        poses, basis = start(case.dataset), kbwf.KBWF()
+        problem, state = _problem(case, poses, basis)
+        record.expect(settings.iterations)
+
+        def keep(state: paper.RefineState, info) -> None:
+            volume = kbwf.evaluate(basis, state.volume.coefficients)
+            record.add(volume, poses, objective=float(info.objective[-1]))
+
+        state = paper.reconstruct(state, problem, settings, keep)
+        volume = kbwf.evaluate(basis, state.volume.coefficients)
+        return Outcome(np.asarray(volume), poses)
+
+    return Method(run)
+
+
+def spatial_refinement(settings: paper.RefineConfig) -> Method:
+    """Run Algorithm 1."""
+
+    def run(case: Case, record: Record) -> Outcome:
+        basis = kbwf.KBWF()
+        problem, fresh = _problem(case, case.dataset.initial, basis)
+        state = record.resume(fresh)
+        record.expect(settings.iterations)
+
+        def keep(state: paper.RefineState, info: paper.RefineInfo) -> None:
+            volume = kbwf.evaluate(basis, state.volume.coefficients)
+            moves = {
+                "angle_moves": float(info.pose.angle_moves.mean()),
+                "shift_moves": float(info.pose.shift_moves.mean()),
+                "objective": float(info.volume.objective[-1]),
+            }
+            record.add(volume, state.poses, state, **moves)
+
+        state = paper.refine(state, problem, settings, keep)
+        volume = kbwf.evaluate(basis, state.volume.coefficients)
+        return Outcome(np.asarray(volume), state.poses)
+
+    return Method(run)
+
+
+def with_step_scale(settings: paper.RefineConfig, scale: float) -> paper.RefineConfig:
+    """Multiply the steps of a preset."""
+    steps = (settings.angle_step, settings.shift_step)
+    scaled = tuple(paper.Schedule(float(step.first) * scale) for step in steps)
+    return eqx.tree_at(lambda c: (c.angle_step, c.shift_step), settings, scaled)
+
+
+def _problem(
+    case: Case, poses: Poses, basis: kbwf.KBWF
+) -> tuple[paper.Problem, paper.RefineState]:
+    """Tabulate the imaging model, and expand the initial map."""
+    images = case.dataset.images
+    psi = spatial.footprint(basis)
+    problem = paper.Problem(images, psi, spatial.spline_filter(psi, images.shape[-1]))
+    return problem, paper.init(poses, kbwf.expand(basis, case.initial_map))
+
+
+# --- the baselines
+
+
+def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method:
+    """Match with a grid of projections and reconstruct, some rounds.
+
+    The given poses are not used; the maps are made by our volume update.
+    """
+
+    def run(case: Case, record: Record) -> Outcome:
+        particles, key = particles_of(case), jax.random.key(seed)
+        volume, poses = record.resume((case.initial_map, case.dataset.initial))
+        record.expect(rounds)
+        while len(record.history) < rounds:
+            poses = match(particles, volume, settings).poses
+            made = refine.reconstruct(particles, poses, key=key)
+            volume = jnp.asarray(made.volume)
+            record.add(volume, poses, (volume, poses))
+        return Outcome(np.asarray(volume), poses)
+
+    return Method(run)
+
+
+def relion_reconstruction(start: Start) -> Method:
+    """Make a map by ``relion_reconstruct``, with the poses kept."""
+
+    def run(case: Case, record: Record) -> Outcome:
+        poses = start(case.dataset)
+        star = _relion_particles(case, record.folder, poses)
+        record.expect(1)
+        volume = relion.reconstruct(record.folder, star)
+        record.add(volume, poses)
+        return Outcome(volume, poses)
+
+    return Method(run)
+
+
+def relion_refinement(
+    initial_low_pass_in_voxels: float, shifts: bool, limit_s: float, seed: int
+) -> Method:
+    """Refine by ``relion_refine_mpi --auto_refine`` and ``relion_postprocess``.
+
+    The offsets' range and step are the paper's. What the time limit stops is the result
+    of the last iteration, and marked as such.
+    """
+
+    def run(case: Case, record: Record) -> Outcome:
+        box = case.truth.shape[0] * case.voxel_size_in_angstroms
+        star = _relion_particles(case, record.folder, case.dataset.initial)
+
+        record.resume(jnp.zeros((), jnp.int32))  # RELION keeps its own state
+
+        def keep(now: relion.Refined) -> None:
+            number = jnp.asarray(now.iterations, jnp.int32)
+            record.add(now.volume, now.poses, number, **now.report)
+
+        found = relion.auto_refine(
+            record.folder,
+            star,
+            np.asarray(case.initial_map),
+            diameter_in_angstroms=_DIAMETER * box,
+            offset_range=4.0 if shifts else 0.0,
+            offset_step=0.5 if shifts else 0.1,
+            initial_low_pass_in_angstroms=initial_low_pass_in_voxels
+            * case.voxel_size_in_angstroms,
+            seed=seed,
+            limit_s=limit_s,
+            callback=keep,
+        )
+        assert found.half_maps is not None
+        mean = (found.half_maps[0] + found.half_maps[1]) / 2
+        voxel = case.voxel_size_in_angstroms
+        mask = np.asarray(soft_mask(jnp.asarray(mean), voxel))
+        processed = relion.postprocess(record.folder, *found.half_maps, mask, voxel)
+        remark = f"{found.iterations} iterations, {found.wall_s / 60:.0f} minutes"
+        if not found.finished:
+            remark += ", not converged: stopped by a time limit"
+        return Outcome(mean, found.poses, found.half_maps, processed, remark)
+
+    return Method(run)
+
+
+_DIAMETER = 0.9  # of the box: the soft circle that RELION's images are masked with
+
+
+def _relion_particles(case: Case, folder: Path, poses: Poses) -> Path:
+    images = np.asarray(case.dataset.images, np.float32)
+    return relion.write_particles(folder, images, poses, case.voxel_size_in_angstroms)

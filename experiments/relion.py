@@ -1,0 +1,499 @@
+"""RELION 3.1 as a baseline: its own programs, run on the data that our methods get.
+
+Programs run in a working folder of the caller's and name its files from there, so that
+the folder can be moved. What they say goes to ``NAME.log`` there. The options are those
+of RELION's own jobs (``pipeline_jobs.cpp`` of 3.1.3) unless an argument changes them;
+images are simulated ones, hence not normalised, and maps are on their scale.
+
+A refinement survives interruptions: ``NAME.json`` holds its options, the time spent
+and its last finished iteration, from which the same call carries on.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxrefine import io
+from jaxrefine.ctf import CTF
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+
+_PROGRAMS = ("mpirun",) + tuple(
+    f"relion_{name}" for name in ("refine", "refine_mpi", "reconstruct", "postprocess")
+)
+_POLL_S = 0.2  # between two looks at what a program has written
+_SETTLED_S = 1.0  # a file unchanged for so long is complete
+_PATIENCE_S = 20.0  # for a program that was asked to stop
+_SHORT_S = 3600.0  # enough for a program that does not iterate
+
+_SHARED = "--oversampling 1 --flatten_solvent --zero_mask --dont_check_norm"
+_HALVING = 2  # oversampling 1: RELION halves the steps that it is given
+_COMPUTING = "--dont_combine_weights_via_disc --pool 3 --pad 2 --skip_gridding"
+
+_NO_ESTIMATE = 999.0  # RELION's word for it
+_REPORTED = {
+    "resolution_in_angstroms": "rlnCurrentResolution",
+    "angle_accuracy_in_degrees": "rlnOverallAccuracyRotations",
+    "shift_accuracy_in_angstroms": "rlnOverallAccuracyTranslationsAngst",
+    "angle_change_in_degrees": "rlnChangesOptimalOrientations",
+    "shift_change_in_angstroms": "rlnChangesOptimalOffsets",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Refined:
+    """What a refinement has come to, at its end or after an iteration.
+
+    Attributes
+    ----------
+    volume
+        RELION's map; the mean of the half maps until the end.
+    poses
+        In the order of the particles' file.
+    iterations, wall_s
+        How many are finished, and the seconds that all calls have taken.
+    finished
+        Whether RELION came to its end before the time limit.
+    report
+        What RELION says of the iteration: resolution, angular step and, but for the
+        last iteration of `auto_refine`, estimated accuracies and changes of the poses.
+    half_maps, subsets
+        The maps of the two halves, unregularised at the end, and the half, 1 or 2, of
+        each particle; None where the particles are not halved.
+    """
+
+    volume: Float32[np.ndarray, "n n n"]
+    poses: Poses
+    iterations: int
+    wall_s: float
+    finished: bool
+    report: dict[str, float]
+    half_maps: tuple[np.ndarray, np.ndarray] | None = None
+    subsets: Int[np.ndarray, " particles"] | None = None
+
+
+Callback = Callable[[Refined], None]
+
+
+def available() -> bool:
+    """Return whether all programs that are needed are installed."""
+    return all(shutil.which(program) for program in _PROGRAMS)
+
+
+def relion_version() -> str | None:
+    """Return the version of ``relion_refine``, such as 3.1.3; None without it."""
+    if shutil.which("relion_refine") is None:
+        return None
+    command = ["relion_refine", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"version:\s*(\S+)", said)
+    return found and found[1]
+
+
+def write_particles(
+    folder: Path,
+    images: Float[Array | np.ndarray, "particles m m"],
+    poses: Poses,
+    pixel_size_in_angstroms: float,
+    ctf: CTF | None = None,
+) -> Path:
+    """Write ``particles.star`` and ``particles.mrcs``; return the former's path.
+
+    Raises `InputError` if a file cannot be written, or the particles do not share one
+    voltage, spherical aberration and amplitude contrast.
+    """
+    group = CTF(0.0, 0.0)
+    if ctf is not None:
+        shared = [ctf.voltage, ctf.spherical_aberration, ctf.amplitude_contrast]
+        if np.ptp(np.asarray(shared), axis=1).any():
+            raise InputError(
+                "The particles differ in more of their optics than defocus."
+            )
+        group = jax.tree.map(lambda leaf: leaf[0], ctf)
+    star, pixel = folder / "particles.star", pixel_size_in_angstroms
+    names = [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)]
+    io.write_stack(star.with_suffix(".mrcs"), images, pixel)
+    io.write_new_particles(star, poses, names, images.shape[1], pixel, group, ctf)
+    return star
+
+
+def reconstruct(folder: Path, star: Path) -> Float32[np.ndarray, "n n n"]:
+    """Make a map from the poses of a file, by ``relion_reconstruct``.
+
+    Raises `InputError` if the file is not in the folder, or RELION fails or takes more
+    than an hour.
+    """
+    data = _open(folder, star)
+    options = ["--i", star.name, "--o", "reconstruct.mrc"]
+    options += ["--ctf"] * (data.particles.ctf is not None)
+    _complete(folder, "reconstruct", options)
+    return io.read_mrc(folder / "reconstruct.mrc")[0]
+
+
+def postprocess(
+    folder: Path,
+    half1: Float[Array | np.ndarray, "n n n"],
+    half2: Float[Array | np.ndarray, "n n n"],
+    mask: Float[Array | np.ndarray, "n n n"],
+    pixel_size_in_angstroms: float,
+) -> Float32[np.ndarray, "n n n"]:
+    """Join two half maps, masked and low-passed, by ``relion_postprocess``.
+
+    As in section IV-E, the cut-off is where the gold-standard FSC, here within the mask
+    and corrected for it, falls below 0.143. RELION also weights the shells by the FSC.
+    Nothing is sharpened. Raises `InputError` if a map cannot be written, or RELION
+    fails or takes more than an hour.
+    """
+    volumes = {"half1": half1, "half2": half2, "mask": mask}
+    for name, volume in volumes.items():
+        io.write_mrc(folder / f"{name}.mrc", volume, pixel_size_in_angstroms)
+    pixel = ["--angpix", f"{pixel_size_in_angstroms:.6f}", "--low_pass", "-1"]
+    options = "--i half1.mrc --i2 half2.mrc --mask mask.mrc --o ./postprocess".split()
+    _complete(folder, "postprocess", [*options, *pixel])
+    return io.read_mrc(folder / "postprocess_masked.mrc")[0]
+
+
+def ab_initio(
+    folder: Path,
+    star: Path,
+    *,
+    diameter_in_angstroms: float,
+    seed: int,
+    limit_s: float,
+    symmetry: str = "C1",
+    iterations: tuple[int, int, int] = (50, 200, 50),
+    threads: int = 1,
+    callback: Callback | None = None,
+) -> Refined:
+    """Make a first map and poses from the images alone, by stochastic gradients.
+
+    RELION's "3D initial model" with one class; the file's angles are not used. A
+    particle's pose is from the last iteration that drew it; the final ones draw 500.
+    RELION 3.1 as it is usually built ignores CTFs here. Raises `InputError` if the file
+    is not in the folder, the folder holds a run of other inputs, there is no iteration
+    yet at the time limit, or RELION fails.
+
+    Parameters
+    ----------
+    folder, star
+        Working folder, and the particles in it.
+    diameter_in_angstroms
+        Of the soft circular mask of the images, and of the spherical one of the map.
+    seed
+        Of RELION's random numbers, from 0 (RELION's own, for which 0 is none, plus 1).
+    limit_s
+        Seconds that all calls together may take; see `Refined.finished`.
+    symmetry, threads
+        Point group, and how many threads to use.
+    iterations
+        How many at 35 A, between, and at 15 A, resolutions that are limited to Nyquist.
+    callback
+        Called with the state that RELION writes after every ten iterations.
+    """
+    data = _open(folder, star)
+    pixel = data.particles.pixel_size_in_angstroms
+    coarse, fine = (max(resolution, 2 * pixel) for resolution in (35.0, 15.0))
+    initial, between, last = iterations
+    first = f"""--sgd --denovo_3dref --K 1 --sym {symmetry} --sgd_write_iter 10
+        --sgd_ini_iter {initial} --sgd_inbetween_iter {between} --sgd_fin_iter {last}
+        --sgd_ini_resol {coarse:g} --sgd_fin_resol {fine:g}
+        --sgd_ini_subset 100 --sgd_fin_subset 500
+        --healpix_order 1 --offset_range 6 --offset_step {2 * _HALVING}
+        {_SHARED} --random_seed {seed + 1}"""
+    always = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
+    program = ["relion_refine", "--j", str(threads)]
+    job = _Job(folder, "ab_initio", data, program, first, always)
+    return _refine(job, _digest(star.read_bytes()), limit_s, callback)
+
+
+def auto_refine(
+    folder: Path,
+    star: Path,
+    reference: Float[Array | np.ndarray, "n n n"],
+    *,
+    diameter_in_angstroms: float,
+    offset_range: float,
+    offset_step: float,
+    initial_low_pass_in_angstroms: float,
+    seed: int,
+    limit_s: float,
+    healpix_order: int = 2,
+    processes: int = 3,
+    threads: int = 1,
+    callback: Callback | None = None,
+) -> Refined:
+    """Refine the maps of two halves of the particles, and their poses.
+
+    RELION's "3D auto-refine". It searches all orientations, whatever the angles of the
+    file; the file's shifts are where its search for shifts begins. Raises `InputError`
+    where `ab_initio` does.
+
+    Parameters
+    ----------
+    folder, star, diameter_in_angstroms, seed, limit_s
+        As for `ab_initio`; the seed draws the halves too.
+    reference
+        The map to start from, on the images' scale.
+    offset_range, offset_step
+        Of the first search for shifts, in pixels, as RELION's window asks for them: the
+        step is the finest (``--offset_step`` is the double). RELION adapts them later.
+    initial_low_pass_in_angstroms
+        Resolution of the reference.
+    healpix_order
+        Of the first angular search, whose finest step is 30 degrees over
+        ``2**healpix_order``. Searches are local from order 4.
+    processes, threads
+        One process leads; the others, an even number, use so many threads each.
+    callback
+        Called after each iteration but the last one, which uses all frequencies.
+    """
+    data = _open(folder, star)
+    first = f"""--ref auto_refine_reference.mrc --auto_refine --split_random_halves
+        --low_resol_join_halves 40 --sym C1 --norm --scale
+        --ini_high {initial_low_pass_in_angstroms:g} --healpix_order {healpix_order}
+        --auto_local_healpix_order 4 --offset_range {offset_range:g}
+        --offset_step {_HALVING * offset_step:g} {_SHARED} --random_seed {seed + 1}"""
+    always = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
+    program = [*_mpirun(processes), "relion_refine_mpi", "--j", str(threads)]
+    job = _Job(folder, "auto_refine", data, program, first, always, halves=True)
+    start = np.asarray(reference, np.float32)
+    if not job.state_path.exists():
+        pixel = data.particles.pixel_size_in_angstroms
+        io.write_mrc(folder / "auto_refine_reference.mrc", start, pixel)
+    inputs = _digest(star.read_bytes(), start.tobytes())
+    return _refine(job, inputs, limit_s, callback)
+
+
+def _open(folder: Path, star: Path) -> io.ParticleFile:
+    if star.parent.resolve() != folder.resolve():
+        raise InputError(f"{star} is not in {folder}, where RELION is to run.")
+    return io.read_particles(star)
+
+
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def poses_in_order(
+    path: Path, order: io.ParticleFile
+) -> tuple[Poses, Int[np.ndarray, " particles"] | None]:
+    """Read poses, and halves if there are, in the order of another file's particles.
+
+    RELION may sort its particles; they are told by the names of their images. Raises
+    `InputError` if the files do not hold the same particles.
+    """
+    found = io.read_particles(path)
+    names, wanted = (
+        io.image_identities(file.blocks, file.path) or [] for file in (found, order)
+    )
+    if sorted(names) != sorted(wanted):
+        raise InputError(f"{path} and {order.path} do not hold the same particles.")
+    place = {name: i for i, name in enumerate(names)}
+    rows = np.array([place[name] for name in wanted])
+    poses = jax.tree.map(lambda leaf: leaf[rows], found.poses)
+    return poses, None if found.random_subset is None else found.random_subset[rows]
+
+
+# --- refinements, which can be interrupted
+
+
+def _mpirun(processes: int) -> list[str]:
+    """Return the launcher; Open MPI wants to be told of root and of few cores."""
+    scarce = processes > len(os.sched_getaffinity(0)) // 2  # a core may count twice
+    as_root = ["--allow-run-as-root"] * (os.geteuid() == 0)
+    return ["mpirun", "-n", str(processes), *as_root, *["--oversubscribe"] * scarce]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is kept of a run. The last iteration is named by its files' prefix."""
+
+    inputs: list[str]
+    wall_s: float = 0.0
+    prefix: str | None = None
+    iterations: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A refinement: the options of its start, and those of every continuation too."""
+
+    folder: Path
+    name: str
+    data: io.ParticleFile
+    program: list[str]
+    first: str
+    always: str
+    halves: bool = False
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def new(self, root: str, done: int, settled_s: float) -> list[tuple[int, str]]:
+        """Return the number and prefix of iterations whose files are all there.
+
+        Files that have changed lately may still be written.
+        """
+        parts = ["optimiser.star", "data.star", "sampling.star"]
+        for half in ("half1_", "half2_") if self.halves else ("",):
+            parts += [f"{half}model.star", f"{half}class001.mrc"]
+        found, now = [], time.time()
+        for path in self.folder.glob(f"{root}_it*_optimiser.star"):
+            prefix = path.name.removesuffix("_optimiser.star")
+            number = int(prefix.rpartition("_it")[2])
+            paths = [self.folder / f"{prefix}_{part}" for part in parts]
+            ages = [now - path.stat().st_mtime for path in paths if path.exists()]
+            if number > done and len(ages) == len(parts) and min(ages) >= settled_s:
+                found.append((number, prefix))
+        return sorted(found)
+
+    def read(self, state: _State) -> Refined:
+        """Return the last iteration of a run."""
+
+        def file(name: str) -> Path:
+            return self.folder / f"{state.prefix}_{name}"
+
+        poses, subsets = poses_in_order(file("data.star"), self.data)
+        split = self.halves and not state.finished
+        half_maps = None
+        if self.halves:
+            end = "class001.mrc" if split else "class001_unfil.mrc"
+            one, two = (io.read_mrc(file(f"half{i}_{end}"))[0] for i in (1, 2))
+            half_maps = (one, two)
+        if split and half_maps is not None:
+            volume = (half_maps[0] + half_maps[1]) / 2
+        else:
+            volume = io.read_mrc(file("class001.mrc"))[0]
+        said = {}
+        for name in ("half1_model" if split else "model", "sampling", "optimiser"):
+            if (path := file(f"{name}.star")).exists():
+                said |= next(iter(io.read_star(path).values()))  # what is general
+        report = {k: float(said[v][0]) for k, v in _REPORTED.items() if v in said}
+        report = {k: value for k, value in report.items() if value != _NO_ESTIMATE}
+        report["angle_step_in_degrees"] = float(said["rlnPsiStep"][0]) / _HALVING
+        done = state.iterations, state.wall_s, state.finished
+        return Refined(volume, poses, *done, report, half_maps, subsets)
+
+
+def _refine(
+    job: _Job, digest: str, limit_s: float, callback: Callback | None
+) -> Refined:
+    """Carry a run on until it ends or has taken its time."""
+    state = _State([*job.first.split(), *job.always.split(), digest])
+    if job.state_path.exists():
+        saved = _State(**io.read_json(job.state_path))
+        if saved.inputs != state.inputs:
+            raise InputError(
+                f"{job.state_path} is of a run with other inputs; name another folder."
+            )
+        state = saved
+    if not state.finished and state.wall_s < limit_s:
+        state = _carry_on(job, state, limit_s, callback)
+    if state.prefix is None:
+        log = job.folder / f"{job.name}.log"
+        raise InputError(f"RELION finished no iteration in {limit_s:g} s; see {log}.")
+    return job.read(state)
+
+
+def _carry_on(
+    job: _Job, state: _State, limit_s: float, callback: Callback | None
+) -> _State:
+    """Run RELION from the last state; keep and return the new one."""
+    root = job.name
+    start = ["--i", job.data.path.name, *job.first.split()]
+    start += ["--ctf"] * (job.data.particles.ctf is not None)
+    if state.prefix is not None:
+        root = f"{job.name}_ct{state.iterations}"
+        start = ["--continue", f"{state.prefix}_optimiser.star"]
+    for path in job.folder.glob(f"{root}_it*"):
+        path.unlink()
+    begin, earlier = time.perf_counter(), state.wall_s
+
+    def keep(**changes) -> None:
+        nonlocal state
+        wall_s = earlier + time.perf_counter() - begin
+        state = replace(state, wall_s=wall_s, **changes)
+        io.write_json(job.state_path, vars(state))
+
+    def watch(settled_s: float = _SETTLED_S) -> None:
+        for number, prefix in job.new(root, state.iterations, settled_s):
+            keep(iterations=number, prefix=prefix)
+            if callback is not None:
+                callback(job.read(state))
+
+    command = [*job.program, *start, *job.always.split(), "--o", f"./{root}"]
+    try:
+        keep()
+        if _run(job.folder, job.name, command, limit_s - earlier, watch):
+            watch(0.0)
+            last = dict(iterations=state.iterations + 1, prefix=root)
+            keep(finished=True, **(last if job.halves else {}))
+    finally:
+        keep()
+    return state
+
+
+def _complete(folder: Path, name: str, options: list[str]) -> None:
+    """Run a program that has nothing to show until it ends."""
+    if not _run(folder, name, [f"relion_{name}", *options], _SHORT_S, lambda: None):
+        raise InputError(f"relion_{name} took more than {_SHORT_S:g} s in {folder}.")
+
+
+def _run(
+    folder: Path, name: str, command: list[str], limit_s: float, watch: Callable
+) -> bool:
+    """Run a program; return whether it came to its end before the time limit."""
+    if shutil.which(command[0]) is None:
+        raise InputError(f"{command[0]} is not installed.")
+    path, end = folder / f"{name}.log", time.monotonic() + limit_s
+    with open(path, "a+b") as log:
+        log.write(f"\n{' '.join(command)}\n\n".encode())
+        log.flush()
+        begin = log.tell()
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(_POLL_S)
+                watch()
+            code = process.poll()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_PATIENCE_S)
+        if code:
+            log.seek(begin)
+            error = _last_error(log.read().decode(errors="replace"))
+            raise InputError(f"RELION failed: {error} See {path}.")
+    return code == 0
+
+
+def _last_error(said: str) -> str:
+    """Return the last error that RELION reports, or the last line."""
+    pattern = r"^ERROR:\s*(?:ERROR:\s*)?(\S.*)$"
+    lines = re.findall(pattern, said, re.MULTILINE) or said.split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
