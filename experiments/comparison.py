@@ -6,7 +6,8 @@ measured here once, and kept in the run's folder:
 
 - ``metrics.json``: for each method the figures of merit, resolution curves, densities
   of the pose errors, and one row for each iteration;
-- ``maps/METHOD.mrc``, and ``maps/METHOD_003.mrc`` after each of its iterations.
+- ``maps/METHOD.mrc``, and ``maps/METHOD_003.mrc`` after each of its iterations;
+- ``maps/images.mrcs``: some of the images.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.progress import Bars
 from jaxrefine.simulate import Dataset
+
+_SHOWN = 4  # images that are kept for the figures
 
 
 class Case(NamedTuple):
@@ -199,6 +202,8 @@ def compare(
     maps.mkdir(exist_ok=True)
     for name, volume in (("truth", case.truth), ("initial_map", case.initial_map)):
         io.write_mrc(maps / f"{name}.mrc", np.asarray(volume), voxel)
+    some = np.asarray(case.dataset.images[:_SHOWN], np.float32)
+    io.write_stack(maps / "images.mrcs", some, voxel)
     results = harness.read_metrics(out)
     with Bars() as bars:
         for name, method in methods.items():
