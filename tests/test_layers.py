@@ -14,7 +14,7 @@ LAYERS = [
     {"_batching", "_bessel", "_window", "interpolate"},
     {"kbwf", "geometry", "ctf", "tv", "tube", "gridding", "resample"},
     {"spatial", "slices", "metrics", "particles"},
-    {"normal", "simulate", "alignment", "postprocess"},
+    {"normal", "simulate", "alignment", "background", "postprocess"},
     {"admm", "pose", "hypotheses", "tangent"},
     {"paper", "crossfit", "search"},
     {"posterior", "particle_set"},

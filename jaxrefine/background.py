@@ -1,0 +1,80 @@
+"""Images as they come: contrast, background and what lies beyond the particle.
+
+Micrographs differ in thickness and dose, so particles are brought to one scale by their
+background, the pixels outside of a circle, as RELION's preprocessing does. Protein is
+to be bright.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from jaxrefine.errors import InputError
+from jaxrefine.particles import ImageSource
+
+_FEWEST = 16  # pixels that a background is measured from
+
+
+@final
+@dataclass(frozen=True)
+class Normalised:
+    """Images brought to a background of mean 0 and standard deviation 1, when read.
+
+    An image source like any other, see `particles.ImageSource`; nothing is kept.
+
+    Parameters
+    ----------
+    source
+        Images of shape ``(P, m, m)``.
+    diameter
+        Of the circle around the image's origin ``m // 2``, pixels, outside of which
+        there is background.
+    invert
+        Whether protein is dark in the images.
+
+    Raises
+    ------
+    InputError
+        If the circle leaves too few pixels; on reading, if an image is constant there.
+    """
+
+    source: ImageSource
+    diameter: float
+    invert: bool = False
+
+    def __post_init__(self):
+        m = self.shape[-1]
+        left = int(np.sum(outside(m, self.diameter)))
+        if not self.diameter > 0 or left < _FEWEST:
+            raise InputError(
+                f"A circle of {self.diameter:g} pixels leaves {left} pixels of images "
+                f"of {m} x {m} as background; at least {_FEWEST} are wanted."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of particles, rows and columns."""
+        return tuple(self.source.shape)
+
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
+        images = np.asarray(self.source[indices], np.float64)
+        around = images[:, outside(self.shape[-1], self.diameter)]
+        spread = around.std(axis=1)
+        flat = np.flatnonzero(spread == 0)
+        if len(flat):
+            number = np.arange(self.shape[0])[indices][flat[0]]
+            raise InputError(
+                f"Image {number} (from 0) is constant outside of the particle; it has "
+                "no background to be normalised by."
+            )
+        sign = -1.0 if self.invert else 1.0
+        mean = around.mean(axis=1)[:, None, None]
+        return ((images - mean) * (sign / spread)[:, None, None]).astype(np.float32)
+
+
+def outside(m: int, diameter: float) -> Bool[np.ndarray, "m m"]:
+    """Return the pixels outside of a circle around the origin ``m // 2``."""
+    axis = np.arange(m) - m // 2
+    return axis[:, None] ** 2 + axis**2 > (diameter / 2) ** 2
