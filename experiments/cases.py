@@ -139,10 +139,12 @@ def _mirrored(volume: Volume) -> Volume:
 
 def caption(config: dict[str, Any]) -> str:
     """Say under which conditions a result was found."""
+    start = config.get("start") or (
+        f"Euler angles off by up to {config['max_angle_error']:g} rad, initial map = "
+        f"truth blurred by {config['initial_blur']:g} voxels"
+    )
     return (
         f"{config['title']}: {config['map']}, {config['size']}³ voxels, "
-        f"{config['particles']} particles at {config['snr_db']:g} dB, Euler angles off "
-        f"by up to {config['max_angle_error']:g} rad, shifts up to "
-        f"{config['max_shift']:g} px unknown, initial map = truth blurred by "
-        f"{config['initial_blur']:g} voxels, seed {config['seed']}."
+        f"{config['particles']} particles at {config['snr_db']:g} dB, shifts up to "
+        f"{config['max_shift']:g} px unknown, {start}, seed {config['seed']}."
     )

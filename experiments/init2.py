@@ -19,6 +19,7 @@ import comparison
 import harness
 import init1
 import methods
+import relion
 from comparison import Case, Method
 from methods import initial_poses, true_poses
 
@@ -52,6 +53,12 @@ def main() -> None:
     """Run what is left of the study, then print its table."""
     options = harness.parse(__doc__, PRESETS)
     config = harness.resolve(options, KEYS)
+    config["start"] = (
+        "map and poses by RELION, ab initio"
+        if relion.available()
+        else "poses by projection matching with the truth blurred by "
+        f"{config['initial_blur']:g} voxels (RELION is not installed)"
+    )
     comparison.run(options, config, cases.init2, FAMILIES)
 
 

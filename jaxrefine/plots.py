@@ -1,20 +1,23 @@
 """Pictures for reports: slices, resolution curves, pose errors, particles.
 
-Each function writes one PNG, whatever the suffix of its path, and returns nothing.
-Figures are made without pyplot, so that no backend is chosen and no global state is
-touched.
+A function that takes a path writes one PNG there, whatever its suffix. The others are
+what such pictures are made of. Figures are made without pyplot, so that no backend is
+chosen and no global state is touched.
 """
 
 import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from scipy import ndimage
 
 from jaxrefine import metrics
 
@@ -27,11 +30,16 @@ Curves = Mapping[str, Float[Array | np.ndarray, " shells"]]
 Errors = Mapping[str, Float[Array | np.ndarray, " particles"]]
 """Errors of the particles' poses by name."""
 
+Style = tuple[str, Any]
+"""A curve's colour and its dashes, as Matplotlib has them."""
+
 # Okabe and Ito's colours, which the colour-blind tell apart, darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00")
 _DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
-_TEXT_SIZE = 11
+TEXT_SIZE = 11
+"""Of labels, in points."""
+
 _DPI = 120
 _CHARACTERS_PER_INCH = 12
 _BINS = 50
@@ -45,19 +53,19 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     """
     rows = [_central_slices(np.asarray(volume)) for volume in volumes.values()]
     low, high = np.percentile(np.array(rows), (1, 99.8))
-    figure = _figure(7.6, 2.15 * len(rows) + 0.75, caption)
+    figure = captioned_figure(7.6, 2.15 * len(rows) + 0.75, caption)
     grid = figure.subplots(len(rows), 3, squeeze=False)
     for axes_row, name, slices in zip(grid, volumes, rows, strict=True):
         axes_row[0].set_ylabel(
-            textwrap.fill(name, 20), size=_TEXT_SIZE + 1, fontweight="bold"
+            textwrap.fill(name, 20), size=TEXT_SIZE + 1, fontweight="bold"
         )
         for axes, picture in zip(axes_row, slices, strict=True):
-            shown = _show(axes, picture, low, high)
+            shown = show_picture(axes, picture, low, high)
     for axes, plane in zip(grid[0], ("xy", "xz", "yz"), strict=True):
-        axes.set_title(f"{plane[0]} →, {plane[1]} ↑", size=_TEXT_SIZE)
+        axes.set_title(f"{plane[0]} →, {plane[1]} ↑", size=TEXT_SIZE)
     bar = figure.colorbar(shown, ax=grid, shrink=0.8, aspect=30, extend="both")
-    bar.set_label("density", size=_TEXT_SIZE)
-    bar.ax.tick_params(labelsize=_TEXT_SIZE - 2)
+    bar.set_label("density", size=TEXT_SIZE)
+    bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
     figure.savefig(path, format="png")
 
 
@@ -83,12 +91,25 @@ def fsc_curves(
     caption
         Text below the curves.
     """
-    figure = _figure(7.2, 4.8, caption)
+    figure = captioned_figure(7.2, 4.8, caption)
     axes = figure.subplots()
+    draw_fsc(axes, curves, _styles(), n, voxel_size_in_angstroms)
+    _add_legend(axes)
+    figure.savefig(path, format="png")
+
+
+def draw_fsc(
+    axes: Axes,
+    curves: Curves,
+    styles: Iterable[Style],
+    n: int,
+    voxel_size_in_angstroms: float | None,
+) -> None:
+    """Draw what `fsc_curves` does, with styles of one's own and without the legend."""
     last = max(len(curve) for curve in curves.values()) - 1
-    for (name, curve), (colour, dash) in zip(curves.items(), _styles(), strict=False):
+    for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
         axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=name)
-    lowest = min(float(np.min(curve)) for curve in curves.values())
+    lowest = min(float(np.nanmin(curve)) for curve in curves.values())
     axes.set(xlim=(0, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for threshold in (0.5, 0.143):
@@ -99,9 +120,9 @@ def fsc_curves(
             xycoords=("axes fraction", "data"),
             va="center",
             color="0.35",
-            size=_TEXT_SIZE - 2,
+            size=TEXT_SIZE - 2,
         )
-    _label(axes, "Fourier shell", "Fourier shell correlation")
+    label_axes(axes, "Fourier shell", "Fourier shell correlation")
     if voxel_size_in_angstroms is not None:
         shells = [shell for shell in axes.get_xticks() if 0 < shell <= last]
         periods = [
@@ -110,9 +131,8 @@ def fsc_curves(
         ]
         above = axes.secondary_xaxis("top")
         above.set_xticks(shells, [f"{float(period):.3g}" for period in periods])
-        above.tick_params(labelsize=_TEXT_SIZE - 1)
-        above.set_xlabel("resolution (Å)", size=_TEXT_SIZE)
-    figure.savefig(path, format="png")
+        above.tick_params(labelsize=TEXT_SIZE - 1)
+        above.set_xlabel("resolution (Å)", size=TEXT_SIZE)
 
 
 def error_histograms(
@@ -141,7 +161,7 @@ def error_histograms(
     largest = max(float(np.max(values)) for values in errors.values())
     end = (limit or largest) or 1.0
     edges = np.linspace(0, end, _BINS + 1)
-    figure = _figure(7.2, 4.4, caption)
+    figure = captioned_figure(7.2, 4.4, caption)
     axes = figure.subplots()
     for (name, values), (colour, dash) in zip(errors.items(), _styles(), strict=False):
         density, _ = np.histogram(np.clip(values, 0, end), edges, density=True)
@@ -153,7 +173,8 @@ def error_histograms(
     axes.set(xlim=(0, end))
     axes.set_ylim(bottom=0)
     beyond = f"; last bin: all beyond {end:g}" if largest > end else ""
-    _label(axes, unit_label + beyond, "density of particles")
+    label_axes(axes, unit_label + beyond, "density of particles")
+    _add_legend(axes)
     figure.savefig(path, format="png")
 
 
@@ -164,13 +185,14 @@ def convergence(
     caption: str,
 ) -> None:
     """Draw numbers against the outer iteration, counted from one."""
-    figure = _figure(7.2, 4.8, caption)
+    figure = captioned_figure(7.2, 4.8, caption)
     axes = figure.subplots()
     for (name, values), (colour, dash) in zip(series.items(), _styles(), strict=False):
         iterations = np.arange(1, len(values) + 1)
         axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(axes, "outer iteration", unit_label)
+    label_axes(axes, "outer iteration", unit_label)
+    _add_legend(axes)
     figure.savefig(path, format="png")
 
 
@@ -190,21 +212,21 @@ def image_gallery(
     low, high = np.percentile(pictures, (0.5, 99.5))
     columns = min(4, count)
     rows = -(-count // columns)
-    figure = _figure(1.9 * columns + 0.2, 2.05 * rows + 0.45, caption)
+    figure = captioned_figure(1.9 * columns + 0.2, 2.05 * rows + 0.45, caption)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, picture, index in zip(grid, pictures, chosen, strict=False):
-        _show(axes, picture, low, high)
-        axes.set_title(f"particle {index + 1}", size=_TEXT_SIZE - 1)
+        show_picture(axes, picture, low, high)
+        axes.set_title(f"particle {index + 1}", size=TEXT_SIZE - 1)
     for axes in grid[count:]:
         axes.set_axis_off()
     figure.savefig(path, format="png")
 
 
-def _figure(width: float, height: float, caption: str) -> Figure:
+def captioned_figure(width: float, height: float, caption: str) -> Figure:
     """Return a figure of a size in inches, with a caption below its plots."""
     figure = Figure((width, height), dpi=_DPI, layout="constrained")
     lines = textwrap.fill(caption, int(_CHARACTERS_PER_INCH * width))
-    figure.supxlabel(lines, size=_TEXT_SIZE - 1)
+    figure.supxlabel(lines, size=TEXT_SIZE - 1)
     return figure
 
 
@@ -213,13 +235,16 @@ def _styles():
     return itertools.cycle(zip(_COLOURS, _DASHES, strict=True))
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
-    """Name the axes, and the curves in a legend."""
-    axes.set_xlabel(x, size=_TEXT_SIZE)
-    axes.set_ylabel(y, size=_TEXT_SIZE)
-    axes.tick_params(labelsize=_TEXT_SIZE - 1)
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Name the axes and leave their upper and right sides open."""
+    axes.set_xlabel(x, size=TEXT_SIZE)
+    axes.set_ylabel(y, size=TEXT_SIZE)
+    axes.tick_params(labelsize=TEXT_SIZE - 1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=_TEXT_SIZE - 1, framealpha=0.9)
+
+
+def _add_legend(axes: Axes) -> None:
+    axes.legend(fontsize=TEXT_SIZE - 1, framealpha=0.9)
 
 
 def _central_slices(
@@ -230,8 +255,77 @@ def _central_slices(
     return volume[centre], volume[:, centre], volume[:, :, centre]
 
 
-def _show(axes: Axes, picture: Float[np.ndarray, "h w"], low: float, high: float):
+def show_picture(
+    axes: Axes, picture: Float[np.ndarray, "h w"], low: float, high: float
+) -> AxesImage:
     """Show a picture in grey, its first axis upwards."""
     axes.set_xticks([])
     axes.set_yticks([])
     return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)
+
+
+def isosurface(
+    volume: Float[Array | np.ndarray, "n n n"], level: float
+) -> Float[np.ndarray, "m m"]:
+    """Render the surface where a map has a level, as seen along +y.
+
+    The map is sampled three times as finely by cubic splines, so ``m = 3 n - 2``. The
+    surface scatters the light of one lamp, at the upper left behind the viewer, and a
+    soft light from the front; what is farther is darker.
+
+    Returns
+    -------
+    image
+        Brightness indexed ``[z, x]``, up to 0.9, and 1 where there is no surface.
+    """
+    hit, depth, normals = find_surface(volume, level)
+    lamp = np.clip(_TOWARDS_LAMP @ normals, 0, None)
+    front = np.clip(-normals[1], 0, None)
+    fog = 1 - 0.5 * depth / len(volume)
+    image = np.ones(hit.shape)
+    image[hit] = 0.9 * np.clip(fog * (0.1 + 0.7 * lamp + 0.4 * front), 0, 1)
+    return image
+
+
+_UPSAMPLING = 3
+_TOWARDS_LAMP = np.array([-1.0, -2.0, 1.5]) / 7.25**0.5  # (x, y, z), a unit vector
+
+
+def find_surface(
+    volume: Float[Array | np.ndarray, "n n n"], level: float
+) -> tuple[
+    Bool[np.ndarray, "m m"],
+    Float[np.ndarray, " points"],
+    Float[np.ndarray, "3 points"],
+]:
+    """Find where rays along +y first meet a density of at least a level.
+
+    Returns
+    -------
+    hit
+        Which rays, indexed ``[z, x]``, do so; there are three to a voxel.
+    depth
+        Where they do, as an index of y: by linear interpolation between samples.
+    normals
+        The outward unit normals (x, y, z) there, from the map's gradient; zero where
+        that is zero.
+    """
+    n = len(volume)
+    factor = (_UPSAMPLING * (n - 1) + 1) / n
+    fine = np.asarray(ndimage.zoom(np.moveaxis(np.asarray(volume), 1, 0), factor))
+    inside = fine >= level
+    hit = np.asarray(inside.any(axis=0))
+    z, x = np.nonzero(hit)
+    first = inside.argmax(axis=0)[hit]
+    density = fine[first, z, x]
+    rise = density - fine[np.maximum(first - 1, 0), z, x]
+    back = np.divide(density - level, rise, out=np.zeros_like(rise), where=rise > 0)
+    points = np.stack([first - back, z, x])
+    slopes = np.stack(
+        [
+            ndimage.map_coordinates(np.gradient(fine, axis=axis), points, order=1)
+            for axis in (2, 0, 1)
+        ]
+    )
+    steepness = np.linalg.norm(slopes, axis=0)
+    return hit, points[0] / _UPSAMPLING, -slopes / np.where(steepness, steepness, 1)

@@ -107,3 +107,66 @@ def test_volumes_of_jax_in_single_precision_are_accepted(tmp_path):
     volume = jax.random.uniform(jax.random.key(0), (N, N, N), jnp.float32)
     plots.orthogonal_slices(tmp_path / "a.png", {"single": volume}, "Single.")
     plots.image_gallery(tmp_path / "b.png", volume, "Single.")
+
+
+# --- isosurfaces
+
+
+def ball(radius, *, n=20, shift=(0, 0, 0)):
+    """Density 0 on a sphere about the origin moved by (x, y, z), rising inwards."""
+    axes = np.meshgrid(*(3 * [np.arange(n) - n // 2]), indexing="ij")
+    squares = [(axis - move) ** 2 for axis, move in zip(axes, shift[::-1], strict=True)]
+    return radius**2 - sum(squares)
+
+
+def test_the_surface_of_a_ball_has_its_depth_and_normals():
+    """The density is a square, which a straight line misses by 1/36 at the most.
+
+    That is 0.006 voxels where it falls by at least 5 in a voxel. The box is so wide
+    that what splines make of its border does not reach the ball.
+    """
+    radius, shift, n = 6.0, np.array([1.0, -0.5, 2.0]), 28
+    hit, depth, normals = plots.find_surface(ball(radius, n=n, shift=shift), 0.0)
+    assert hit.shape == (3 * n - 2, 3 * n - 2)
+    z, x = np.nonzero(hit)
+    across = np.stack([x, z]) / 3 - n // 2 - shift[[0, 2], None]
+    assert hit.sum() / 9 == pytest.approx(np.pi * radius**2, rel=0.02)
+    inner = np.hypot(*across) < 0.9 * radius
+    ahead = np.sqrt(radius**2 - np.sum(across[:, inner] ** 2, axis=0))
+    expected = n // 2 + shift[1] - ahead
+    np.testing.assert_allclose(depth[inner], expected, atol=0.007)
+    outward = np.stack([across[0, inner], -ahead, across[1, inner]]) / radius
+    np.testing.assert_allclose(normals[:, inner], outward, atol=0.01)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=0), 1)
+
+
+def test_the_nearest_of_two_surfaces_is_seen():
+    far, near = ball(2.0, shift=(0, 5, 0)), ball(3.0, shift=(0, -5, 0))
+    depths = []
+    for density in (near, np.maximum(far, near)):
+        hit, depth, _ = plots.find_surface(density, 0.0)
+        depths.append(np.full(hit.shape, 99.0))
+        depths[-1][hit] = depth
+    inner = depths[0] < 4.5  # not the rim, which is steep
+    np.testing.assert_allclose(depths[1][inner], depths[0][inner], atol=0.01)
+
+
+def test_isosurfaces_are_lit_from_the_upper_left_and_dim_with_distance():
+    images = [plots.isosurface(ball(5.0, shift=(0, y, 0)), 0.0) for y in (-4, 0, 4)]
+    for image in images:
+        middle = len(image) // 2
+        left_and_right = image[middle, middle - 8], image[middle, middle + 8]
+        above_and_below = image[middle + 8, middle], image[middle - 8, middle]
+        assert left_and_right[0] > left_and_right[1] > 0
+        assert above_and_below[0] > above_and_below[1] > 0
+        assert image[0, 0] == 1 and image[middle, middle] <= 0.9
+    brightness = [image[image < 1].mean() for image in images]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+@pytest.mark.parametrize(("level", "met"), [(-1e6, True), (1e6, False)])
+def test_levels_beyond_all_densities(level, met):
+    hit, depth, _ = plots.find_surface(ball(5.0), level)
+    assert (hit == met).all() and (depth == 0).all()
+    image = plots.isosurface(np.full((5, 5, 5), 2.0), 1.0)
+    assert ((image >= 0) & (image <= 0.9)).all()

@@ -1,0 +1,30 @@
+"""Fig. 1: noisy images, and slices of what is made of them.
+
+python experiments/fig01_particles.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+MAPS = (
+    "truth",
+    "oracle",
+    "joint",
+    "unrefined",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        figures.main(
+            __doc__,
+            lambda runs: figures.maps(
+                runs,
+                lambda run: figures.columns(run, MAPS),
+                MAPS,
+                surfaces=False,
+                images=True,
+            ),
+        )
+    )

@@ -1,0 +1,32 @@
+"""Fig. 3: the maps of Init-1, as surfaces and slices.
+
+python experiments/fig03_slices.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+MAPS = (
+    "truth",
+    "initial map",
+    "unrefined",
+    "joint",
+    "oracle",
+    "RELION auto-refine, post-processed",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        figures.main(
+            __doc__,
+            lambda runs: figures.maps(
+                runs,
+                lambda run: figures.columns(run, MAPS),
+                MAPS,
+                surfaces=True,
+                images=True,
+            ),
+        )
+    )

@@ -1,0 +1,25 @@
+"""Fig. 4: correlation with the true map, Init-1.
+
+python experiments/fig04_fsc.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+METHODS = (
+    "oracle",
+    "joint",
+    "joint (released)",
+    "joint (paper)",
+    "joint (paper, steps x 1000)",
+    "RELION auto-refine, post-processed",
+    "RELION auto-refine",
+    "RELION, true poses",
+    "projection matching",
+    "unrefined",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(figures.main(__doc__, lambda runs: figures.fsc(runs, METHODS)))

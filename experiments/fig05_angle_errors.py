@@ -1,0 +1,19 @@
+"""Fig. 5: densities of the errors of the Euler angles, Init-1.
+
+python experiments/fig05_angle_errors.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+METHODS = ("unrefined", "RELION auto-refine", "joint")
+ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
+
+
+if __name__ == "__main__":
+    sys.exit(
+        figures.main(
+            __doc__, lambda runs: figures.densities(runs, METHODS, ANGLES, "degree")
+        )
+    )

@@ -1,0 +1,40 @@
+"""Fig. 7: the joint refinement's map through the iterations.
+
+python experiments/fig07_evolution.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+import numpy as np
+from figures import Column, Run
+
+METHOD = "joint"
+TEXT = (
+    "Map through the iterations. Below: its mean Fourier shell correlation with the "
+    "truth, as it stands, and the median error of the orientations."
+)
+
+
+def evolution(run: Run) -> list[Column]:
+    """Choose the initial map, the first and the last iteration, and some between."""
+    history = run.values("history", [METHOD])[METHOD]
+    chosen = np.unique(np.geomspace(1, len(history), 6).round().astype(int))
+    shown = [Column("initial map", run.map("initial map"))]
+    for number in chosen:
+        row = history[number - 1]
+        note = f"FSC {row['mean_fsc']:.3f}\n{row['angle_error_deg_median']:.1f}° off"
+        volume = run.map(f"{METHOD}_{number:03d}")
+        shown.append(Column(f"iteration {number}", volume, note))
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(
+        figures.main(
+            __doc__,
+            lambda runs: figures.maps(
+                runs, evolution, [METHOD], text=TEXT, surfaces=True, images=False
+            ),
+        )
+    )

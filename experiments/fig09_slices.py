@@ -1,0 +1,30 @@
+"""Fig. 9: the maps of Init-2, as surfaces and slices.
+
+python experiments/fig09_slices.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+MAPS = (
+    "truth",
+    "initial map",
+    "joint, post-processed",
+    "RELION auto-refine, post-processed",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        figures.main(
+            __doc__,
+            lambda runs: figures.maps(
+                runs,
+                lambda run: figures.columns(run, MAPS),
+                MAPS,
+                surfaces=True,
+                images=True,
+            ),
+        )
+    )

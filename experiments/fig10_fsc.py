@@ -1,0 +1,22 @@
+"""Fig. 10: correlation with the true map, Init-2.
+
+python experiments/fig10_fsc.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+
+import figures
+
+METHODS = (
+    "oracle",
+    "joint, post-processed",
+    "joint",
+    "RELION auto-refine, post-processed",
+    "RELION auto-refine",
+    "RELION, true poses",
+    "unrefined",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(figures.main(__doc__, lambda runs: figures.fsc(runs, METHODS)))
