@@ -1,0 +1,73 @@
+"""Ablation: what each part of the engine is good for.
+
+From the same start as Init-1, the joint refinement is run as it is and less one part:
+
+- no multi-start: the initial poses are polished, and no others are searched for;
+- no marching: all frequencies below Nyquist from the first iteration on, in the widest
+  search too;
+- gradient descent: three steps on the poses (the paper's ``K_GD``) in the place of
+  three of Levenberg and Marquardt, scaled by the curvature of each coordinate;
+- one hypothesis: the best candidate of each search alone is followed.
+
+The weights of the shells by their signal and noise are always on: the engine measures
+the noise in each iteration, and `RefineConfig` has nothing to say about it.
+
+    python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
+
+prints a table, and stores it with curves and maps in the run directory.
+``plot_ablation.py`` draws it.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import cases
+import comparison
+import harness
+import init1
+import methods
+import optax
+from comparison import Case, Method
+
+from jaxrefine.refine import RefineConfig
+from jaxrefine.tangent import Descent
+
+PRESETS = ("smoke", "small", "cpu", "paper")
+
+KEYS = (*cases.KEYS, "methods")
+"""What the configuration must say."""
+
+
+def reduced(size: int) -> dict[str, RefineConfig]:
+    """Return the engine's parameters less one part, for images of a side."""
+    full = RefineConfig()
+    return {
+        "no multi-start": replace(full, multi_start=()),
+        "no marching": replace(full, first_r_max=(size - 1) // 2),
+        "gradient descent": replace(full, update=Descent(optax.sgd(0.5), 3)),
+        "one hypothesis": replace(full, hypotheses=1),
+    }
+
+
+def without(config: dict[str, Any], case: Case) -> dict[str, Method]:
+    """Return the joint refinement less one part."""
+    return {
+        name: methods.refinement(settings, config["seed"])
+        for name, settings in reduced(len(case.truth)).items()
+    }
+
+
+FAMILIES = {"engine": init1.engine, "without": without}
+"""What ``methods`` of a configuration may list."""
+
+
+def main() -> None:
+    """Run what is left of the study, then print its table."""
+    options = harness.parse(__doc__, PRESETS)
+    config = harness.resolve(options, KEYS)
+    comparison.run(options, config, cases.init1, FAMILIES)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(main))

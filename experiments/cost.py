@@ -1,0 +1,262 @@
+"""Cost: section III-D measured, seconds of a pose update against the images' side.
+
+One update of the poses of simulated particles near the truth, with a map at hand:
+
+- projection matching: the best pose of a grid, all frequencies below Nyquist;
+- Theorem 1, in space: the cost (34), the cost with its gradient, and Algorithm 3, that
+  is ``K_GD = 3`` gradient steps on angles and shifts with their line searches;
+- slices: the cost with its gradient, one step of Levenberg and Marquardt (the normal
+  equations, and those of the trial), and the three steps that the engine makes.
+
+What is made of each image or once for the map is part of the time, but for the map's
+autocorrelation and spectrum where a cost alone is timed. The normal operator of the
+volume update goes with these; its time does not depend on the particles.
+
+    python experiments/cost.py configs/cost.toml --preset cpu
+
+Each time is the median of some rounds in which the functions take turns. The first
+round, which compiles, is told apart. ``metrics.json`` also holds the exponents ``k`` of
+``n**k`` that fit the times best. ``plot_cost.py`` draws it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import equinox as eqx
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine import io, kbwf, normal, pose, posterior, simulate, slices, spatial
+from jaxrefine._batching import map_over_particles
+from jaxrefine.errors import InputError
+from jaxrefine.gridding import Gridding
+from jaxrefine.hypotheses import prior
+from jaxrefine.matching import MatchConfig, match
+from jaxrefine.particles import Particles
+from jaxrefine.tangent import LevenbergMarquardt
+
+PRESETS = ("smoke", "cpu")
+
+KEYS = (
+    "title",
+    "seed",
+    "snr_db",
+    "max_shift",
+    "sizes",
+    "particles",
+    "repetitions",
+    "matching_step_deg",
+)
+"""What the configuration must say."""
+
+NORMAL_OPERATOR = "normal operator"
+"""The one function whose time is not divided by the number of particles."""
+
+_ANGLE_ERROR = 0.1  # radians: a start from which all methods have something to do
+_FIRST_STEPS = 2e-4, 2e-3  # the released code's, of angles and shifts
+_BATCH = 8  # particles at once in space, where memory grows with the cube of the side
+
+Calls = dict[str, Callable[[], Any]]
+"""What is timed, by name."""
+
+
+def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], float]]:
+    """Simulate particles; return what is timed, and what counts line-search trials."""
+    map_key, data_key = jax.random.split(jax.random.key(config["seed"]))
+    truth = simulate.phantom(map_key, size)
+    dataset = simulate.make_dataset(
+        data_key,
+        truth,
+        config["particles"],
+        max_shift=config["max_shift"],
+        max_angle_error=_ANGLE_ERROR,
+        snr_db=config["snr_db"],
+    )
+    images, poses = dataset.images, dataset.initial
+    last = (size - 1) // 2
+
+    basis = kbwf.KBWF()
+    footprint = spatial.footprint(basis)
+    image_filter = spatial.spline_filter(footprint, size)
+    coefficients = kbwf.expand(basis, truth)
+    terms = pose.map_terms(footprint, coefficients)
+    transfer = normal.transfer(normal.kernel(footprint, poses.angles, size))
+
+    def in_space(function):
+        @eqx.filter_jit
+        def evaluate(terms, images, poses):
+            def one(particle):
+                image, where = particle
+                return function(terms, pose.particle(image_filter, image), where)
+
+            return map_over_particles(one, (images, poses), _BATCH)
+
+        return lambda: evaluate(terms, images, poses)
+
+    steps = pose.PoseConfig(*_FIRST_STEPS)
+
+    def descend():
+        return pose.run(poses, images, coefficients, footprint, image_filter, steps)
+
+    particles = Particles(np.asarray(images))
+    everyone = np.arange(len(particles))
+    noise = jnp.full(size // 2 + 1, (dataset.sigma * size) ** 2, truth.dtype)
+    view = posterior.view(particles, last, noise)
+    spectrum = Gridding().spectrum(truth, last)
+
+    @eqx.filter_jit
+    def slice_gradients(spectrum, view, images, poses):
+        def one(data, rotation, shift):
+            return slices.cost_and_gradient(
+                spectrum, view.disc, data, rotation, shift, None, view.weights
+            )
+
+        return jax.vmap(one)(view.spectra(images), poses.rotations, poses.shifts)
+
+    def polish(steps: int):
+        return posterior.polish(
+            particles,
+            everyone,
+            Gridding().spectrum(truth, last),
+            view,
+            prior(poses, 1.0, 10.0, np.pi, 10.0),
+            np.asarray(poses.rotations),
+            np.asarray(poses.shifts),
+            LevenbergMarquardt(steps),
+            len(particles),
+        )
+
+    matching = MatchConfig(
+        angle_step_in_degrees=config["matching_step_deg"],
+        max_shift=config["max_shift"],
+        r_max=last,
+    )
+    apply = jax.jit(normal.apply_normal)
+    calls = {
+        "projection matching": lambda: match(particles, truth, matching).poses,
+        "spatial, cost": in_space(pose.particle_cost),
+        "spatial, cost and gradient": in_space(pose.particle_cost_and_gradient),
+        "spatial, Algorithm 3": descend,
+        "slices, cost and gradient": lambda: slice_gradients(
+            spectrum, view, images, poses
+        ),
+        "slices, LM step": lambda: polish(1),
+        "slices, LM": lambda: polish(LevenbergMarquardt().iterations),
+        NORMAL_OPERATOR: lambda: apply(transfer, coefficients),
+    }
+
+    def trials() -> float:
+        info = descend()[1]
+        return float(jnp.mean(info.angle_trials + info.shift_trials)) / 2
+
+    return calls, trials
+
+
+def measure(calls: Calls, repetitions: int) -> tuple[dict, dict]:
+    """Return the median time of each call, and how much longer the first one took."""
+
+    def seconds(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - begin
+
+    first, *rounds = (
+        {name: seconds(call) for name, call in calls.items()}
+        for _ in range(repetitions + 1)
+    )
+    typical = {name: median(one[name] for one in rounds) for name in calls}
+    return typical, {name: first[name] - typical[name] for name in calls}
+
+
+def point(size: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Measure at one side of the images."""
+    calls, trials = prepare(size, config)
+    typical, compilation = measure(calls, config["repetitions"])
+    operator = typical.pop(NORMAL_OPERATOR)
+    count = config["particles"]
+    return {
+        "size": size,
+        "seconds_per_particle": {name: t / count for name, t in typical.items()},
+        "normal_operator_s": operator,
+        "compilation_s": compilation,
+        "line_search_trials": trials(),
+    }
+
+
+def exponents(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the slopes of the lines that fit log time against log side best."""
+    sizes = np.log([point["size"] for point in points])
+    times = {
+        name: [point["seconds_per_particle"][name] for point in points]
+        for name in points[0]["seconds_per_particle"]
+    }
+    times[NORMAL_OPERATOR] = [point["normal_operator_s"] for point in points]
+    return {
+        name: float(np.polyfit(sizes, np.log(values), 1)[0])
+        for name, values in times.items()
+    }
+
+
+def available_threads() -> int | None:
+    """Return how many threads this process may run at once, where it can tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the times as a Markdown table, in milliseconds."""
+    points, slopes = results["points"], results["exponents"]
+    head = " | ".join(f"n = {point['size']}" for point in points)
+    rows = [
+        f"| ms per particle | {head} | exponent |",
+        "|---|" + "---|" * (len(points) + 1),
+    ]
+    for name in points[0]["seconds_per_particle"]:
+        times = [1e3 * point["seconds_per_particle"][name] for point in points]
+        cells = " | ".join(f"{value:.3g}" for value in times)
+        rows.append(f"| {name} | {cells} | {slopes[name]:.1f} |")
+    cells = " | ".join(f"{1e3 * p['normal_operator_s']:.3g}" for p in points)
+    rows.append(
+        f"| {NORMAL_OPERATOR}, ms in all | {cells} | {slopes[NORMAL_OPERATOR]:.1f} |"
+    )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure at the sides that are left, then print the table."""
+    options = harness.parse(__doc__, PRESETS)
+    if options.volume is not None:
+        raise InputError(f"Maps are of every size here; {options.volume} is of one.")
+    config = harness.resolve(options, KEYS)
+    if len(set(config["sizes"])) < 2 or config["repetitions"] < 1:
+        raise InputError("Two sizes and one repetition are wanted at least.")
+    out = harness.open_run(options, config)
+    results = harness.read_metrics(out)
+    if not (out / "done").exists():
+        harness.write_provenance(out)
+        points = results.get("points", [])
+        for size in config["sizes"][len(points) :]:
+            points.append(point(size, config))
+            results = {
+                "device": jax.devices()[0].device_kind,
+                "threads": available_threads(),
+                "points": points,
+            }
+            io.write_json(out / "metrics.json", results)
+        results["exponents"] = exponents(points)
+        io.write_json(out / "metrics.json", results)
+        (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+        (out / "done").touch()
+    print(table(results))
+    print(f"results are in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(main))

@@ -1,0 +1,109 @@
+"""Sweeps: map, resolution and poses against what is swept, a row for each sweep.
+
+python experiments/plot_sweeps.py RUN [RUN ...] --out FILE.png
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import cases
+import figures
+import harness
+from figures import STYLES, Run
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from jaxrefine import plots
+from jaxrefine.errors import InputError
+
+LABELS = {
+    "snr_db": "SNR per pixel (dB)",
+    "particles": "number of particles",
+    "max_angle_error": "largest error of initial angles (rad)",
+}
+"""What is swept."""
+
+PANELS = {
+    "mean_fsc_aligned": "mean FSC",
+    "rc": "$r_c$ (Fourier shells)",
+    "angle_error_deg_median": "median angle error (deg)",
+    "fraction_within_10_deg": "fraction within 10 deg",
+}
+"""Figures of merit."""
+
+LIMITS = {"mean_fsc_aligned": (0, 1), "fraction_within_10_deg": (-0.03, 1.03)}
+"""Of the axes of those that are fractions."""
+
+METHODS = {
+    "oracle": STYLES["oracle"],
+    "true map": ("#009E73", ":"),
+    "joint": STYLES["joint"],
+    "unrefined": STYLES["unrefined"],
+}
+
+_ERROR = "angle_error_deg_median"
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """Draw the sweeps; all but what is swept must agree.
+
+    Raises
+    ------
+    InputError
+        If a run is not a sweep, or the runs are of different conditions.
+    """
+    for run in runs:
+        if "axis" not in run.config:
+            raise InputError(f"{run.folder} is not the run of a sweep.")
+    captions = {cases.caption(run.config) for run in runs}
+    if len(captions) > 1:
+        raise InputError("The sweeps are of different conditions; draw each by itself.")
+    text = (
+        f"{captions.pop()} Each row varies one of these. FSC with the true map, the "
+        "rigid motion that the poses leave free undone; r_c, where it falls to 0.5, of "
+        "maps as they stand. True map: the poses found in it at the known noise, and "
+        "our map of these. Bound: median over particles, for Gaussian errors."
+    )
+    figure = plots.captioned_figure(3.6 * len(PANELS), 3.1 * len(runs) + 1, text)
+    grid = figure.subplots(len(runs), len(PANELS), squeeze=False)
+    curves: dict[str, Any] = {}
+    for run, row in zip(runs, grid, strict=True):
+        axis, points = run.config["axis"], harness.read_metrics(run.folder)["points"]
+        values = [point["value"] for point in points]
+        for (merit, label), axes in zip(PANELS.items(), row, strict=True):
+            for name, (colour, dash) in METHODS.items():
+                if merit == _ERROR and name == "oracle":
+                    continue  # its poses are the true ones
+                merits = [point["methods"][name][merit] for point in points]
+                curves[name] = axes.plot(
+                    values, merits, color=colour, linestyle=dash, lw=2, marker="o", ms=4
+                )[0]
+            if merit == _ERROR:
+                limits = [point["bound"]["bound_angle_deg_median"] for point in points]
+                curves["Cramér-Rao bound"] = axes.plot(values, limits, "0.5", lw=5)[0]
+                curves["Cramér-Rao bound"].set(zorder=1, alpha=0.5)
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(LogFormatter())
+            else:
+                axes.set_ylim(*LIMITS.get(merit, (0, None)))
+            if axis == "particles":
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.set_xticks([], minor=True)
+            plots.label_axes(axes, LABELS[axis], label)
+    figure.legend(
+        curves.values(),
+        curves,
+        loc="outside upper center",
+        ncols=len(curves),
+        fontsize=plots.TEXT_SIZE,
+        frameon=False,
+        handlelength=3,
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(figures.main(__doc__, draw))
