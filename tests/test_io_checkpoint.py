@@ -1,5 +1,7 @@
 """Checkpoints come back exactly, or say why not."""
 
+import json
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import load_checkpoint, save_checkpoint
+from jaxrefine.io.checkpoint import DamagedCheckpoint
 
 
 class State(eqx.Module):
@@ -54,9 +57,9 @@ def test_the_first_line_is_readable(path):
 @pytest.mark.parametrize(
     ("like", "words"),
     [
-        (a_state(n=5), "another shape or type"),
-        (a_state(dtype=jnp.float64), "another shape or type"),
-        ((a_state(), jnp.zeros(2)), "truncated"),
+        (a_state(n=5), "another structure, shape or type"),
+        (a_state(dtype=jnp.float64), "another structure, shape or type"),
+        ((a_state(), jnp.zeros(2)), "another structure"),
         (a_state().volume, "more arrays"),
     ],
     ids=["shape", "dtype", "too few", "too many"],
@@ -65,18 +68,24 @@ def test_a_file_that_does_not_fit(path, like, words):
     save_checkpoint(path, a_state(), {})
     with pytest.raises(InputError, match=words) as caught:
         load_checkpoint(path, like)
+    assert not isinstance(caught.value, DamagedCheckpoint)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_truncated(path):
-    save_checkpoint(path, a_state(), {})
+def test_truncated_or_changed(path):
+    """Wherever the file ends, and whichever byte is another one."""
+    save_checkpoint(path, a_state(n=2), {"iteration": 3})
     content = path.read_bytes()
-    header = content.index(b"\n") + 1
-    for kept in (header, header + 20, header + 200, len(content) - 1):
-        path.write_bytes(content[:kept])
-        with pytest.raises(InputError, match="truncated"):
-            load_checkpoint(path, a_state())
+    places = set(range(0, len(content), 23)) | {len(content) - 1}
+    digit = content.index(b'"metadata"') - 4  # of the format's version
+    for place in sorted(places - {digit}):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        for damaged in (content[:place], bytes(changed), content + b"0"):
+            path.write_bytes(damaged)
+            with pytest.raises(DamagedCheckpoint, match="whole checkpoint"):
+                load_checkpoint(path, a_state(n=2))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +93,28 @@ def test_truncated(path):
 )
 def test_not_a_checkpoint(path, content):
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not a jaxrefine checkpoint"):
+    with pytest.raises(DamagedCheckpoint, match="whole checkpoint of jaxrefine"):
         load_checkpoint(path, a_state())
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version(path, version):
+    header = {"format": f"jaxrefine checkpoint {version}", "metadata": {}}
+    path.write_bytes(json.dumps(header).encode() + b"\nanything")
+    with pytest.raises(InputError, match="another version") as caught:
+        load_checkpoint(path, a_state())
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_the_file_that_is_replaced_can_be_kept(path):
+    previous = path.with_name("previous")
+    for seed in range(3):
+        save_checkpoint(path, a_state(seed=seed), {}, previous)
+        kept = [path] if seed == 0 else [previous, path]
+        assert sorted(path.parent.iterdir()) == kept
+    for file, seed in ((path, 2), (previous, 1)):
+        found, _ = load_checkpoint(file, a_state())
+        assert eqx.tree_equal(found, a_state(seed=seed))
 
 
 def test_missing_file_and_folder(path):

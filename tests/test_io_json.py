@@ -1,12 +1,13 @@
 """Reports are valid JSON, whatever the numbers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import write_json
+from jaxrefine.io import append_json_line, keep_lines, write_json
 
 
 def refuse(word):
@@ -29,3 +30,29 @@ def test_places_that_cannot_be_written(tmp_path):
         with pytest.raises(InputError, match="Cannot write"):
             write_json(tmp_path / place, {})
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_logs_keep_their_first_lines(tmp_path):
+    """Whatever the last line looks like, if it is not among them."""
+    path = tmp_path / "log.jsonl"
+    for i in range(3):
+        append_json_line(path, {"i": i, "nan": float("nan"), "text": "ä\u2028\n"})
+    with path.open("ab") as file:
+        file.write(b'{"i": \xff')
+    keep_lines(path, 2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["i"] for row in rows] == [0, 1]
+    assert rows[0]["nan"] is None and rows[0]["text"] == "ä\u2028\n"
+    keep_lines(tmp_path / "absent.jsonl", 2)
+    assert (tmp_path / "absent.jsonl").read_bytes() == b""
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="Cannot write .*absent"):
+        append_json_line(tmp_path / "absent/log.jsonl", {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_on_a_full_disk():
+    with pytest.raises(InputError, match="Cannot write /dev/full: No space left"):
+        append_json_line("/dev/full", {"iteration": 1})

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import jax
 from jaxrefine import io
 from jaxrefine.demo import peak_rss_mib
 from jaxrefine.errors import InputError
+from jaxrefine.io._atomic import leftovers
+from jaxrefine.io.checkpoint import DamagedCheckpoint
 
-_CHECKPOINT = Path("state") / "checkpoint.eqx"
 _METRICS = "metrics.jsonl"
 
 
@@ -22,7 +26,8 @@ class RunFolder:
     """A folder that belongs to one run with one set of settings.
 
     A report, ``NAME.json``, is written first and marks the folder; it is written again,
-    with ``finished`` true, when all else is there.
+    with ``finished`` true, when all else is there. A run that is killed, or whose disk
+    is full, loses no more than the iteration that it was in.
 
     Parameters
     ----------
@@ -41,6 +46,8 @@ class RunFolder:
 
     def __init__(self, path: Path, report: str, settings: dict[str, Any]):
         self.path, self._report = path, path / report
+        self._newest = path / "state" / "checkpoint.eqx"
+        self._previous = self._newest.with_name("previous.eqx")
         self._settings = json.loads(json.dumps(settings))
         self._begin, self._rows, self._earlier = time.perf_counter(), 0, 0.0
         self.finished = False
@@ -48,13 +55,15 @@ class RunFolder:
             raise InputError(f"{path} is a file; a folder to write to is wanted.")
         if self._report.exists():
             self._recognise()
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
             raise InputError(
                 f"{path} holds files but no {report}; name a new or an empty folder."
             )
         else:
             path.mkdir(parents=True, exist_ok=True)
             self._write(finished=False)
+        for remains in leftovers(path) + leftovers(self._newest.parent):
+            remains.unlink()
 
     def _recognise(self) -> None:
         report = io.read_json(self._report)
@@ -80,21 +89,48 @@ class RunFolder:
 
         ``like`` makes a state of the same structure, shapes and types; it is asked only
         if there is one. Rows of the log that are newer than the state are dropped.
+
+        A last state that is damaged, or missing, is replaced by the one before it, with
+        a sentence on standard error.
+
+        Raises
+        ------
+        InputError
+            If there are states but none of them is whole, or if they are those of
+            another version or of another structure.
         """
         state = None
-        if (self.path / _CHECKPOINT).exists():
-            state, saved = io.load_checkpoint(self.path / _CHECKPOINT, like())
+        if self._newest.exists() or self._previous.exists():
+            state, saved = self._load(like())
             self._rows, self._earlier = saved["rows"], saved["wall_s"]
         io.keep_lines(self.path / _METRICS, self._rows)
         return state
 
+    def _load(self, like: Any) -> tuple[Any, Any]:
+        """Load the newest checkpoint that is whole, and make it the newest."""
+        for path in filter(Path.exists, (self._newest, self._previous)):
+            with suppress(DamagedCheckpoint):
+                found = io.load_checkpoint(path, like)
+                if path is self._previous:
+                    print(
+                        f"{self._newest} is missing or damaged; the run carries on "
+                        f"from {path}.",
+                        file=sys.stderr,
+                    )
+                    os.replace(path, self._newest)
+                return found
+        raise InputError(
+            f"Neither {self._newest} nor {self._previous} is a whole checkpoint; "
+            "delete both to begin anew."
+        )
+
     def record(self, state: Any, row: dict[str, Any]) -> None:
-        """Add a row to the log, and save the state."""
+        """Add a row to the log, and save the state; the one before it is kept, too."""
         io.append_json_line(self.path / _METRICS, row)
         self._rows += 1
-        (self.path / _CHECKPOINT).parent.mkdir(exist_ok=True)
+        self._newest.parent.mkdir(exist_ok=True)
         saved = {"rows": self._rows, "wall_s": self._wall()}
-        io.save_checkpoint(self.path / _CHECKPOINT, state, saved)
+        io.save_checkpoint(self._newest, state, saved, self._previous)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the report of a run whose files are all there."""

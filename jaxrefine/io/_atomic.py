@@ -1,12 +1,15 @@
 """Opening files so that a user gets a sentence, and never half a file."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxrefine.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def existing_file(path: str | Path) -> Path:
@@ -26,11 +29,28 @@ def existing_file(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a sentence.
+
+    Raises
+    ------
+    InputError
+        If the system refuses: no such folder, no permission, a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+@contextmanager
+def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
     """Give a temporary path in the same folder, which replaces `path` at the end.
 
     When the body raises, the temporary file is removed and whatever was at `path`
-    stays as it was.
+    stays as it was; else that is kept at `previous`, in the same folder, if one is
+    given. The new file has reached the disk before the old one is touched. A process
+    that is killed may leave a temporary file, one of :func:`leftovers`.
 
     Raises
     ------
@@ -40,10 +60,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+            _flush_names(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return the temporary files of :func:`atomic_path` in a folder, if it is one."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in inside if _TEMPORARY.fullmatch(path.name)]
+
+
+def _flush_names(folder: Path) -> None:
+    """Bring a folder's list of files to the disk, on systems that can be asked to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,5 +1,7 @@
-"""The state of a run on disk: a line of JSON, then the arrays of a pytree."""
+"""The state of a run on disk: a line of JSON, the arrays of a pytree, a checksum."""
 
+import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,22 @@ from jaxtyping import PyTree
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import atomic_path, existing_file
 
-_FORMAT = "jaxrefine checkpoint 1"
+_NAME = "jaxrefine checkpoint"
+_FORMAT = f"{_NAME} 2"
+_DIGEST = "sha256"
+_DIGEST_SIZE = hashlib.new(_DIGEST).digest_size
 
 
-def save_checkpoint(path: str | Path, tree: PyTree, metadata: dict[str, Any]) -> None:
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not what was once saved, or that cannot be read."""
+
+
+def save_checkpoint(
+    path: str | Path,
+    tree: PyTree,
+    metadata: dict[str, Any],
+    previous: str | Path | None = None,
+) -> None:
     """Write the leaves of a pytree.
 
     Arrays and Python numbers are stored; other leaves are not, and come from `like`
@@ -27,6 +41,9 @@ def save_checkpoint(path: str | Path, tree: PyTree, metadata: dict[str, Any]) ->
         What to store.
     metadata
         Anything that JSON can hold: the iteration, the configuration.
+    previous
+        Where to keep the file that is replaced, in the same folder; without it, it is
+        lost.
 
     Raises
     ------
@@ -34,9 +51,12 @@ def save_checkpoint(path: str | Path, tree: PyTree, metadata: dict[str, Any]) ->
         If the file cannot be written.
     """
     header = json.dumps({"format": _FORMAT, "metadata": metadata})
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, previous) as temporary, open(temporary, "w+b") as file:
         file.write(header.encode() + b"\n")
         eqx.tree_serialise_leaves(file, tree)
+        file.seek(0)
+        digest = hashlib.file_digest(file, _DIGEST).digest()
+        file.write(digest)
 
 
 def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -59,24 +79,42 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
 
     Raises
     ------
+    DamagedCheckpoint
+        If the file cannot be read, is truncated, or was changed since.
     InputError
-        If the file is missing, is not a checkpoint, is truncated, or holds other
+        If the file is missing, is of another version, or holds another structure,
         shapes or types than `like`.
     """
     path = existing_file(path)
-    with open(path, "rb") as file:
-        try:
-            header = json.loads(file.readline())
-        except ValueError:
-            header = None
-        if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            raise InputError(f"{path} is not a jaxrefine checkpoint.")
-        try:
-            tree = eqx.tree_deserialise_leaves(file, like)
-        except (RuntimeError, ValueError, TypeError, EOFError, OSError) as error:
-            raise InputError(
-                f"{path} is truncated, or was saved by a run of another shape or type."
-            ) from error
-        if file.read(1):
-            raise InputError(f"{path} holds more arrays than this run has.")
-    return tree, header["metadata"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DamagedCheckpoint(f"{path} cannot be read: {reason}.") from error
+    file, whole = io.BytesIO(content), memoryview(content)[:-_DIGEST_SIZE]
+    form, metadata = _header(file.readline())
+    if form != _FORMAT and form.startswith(_NAME):
+        raise InputError(f"{path} was saved by another version of jaxrefine.")
+    digest = hashlib.new(_DIGEST, whole).digest()
+    if form != _FORMAT or digest != content[-_DIGEST_SIZE:]:
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint of jaxrefine.")
+    try:
+        tree = eqx.tree_deserialise_leaves(file, like)
+    except (RuntimeError, ValueError, TypeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} was saved by a run of another structure, shape or type."
+        ) from error
+    if file.tell() < len(whole):
+        raise InputError(f"{path} holds more arrays than this run has.")
+    return tree, metadata
+
+
+def _header(line: bytes) -> tuple[str, Any]:
+    """Return the format and the metadata of the first line; "" and None without."""
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        return "", None
+    return str(header.get("format")), header.get("metadata")

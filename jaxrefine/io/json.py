@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file
+from jaxrefine.io._atomic import atomic_path, existing_file, writing
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -37,17 +38,32 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_json_line(path: str | Path, content: Any) -> None:
-    """Add a line to a log, JSON with null for NaN and infinity, and write it out."""
-    with open(path, "a") as file:
-        file.write(json.dumps(_with_nulls(content), allow_nan=False) + "\n")
+    """Add a line to a log, JSON with null for NaN and infinity, and flush it to disk.
+
+    Raises
+    ------
+    InputError
+        If the system refuses to write there; a part of the line may be there then.
+    """
+    line = json.dumps(_with_nulls(content), allow_nan=False) + "\n"
+    with writing(path), open(path, "a") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def keep_lines(path: str | Path, count: int) -> None:
-    """Drop all but the first lines of a log; none if there is no log."""
+    """Drop all but the first lines of a log; none if there is no log.
+
+    Raises
+    ------
+    InputError
+        If the system refuses to write there.
+    """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(lines[:count]))
+        temporary.write_bytes(b"".join(lines[:count]))
 
 
 def _with_nulls(content: Any) -> Any:
