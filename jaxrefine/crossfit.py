@@ -16,6 +16,13 @@ deviation :math:`\sqrt{w[0]}`, ``w`` being the normal kernel. The regulariser's 
 is measured in it, :math:`\lambda = \tau \sqrt{w[0]}`: the best ``tau``
 then hardly depends on the noise, the number of particles and the contrast (measured by
 ``benchmarks/regularisation.py``), and that of half the particles serves them all.
+
+An image of a symmetric map is inserted at every pose ``R S`` with its whole weight, as
+if the group's order of images had been taken. That scales the data term on symmetric
+maps by the order, and the noise with it: a voxel of :math:`b' = \sum_S b(Sx)` has the
+variance :math:`\sum_S w'[x - Sx]`, ``w'`` being the kernel of all insertions, which
+far from the axes is its first term :math:`w'[0]`, as for so many independent images.
+Hence ``tau`` keeps its meaning. (Near an axis the copies' noise is one and adds up.)
 """
 
 from collections.abc import Sequence

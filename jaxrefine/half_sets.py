@@ -8,9 +8,11 @@ Neither learns anything of the other but that.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine import admm, alignment, metrics, slices
+from jaxrefine.geometry import matrix_to_rotvec, rotvec_to_matrix
 from jaxrefine.particle_set import ParticleSet, SetState
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -55,4 +57,20 @@ def _motion(
     """Return the motion of a set's map to another's, found at the search's band."""
     size = whole.particles.image_size
     r_max = slices.bucket(whole.config.search_r_max, size)
-    return alignment.align_maps(state.mean_map, reference.mean_map, r_max)
+    motion = alignment.align_maps(state.mean_map, reference.mean_map, r_max)
+    return on_axes(*motion, whole.config.operators)
+
+
+def on_axes(
+    rotation: Float[Array, "3 3"],
+    translation: Float[Array, "3"],
+    operators: Float[np.ndarray, "order 3 3"],
+) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
+    """Return what a point group leaves free of a motion: a symmetric map stays on axes.
+
+    The mean of the operators projects vectors onto those that all of them keep.
+    """
+    mean = jnp.asarray(np.mean(operators, axis=0), rotation.dtype)
+    vector = jnp.matmul(mean, matrix_to_rotvec(rotation), precision=_HIGHEST)
+    moved = jnp.matmul(mean, translation, precision=_HIGHEST)
+    return rotvec_to_matrix(vector), moved

@@ -38,7 +38,8 @@ class Prior(eqx.Module):
         Standard deviations ``s_R`` (radians, of each component of the rotation vector
         ``v``) and ``s_t`` (pixels, of each component).
     max_angle, max_shift
-        Largest ``|v|`` (radians) and largest ``|t - t_0|`` (pixels).
+        Largest ``|v|`` (radians) and largest ``|t - t_0|`` (pixels). What may not move
+        at all is fixed: the data say nothing of it.
     """
 
     rotations: Rotations
@@ -47,6 +48,13 @@ class Prior(eqx.Module):
     shift_std: Float[Array, "*batch"]
     max_angle: Float[Array, "*batch"]
     max_shift: Float[Array, "*batch"]
+
+    @property
+    def free(self) -> Float[Array, "5"]:
+        """1 for each component of ``(w, t)`` that may move, 0 for a fixed one."""
+        limits = jnp.stack([self.max_angle, self.max_shift])
+        moves = (limits > 0).astype(limits.dtype)
+        return jnp.repeat(moves, np.array([3, 2]), total_repeat_length=5)
 
     def take(self, some: Int[np.ndarray, " some"]) -> "Prior":
         """Return the priors of some of the particles."""
@@ -146,6 +154,7 @@ def merge(
     shifts: Float[Array, "h 2"],
     evidence: Float[Array, "h"],
     separation: Scalar,
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
 ) -> tuple[Hypotheses, Int[Array, "h"]]:
     """Rank one particle's candidates, counting those that coincide once.
 
@@ -157,13 +166,19 @@ def merge(
         Logarithms of their unnormalised posterior masses.
     separation
         Candidates nearer than this angle (radians) are one.
+    operators
+        Of the map's symmetry, if any, which makes ``R`` and ``R S`` one, too.
 
     Returns
     -------
     The ranked hypotheses, and the order in which the candidates are in them.
     """
-    cosine = jnp.einsum("iab,jab->ij", rotations, rotations, precision=_HIGHEST)
-    near = 3.0 - cosine < separation**2
+    copies = rotations[:, None]
+    if operators is not None:
+        group = jnp.asarray(operators, rotations.dtype)
+        copies = jnp.einsum("jab,sbc->jsac", rotations, group, precision=_HIGHEST)
+    cosine = jnp.einsum("iab,jsab->ijs", rotations, copies, precision=_HIGHEST)
+    near = 3.0 - jnp.max(cosine, axis=-1) < separation**2
     count = evidence.shape[0]
     first = jnp.arange(count)
     above = (evidence[:, None] > evidence[None]) | (

@@ -25,6 +25,7 @@ _SAMPLE = 2000  # particles that scale and noise are measured from
 _EMPTY, _QUIET = 1e-6, 1e-2  # of the median shell: no data, and the least noise
 _FINAL_ROUNDS = 3
 _ROUND = 512
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
@@ -69,13 +70,22 @@ def _up_to(r_max: int, one: Float[Array, "shells"]) -> Float[Array, "shells"]:
 
 
 @eqx.filter_jit
-def _insert(insertion, view: View, images, ctf, poses: Poses, weights):
+def _insert(
+    insertion, view: View, images, ctf, rotations, shifts, weights, operators
+) -> crossfit.Sums:
+    """Insert images at all the poses that the symmetry makes equivalent."""
+    group = jnp.asarray(operators, rotations.dtype)
+    turned = jnp.einsum("pij,sjk->psik", rotations, group, precision=_HIGHEST)
+    spectra, shifts, transfer, weights = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, len(group), axis=0),
+        (view.spectra(images), shifts, view.transfer(ctf), weights),
+    )
     return crossfit.insert(
         insertion,
         view.disc,
-        view.spectra(images),
-        poses,
-        view.transfer(ctf),
+        spectra,
+        Poses(matrix_to_euler(turned.reshape(-1, 3, 3)), shifts),
+        transfer,
         weights[:, None] * view.inverse_noise[None],
     )
 
@@ -86,11 +96,16 @@ def sum_up(
     noise: Float[Array, "shells"],
     included: Bool[np.ndarray, " particles"],
 ) -> list[crossfit.Sums]:
-    """Sum up the images of each fold at all their hypotheses, by their weights."""
+    """Sum up the images of each fold at all their hypotheses, by their weights.
+
+    A hypothesis is inserted once for each operator of the symmetry.
+    """
     n = whole.particles.image_size
     everything = posterior.view(whole.particles, whole.last, noise)
     # Enough slices at a time to outweigh the FFT of the kernel's grid.
     size = max(_ROUND, n**3 * 2 // len(everything.disc.shells))
+    operators = whole.config.operators
+    size = max(1, size // len(operators))
     weights = np.asarray(hypotheses.weights) * included[:, None]
     weights = np.where(weights > NEGLIGIBLE, weights, 0.0)
     sums = []
@@ -104,17 +119,15 @@ def sum_up(
             owner, place = owners[batch], column[batch]
             images, ctf = whole.particles.batch(owner)
             weight = np.where(np.arange(len(batch)) < new, weights[owner, place], 0.0)
-            poses = Poses(
-                matrix_to_euler(hypotheses.rotations[owner, place]),
-                hypotheses.shifts[owner, place],
-            )
             total = total + _insert(
                 whole.insertion,
                 everything,
                 images,
                 ctf,
-                poses,
+                hypotheses.rotations[owner, place],
+                hypotheses.shifts[owner, place],
                 jnp.asarray(weight, noise.dtype),
+                operators,
             )
         sums.append(total)
     return sums

@@ -12,6 +12,7 @@ from jaxrefine import geometry
 from jaxrefine._types import Scalar, Volume
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_STARTS, _TURNS = 64, 5
 
 
 @eqx.filter_jit
@@ -169,6 +170,7 @@ def pose_errors(
     shifts: Float[Array, "particles 2"],
     true_angles: Float[Array, "particles 3"],
     true_shifts: Float[Array, "particles 2"],
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
 ) -> PoseErrors:
     r"""Compare poses with the true ones, up to a rigid motion of the map.
 
@@ -180,12 +182,17 @@ def pose_errors(
         (rot, tilt, psi) in radians.
     shifts, true_shifts
         (x, y) in pixels.
+    operators
+        Of the true map's symmetry, if any, which makes ``R`` and ``R S`` one: each
+        pose is compared with the nearest of the true one's equivalents.
 
     Returns
     -------
     errors
         The geodesic distance of each rotation and the length of each remaining shift.
     """
+    if operators is not None:
+        true_angles = _nearest_equivalents(angles, true_angles, operators)
     motion = align_poses(angles, shifts, true_angles, true_shifts)
     aligned, difference = motion.aligned, shifts - true_shifts
     true_rotations = geometry.euler_to_matrix(true_angles)
@@ -193,6 +200,41 @@ def pose_errors(
     moved = jnp.matmul(aligned[:, :2], motion.translation, precision=_HIGHEST)
     shift = jnp.linalg.norm(difference - moved, axis=-1)
     return PoseErrors(jnp.rad2deg(angle), shift)
+
+
+def _nearest_equivalents(
+    angles: Float[Array, "particles 3"],
+    true_angles: Float[Array, "particles 3"],
+    operators: Float[Array | np.ndarray, "order 3 3"],
+) -> Float[Array, "particles 3"]:
+    """Return the equivalents of the true poses that are nearest, after alignment.
+
+    Which they are and the motion of the map depend on each other. They are found in
+    turns, from the best of the motions that make one of the particles' poses right.
+    """
+    rotations, truth = map(geometry.euler_to_matrix, (angles, true_angles))
+    group = jnp.asarray(operators, rotations.dtype)
+
+    def likeness(motion):
+        relative = jnp.einsum(
+            "pji,pjk,kl->pil", truth, rotations, motion, precision=_HIGHEST
+        )
+        return jnp.einsum("pil,sil->ps", relative, group, precision=_HIGHEST)
+
+    def distance(motion):
+        squared = 6 - 2 * jnp.max(likeness(motion), axis=1)
+        return jnp.sum(jnp.sqrt(jnp.maximum(squared, 0)))
+
+    def nearest(motion):
+        chosen = group[jnp.argmax(likeness(motion), axis=1)]
+        return jnp.matmul(truth, chosen, precision=_HIGHEST)
+
+    some = np.linspace(0, len(angles) - 1, min(len(angles), _STARTS)).astype(int)
+    starts = jnp.einsum("pji,pjk->pik", rotations[some], truth[some])
+    motion = starts[jnp.argmin(jax.lax.map(distance, starts))]
+    for _ in range(_TURNS):
+        motion = geometry.align_rotations(rotations, nearest(motion))
+    return geometry.matrix_to_euler(nearest(motion))
 
 
 @eqx.filter_jit

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxrefine import admm, tv
+from jaxrefine import admm, symmetry, tv
 from jaxrefine._types import Volume
 from jaxrefine.crossfit import FOLDS
 from jaxrefine.errors import InputError
@@ -35,7 +35,14 @@ class RefineConfig:
         How well the given poses are known: standard deviations of each component of
         the rotation (radians) and of the shift (pixels).
     max_angle, max_shift
-        Largest changes of the given poses, radians and pixels.
+        Largest changes of the given poses, radians and pixels. 0 keeps the angles, or
+        the shifts, as they are given.
+    symmetry
+        Point group of the map, see :mod:`jaxrefine.symmetry`. The given poses are those
+        of a map whose axes are the group's.
+    diameter
+        Of the particle, as a fraction of the box: how far rotations move its rim says
+        how densely they are searched.
     half_sets
         Whether two halves of the particles are refined independently, for a
         gold-standard FSC.
@@ -46,6 +53,8 @@ class RefineConfig:
         poses support.
     search_r_max
         Largest band limit of the search.
+    max_r_max
+        Largest band limit at which poses are compared; None for what the map supports.
     multi_start
         Outer iterations that search the whole prior, not just about the current poses.
     hypotheses
@@ -73,10 +82,13 @@ class RefineConfig:
     shift_spread: float = 2.0
     max_angle: float = np.pi
     max_shift: float = 6.0
+    symmetry: str = "C1"
+    diameter: float = 2 / 3
     half_sets: bool = False
     iterations: int = 12
     first_r_max: int = 7
     search_r_max: int = 11
+    max_r_max: int | None = None
     multi_start: tuple[int, ...] = (0, 2)
     hypotheses: int = 3
     candidates: int = 32
@@ -94,11 +106,33 @@ class RefineConfig:
         """The last outer iteration that searches the whole prior; -1 without any."""
         return max(self.multi_start, default=-1)
 
+    @property
+    def operators(self) -> Float[np.ndarray, "order 3 3"]:
+        """The operators of the map's symmetry."""
+        return symmetry.operators(self.symmetry)
+
+    def cell(self, r_max: int) -> float:
+        """Return the side of a cell of rotations, in radians.
+
+        One over ``r_max`` for a particle of two thirds of the box; see
+        `search.wanted_candidates`.
+        """
+        return 2 / (3 * self.diameter * r_max)
+
     def __post_init__(self):
-        for name in ("angle_spread", "shift_spread", "max_angle", "max_shift"):
+        symmetry.operators(self.symmetry)
+        for name in ("angle_spread", "shift_spread"):
             if not getattr(self, name) > 0:
                 value = getattr(self, name)
                 raise InputError(f"{name} wants to be positive, not {value}")
+        for name in ("max_angle", "max_shift"):
+            if not getattr(self, name) >= 0:
+                value = getattr(self, name)
+                raise InputError(f"{name} wants to be at least 0, not {value}")
+        if not 0 < self.diameter <= 1:
+            raise InputError(
+                f"diameter wants to be from 0 to 1 of the box, not {self.diameter}"
+            )
         for name in (
             "iterations",
             "first_r_max",
@@ -111,6 +145,11 @@ class RefineConfig:
             if not getattr(self, name) >= 1:
                 value = getattr(self, name)
                 raise InputError(f"{name} wants to be at least 1, not {value}")
+        if self.max_r_max is not None and not self.max_r_max >= self.first_r_max:
+            raise InputError(
+                f"max_r_max wants to be at least first_r_max, {self.first_r_max}, not "
+                f"{self.max_r_max}"
+            )
         if self.tau is not None and not self.tau > 0:
             raise InputError(f"tau wants to be positive, not {self.tau}")
 

@@ -20,8 +20,7 @@ from jaxrefine.particle_set import ParticleSet, SetState
 from jaxrefine.posterior import NEGLIGIBLE, Scan
 from jaxrefine.search import wanted_candidates
 
-# A particle that is smaller than its box is sampled finely enough by cells of
-# 1 / r_max radians and shifts of an eighth of the finest period.
+# Shifts are sampled finely enough by an eighth of the finest period.
 _SHIFTS_PER_PERIOD = 8
 _LOCAL_SHIFTS = 3
 _CERTAIN = 0.99
@@ -122,8 +121,9 @@ def update_poses(
         jnp.asarray(candidates, dtype),
         jnp.asarray(shifts, dtype),
         jnp.asarray(evidence, dtype),
-        jnp.asarray(1.0 / r_max, dtype),
+        jnp.asarray(config.cell(r_max), dtype),
         keep,
+        config.operators,
     )
     best = np.asarray(order)[:, 0]
     before, after = state.hypotheses, hypotheses
@@ -171,7 +171,10 @@ def _explore(
     wide: bool,
     key: PRNGKeyArray,
 ):
-    """Search about the current hypotheses, and before that in the whole prior."""
+    """Search about the current hypotheses, and before that in the whole prior.
+
+    Only what is free is searched: of a fixed orientation or shift there is one.
+    """
     config, size = whole.config, whole.particles.image_size
     centres = np.array(state.hypotheses.rotations)
     shifts = np.array(state.hypotheses.shifts[:, 0])
@@ -189,17 +192,22 @@ def _explore(
             shifts,
             scan,
             config.hypotheses,
+            config.diameter,
         )
 
-    spread = 1.0 / r_max
+    turns, moves = config.max_angle > 0, config.max_shift > 0
+    spread = config.cell(r_max)
     if wide:
         first = slices.bucket(config.first_r_max, size)
         step = size / (_SHIFTS_PER_PERIOD * first)
         everywhere = Scan(
             config.angle_spread,
             step,
-            max(1, round(2 * config.shift_spread / step)),
-            wanted_candidates(config.angle_spread, first),
+            max(1, round(2 * config.shift_spread / step)) if moves else 0,
+            # A larger particle wants smaller cells, as a larger spread does.
+            wanted_candidates(1.5 * config.diameter * config.angle_spread, first)
+            if turns
+            else 1,
         )
         about = np.asarray(whole.prior.rotations)[:, None]
         origin = np.asarray(whole.prior.shifts)
@@ -209,12 +217,14 @@ def _explore(
         # The wide search's shift is the better one only where nothing was known.
         if not _known(state):
             shifts[chosen] = moved[:, 0]
-        spread = 1.0 / first
+        spread = config.cell(first)
     nearby = Scan(
         spread,
         size / (_SHIFTS_PER_PERIOD * r_max),
-        _LOCAL_SHIFTS,
-        max(1, config.candidates * config.hypotheses // centres.shape[1]),
+        _LOCAL_SHIFTS if moves else 0,
+        max(1, config.candidates * config.hypotheses // centres.shape[1])
+        if turns
+        else 1,
     )
     return run(1, r_max, centres, shifts, nearby)
 

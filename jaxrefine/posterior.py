@@ -177,6 +177,7 @@ def explore(
     shifts: Float[np.ndarray, "particles 2"],
     scan: Scan,
     keep: int,
+    diameter: float = 2 / 3,
 ) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
     """Search for the best candidate poses of some of the particles.
 
@@ -196,12 +197,15 @@ def explore(
         How to search.
     keep
         Candidates to return for each particle.
+    diameter
+        Of the particle, as a fraction of the box. Two candidates differ if they move
+        its rim by more than half a period.
     """
     dtype = view.weights.dtype
     offsets = jnp.asarray(search.shift_grid(scan.shift_steps), dtype) * scan.shift_step
     total = scan.count * centres.shape[1]
     size = max(1, _POINTS_AT_ONCE // (total * len(view.disc.shells)))
-    separation = jnp.asarray(1.5 / view.disc.r_max, dtype)
+    separation = jnp.asarray(1 / (diameter * view.disc.r_max), dtype)
     spread = jnp.asarray(scan.spread, dtype)
 
     def search_batch(places, images, ctf, prior):
@@ -241,14 +245,18 @@ def _polish(
     data, transfer = view.spectra(images), view.transfer(ctf)
 
     def one(data, transfer, prior, rotation, shift):
+        # A fixed component has its prior's information and no other, which takes it out
+        # of the evidence, too: its integral over the prior is 1.
+        free = prior.free
+
         def objective(rotation, shift):
             cost, gradient, information = slices.normal_equations(
                 spectrum, view.disc, data, rotation, shift, transfer, view.weights
             )
             return (
                 cost + prior.cost(rotation, shift),
-                gradient + prior.gradient(rotation, shift),
-                information + prior.information(),
+                free * (gradient + prior.gradient(rotation, shift)),
+                free[:, None] * free[None] * information + prior.information(),
             )
 
         estimate = update.minimise(objective, rotation, shift, prior.clip)
@@ -336,12 +344,13 @@ def weigh(
     evidence: Float[Array, "p h"],
     separation: Float[Array, ""],
     keep: int,
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
 ) -> tuple[Hypotheses, Int[Array, "p h"]]:
     """Rank the candidates of every particle and keep the best; see `hypotheses.merge`.
 
     The weights of those that are kept add up to 1.
     """
-    ranked, order = jax.vmap(lambda r, t, e: merge(r, t, e, separation))(
+    ranked, order = jax.vmap(lambda r, t, e: merge(r, t, e, separation, operators))(
         rotations, shifts, evidence
     )
     kept = jax.tree.map(lambda leaf: leaf[:, :keep], ranked)
@@ -363,17 +372,18 @@ def _curvature(
     data, transfer = view.spectra(images), view.transfer(ctf)
 
     def one(data, transfer, prior, rotation, shift, information):
-        root = jnp.linalg.cholesky(information)
+        root, free = jnp.linalg.cholesky(information), prior.free
         # Columns are five independent errors of one standard deviation.
         half = jnp.linalg.inv(root).T
         steps = math.sqrt(5) * jnp.concatenate([half.T, -half.T])
 
         def gradient(step):
-            place = retract(rotation, shift, step)
+            place = retract(rotation, shift, free * step)
             _, slope = slices.cost_and_gradient(
                 spectrum, view.disc, data, *place, transfer, view.weights
             )
-            return jnp.matmul(half.T, slope + prior.gradient(*place))
+            still = (1 - free) * jnp.diag(prior.information()) * step
+            return jnp.matmul(half.T, free * (slope + prior.gradient(*place)) + still)
 
         slopes = jax.lax.map(gradient, steps)
         mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))

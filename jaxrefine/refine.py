@@ -179,7 +179,7 @@ class Result:
     poses
         Refined poses.
     covariances
-        Of each rotation vector (radians) and shift (pixels).
+        Of each rotation vector (radians) and shift (pixels); 0 for what is fixed.
     log_likelihood
         Logarithm of each particle's evidence: how much more probable the image is with
         the particle than without.
@@ -377,8 +377,8 @@ def _next_band_limit(r_max: int, supported: float, whole: ParticleSet) -> int:
     poses have adapted to both. The limit grows only if the maps agree in the shells
     beyond it, up to the next radius of `slices.bucket`.
     """
-    size = whole.particles.image_size
-    reached = slices.bucket(int(min(supported, 2 * r_max, whole.last)), size)
+    size, most = whole.particles.image_size, whole.config.max_r_max or whole.last
+    reached = slices.bucket(int(min(supported, 2 * r_max, whole.last, most)), size)
     return max(r_max, reached)
 
 
@@ -389,19 +389,24 @@ def _conclude(
     state: RefineState,
 ) -> Result:
     """Make the final maps of the particles that show something."""
-    count = len(initial.angles)
+    config, count = sets[0].config, len(initial.angles)
     angles, shifts = np.array(initial.angles), np.array(initial.shifts)
     information = np.zeros((count, 5, 5), angles.dtype)
     evidence = np.zeros(count, angles.dtype)
     silent = np.zeros(count, bool)
     sums, maps, new = [], [], []
+    turns, moves = (limit > 0 for limit in (config.max_angle, config.max_shift))
     for one, some, found in zip(sets, members, state.sets, strict=True):
-        old = found if not new else half_sets.turned(found, state.sets[0], one)
+        # What is fixed holds the sets together, and must not be moved.
+        still = not (new and turns and moves)
+        old = found if still else half_sets.turned(found, state.sets[0], one)
         nothing = pose_update.undetermined(old)
         best = old.hypotheses.best()
         moved = ~nothing
-        angles[some[moved]] = np.asarray(best.angles)[moved]
-        shifts[some[moved]] = np.asarray(best.shifts)[moved]
+        if turns:
+            angles[some[moved]] = np.asarray(best.angles)[moved]
+        if moves:
+            shifts[some[moved]] = np.asarray(best.shifts)[moved]
         known = pose_update.measure_information(one, found, int(state.r_max))
         unrefined = np.asarray(jax.vmap(lambda p: p.information())(one.prior))
         information[some] = np.where(nothing[:, None, None], unrefined, known)
@@ -422,7 +427,7 @@ def _conclude(
         volume = map_update.map_at(sets[0].config, both, joined).volume
     return Result(
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
-        np.linalg.inv(information),
+        np.linalg.inv(information) * np.repeat([turns, moves], [3, 2]),
         evidence,
         silent,
         np.asarray(volume),

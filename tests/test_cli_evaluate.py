@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import cli, metrics
+from jaxrefine import cli, metrics, symmetry
 from jaxrefine.geometry import euler_to_matrix, matrix_to_euler, rotvec_to_matrix
 from jaxrefine.io import write_poses, write_star
 
@@ -115,6 +115,26 @@ def test_files_without_names(tmp_path, capsys):
     assert code == 0 and "by order" in out and "100.0 % within 5" in out
 
 
+def test_equivalent_poses_are_one(tmp_path, capsys, noisy):
+    """A symmetric map's poses may be any of the equivalents, in any frame of it."""
+    angles, shifts, expected = noisy
+    group = symmetry.operators("O")
+    frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))
+    some = jnp.asarray(group[RNG.integers(24, size=COUNT)])
+    true = matrix_to_euler(euler_to_matrix(jnp.asarray(ANGLES)) @ some)
+    moved = matrix_to_euler(euler_to_matrix(jnp.asarray(angles)) @ frame)
+    result = write(tmp_path / "r.star", np.asarray(moved), shifts)
+    truth = write(tmp_path / "t.star", np.asarray(true))
+    words = (result, truth, "--json", tmp_path / "out.json")
+    assert run(capsys, *words, "--symmetry", "o")[0] == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    for name, value in expected.items():
+        assert content[name] == pytest.approx(value, abs=1e-3), name
+    assert run(capsys, *words)[0] == 0
+    plain = json.loads((tmp_path / "out.json").read_text())
+    assert plain["angle_error_deg_median"] > 40
+
+
 def test_bad_input_is_a_sentence(tmp_path, capsys):
     truth = write(tmp_path / "truth.star")
     other = write(
@@ -128,6 +148,7 @@ def test_bad_input_is_a_sentence(tmp_path, capsys):
         ([truth, empty], "e.star holds no particles"),
         ([tmp_path / "absent.star", truth], "does not exist"),
         ([tmp_path / "p.star", truth], "lacks the columns rlnAngleRot"),
+        ([truth, truth, "--symmetry", "Q"], "symmetry wants to be C1"),
         ([truth, truth, "--json", tmp_path / "no/out.json"], "not a folder"),
     ):
         code, out, err = run(capsys, *arguments)

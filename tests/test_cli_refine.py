@@ -120,7 +120,8 @@ def test_the_folder_of_a_finished_run(data, capsys, stand_in):
     code, out, _ = run(capsys, *command(data, "--iterations", 3))
     assert code == 0 and str(data / "out") in out and "half maps" not in out
     assert {path.name for path in (data / "out").iterdir()} == {
-        *("particles.star", "map.mrc", "metrics.jsonl", "run.json", "state")
+        *("particles.star", "map.mrc", "metrics.jsonl", "run.json", "state"),
+        "report.html",
     }
     before = read_star(data / "particles.star")
     after = read_star(data / "out/particles.star")
@@ -168,6 +169,49 @@ def test_what_the_engine_is_given(data, capsys, stand_in):
     np.testing.assert_array_equal(call.volume, read_mrc(data / "init.mrc")[0])
     shifts = read_particles(data / "particles.star").poses.shifts
     np.testing.assert_array_equal(call.poses.shifts, shifts)
+
+
+@pytest.mark.parametrize("what", ["angles", "shifts"])
+def test_what_is_fixed_is_written_as_it_stands(data, capsys, stand_in, what):
+    """Even digits that no number of ours would have."""
+    blocks = read_star(data / "particles.star")
+    table = blocks["particles"]
+    for name in ("rlnAngleRot", "rlnOriginXAngst"):
+        table[name] = [f"{value}00001" for value in table[name]]
+    write_star(data / "particles.star", blocks)
+    assert run(capsys, *command(data, f"--fix-{what}", "--iterations", 1))[0] == 0
+    config, default = stand_in.calls[0].config, refine.RefineConfig()
+    angles = what == "angles"
+    assert config.max_angle == (0 if angles else default.max_angle)
+    assert config.max_shift == (default.max_shift if angles else 0)
+    written = read_star(data / "out/particles.star")["particles"]
+    for name, values in table.items():
+        if name.startswith("rlnAngle" if angles else "rlnOrigin"):
+            assert written[name] == values
+    # The stand-in moves every particle.
+    assert (written["rlnOriginYAngst"] == table["rlnOriginYAngst"]) == (not angles)
+
+
+def test_band_limits_and_symmetry(data, capsys, stand_in):
+    """For images of 16 pixels of 2 A: shells from 32 A to 32 / 7 A."""
+    for options, expected in (
+        ([], ("C1", 7, 11, None, 2 / 3)),
+        (["--symmetry", "d7"], ("D7", 7, 11, None, 2 / 3)),
+        (["--particle-diameter", 32], ("C1", 5, 7, None, 1)),
+        (["--particle-diameter", 16], ("C1", 7, 7, None, 0.5)),
+        (["--max-resolution", 8], ("C1", 4, 11, 4, 2 / 3)),
+        (
+            ["--max-resolution", 5, "--initial-resolution", 11],
+            ("C1", 2, 11, 6, 2 / 3),
+        ),
+    ):
+        words = command(data, "--iterations", 1, *options)
+        words[words.index(data / "out")] = data / f"out{len(stand_in.calls)}"
+        assert run(capsys, *words)[0] == 0
+        config = stand_in.calls[-1].config
+        found = config.symmetry, config.first_r_max, config.search_r_max
+        assert (*found, config.max_r_max) == expected[:4]
+        assert config.diameter == pytest.approx(expected[4])
 
 
 def test_half_sets_are_the_files_or_dealt(data, capsys, stand_in):
@@ -241,6 +285,8 @@ OTHERS = {
     "seed": ["--seed", 1],
     "max_angle": ["--max-angle", 20],
     "half_sets": ["--half-sets"],
+    "symmetry": ["--symmetry", "C2"],
+    "fix_angles": ["--fix-angles"],
 }
 
 
@@ -276,6 +322,12 @@ BAD_OPTIONS = [
     ["--max-shift", "inf"],
     ["--seed", -1],
     ["--seed", 2**31],
+    ["--max-resolution", 1],
+    ["--particle-diameter", 33],
+    ["--particle-diameter", "nan"],
+    ["--max-resolution", 9, "--initial-resolution", 8],
+    ["--max-shift", 3, "--fix-shifts"],
+    ["--prior-angle", 3, "--fix-angles"],
     ["--preset", "paper"],
     ["--preset", "released"],
 ]
@@ -289,7 +341,11 @@ def test_a_bad_option_is_a_sentence(data, capsys, stand_in, bad):
 
 
 @pytest.mark.parametrize(
-    "option", [["--half-sets"], ["--max-angle", 9], ["--max-shift", 9]]
+    "option",
+    [
+        *(["--half-sets"], ["--max-angle", 9], ["--max-shift", 9]),
+        *(["--symmetry", "C2"], ["--fix-angles"], ["--max-resolution", 9]),
+    ],
 )
 def test_what_the_published_presets_cannot(data, capsys, option):
     bad = command(data, "--preset", "released", *option, star="plain.star")
@@ -375,7 +431,8 @@ def maker(monkeypatch):
 
 def test_reconstruct_writes_maps(data, capsys, maker):
     words = ["reconstruct", data / "particles.star", "--out", data / "map.mrc"]
-    assert run(capsys, *words, "--batch-size", 3)[0] == 0
+    assert run(capsys, *words, "--batch-size", 3, "--symmetry", "c4")[0] == 0
+    assert maker[0][2].symmetry == "C4"
     assert not list(data.glob("map_half*"))
     code, out, _ = run(capsys, *words, "--half-sets")
     assert code == 0 and "map_half2.mrc" in out and "lambda 0.5" in out
@@ -392,6 +449,7 @@ def test_reconstruct_refuses(data, capsys, maker):
         ([data], "is a folder"),
         ([data / "map.mrc", "--batch-size", 0], "--batch-size"),
         ([data / "map.mrc", "--seed", -1], "--seed"),
+        ([data / "map.mrc", "--symmetry", "X"], "symmetry wants to be C1"),
     ):
         assert_refused(*run(capsys, *words, *further), sentence)
     absent = ["reconstruct", data / "absent.star", "--out", data / "map.mrc"]
@@ -488,3 +546,31 @@ def test_the_production_engine_runs_and_resumes(simulated, tmp_path, capsys):
     for name in ("oracle", "oracle_half1", "oracle_half2"):
         found = read_mrc(tmp_path / f"{name}.mrc")[0].ravel()
         assert np.corrcoef(found, truth)[0, 1] > 0.9
+
+
+def test_images_are_prepared_as_asked(data, capsys, stand_in):
+    """Inverted and normalised images are what the engine gets; the files stay."""
+    before = (data / "particles.mrcs").read_bytes()
+    run(capsys, *command(data, "--iterations", 1))
+    words = ("--invert", "--particle-diameter", 20, "--iterations", 1)
+    more = command(data, *words)
+    more[more.index(data / "out")] = data / "inverted"
+    code, _, err = run(capsys, *more)
+    assert code == 0 and "particles at a time" in err
+    plain, inverted = (
+        call.particles.batch(np.arange(COUNT))[0] for call in stand_in.calls
+    )
+    axis = np.arange(N) - N // 2
+    around = axis**2 + axis[:, None] ** 2 > 5**2
+    expected = np.asarray(plain)
+    expected = expected - expected[:, around].mean(axis=1)[:, None, None]
+    expected /= -expected[:, around].std(axis=1)[:, None, None]
+    np.testing.assert_allclose(inverted, expected, atol=1e-5)
+    assert (data / "particles.mrcs").read_bytes() == before
+    assert_refused(
+        *run(capsys, *command(data, "--particle-diameter", 33)), "--particle-diameter"
+    )
+    small = command(data, "--memory", 0.001)
+    small[small.index(data / "out")] = data / "small"
+    assert_refused(*run(capsys, *small), "GiB")
+    assert not (data / "small").exists()

@@ -370,6 +370,26 @@ def test_both_units_are_written_where_both_stand(new_style):
         np.testing.assert_allclose(found, -unit * poses.shifts, atol=1e-6)
 
 
+@pytest.mark.parametrize("kept", ["angles", "shifts"])
+def test_numbers_that_stay_are_written_as_they_stand(new_style, kept):
+    path, _ = new_style
+    blocks = read_star(path)
+    blocks["particles"]["rlnAngleRot"] = ["1e1", "+0.12345678901", "-180"]
+    write_star(path, blocks)
+    file = read_particles(path)
+    poses = turned(file)
+    given = {"angles": poses.angles, "shifts": poses.shifts}
+    given[kept] = getattr(file.poses, kept)
+    write_particles(path, file, Poses(**given))
+    before, after = file.blocks["particles"], read_star(path)["particles"]
+    origins = {f"rlnOrigin{axis}Angst" for axis in "XY"}
+    for name in {"rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"} | origins:
+        stays = (name in origins) == (kept == "shifts")
+        assert (after[name] == before[name]) == stays, name
+    found = read_particles(path).poses
+    np.testing.assert_allclose(found.shifts, given["shifts"], atol=1e-6)
+
+
 def test_a_column_written_twice_stays_in_its_place(new_style):
     path, _ = new_style
     file = read_particles(path)
@@ -480,7 +500,8 @@ def test_names_from_the_data_folder_become_absolute(tmp_path):
 def test_as_many_values_as_particles(new_style, tmp_path):
     file = read_particles(new_style[0])
     few = Poses(file.poses.angles[:2], file.poses.shifts[:2])
-    for poses, extra in ((few, {}), (file.poses, {"x": [1]})):
+    twice = Poses(*(jnp.concatenate([x, x]) for x in vars(file.poses).values()))
+    for poses, extra in ((few, {}), (twice, {}), (file.poses, {"x": [1]})):
         with pytest.raises(InputError, match="came with 3 particles"):
             write_particles(tmp_path / "out.star", file, poses, extra)
     assert not (tmp_path / "out.star").exists()

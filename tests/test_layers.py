@@ -12,16 +12,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 LAYERS = [
     {"_types", "errors"},
     {"_batching", "_bessel", "_window", "interpolate"},
-    {"kbwf", "geometry", "ctf", "tv", "tube", "gridding", "resample"},
+    {"kbwf", "geometry", "ctf", "tv", "tube", "gridding", "resample", "symmetry"},
     {"spatial", "slices", "metrics", "particles"},
     {"normal", "simulate", "alignment", "background", "postprocess"},
     {"admm", "pose", "hypotheses", "tangent"},
     {"paper", "crossfit", "search"},
     {"posterior", "particle_set"},
-    {"map_update", "pose_update", "half_sets", "matching"},
+    {"map_update", "pose_update", "half_sets", "matching", "memory"},
     {"refine"},
     {"io", "plots", "progress", "study"},
-    {"demo"},
+    {"demo", "report"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

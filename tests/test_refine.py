@@ -11,8 +11,14 @@ import pytest
 
 from jaxrefine import map_update, metrics, pose_update, refine, simulate, slices
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
+from jaxrefine.geometry import (
+    Poses,
+    equidistributed_angles,
+    euler_to_matrix,
+    matrix_to_euler,
+)
 from jaxrefine.gridding import Gridding
+from jaxrefine.hypotheses import certain
 from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.particle_set import RefineConfig, divide, particle_set
 from jaxrefine.particles import Particles
@@ -514,9 +520,181 @@ def test_the_band_limit_marches(scene):
     assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
+# --- symmetry
+
+
+def negative(volume, axis):
+    """The volume at minus a coordinate, about n // 2."""
+    return np.roll(np.flip(volume, axis), 1, axis)
+
+
+def fourfold(volume):
+    """The mean over C4, which takes the grid to itself."""
+    total = volume = np.asarray(volume, float)
+    for _ in range(3):
+        volume = negative(volume.swapaxes(1, 2), 2)
+        total = total + volume
+    return total / 4
+
+
+def test_a_symmetric_sum_is_that_of_all_copies(scene):
+    """An image at ``R`` is inserted as four images at ``R S`` would be."""
+    config = dataclasses.replace(CONFIG, symmetry="D2")
+    some = np.arange(4, 10)
+    few = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    noise = jnp.ones(N // 2 + 1, SINGLE)
+    group = jnp.asarray(config.operators, SINGLE)
+    turned = (few.rotations[:, None] @ group).reshape(-1, 3, 3)
+    copies = Poses(matrix_to_euler(turned), jnp.repeat(few.shifts, 4, axis=0))
+    found = []
+    for owners, poses, settings in (
+        (some, few, config),
+        (np.repeat(some, 4), copies, CONFIG),
+    ):
+        images = scene.images[owners]
+        whole = particle_set(Particles(images), poses, KEY, settings)
+        fold = np.arange(len(images)) >= len(images) // 2
+        whole = dataclasses.replace(whole, fold=fold.astype(int))
+        everyone = np.ones(len(images), bool)
+        known = certain(poses, settings.hypotheses)
+        found.append(map_update.sum_up(whole, known, noise, everyone))
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    sums = found[0][0]
+    # The first operator but the identity turns by 180 degrees about z.
+    back = np.asarray(sums.backprojection)
+    half = negative(negative(back, 1), 2)
+    np.testing.assert_allclose(
+        half[1:, 1:, 1:], back[1:, 1:, 1:], atol=1e-4 * np.abs(back).max()
+    )
+
+
+@pytest.mark.slow
+def test_symmetric_images_are_worth_as_many_as_the_order(scene):
+    """C4 makes of P images what C1 makes of 4 P with noise of their own."""
+    truth = jnp.asarray(fourfold(scene.truth), SINGLE)
+    disc = slices.disc(N, LAST)
+    poses = Poses(
+        equidistributed_angles(jax.random.key(5), 4 * P, SINGLE),
+        jnp.zeros((4 * P, 2), SINGLE),
+    )
+    spectrum = Gridding(4, 2.0).spectrum(truth, LAST)
+    clean = slices.to_images(slices.project(spectrum, disc, poses), disc)
+    sigma = simulate.noise_std(clean, -8.0)
+    images = np.asarray(simulate.add_noise(jax.random.key(6), clean, sigma))
+    few = np.arange(0, 4 * P, 4)
+
+    def make(some, symmetry):
+        made = refine.reconstruct(
+            Particles(images[some]),
+            Poses(poses.angles[some], poses.shifts[some]),
+            dataclasses.replace(CONFIG, symmetry=symmetry),
+            key=KEY,
+        )
+        return made, float(
+            metrics.mean_fsc(metrics.fsc(jnp.asarray(made.volume), truth))
+        )
+
+    plain, symmetric = make(few, "C1"), make(few, "C4")
+    many = make(np.arange(4 * P), "C1")
+    assert symmetric[1] > plain[1] + 0.05
+    assert symmetric[1] == pytest.approx(many[1], abs=0.04)
+    assert 1 / 1.5 < symmetric[0].tau / many[0].tau < 1.5
+    volume = symmetric[0].volume[1:, 1:, 1:]
+    turned = negative(symmetric[0].volume.swapaxes(1, 2), 2)[1:, 1:, 1:]
+    assert np.corrcoef(volume.ravel(), turned.ravel())[0, 1] > 0.99
+
+
+# --- what is fixed
+
+
+@pytest.mark.parametrize("what", ["angle", "shift"])
+def test_what_is_fixed_is_the_limit_of_a_tight_prior(scene, what):
+    """Its bits stay; the rest, and the evidence, are as if it were known exactly."""
+    angles, shifts = np.random.default_rng(2).normal(size=(2, P, 3)) * 0.04
+    near = Poses(
+        scene.poses.angles + jnp.asarray(angles, SINGLE),
+        scene.poses.shifts + jnp.asarray(shifts[:, :2], SINGLE),
+    )
+    particles, still = Particles(scene.images), dataclasses.replace(STILL, tau=1.0)
+    fixed, tight = (
+        refine.refine(
+            particles,
+            near,
+            scene.truth,
+            dataclasses.replace(still, **settings),
+            key=KEY,
+        )
+        for settings in ({f"max_{what}": 0.0}, {f"{what}_spread": 1e-3})
+    )
+    held = "angles" if what == "angle" else "shifts"
+    np.testing.assert_array_equal(getattr(fixed.poses, held), getattr(near, held))
+    some = scene.real
+    rotations = [euler_to_matrix(one.poses.angles[some]) for one in (fixed, tight)]
+    shifts = [one.poses.shifts[some] for one in (fixed, tight)]
+    for one, other in (rotations, shifts):
+        # A few particles have not converged quite.
+        gaps = np.abs(one - other).reshape(len(some), -1).max(axis=1)
+        assert np.quantile(gaps, 0.9) < 3e-3 and gaps.max() < 2e-2
+    evidence = [one.log_likelihood[some] for one in (fixed, tight)]
+    np.testing.assert_allclose(*evidence, rtol=1e-2, atol=0.05)
+    stays = np.repeat([what == "angle", what == "shift"], [3, 2])
+    assert (fixed.covariances[:, stays] == 0).all()
+    assert (fixed.covariances[:, :, stays] == 0).all()
+    spread = [
+        np.linalg.det(one.covariances[some][:, ~stays][:, :, ~stays])
+        for one in (fixed, tight)
+    ]
+    ratio = np.abs(np.log(spread[0] / spread[1]))
+    assert np.median(ratio) < 0.02 and ratio.max() < 0.3
+    moved = "shifts" if what == "angle" else "angles"
+    change = np.abs(getattr(fixed.poses, moved) - getattr(near, moved))
+    assert np.median(change[some]) > 1e-2
+
+
+@pytest.mark.parametrize("what", ["angle", "shift"])
+def test_only_what_is_free_is_searched(scene, run, what, monkeypatch):
+    (state,) = run[1][0][0].sets
+    config = dataclasses.replace(CONFIG, **{f"max_{what}": 0.0})
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, config)
+    scans = []
+
+    def explore(
+        key, particles, chosen, spectrum, view, prior, centres, shifts, scan, *_
+    ):
+        scans.append(scan)
+        found = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
+        return found, np.zeros((len(chosen), 3, 2), np.float32)
+
+    monkeypatch.setattr(pose_update.posterior, "explore", explore)
+    pose_update._explore(whole, state, whole.members(0), scene.map, LAST, True, KEY)
+    for scan in scans:
+        assert (scan.count == 1) == (what == "angle")
+        assert (scan.shift_steps == 0) == (what == "shift")
+
+
+def test_a_small_particle_is_searched_in_larger_cells():
+    """As often as a large one whose pattern turns as fast: cycles per diameter."""
+    cells = [
+        RefineConfig(diameter=d, first_r_max=r).cell(r)
+        for d, r in ((0.6, 6), (0.3, 12))
+    ]
+    assert cells[0] == pytest.approx(cells[1])
+    assert RefineConfig().cell(7) == pytest.approx(1 / 7)
+
+
+def test_the_largest_band_limit_is_kept(scene):
+    for most, expected in ((None, 8), (7, 6), (11, 8)):
+        config = dataclasses.replace(CONFIG, first_r_max=4, max_r_max=most)
+        whole = particle_set(Particles(scene.images), scene.initial, KEY, config)
+        reached = refine._next_band_limit(4, 11.0, whole)
+        assert reached == slices.bucket(expected, N), (most, reached)
+
+
 # --- what is refused
 
-POSITIVE = ("angle_spread", "shift_spread", "max_angle", "max_shift")
+POSITIVE = ("angle_spread", "shift_spread")
 COUNTS = (
     "iterations",
     "first_r_max",
@@ -533,6 +711,27 @@ COUNTS = (
 def test_settings_that_must_be_positive(name, value):
     with pytest.raises(InputError, match=f"^{name} wants to be positive, not {value}$"):
         RefineConfig(**{name: float(value)})
+
+
+@pytest.mark.parametrize("name", ["max_angle", "max_shift"])
+@pytest.mark.parametrize("value", [-1.0, np.nan])
+def test_limits_that_are_none(name, value):
+    with pytest.raises(InputError, match=f"^{name} wants to be at least 0, not"):
+        RefineConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"symmetry": "X3"}, "^symmetry wants to be C1 .*not 'X3'$"),
+        ({"diameter": 1.5}, "^diameter wants to be from 0 to 1 of the box, not 1.5$"),
+        ({"diameter": 0.0}, "^diameter wants to be from 0 to 1 of the box, not 0.0$"),
+        ({"max_r_max": 6}, "^max_r_max wants to be at least first_r_max, 7, not 6$"),
+    ],
+)
+def test_settings_that_contradict(settings, words):
+    with pytest.raises(InputError, match=words):
+        RefineConfig(**settings)
 
 
 @pytest.mark.parametrize("name", COUNTS)

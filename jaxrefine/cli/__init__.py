@@ -7,6 +7,7 @@ its options, and ``run``.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -28,7 +29,9 @@ _COMMANDS = (demo, simulate, match, refine, reconstruct, postprocess, fsc, evalu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words)
+    options.command_line = shlex.join(["jaxrefine", *words])
     try:
         options.run(options)
         sys.stdout.flush()

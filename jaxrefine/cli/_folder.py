@@ -136,26 +136,36 @@ class RunFolder:
         """Write the report of a run whose files are all there."""
         self._write(finished=True, **results)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the log."""
+        lines = (self.path / _METRICS).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the run is made with, and what it has taken so far."""
+        device = jax.devices()[0]
+        memory = device.memory_stats() or {}
+        return {
+            "versions": {
+                name: version(name) for name in ("jaxrefine", "jax", "jaxlib", "numpy")
+            },
+            "device": f"{device.platform}, {device.device_kind}",
+            "wall_s": self._wall(),
+            "peak_rss_mib": peak_rss_mib(),
+            "peak_device_mib": memory.get("peak_bytes_in_use", 0) / 2**20 or None,
+        }
+
     def _wall(self) -> float:
         return self._earlier + time.perf_counter() - self._begin
 
     def _write(self, *, finished: bool, **results: Any) -> None:
-        device = jax.devices()[0]
-        memory = device.memory_stats() or {}
         io.write_json(
             self._report,
             {
                 "finished": finished,
                 "settings": self._settings,
                 **results,
-                "versions": {
-                    name: version(name)
-                    for name in ("jaxrefine", "jax", "jaxlib", "numpy")
-                },
-                "device": f"{device.platform}, {device.device_kind}",
-                "wall_s": self._wall(),
-                "peak_rss_mib": peak_rss_mib(),
-                "peak_device_mib": memory.get("peak_bytes_in_use", 0) / 2**20 or None,
+                **self.provenance(),
             },
         )
 

@@ -2,16 +2,19 @@
 
 import argparse
 import math
+import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxrefine import io, progress, refine
+from jaxrefine import io, memory, progress, refine
 from jaxrefine.cli._folder import RunFolder
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
 from jaxrefine.particles import Particles
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
@@ -29,11 +32,22 @@ def configure(
     Raises
     ------
     InputError
-        If the initial resolution is not one of the images'.
+        If a resolution is not one of the images', if options contradict each other, or
+        if there is too little memory.
     """
-    chosen: dict[str, Any] = {"half_sets": options.half_sets}
-    if options.initial_resolution is not None:
-        chosen["first_r_max"] = _shell(options.initial_resolution, source.particles)
+    chosen: dict[str, Any] = {
+        "half_sets": options.half_sets,
+        "symmetry": options.symmetry,
+        **_band_limits(options, source.particles),
+    }
+    for what, fixed in (("angle", options.fix_angles), ("shift", options.fix_shifts)):
+        for other in (f"max_{what}", f"prior_{what}"):
+            if fixed and getattr(options, other) is not None:
+                raise InputError(
+                    f"--{other.replace('_', '-')} does not go with --fix-{what}s."
+                )
+        if fixed:
+            chosen[f"max_{what}"] = 0.0
     for name in ("iterations", "batch_size"):
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
@@ -49,19 +63,53 @@ def configure(
     if options.prior_shift is not None:
         chosen["shift_spread"] = options.prior_shift
         chosen.setdefault("max_shift", 3 * options.prior_shift)
-    return refine.RefineConfig(**chosen)
+    config = refine.RefineConfig(**chosen)
+    _plan(options, source, config)
+    return config
 
 
-def _shell(resolution: float, particles: Particles) -> int:
+def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str, Any]:
+    """Return the band limits, cycles per box, and the diameter in boxes.
+
+    A particle of another size than by default is first compared, and searched for, at
+    as many cycles per diameter.
+    """
+    default, chosen = refine.RefineConfig(), {}
+    box, last = _box(particles), (particles.image_size - 1) // 2
+    if options.particle_diameter is not None:
+        chosen["diameter"] = options.particle_diameter / box
+        for name in ("first_r_max", "search_r_max"):
+            cycles = getattr(default, name) * default.diameter / chosen["diameter"]
+            chosen[name] = min(round(cycles), last)
+    first = chosen.get("first_r_max", default.first_r_max)
+    if options.initial_resolution is not None:
+        first = _shell("--initial-resolution", options.initial_resolution, particles)
+    if options.max_resolution is not None:
+        most = _shell("--max-resolution", options.max_resolution, particles)
+        if options.initial_resolution is not None and first > most:
+            raise InputError(
+                f"--max-resolution wants at most --initial-resolution, "
+                f"{options.initial_resolution:g} A, not {options.max_resolution:g}."
+            )
+        chosen["max_r_max"], first = most, min(first, most)
+    return {**chosen, "first_r_max": first}
+
+
+def _shell(flag: str, resolution: float, particles: Particles) -> int:
     """Return a resolution in angstroms as a band limit in cycles per box."""
-    box = particles.image_size * particles.pixel_size_in_angstroms
-    shell, last = math.floor(box / resolution), (particles.image_size - 1) // 2
+    box, last = _box(particles), (particles.image_size - 1) // 2
+    shell = math.floor(box / resolution)
     if not 1 <= shell <= last:
         raise InputError(
-            f"--initial-resolution wants {box / last:.3g} to {box:g} A for these "
-            f"images, not {resolution:g}."
+            f"{flag} wants {box / last:.3g} to {box:g} A for these images, not "
+            f"{resolution:g}."
         )
     return shell
+
+
+def _box(particles: Particles) -> float:
+    """Return the side of the images in angstroms."""
+    return particles.image_size * particles.pixel_size_in_angstroms
 
 
 def run(
@@ -75,27 +123,37 @@ def run(
     """Refine from the last checkpoint, or from the given poses and map."""
     key = jax.random.key(options.seed)
     subsets = _deal(source, options.seed) if config.half_sets else None
+    plan = _plan(options, source, config)
+    print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
     state = folder.resume(lambda: refine.init(*what, key=key, subsets=subsets))
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
-    def record(state: Any, info: Any) -> None:
+    def record(new: Any, info: Any) -> None:
+        nonlocal state
         row = info.row()
-        folder.record(state, row)
-        advance(state, row)
+        folder.record(new, row)
+        state = new
+        advance(new, row)
 
-    result = refine.refine(
-        *what,
-        key=key,
-        subsets=subsets,
-        state=state,
-        callback=record,
-    )
+    def attempt(batch_size: int) -> Any:
+        return refine.refine(
+            *what[:3],
+            replace(config, batch_size=batch_size),
+            key=key,
+            subsets=subsets,
+            state=state,
+            callback=record,
+        )
+
+    result = memory.retry_on_out_of_memory(attempt, plan.batch_size, _say)
     undetermined = np.asarray(result.undetermined)
     report: dict[str, Any] = {
         "undetermined": int(undetermined.sum()),
         "tau": float(result.tau),
+        "planned_batch_size": plan.batch_size,
+        "estimated_peak_mib": plan.estimated_bytes / 2**20,
     }
     further = columns(result.log_likelihood, result.covariances)
     further["jaxrefineUndetermined"] = undetermined.astype(int)
@@ -103,13 +161,31 @@ def run(
         further["rlnRandomSubset"] = subsets
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
+    found, given = result.poses, source.poses
     return Outcome(
-        result.poses,
+        Poses(
+            given.angles if options.fix_angles else found.angles,
+            given.shifts if options.fix_shifts else found.shifts,
+        ),
         np.asarray(result.volume),
         result.half_maps,
         further,
         report,
     )
+
+
+def _plan(
+    options: argparse.Namespace, source: io.ParticleFile, config: refine.RefineConfig
+) -> memory.Plan:
+    """Return what the run will use, within the memory that is given or free."""
+    free = memory.available_bytes()
+    if options.memory is not None:
+        free = int(options.memory * 2**30)
+    return memory.plan(len(source), source.particles.image_size, config, free)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _deal(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:

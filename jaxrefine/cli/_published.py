@@ -27,9 +27,10 @@ def configure(
         If the options or the particles ask for what the preset cannot do.
     """
     names = ("half_sets", "initial_resolution", "max_angle", "max_shift")
-    names += ("prior_angle", "prior_shift")
+    names += ("prior_angle", "prior_shift", "fix_angles", "fix_shifts", "symmetry")
+    names += ("max_resolution", "memory")
     for name in names:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False, "C1"):
             raise InputError(
                 f"--{name.replace('_', '-')} does not go with --preset "
                 f"{options.preset}; the default preset has it."

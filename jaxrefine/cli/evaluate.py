@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics
+from jaxrefine import io, metrics, symmetry
 from jaxrefine.errors import InputError
 
 _SHOWN = (
@@ -23,6 +23,12 @@ def add(commands) -> None:
     )
     command.add_argument("result", type=Path, metavar="RESULT.star")
     command.add_argument("truth", type=Path, metavar="TRUTH.star")
+    command.add_argument(
+        "--symmetry",
+        type=str.upper,
+        default="C1",
+        help="point group of the true map (default C1)",
+    )
     command.add_argument("--json", type=Path, help="write the figures as JSON")
     command.set_defaults(run=run)
 
@@ -33,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(
             f"Cannot write {options.json}: {options.json.parent} is not a folder."
         )
+    operators = symmetry.operators(options.symmetry)
     tables = [io.read_star(path) for path in (options.result, options.truth)]
     paths = (options.result, options.truth)
     result, truth = (
@@ -47,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
         jnp.asarray(result[1]),
         jnp.asarray(truth[0][places]),
         jnp.asarray(truth[1][places]),
+        operators,
     )
     summary = metrics.summarise(errors)
     content = {"particles": len(places), "matched_by": matched_by, **summary}

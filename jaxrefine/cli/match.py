@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrefine import io, matching, progress
+from jaxrefine.cli import _images
 from jaxrefine.cli.refine import _initial_map
 from jaxrefine.errors import InputError
 from jaxrefine.particles import Particles
@@ -56,7 +57,7 @@ def add(commands) -> None:
         default=default.batch_size,
         help="particles computed at once (default %(default)d)",
     )
-    option("--datadir", type=Path, help="where else to look for stacks of images")
+    _images.add_options(option)
     command.set_defaults(run=run)
 
 
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         options.shift_step,
         batch_size=options.batch_size,
     )
-    source = io.read_particles(options.particles, options.datadir)
+    source = _images.read(options, with_poses=False)
     for path in (options.particles, options.map, *source.stacks.values()):
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"Cannot write {out}: it is an input.")

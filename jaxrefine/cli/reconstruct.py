@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxrefine import io
+from jaxrefine.cli import _images
 from jaxrefine.errors import InputError
 
 
@@ -18,6 +19,12 @@ def add(commands) -> None:
     option("particles", type=Path, metavar="PARTICLES.star")
     option("--out", type=Path, required=True, metavar="MAP.mrc", help="file to write")
     option(
+        "--symmetry",
+        type=str.upper,
+        default="C1",
+        help="point group of the map (default C1)",
+    )
+    option(
         "--half-sets",
         action="store_true",
         help="write maps of two halves of the particles, too: MAP_half1.mrc and "
@@ -25,7 +32,7 @@ def add(commands) -> None:
     )
     option("--seed", type=int, default=0, help="deals the particles into halves")
     option("--batch-size", type=int, help="particles computed at once")
-    option("--datadir", type=Path, help="where else to look for stacks of images")
+    _images.add_options(option)
     command.set_defaults(run=run)
 
 
@@ -44,17 +51,12 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
-    source = io.read_particles(options.particles, options.datadir)
-    if not source.has_poses:
-        raise InputError(
-            f"{options.particles} has no poses (rlnAngleRot, rlnAngleTilt); "
-            "`jaxrefine match` finds some."
-        )
-
     from jaxrefine import refine
 
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    config = refine.RefineConfig(**chosen)
+    config = refine.RefineConfig(symmetry=options.symmetry, **chosen)
+    source = _images.read(options, with_poses=True)
+
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None
     result = refine.reconstruct(

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxrefine import io, metrics, progress
-from jaxrefine.cli import _production, _published
+from jaxrefine import io, metrics, progress, report
+from jaxrefine.cli import _images, _production, _published
 from jaxrefine.cli._folder import RunFolder, file_digest
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
@@ -48,7 +49,7 @@ def add(commands) -> None:
         "--initial-resolution",
         type=float,
         help="what the map and the poses are good for at first, angstroms (default: a "
-        "seventh of the box)",
+        "fifth of the particle's diameter)",
     )
     option("--max-angle", type=float, help="largest turn of a pose, degrees")
     option("--max-shift", type=float, help="largest move of a particle, pixels")
@@ -63,21 +64,34 @@ def add(commands) -> None:
         type=float,
         help="the same of the positions along x and y, pixels (default 2)",
     )
+    option(
+        "--fix-angles", action="store_true", help="keep the angles, refine positions"
+    )
+    option(
+        "--fix-shifts", action="store_true", help="keep the positions, refine angles"
+    )
+    option(
+        "--symmetry",
+        type=str.upper,
+        default="C1",
+        help="point group of the map (default C1)",
+    )
+    option(
+        "--max-resolution",
+        type=float,
+        help="finest detail that poses are compared in, angstroms",
+    )
     option("--seed", type=int, default=0, help="seed of everything random (default 0)")
     option("--batch-size", type=int, help="particles computed at once")
-    option("--datadir", type=Path, help="where else to look for stacks of images")
+    option("--memory", type=float, help="at most so much, GiB (default: what is free)")
+    _images.add_options(option)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Refine, or carry on, or say that it is done."""
     _check(options)
-    source = io.read_particles(options.particles, options.datadir)
-    if not source.has_poses:
-        raise InputError(
-            f"{options.particles} has no poses (rlnAngleRot, rlnAngleTilt); "
-            "`jaxrefine match` finds some."
-        )
+    source = _images.read(options, with_poses=True)
     volume = _initial_map(options.map, source)
     engine = _ENGINES[options.preset]
     config = engine.configure(options, source)
@@ -88,7 +102,10 @@ def run(options: argparse.Namespace) -> None:
     with progress.Bars() as bars:
         outcome = engine.run(options, source, volume, config, folder, bars)
     _write(options.out, source, outcome)
-    folder.finish({"config": _describe(config), **outcome.report})
+    settings = _describe(config)
+    told = _report(options, source, volume, settings, outcome, folder)
+    report.write(options.out / "report.html", told)
+    folder.finish({"config": settings, **outcome.report})
     print(_sentence(options.out, source, outcome))
 
 
@@ -104,6 +121,8 @@ def _check(options: argparse.Namespace) -> None:
         ("max_shift", math.inf),
         ("prior_angle", 180.0),
         ("prior_shift", math.inf),
+        ("max_resolution", math.inf),
+        ("memory", math.inf),
     ):
         value = getattr(options, name)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
@@ -141,7 +160,9 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
     Stacks, which may be large, are known by their sizes.
     """
     names = ("half_sets", "preset", "iterations", "initial_resolution", "max_angle")
-    names += ("max_shift", "prior_angle", "prior_shift", "seed")
+    names += ("max_shift", "prior_angle", "prior_shift", "seed", "fix_angles")
+    names += ("fix_shifts", "symmetry", "max_resolution", "particle_diameter")
+    names += ("invert", "normalise")
     sizes = sorted(path.stat().st_size for path in source.stacks.values())
     return {
         **{name: getattr(options, name) for name in names},
@@ -171,6 +192,35 @@ def _sentence(out: Path, source: io.ParticleFile, outcome: Outcome) -> str:
         better = " or better" if float(radius) >= size // 2 else ""
         text += f"; the half maps agree to {float(resolution):.2f} A{better}, FSC 0.143"
     return text
+
+
+def _report(
+    options: argparse.Namespace,
+    source: io.ParticleFile,
+    volume: jax.Array,
+    settings: dict[str, Any],
+    outcome: Outcome,
+    folder: RunFolder,
+) -> report.Report:
+    """Gather what the report says."""
+    columns, curve = outcome.columns, outcome.report.get("half_set_fsc")
+    undetermined = columns.get("jaxrefineUndetermined")
+    return report.Report(
+        title=f"Refinement of {options.particles.name}",
+        command=options.command_line,
+        pixel_size_in_angstroms=source.particles.pixel_size_in_angstroms,
+        initial_poses=source.poses,
+        poses=outcome.poses,
+        initial_map=np.asarray(volume),
+        volume=outcome.volume,
+        rows=folder.rows(),
+        settings=settings,
+        half_set_fsc=None if curve is None else np.asarray(curve),
+        angle_std_in_degrees=columns.get("jaxrefineAngleStd"),
+        shift_std_in_pixels=columns.get("jaxrefineShiftStd"),
+        undetermined=None if undetermined is None else undetermined.astype(bool),
+        **folder.provenance(),
+    )
 
 
 def _describe(config: Any) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def write_particles(
 
     The file is RELION's, whatever was read. Blocks, columns and their order are kept.
     Origins are written in Angstrom if optics groups give the pixel size and in pixels
-    if not, and also in the other unit if the file has that. A stack keeps its name if
+    if not, and also in the other unit if the file has that. Numbers of poses that are
+    as they were read stay as they stand in the file. A stack keeps its name if
     the same one is found by it from the new file or above; one that was found beside
     the old file is named by its path from the new one; any other gets its absolute
     path.
@@ -191,13 +192,22 @@ def write_particles(
         **_poses_in_style(blocks, table, particle_file, poses),
         **(extra or {}),
     }
+    read = _poses_in_style(blocks, table, particle_file, particle_file.poses)
     for column, values in columns.items():
         if len(values) != len(particle_file):
             raise InputError(
                 f"Cannot write {path}: {len(values)} values of {column} came with "
                 f"{len(particle_file)} particles."
             )
-        table[column] = _texts(values)
+        texts = _texts(values)
+        if column in read and column in table:
+            texts = [
+                old if new == same else new
+                for old, new, same in zip(
+                    table[column], texts, read[column], strict=True
+                )
+            ]
+        table[column] = texts
     renamed = {
         stack: _name_from(path, stack, found, particle_file.path.parent)
         for stack, found in particle_file.stacks.items()

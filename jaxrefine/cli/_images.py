@@ -1,0 +1,64 @@
+"""Options that every command with particles has, and the particles they make."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxrefine import io
+from jaxrefine.background import Normalised
+from jaxrefine.errors import InputError
+
+_CIRCLE = 0.75  # of the images' side: what is not background, by default
+
+
+def add_options(option: Callable[..., Any]) -> None:
+    """Declare the options."""
+    option(
+        "--invert",
+        action="store_true",
+        help="protein is dark in the images; implies --normalise",
+    )
+    option(
+        "--normalise",
+        action="store_true",
+        help="bring every image's background, outside of the particle's diameter (by "
+        "default three fourths of the box), to mean 0 and standard deviation 1",
+    )
+    option(
+        "--particle-diameter",
+        type=float,
+        help="largest diameter of the particle, angstroms",
+    )
+    option("--datadir", type=Path, help="where else to look for stacks of images")
+
+
+def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
+    """Read the particles; prepare their images as the options say.
+
+    Raises
+    ------
+    InputError
+        If the particles cannot be used, or have no poses but are to have some.
+    """
+    source = io.read_particles(options.particles, options.datadir)
+    if with_poses and not source.has_poses:
+        raise InputError(
+            f"{options.particles} has no poses (rlnAngleRot, rlnAngleTilt); "
+            "`jaxrefine match` finds some."
+        )
+    particles = source.particles
+    box = particles.image_size * particles.pixel_size_in_angstroms
+    diameter = options.particle_diameter
+    if diameter is not None and not 0 < diameter <= box:
+        raise InputError(
+            f"--particle-diameter wants more than 0 and at most the box, {box:g} A, "
+            f"not {diameter:g}."
+        )
+    if not (options.invert or options.normalise):
+        return source
+    circle = _CIRCLE * box if diameter is None else diameter
+    pixels = circle / particles.pixel_size_in_angstroms
+    images = Normalised(particles.images, pixels, options.invert)
+    return replace(source, particles=replace(particles, images=images))

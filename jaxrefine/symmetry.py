@@ -1,0 +1,89 @@
+r"""Point groups: the rotations that leave a map as it is.
+
+A map is symmetric if :math:`V(Sx) = V(x)` for the operators ``S`` of a group. The poses
+``R`` and ``R S`` then show the same image, and in Fourier space the slice of ``R`` is
+also that of every ``R S``.
+
+Groups have RELION's names and orientations, which the tests compare with what
+``relion_refine --print_symmetry_ops`` prints. Axes are (x, y, z), and
+:math:`\varphi` is the golden ratio:
+
+=======  ===============  ==================================
+group    first axis       second axis
+=======  ===============  ==================================
+Cn       n-fold (0,0,1)
+Dn       n-fold (0,0,1)   2-fold (1,0,0)
+T        3-fold (0,0,1)   2-fold :math:`(0,\sqrt2,1)`
+O        4-fold (0,0,1)   3-fold (1,1,1)
+I1       2-fold (0,0,1)   5-fold :math:`(\varphi,0,1)`
+I, I2    2-fold (0,0,1)   5-fold :math:`(1,0,\varphi)`
+I3       5-fold (0,0,1)   2-fold :math:`(-1,0,\varphi)`
+I4       5-fold (0,0,1)   2-fold :math:`(1,0,\varphi)`
+=======  ===============  ==================================
+"""
+
+import math
+import re
+
+import numpy as np
+from jaxtyping import Float
+from scipy.spatial.transform import Rotation
+
+from jaxrefine.errors import InputError
+
+_GOLDEN = (1 + math.sqrt(5)) / 2
+_SAME = 1e-6
+_Z = (0.0, 0.0, 1.0)
+# Order and direction of two axes that generate the group.
+_POLYHEDRAL = {
+    "T": ((3, _Z), (2, (0.0, math.sqrt(2), 1.0))),
+    "O": ((4, _Z), (3, (1.0, 1.0, 1.0))),
+    "I": ((2, _Z), (5, (1.0, 0.0, _GOLDEN))),
+    "I1": ((2, _Z), (5, (_GOLDEN, 0.0, 1.0))),
+    "I2": ((2, _Z), (5, (1.0, 0.0, _GOLDEN))),
+    "I3": ((5, _Z), (2, (-1.0, 0.0, _GOLDEN))),
+    "I4": ((5, _Z), (2, (1.0, 0.0, _GOLDEN))),
+}
+
+
+def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
+    """Return the rotations of a point group, the identity first.
+
+    Parameters
+    ----------
+    group
+        C1 to C99, D1 to D99, T, O, I or I1 to I4.
+
+    Raises
+    ------
+    InputError
+        If there is no such group.
+    """
+    elements = [np.eye(3)]
+    generators = [_turn(*axis) for axis in _axes(group)]
+    for element in elements:  # which grows until products give nothing new
+        for generator in generators:
+            product = element @ generator
+            if np.abs(np.array(elements) - product).max(axis=(1, 2)).min() > _SAME:
+                elements.append(product)
+    return np.stack(elements)
+
+
+def _axes(group: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
+    """Return the axes that generate a group."""
+    if group in _POLYHEDRAL:
+        return _POLYHEDRAL[group]
+    found = re.fullmatch("([CD])([1-9][0-9]?)", group)
+    if found is None:
+        raise InputError(
+            "symmetry wants to be C1 to C99, D1 to D99, T, O, I or I1 to I4, not "
+            f"{group!r}"
+        )
+    main = (int(found[2]), _Z)
+    return (main, (2, (1.0, 0.0, 0.0))) if found[1] == "D" else (main,)
+
+
+def _turn(order: int, axis: tuple[float, float, float]) -> Float[np.ndarray, "3 3"]:
+    """Return the rotation by one step of an axis."""
+    direction = np.array(axis) / np.linalg.norm(axis)
+    return Rotation.from_rotvec(2 * math.pi / order * direction).as_matrix()
