@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         pixel = voxel
     if not volume.any():
         raise InputError(f"{options.map} is zero everywhere; nothing would be seen.")
-    ignored = {"run", "command", "out", "map", "batch_size"}
+    ignored = {"command_line", "run", "command", "out", "map", "batch_size"}
     settings = {k: v for k, v in vars(options).items() if k not in ignored}
     settings["map_sha256"] = file_digest(options.map)
     folder = RunFolder(options.out, "simulate.json", settings)
