@@ -7,6 +7,7 @@ single precision. Times are minima over rounds; a call's preparation of the volu
 padded FFT) is timed where the package offers no way to keep it, and told.
 """
 
+import functools
 import importlib.util
 import time
 
@@ -49,21 +50,22 @@ def torch_projectors(volume: np.ndarray, turns: np.ndarray) -> None:
     import torch
     import torch_projectors as projectors
 
-    for padding in (1, 2):
-        side = SIDE * padding
-        before = (side - SIDE) // 2
-        padded = np.pad(volume, (before, side - SIDE - before))
-        spectrum = torch.fft.rfftn(torch.fft.ifftshift(torch.from_numpy(padded)))
-        rotation = torch.from_numpy(turns)[None]
-        took = fastest(
-            lambda spectrum=spectrum, padding=padding: projectors.project_3d_to_2d_forw(
-                spectrum[None],
-                rotation,
-                output_shape=(SIDE, SIDE),
-                interpolation="linear",
-                oversampling=float(padding),
-            )
+    rotation = torch.from_numpy(turns)[None]
+
+    def project(spectrum, padding: int):
+        return projectors.project_3d_to_2d_forw(
+            spectrum,
+            rotation,
+            output_shape=(SIDE, SIDE),
+            interpolation="linear",
+            oversampling=float(padding),
         )
+
+    for padding in (1, 2):
+        before = (padding - 1) * SIDE // 2
+        padded = torch.from_numpy(np.pad(volume, before))
+        spectrum = torch.fft.rfftn(torch.fft.ifftshift(padded))[None]
+        took = fastest(functools.partial(project, spectrum, padding))
         print(f"torch-projectors linear, pad {padding} (spectrum kept): {took:.0f} ms")
 
 
