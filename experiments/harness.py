@@ -1,10 +1,10 @@
 """What every study shares: its configuration, its run directory, its provenance.
 
 A run directory holds ``config.json`` (the resolved configuration), ``provenance.json``
-(commit, versions, device), ``metrics.json`` (one entry per method), the checkpoint
-``state_METHOD.eqx`` of the method that is running, and ``done``. The same command
-resumes an interrupted run; a finished run is not repeated; another configuration in
-the same directory is an error.
+(commit, versions, device), ``metrics.json`` (one entry per method), ``maps``, the
+checkpoint ``work/METHOD/state.eqx`` of the method that is running, ``table.md`` and
+``done``. The same command resumes an interrupted run; a finished run is not repeated;
+another configuration in the same directory is an error.
 """
 
 import argparse

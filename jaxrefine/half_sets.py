@@ -21,7 +21,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    """Return the gold-standard FSC of two sets' maps, in one frame.
+
+    What is fixed of the poses holds the sets together; they are not moved then.
+    """
+    if not (whole.config.max_angle > 0 and whole.config.max_shift > 0):
+        return metrics.fsc(first.mean_map, second.mean_map)
     motion = _motion(second, first, whole)
     moved = alignment.move_map(second.mean_map, *motion)
     return metrics.fsc(first.mean_map, moved)

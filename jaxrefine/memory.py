@@ -190,6 +190,11 @@ def plan(
     )
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that the host or the device has no memory left."""
+    return isinstance(error, MemoryError) or _EXHAUSTED in str(error)
+
+
 def retry_on_out_of_memory(
     function: Callable[[int], _T], batch_size: int, say: Callable[[str], None]
 ) -> _T:
@@ -213,7 +218,7 @@ def retry_on_out_of_memory(
         try:
             return function(batch_size)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and _EXHAUSTED not in str(error):
+            if not ran_out(error):
                 raise
             if batch_size <= LEAST_BATCH:
                 raise InputError(

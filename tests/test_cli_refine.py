@@ -228,12 +228,12 @@ def test_half_sets_are_the_files_or_dealt(data, capsys, stand_in):
     assert report["half_set_fsc"] == [1.0] * (N // 2 + 1)
     # A file that says so decides.
     blocks = read_star(data / "particles.star")
-    blocks["particles"]["rlnRandomSubset"] = ["1"] * 3 + ["2"] * 5
+    blocks["particles"]["rlnRandomSubset"] = ["1", "2"] * 4
     write_star(data / "particles.star", blocks)
     again = command(data, "--half-sets", "--iterations", 1)
     again[again.index(data / "out")] = data / "again"
     assert run(capsys, *again)[0] == 0
-    np.testing.assert_array_equal(stand_in.calls[1].subsets, [1] * 3 + [2] * 5)
+    np.testing.assert_array_equal(stand_in.calls[1].subsets, [1, 2] * 4)
     table = read_star(data / "again/particles.star")["particles"]
     assert list(table)[-5:-3] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
 
@@ -447,6 +447,8 @@ def test_reconstruct_refuses(data, capsys, maker):
     for further, sentence in (
         ([data / "no/map.mrc"], "is not a folder"),
         ([data], "is a folder"),
+        ([data / "particles.mrcs"], "is an input"),
+        ([data / "particles.star"], "is an input"),
         ([data / "map.mrc", "--batch-size", 0], "--batch-size"),
         ([data / "map.mrc", "--seed", -1], "--seed"),
         ([data / "map.mrc", "--symmetry", "X"], "symmetry wants to be C1"),

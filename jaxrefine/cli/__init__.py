@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from jaxrefine import memory
 from jaxrefine.cli import (
     demo,
     evaluate,
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except InputError as error:
         print(f"jaxrefine {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        sentence = "The memory does not suffice; a smaller --batch-size may."
+        print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.

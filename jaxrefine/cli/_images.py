@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxrefine import io
 from jaxrefine.background import Normalised
 from jaxrefine.errors import InputError
@@ -49,6 +51,11 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
             "`jaxrefine match` finds some."
         )
     particles = source.particles
+    if options.invert and particles.ctf is not None and np.any(particles.ctf.scale < 0):
+        raise InputError(
+            f"{options.particles} says by itself that protein is dark (a negative "
+            "rlnCtfScalefactor, or blob/sign); --invert would undo that."
+        )
     box = particles.image_size * particles.pixel_size_in_angstroms
     diameter = options.particle_diameter
     if diameter is not None and not 0 < diameter <= box:
@@ -62,3 +69,16 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
     pixels = circle / particles.pixel_size_in_angstroms
     images = Normalised(particles.images, pixels, options.invert)
     return replace(source, particles=replace(particles, images=images))
+
+
+def check_output(out: Path, source: io.ParticleFile, *others: Path) -> None:
+    """Refuse to write over an input.
+
+    Raises
+    ------
+    InputError
+        If the file to write is the table, one of its stacks, or another input.
+    """
+    for path in (source.path, *others, *source.stacks.values()):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"Cannot write {out}: it is an input.")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -15,6 +16,7 @@ from jaxrefine.cli._folder import RunFolder
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.particle_set import checked, halves
 from jaxrefine.particles import Particles
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
@@ -64,6 +66,11 @@ def configure(
         chosen["shift_spread"] = options.prior_shift
         chosen.setdefault("max_shift", 3 * options.prior_shift)
     config = refine.RefineConfig(**chosen)
+    # Here, since a run that is refused later has its folder already.
+    n = source.particles.image_size
+    checked(source.particles, source.poses, jnp.zeros((n,) * 3, jnp.float32))
+    if config.half_sets:
+        halves(len(source), jax.random.key(0), _deal(source, options.seed))
     _plan(options, source, config)
     return config
 

@@ -75,9 +75,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     source = _images.read(options, with_poses=False)
-    for path in (options.particles, options.map, *source.stacks.values()):
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"Cannot write {out}: it is an input.")
+    _images.check_output(out, source, options.map)
     volume = _initial_map(options.map, source)
     if options.resolution is not None:
         r_max = _shell(options.resolution, source.particles)

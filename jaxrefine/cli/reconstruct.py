@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> None:
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
     config = refine.RefineConfig(symmetry=options.symmetry, **chosen)
     source = _images.read(options, with_poses=True)
+    halves = [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]
+    for path in (out, *halves):
+        _images.check_output(path, source)
 
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None
@@ -66,8 +69,8 @@ def run(options: argparse.Namespace) -> None:
     io.write_mrc(out, result.volume, pixel)
     written = [out]
     if options.half_sets:
-        for number, half in enumerate(result.half_maps, start=1):
-            written.append(out.with_name(f"{out.stem}_half{number}{out.suffix}"))
-            io.write_mrc(written[-1], half, pixel)
+        written += halves
+        for path, half in zip(halves, result.half_maps, strict=True):
+            io.write_mrc(path, half, pixel)
     names = ", ".join(str(path) for path in written)
     print(f"{len(source)} particles, lambda {result.lam:.4g}: {names}")
