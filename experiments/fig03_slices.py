@@ -23,7 +23,6 @@ if __name__ == "__main__":
             __doc__,
             lambda runs: figures.maps(
                 runs,
-                lambda run: figures.columns(run, MAPS),
                 MAPS,
                 surfaces=True,
                 images=True,

@@ -6,14 +6,11 @@ python experiments/fig05_angle_errors.py RUN [RUN ...] --out FILE.png
 import sys
 
 import figures
-
-METHODS = ("unrefined", "RELION auto-refine", "joint")
-ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
-
+from figures import ANGLES, POSES
 
 if __name__ == "__main__":
     sys.exit(
         figures.main(
-            __doc__, lambda runs: figures.densities(runs, METHODS, ANGLES, "degree")
+            __doc__, lambda runs: figures.densities(runs, POSES, ANGLES, "degree")
         )
     )

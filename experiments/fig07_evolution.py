@@ -34,7 +34,7 @@ if __name__ == "__main__":
         figures.main(
             __doc__,
             lambda runs: figures.maps(
-                runs, evolution, [METHOD], text=TEXT, surfaces=True, images=False
+                runs, [METHOD], evolution, text=TEXT, surfaces=True, images=False
             ),
         )
     )

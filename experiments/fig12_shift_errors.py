@@ -6,14 +6,11 @@ python experiments/fig12_shift_errors.py RUN [RUN ...] --out FILE.png
 import sys
 
 import figures
-
-METHODS = ("unrefined", "RELION auto-refine", "joint")
-SHIFTS = {"x": "x shift", "y": "y shift"}
-
+from figures import POSES, SHIFTS
 
 if __name__ == "__main__":
     sys.exit(
         figures.main(
-            __doc__, lambda runs: figures.densities(runs, METHODS, SHIFTS, "pixel")
+            __doc__, lambda runs: figures.densities(runs, POSES, SHIFTS, "pixel")
         )
     )

@@ -42,6 +42,13 @@ STYLES: dict[str, plots.Style] = {
 }
 """Colour and dashes of each method, the same in all figures."""
 
+POSES = ("unrefined", "RELION auto-refine", "joint")
+"""The methods whose pose errors the paper shows."""
+
+ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
+SHIFTS = {"x": "x shift", "y": "y shift"}
+"""Labels of the poses' coordinates."""
+
 _CELL = 0.85  # inches
 _THRESHOLD = 0.2  # of the truth's largest density: where its surface is drawn
 _SURFACE = LinearSegmentedColormap.from_list(
@@ -297,8 +304,8 @@ def columns(run: Run, names: Sequence[str]) -> list[Column]:
 
 def maps(
     runs: Sequence[Run],
-    choose: Callable[[Run], list[Column]],
-    methods: Sequence[str],
+    names: Sequence[str],
+    choose: Callable[[Run], list[Column]] | None = None,
     *,
     text: str = "",
     surfaces: bool,
@@ -310,10 +317,11 @@ def maps(
     ----------
     runs
         What to draw.
+    names
+        Of the maps, as of `columns`; what is remarked on methods is said in the
+        caption.
     choose
-        Gives the maps of a run.
-    methods
-        Where they come from; what is remarked on these is said in the caption.
+        Gives the maps of a run; by default `columns`.
     text
         Begins the caption.
     surfaces
@@ -327,7 +335,7 @@ def maps(
             " Surfaces: seen along +y, each around as many voxels as the truth has "
             f"above {_THRESHOLD:g} of its largest density."
         )
-    bands = [choose(run) for run in runs]
+    bands = [choose(run) if choose else columns(run, names) for run in runs]
     samples = [run.images() if images else () for run in runs]
     high = 4 if surfaces else 2  # cells; a map's panel takes 2 x 2, an image's one
     left = [4 // high if len(some) else 0 for some in samples]
@@ -335,7 +343,7 @@ def maps(
     figure = plots.captioned_figure(
         _CELL * max(wide) + 0.2,
         len(runs) * (_CELL * high + 0.6) + 1,
-        _caption(runs, methods, text.strip()),
+        _caption(runs, names, text.strip()),
     )
     parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     for part, run, band, some, few in zip(

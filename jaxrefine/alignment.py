@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxrefine._fourier import half_lattice
 from jaxrefine._types import Volume
 from jaxrefine.geometry import rotvec_to_matrix
 from jaxrefine.gridding import Gridding
@@ -112,8 +113,7 @@ def _ball(
     n: int, r_max: int, dtype
 ) -> tuple[tuple[np.ndarray, ...], Float[Array, "k 3"]]:
     """Return where ``rfftn`` has the frequencies of a ball, and these, (x, y, z)."""
-    full, half = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
-    z, y, x = np.meshgrid(full, full, half, indexing="ij")
+    z, y, x = np.broadcast_arrays(*half_lattice(n))
     places = np.nonzero(x**2 + y**2 + z**2 <= r_max**2)
     frequencies = np.stack([axis[places] for axis in (x, y, z)], axis=-1)
     return places, jnp.asarray(frequencies, dtype)

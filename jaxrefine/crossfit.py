@@ -31,10 +31,10 @@ from typing import final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from jaxrefine import admm, normal, slices, tv
+from jaxrefine._fourier import radii
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.gridding import Insertion, Spectrum
@@ -250,10 +250,8 @@ def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
     The gain at the last shell also holds beyond it.
     """
     n = volume.shape[0]
-    full, half = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
-    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
     shells = jnp.arange(gain.shape[0], dtype=gain.dtype)
-    factor = jnp.interp(jnp.asarray(radius, gain.dtype), shells, gain)
+    factor = jnp.interp(jnp.asarray(radii(n), gain.dtype), shells, gain)
     spectrum = jnp.fft.rfftn(volume)
     spectrum = jax.lax.complex(spectrum.real * factor, spectrum.imag * factor)
     return jnp.fft.irfftn(spectrum, s=volume.shape)

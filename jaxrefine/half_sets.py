@@ -21,19 +21,17 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' maps, in one frame.
-
-    What is fixed of the poses holds the sets together; they are not moved then.
-    """
-    if not (whole.config.max_angle > 0 and whole.config.max_shift > 0):
-        return metrics.fsc(first.mean_map, second.mean_map)
-    motion = _motion(second, first, whole)
-    moved = alignment.move_map(second.mean_map, *motion)
+    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    moved = second.mean_map
+    if not _held(whole):
+        moved = alignment.move_map(moved, *_motion(second, first, whole))
     return metrics.fsc(first.mean_map, moved)
 
 
 def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState:
     """Turn and move a set's maps and poses, all together, to those of another set.
+
+    A set whose angles or shifts are fixed is returned as it is.
 
     Parameters
     ----------
@@ -42,6 +40,8 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
     whole
         The particles and parameters of the first.
     """
+    if _held(whole):
+        return state
     rotation, translation = _motion(state, reference, whole)
     maps = [
         admm.init(alignment.move_map(one.coefficients, rotation, translation))
@@ -54,6 +54,11 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
         state,
         (tuple(maps), rotations, state.hypotheses.shifts - moved),
     )
+
+
+def _held(whole: ParticleSet) -> bool:
+    """Return whether what is fixed of the poses holds a set in its frame."""
+    return not (whole.config.turns and whole.config.moves)
 
 
 def _motion(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine import geometry
+from jaxrefine._fourier import half_lattice, radii
 from jaxrefine._types import Scalar, Volume
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -279,8 +280,6 @@ def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:
     A column of the half space stands for itself and its mirror image, except those
     that are their own: frequency 0 and, for an even n, n / 2.
     """
-    full = np.fft.fftfreq(n, 1 / n)
-    half = np.fft.rfftfreq(n, 1 / n)
-    radius = np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
+    half = half_lattice(n)[-1]
     weight = np.where((half == 0) | (2 * half == n), 1.0, 2.0)
-    return np.rint(radius).astype(np.int32).ravel(), weight[None, None]
+    return np.rint(radii(n)).astype(np.int32).ravel(), weight[None, None]

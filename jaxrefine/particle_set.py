@@ -107,6 +107,16 @@ class RefineConfig:
         return max(self.multi_start, default=-1)
 
     @property
+    def turns(self) -> bool:
+        """Whether the angles are refined; if not, they stay as they are given."""
+        return self.max_angle > 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether the shifts are refined; if not, they stay as they are given."""
+        return self.max_shift > 0
+
+    @property
     def operators(self) -> Float[np.ndarray, "order 3 3"]:
         """The operators of the map's symmetry."""
         return symmetry.operators(self.symmetry)

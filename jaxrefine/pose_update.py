@@ -195,7 +195,6 @@ def _explore(
             config.diameter,
         )
 
-    turns, moves = config.max_angle > 0, config.max_shift > 0
     spread = config.cell(r_max)
     if wide:
         first = slices.bucket(config.first_r_max, size)
@@ -203,10 +202,10 @@ def _explore(
         everywhere = Scan(
             config.angle_spread,
             step,
-            max(1, round(2 * config.shift_spread / step)) if moves else 0,
+            max(1, round(2 * config.shift_spread / step)) if config.moves else 0,
             # A larger particle wants smaller cells, as a larger spread does.
             wanted_candidates(1.5 * config.diameter * config.angle_spread, first)
-            if turns
+            if config.turns
             else 1,
         )
         about = np.asarray(whole.prior.rotations)[:, None]
@@ -221,9 +220,9 @@ def _explore(
     nearby = Scan(
         spread,
         size / (_SHIFTS_PER_PERIOD * r_max),
-        _LOCAL_SHIFTS if moves else 0,
+        _LOCAL_SHIFTS if config.moves else 0,
         max(1, config.candidates * config.hypotheses // centres.shape[1])
-        if turns
+        if config.turns
         else 1,
     )
     return run(1, r_max, centres, shifts, nearby)

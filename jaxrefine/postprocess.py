@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy import ndimage
 
 from jaxrefine import metrics
+from jaxrefine._fourier import radii
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 
@@ -216,7 +217,7 @@ def soft_mask(
         raise InputError("A flat map or one that is not finite cannot make a mask.")
     n = volume.shape[0]
     cut_off = n * pixel_size_in_angstroms / low_pass_in_angstroms
-    smooth = np.asarray(_filtered(volume, _low_pass(_frequencies(n), cut_off)))
+    smooth = np.asarray(_filtered(volume, _low_pass(radii(n), cut_off)))
     level = _triangle_threshold(smooth) if threshold is None else threshold
     labelled: Any = ndimage.label(smooth > level)
     parts, count = labelled
@@ -257,12 +258,6 @@ def _check_number(name: str, value: float) -> None:
         raise InputError(f"{name} is {value:g} A; a positive number is wanted.")
 
 
-def _frequencies(n: int) -> np.ndarray:
-    """Length of the frequencies of ``rfftn``, in periods per box."""
-    full, half = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
-    return np.sqrt(full[:, None, None] ** 2 + full[:, None] ** 2 + half**2)
-
-
 def _low_pass(frequency: np.ndarray, cut_off: float) -> np.ndarray:
     """Return a cosine from 1 at a shell before the cut-off to 0 at a shell after it."""
     return 0.5 + 0.5 * np.cos(np.pi * np.clip((frequency - cut_off + 1) / 2, 0, 1))
@@ -272,7 +267,7 @@ def _transfer(
     n: int, weight: np.ndarray, b_factor: float, cut_off: float, box: float
 ) -> np.ndarray:
     """Return what the spectrum is multiplied by; the cut-off is a shell."""
-    frequency = _frequencies(n)
+    frequency = radii(n)
     shell = np.minimum(np.rint(frequency), len(weight)).astype(int)
     transfer = np.append(weight, 0)[shell] * _low_pass(frequency, cut_off)
     highest, decay = frequency[transfer > 0].max(), b_factor / 4 / box**2
@@ -295,7 +290,7 @@ def _with_random_phases(key: PRNGKeyArray, volume: Volume, first: int) -> Volume
     noise = jnp.fft.rfftn(jax.random.normal(key, volume.shape, volume.dtype))
     spectrum = jnp.fft.rfftn(volume)
     random = noise * (jnp.abs(spectrum) / jnp.abs(noise)).astype(noise.dtype)
-    keeps = jnp.asarray(_frequencies(volume.shape[0]) < first)
+    keeps = jnp.asarray(radii(volume.shape[0]) < first)
     return jnp.fft.irfftn(jnp.where(keeps, spectrum, random), s=volume.shape)
 
 
@@ -317,7 +312,7 @@ def _fit(
             f"From {fit.from_in_angstroms:g} A to the resolution of {box / radius:.2f} "
             f"A there are {used.sum()} shells; a B factor wants {_LEAST_SHELLS}."
         )
-    shell = np.rint(_frequencies(mean.shape[0])).astype(int).ravel()
+    shell = np.rint(radii(mean.shape[0])).astype(int).ravel()
     amplitude = np.abs(np.asarray(jnp.fft.rfftn(mean))).ravel()
     averages = np.bincount(shell, amplitude) / np.bincount(shell)
     logarithm = np.log(weight[used] * averages[: len(weight)][used])

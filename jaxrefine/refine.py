@@ -395,17 +395,14 @@ def _conclude(
     evidence = np.zeros(count, angles.dtype)
     silent = np.zeros(count, bool)
     sums, maps, new = [], [], []
-    turns, moves = (limit > 0 for limit in (config.max_angle, config.max_shift))
     for one, some, found in zip(sets, members, state.sets, strict=True):
-        # What is fixed holds the sets together, and must not be moved.
-        still = not (new and turns and moves)
-        old = found if still else half_sets.turned(found, state.sets[0], one)
+        old = half_sets.turned(found, state.sets[0], one) if new else found
         nothing = pose_update.undetermined(old)
         best = old.hypotheses.best()
         moved = ~nothing
-        if turns:
+        if config.turns:
             angles[some[moved]] = np.asarray(best.angles)[moved]
-        if moves:
+        if config.moves:
             shifts[some[moved]] = np.asarray(best.shifts)[moved]
         known = pose_update.measure_information(one, found, int(state.r_max))
         unrefined = np.asarray(jax.vmap(lambda p: p.information())(one.prior))
@@ -427,7 +424,7 @@ def _conclude(
         volume = map_update.map_at(sets[0].config, both, joined).volume
     return Result(
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
-        np.linalg.inv(information) * np.repeat([turns, moves], [3, 2]),
+        np.linalg.inv(information) * np.repeat([config.turns, config.moves], [3, 2]),
         evidence,
         silent,
         np.asarray(volume),

@@ -1,4 +1,4 @@
-"""Options that every command with particles has, and the particles they make."""
+"""What every command with particles shares: its options, inputs and their checks."""
 
 import argparse
 from collections.abc import Callable
@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
 from jaxrefine.background import Normalised
 from jaxrefine.errors import InputError
 
+_SAME_VOXEL = 1e-3
 _CIRCLE = 0.75  # of the images' side: what is not background, by default
 
 
@@ -69,6 +72,46 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
     pixels = circle / particles.pixel_size_in_angstroms
     images = Normalised(particles.images, pixels, options.invert)
     return replace(source, particles=replace(particles, images=images))
+
+
+def read_map(path: Path, source: io.ParticleFile) -> jax.Array:
+    """Read the map that particles are compared with.
+
+    Raises
+    ------
+    InputError
+        If it is zero, or its box or voxels are not those of the images.
+    """
+    volume, voxel = io.read_mrc(path)
+    n, m = volume.shape[0], source.particles.image_size
+    pixel = source.particles.pixel_size_in_angstroms
+    if n != m:
+        raise InputError(
+            f"{path} has {n}^3 voxels, but the images of {source.path} have {m}^2 "
+            "pixels; the same side is wanted."
+        )
+    if abs(voxel - pixel) > _SAME_VOXEL * pixel:
+        raise InputError(
+            f"{path} has voxels of {voxel:g} A, but the images of {source.path} have "
+            f"pixels of {pixel:g} A; the same size is wanted."
+        )
+    if not volume.any():
+        raise InputError(f"{path} is zero everywhere; a map to start from is wanted.")
+    return jnp.asarray(volume)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse to write where there is no folder, or a folder of this name.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    if not out.parent.is_dir():
+        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
+    if out.is_dir():
+        raise InputError(f"Cannot write {out}: it is a folder.")
 
 
 def check_output(out: Path, source: io.ParticleFile, *others: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxrefine import io, matching, progress
 from jaxrefine.cli import _images
-from jaxrefine.cli.refine import _initial_map
 from jaxrefine.errors import InputError
 from jaxrefine.particles import Particles
 
@@ -64,10 +63,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Match the particles; write them with the poses found."""
     out = options.out
-    if not out.parent.is_dir():
-        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
-    if out.is_dir():
-        raise InputError(f"Cannot write {out}: it is a folder.")
+    _images.check_folder(out)
     config = matching.MatchConfig(
         options.angle_step,
         options.max_shift,
@@ -76,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     )
     source = _images.read(options, with_poses=False)
     _images.check_output(out, source, options.map)
-    volume = _initial_map(options.map, source)
+    volume = _images.read_map(options.map, source)
     if options.resolution is not None:
         r_max = _shell(options.resolution, source.particles)
         config = replace(config, r_max=r_max)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jaxrefine import io
+from jaxrefine import io, refine
 from jaxrefine.cli import _images
 from jaxrefine.errors import InputError
 
@@ -39,10 +39,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Make the map, and the half maps if they were asked for."""
     out = options.out
-    if not out.parent.is_dir():
-        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
-    if out.is_dir():
-        raise InputError(f"Cannot write {out}: it is a folder.")
+    _images.check_folder(out)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(
             f"--batch-size wants a value of at least 1, not {options.batch_size}."
@@ -51,8 +48,6 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
-    from jaxrefine import refine
-
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
     config = refine.RefineConfig(symmetry=options.symmetry, **chosen)
     source = _images.read(options, with_poses=True)

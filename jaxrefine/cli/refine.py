@@ -16,7 +16,6 @@ from jaxrefine.cli._folder import RunFolder, file_digest
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 
-_SAME_VOXEL = 1e-3
 _ENGINES = {"default": _production, "paper": _published, "released": _published}
 _RESULTS = {"map": "map.mrc", "halves": ("half1.mrc", "half2.mrc")}
 
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     """Refine, or carry on, or say that it is done."""
     _check(options)
     source = _images.read(options, with_poses=True)
-    volume = _initial_map(options.map, source)
+    volume = _images.read_map(options.map, source)
     engine = _ENGINES[options.preset]
     config = engine.configure(options, source)
     folder = RunFolder(options.out, "run.json", _settings(options, source))
@@ -133,25 +132,6 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
-
-
-def _initial_map(path: Path, source: io.ParticleFile) -> jax.Array:
-    volume, voxel = io.read_mrc(path)
-    n, m = volume.shape[0], source.particles.image_size
-    pixel = source.particles.pixel_size_in_angstroms
-    if n != m:
-        raise InputError(
-            f"{path} has {n}^3 voxels, but the images of {source.path} have {m}^2 "
-            "pixels; the same side is wanted."
-        )
-    if abs(voxel - pixel) > _SAME_VOXEL * pixel:
-        raise InputError(
-            f"{path} has voxels of {voxel:g} A, but the images of {source.path} have "
-            f"pixels of {pixel:g} A; the same size is wanted."
-        )
-    if not volume.any():
-        raise InputError(f"{path} is zero everywhere; a map to start from is wanted.")
-    return jnp.asarray(volume)
 
 
 def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str, Any]:

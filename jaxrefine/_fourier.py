@@ -1,0 +1,16 @@
+"""The lattice of frequencies that ``rfftn`` of a cubic map has."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def half_lattice(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the frequencies along z, y and x, shaped to broadcast, periods per box."""
+    full, half = np.fft.fftfreq(n, 1 / n), np.fft.rfftfreq(n, 1 / n)
+    return full[:, None, None], full[:, None], half
+
+
+def radii(n: int) -> Float[np.ndarray, "{n} {n} {n}//2+1"]:
+    """Return the length of each frequency, periods per box."""
+    z, y, x = half_lattice(n)
+    return np.sqrt(z**2 + y**2 + x**2)
