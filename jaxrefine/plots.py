@@ -105,12 +105,15 @@ def draw_fsc(
     n: int,
     voxel_size_in_angstroms: float | None,
 ) -> None:
-    """Draw what `fsc_curves` does, with styles of one's own and without the legend."""
+    """Draw what `fsc_curves` does, with styles of one's own and without the legend.
+
+    Shell 0, the maps' means, is left out.
+    """
     last = max(len(curve) for curve in curves.values()) - 1
     for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
         axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=name)
-    lowest = min(float(np.nanmin(curve)) for curve in curves.values())
-    axes.set(xlim=(0, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
+    lowest = min(float(np.nanmin(curve[1:])) for curve in curves.values())
+    axes.set(xlim=(1, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for threshold in (0.5, 0.143):
         axes.axhline(threshold, color="0.6", lw=1, zorder=1)

@@ -71,8 +71,10 @@ class RefineState(eqx.Module):
         The sets that are refined by themselves, and which particles are in them.
     iteration, r_max
         Outer iterations made, and the band limit of the next.
-    angle_change, best_gold
-        What the last iteration is compared with.
+    pose_change, best_gold
+        What the next iteration is compared with: the median change of the angles, in
+        degrees (or of the shifts, in pixels, if the angles are fixed), and the best
+        correlation of half sets.
     finished
         Whether the refinement has converged.
     """
@@ -81,7 +83,7 @@ class RefineState(eqx.Module):
     members: tuple[Int[Array, "_"], ...]
     iteration: Int[Array, ""]
     r_max: Int[Array, ""]
-    angle_change: Float[Array, ""]
+    pose_change: Float[Array, ""]
     best_gold: Float[Array, ""]
     finished: Bool[Array, ""]
 
@@ -327,13 +329,19 @@ def _iterate(
         curve = half_sets.correlation(new[0], new[1], sets[0])
         gold = float(jnp.mean(curve[1 : last + 1]))
     grown = _next_band_limit(r_max, float(np.mean(supported)), sets[0])
-    change = float(np.mean([report.angle_change_in_degrees for report in reports]))
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(report, name) for report in reports]))
+
+    unit = "angle_change_in_degrees" if config.turns else "shift_change_in_pixels"
+    change = mean(unit)
     if gold is None:
-        better = _SETTLED * _error_bar(new) < change < _SLOW * float(state.angle_change)
+        least = _SETTLED * _error_bar(new, config)
+        better = least < change < _SLOW * float(state.pose_change)
     else:
         better = gold > float(state.best_gold) + _STALLED
     searching = iteration <= config.last_multi_start
-    dtype = state.angle_change.dtype
+    dtype = state.pose_change.dtype
     state = RefineState(
         tuple(new),
         state.members,
@@ -343,10 +351,6 @@ def _iterate(
         jnp.asarray(max(gold or 0.0, float(state.best_gold)), dtype),
         jnp.asarray(not (better or searching or grown > r_max)),
     )
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(report, name) for report in reports]))
-
     info = RefineInfo(
         iteration=iteration + 1,
         r_max=r_max,
@@ -363,11 +367,13 @@ def _iterate(
     return state, info
 
 
-def _error_bar(sets: list[SetState]) -> float:
-    """Return the median standard deviation of a rotation, in degrees."""
+def _error_bar(sets: list[SetState], config: RefineConfig) -> float:
+    """Return the median standard deviation of what is refined, degrees or pixels."""
     information = np.concatenate([np.asarray(one.information) for one in sets])
-    covariance = np.linalg.inv(information)[:, :3, :3]
-    return float(np.rad2deg(np.median(np.sqrt(np.trace(covariance, axis1=1, axis2=2)))))
+    variances = np.diagonal(np.linalg.inv(information), axis1=1, axis2=2)
+    if config.turns:
+        return float(np.rad2deg(np.median(np.sqrt(variances[:, :3].sum(axis=1)))))
+    return float(np.median(np.sqrt(variances[:, 3:].sum(axis=1))))
 
 
 def _next_band_limit(r_max: int, supported: float, whole: ParticleSet) -> int:

@@ -651,6 +651,8 @@ def test_what_is_fixed_is_the_limit_of_a_tight_prior(scene, what):
     moved = "shifts" if what == "angle" else "angles"
     change = np.abs(getattr(fixed.poses, moved) - getattr(near, moved))
     assert np.median(change[some]) > 1e-2
+    # The end is told by what moves.
+    assert float(fixed.state.pose_change) > 0
 
 
 @pytest.mark.parametrize("what", ["angle", "shift"])
