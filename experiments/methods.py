@@ -202,6 +202,8 @@ def relion_refinement(
         record.resume(jnp.zeros((), jnp.int32))  # RELION keeps its own state
 
         def keep(now: relion.Refined) -> None:
+            if now.iterations <= len(record.history):  # told before an interruption
+                return
             number = jnp.asarray(now.iterations, jnp.int32)
             record.add(now.volume, now.poses, number, **now.report)
 

@@ -425,27 +425,32 @@ def _carry_on(
         path.unlink()
     begin, earlier = time.perf_counter(), state.wall_s
 
-    def keep(**changes) -> None:
-        nonlocal state
+    def changed(**changes) -> _State:
         wall_s = earlier + time.perf_counter() - begin
-        state = replace(state, wall_s=wall_s, **changes)
+        return replace(state, wall_s=wall_s, **changes)
+
+    def keep(new: _State) -> None:
+        nonlocal state
+        state = new
         io.write_json(job.state_path, vars(state))
 
     def watch(settled_s: float = _SETTLED_S) -> None:
         for number, prefix in job.new(root, state.iterations, settled_s):
-            keep(iterations=number, prefix=prefix)
+            new = changed(iterations=number, prefix=prefix)
+            # Kept last: an iteration may be told twice, but is never left out.
             if callback is not None:
-                callback(job.read(state))
+                callback(job.read(new))
+            keep(new)
 
     command = [*job.program, *start, *job.always.split(), "--o", f"./{root}"]
     try:
-        keep()
+        keep(changed())
         if _run(job.folder, job.name, command, limit_s - earlier, watch):
             watch(0.0)
             last = dict(iterations=state.iterations + 1, prefix=root)
-            keep(finished=True, **(last if job.halves else {}))
+            keep(changed(finished=True, **(last if job.halves else {})))
     finally:
-        keep()
+        keep(changed())
     return state
 
 
