@@ -21,11 +21,11 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    """Return the gold-standard FSC of two sets' masked maps, in one frame."""
     moved = second.mean_map
     if not _held(whole):
         moved = alignment.move_map(moved, *_motion(second, first, whole))
-    return metrics.fsc(first.mean_map, moved)
+    return metrics.fsc(first.mean_map, moved, whole.mask)
 
 
 def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState:

@@ -151,7 +151,7 @@ def _measure(
     maps,
     noise: Float[Array, "shells"],
 ) -> crossfit.ShellSums:
-    """Compare images with the maps that they are not in, at their best poses."""
+    """Compare images with the masked maps that they are not in, at their best poses."""
     full = posterior.view(whole.particles, whole.last, noise)
     poses = hypotheses.best()
     total = None
@@ -160,7 +160,8 @@ def _measure(
         some = np.linspace(0, len(members) - 1, min(len(members), _SAMPLE // FOLDS))
         members = members[some.astype(int)]
         size = min(whole.config.batch_size, len(members))
-        spectrum = whole.config.interpolation.spectrum(maps[fold], whole.last)
+        volume = whole.masked(maps[fold])
+        spectrum = whole.config.interpolation.spectrum(volume, whole.last)
         for batch, new in posterior.batches(members, size):
             images, ctf = whole.particles.batch(batch)
             part = _compare(
@@ -186,7 +187,7 @@ def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> Se
 
 
 def assess(whole: ParticleSet, state: SetState) -> SetState:
-    """Measure scale and noise from the images, and the correlation of the maps.
+    """Measure scale and noise from the images, and the masked maps' correlation.
 
     The power of the noise is infinite in shells that the images are empty in.
     """
@@ -204,7 +205,7 @@ def assess(whole: ParticleSet, state: SetState) -> SetState:
     return eqx.tree_at(
         lambda s: (s.gain, s.noise, s.fold_fsc),
         state,
-        (sums.gain, noise, metrics.fsc(*volumes)),
+        (sums.gain, noise, metrics.fsc(volumes[0], volumes[1], whole.mask)),
     )
 
 

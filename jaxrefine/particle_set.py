@@ -18,6 +18,7 @@ from jaxrefine.gridding import Gridding, Insertion, default_insertion
 from jaxrefine.hypotheses import Hypotheses, Prior
 from jaxrefine.hypotheses import prior as make_prior
 from jaxrefine.particles import Particles
+from jaxrefine.postprocess import check_mask
 from jaxrefine.tangent import LevenbergMarquardt, PoseUpdate
 
 FEWEST = 4
@@ -213,12 +214,19 @@ class ParticleSet:
         The fold of each particle, 0 or 1.
     config
         Parameters.
+    mask
+        What of a map the particles are compared with; None for all of it.
     """
 
     particles: Particles
     prior: Prior
     fold: Int[np.ndarray, " particles"]
     config: RefineConfig
+    mask: Volume | None = None
+
+    def masked(self, volume: Volume) -> Volume:
+        """Return what of a map the particles are compared with."""
+        return volume if self.mask is None else volume * self.mask
 
     @property
     def last(self) -> int:
@@ -237,7 +245,11 @@ class ParticleSet:
 
 
 def particle_set(
-    particles: Particles, poses: Poses, key: PRNGKeyArray, config: RefineConfig
+    particles: Particles,
+    poses: Poses,
+    key: PRNGKeyArray,
+    config: RefineConfig,
+    mask: Volume | None = None,
 ) -> ParticleSet:
     """Deal particles into two folds, with priors about their poses."""
     prior = make_prior(
@@ -250,7 +262,7 @@ def particle_set(
     order = np.asarray(jax.random.permutation(key, len(particles)))
     fold = np.empty(len(particles), int)
     fold[order] = np.arange(len(particles)) % FOLDS
-    return ParticleSet(particles, prior, fold, config)
+    return ParticleSet(particles, prior, fold, config, mask)
 
 
 def divide(
@@ -259,14 +271,17 @@ def divide(
     config: RefineConfig,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None,
+    mask: Float[Array, "_ _ _"] | None = None,
 ) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
     """Deal the particles into sets and folds; also return a key for the search."""
     deal, fold, draw = jax.random.split(key, 3)
+    if mask is not None:
+        mask = _checked_mask(mask, particles.image_size)
     members = [np.arange(len(particles))]
     if config.half_sets:
         members = halves(len(particles), deal, subsets)
     sets = [
-        particle_set(particles.take(some), take(poses, some), fold, config)
+        particle_set(particles.take(some), take(poses, some), fold, config, mask)
         for some in members
     ]
     return draw, members, sets
@@ -325,3 +340,13 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
             raise InputError(f"{name} must be finite, but {bad} of them are not")
     angles, shifts = (jnp.asarray(x, jnp.float32) for x in (poses.angles, poses.shifts))
     return Poses(angles, shifts), jnp.asarray(volume, jnp.float32)
+
+
+def _checked_mask(mask: Float[Array, "_ _ _"], n: int) -> Volume:
+    """Return a mask in single precision; refuse what does not fit."""
+    if mask.shape != (n, n, n):
+        raise InputError(
+            f"images of side {n} want a mask of that side, not of shape {mask.shape}"
+        )
+    check_mask(mask)
+    return jnp.asarray(mask, jnp.float32)

@@ -85,7 +85,7 @@ def update_poses(
     fine = posterior.view(whole.particles, r_max, state.noise)
     polished = []
     for fold in range(FOLDS):
-        reference = _reference(state, fold)
+        reference = _reference(whole, state, fold)
         members = whole.members(fold)
         chosen = members[searched[members]]
         if len(chosen):
@@ -152,9 +152,10 @@ def update_poses(
     return state, report
 
 
-def _reference(state: SetState, fold: int) -> Volume:
+def _reference(whole: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    return crossfit.filter_shells(state.maps[fold].coefficients, state.gain)
+    volume = whole.masked(state.maps[fold].coefficients)
+    return crossfit.filter_shells(volume, state.gain)
 
 
 def _known(state: SetState) -> bool:
@@ -241,7 +242,7 @@ def measure_information(
         found[members] = posterior.curvature(
             whole.particles,
             members,
-            whole.config.interpolation.spectrum(_reference(state, fold), r_max),
+            whole.config.interpolation.spectrum(_reference(whole, state, fold), r_max),
             view,
             whole.prior,
             rotations[members],

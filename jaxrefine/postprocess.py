@@ -245,6 +245,17 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
         raise InputError(
             "The half maps are the same; those of two sets of particles are wanted."
         )
+    check_mask(mask)
+
+
+def check_mask(mask: Array | np.ndarray) -> None:
+    """Refuse what is not from 0 to 1, or nowhere more than 0.
+
+    Raises
+    ------
+    InputError
+        If it is so.
+    """
     # NumPy's, which are NaN if a value is.
     low, high = np.asarray(mask).min(), np.asarray(mask).max()
     if not (-1e-6 <= low and 0 < high <= 1 + 1e-6):

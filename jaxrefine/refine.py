@@ -221,11 +221,12 @@ def init(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
+    mask: Float[Array, "_ _ _"] | None = None,
 ) -> RefineState:
     """Return the state that :func:`refine` begins with; parameters as there."""
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
-    _, members, sets = divide(particles, poses, config, key, subsets)
+    _, members, sets = divide(particles, poses, config, key, subsets, mask)
     return _start(sets, members, poses, volume)
 
 
@@ -237,6 +238,7 @@ def refine(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
+    mask: Float[Array, "_ _ _"] | None = None,
     state: RefineState | None = None,
     callback: Callback | None = None,
 ) -> Result:
@@ -256,6 +258,10 @@ def refine(
         Deals the particles into sets and folds, and draws candidate poses.
     subsets
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
+    mask
+        From 0 in the solvent to 1, of the map's side and symmetry. Particles are
+        compared with masked maps, whose correlations decide on the band limit and on
+        when to stop. The maps and the FSC that are returned are not masked.
     state
         A state that a callback got, to continue from it; with the same other arguments
         the result is that of an uninterrupted run.
@@ -265,11 +271,12 @@ def refine(
     Raises
     ------
     InputError
-        If images, poses and map do not fit each other, or are not finite.
+        If images, poses, map and mask do not fit each other, or are not finite, or the
+        mask is not from 0 to 1.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
-    draw, members, sets = divide(particles, poses, config, key, subsets)
+    draw, members, sets = divide(particles, poses, config, key, subsets, mask)
     if state is None:
         state = _start(sets, members, poses, volume)
     while int(state.iteration) < config.iterations and not bool(state.finished):

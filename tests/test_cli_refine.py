@@ -59,7 +59,9 @@ def stand_in(monkeypatch):
     """Replace the engine; return the record of its calls, and where to stop it."""
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[])
 
-    def stand_in(particles, poses, volume, config, *, key, subsets, state, callback):
+    def stand_in(
+        particles, poses, volume, config, *, key, subsets, mask, state, callback
+    ):
         seen.calls.append(SimpleNamespace(**locals()))
         if state is None:
             state = State(jnp.zeros((), jnp.int32), poses.shifts)
@@ -548,6 +550,28 @@ def test_the_production_engine_runs_and_resumes(simulated, tmp_path, capsys):
     for name in ("oracle", "oracle_half1", "oracle_half2"):
         found = read_mrc(tmp_path / f"{name}.mrc")[0].ravel()
         assert np.corrcoef(found, truth)[0, 1] > 0.9
+
+
+@pytest.mark.slow
+def test_half_sets_are_refined_with_masks(simulated, tmp_path, capsys):
+    """Poses improve, and the maps that are written have a solvent."""
+    square = (np.arange(N) - N // 2) ** 2
+    away = np.sqrt(square[:, None, None] + square[:, None] + square)
+    mask = np.clip((8 - away) / 2, 0, 1)
+    write_mrc(tmp_path / "mask.mrc", mask, 4.0)
+    words = ["refine", simulated / "particles.star", "--map", simulated / "init.mrc"]
+    words += ["--mask", tmp_path / "mask.mrc", "--mask-images", "--normalise"]
+    words += ["--half-sets", "--iterations", 2, "--max-shift", 2]
+    assert run(capsys, *words, "--out", tmp_path / "out")[0] == 0
+    errors = []
+    for table in (simulated / "init.star", tmp_path / "out/particles.star"):
+        words = ["evaluate", table, simulated / "truth.star", "--json"]
+        assert run(capsys, *words, tmp_path / "errors.json")[0] == 0
+        found = json.loads((tmp_path / "errors.json").read_text())
+        errors.append(found["angle_error_deg_median"])
+    assert errors[1] < 0.6 * errors[0]
+    for name in ("map", "half1", "half2"):
+        assert read_mrc(tmp_path / f"out/{name}.mrc")[0][mask == 0].any()
 
 
 def test_images_are_prepared_as_asked(data, capsys, stand_in):

@@ -520,6 +520,65 @@ def test_the_band_limit_marches(scene):
     assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
+# --- masks
+
+
+def ball():
+    """A soft mask around the phantom, which ends at about 0.38 of the box."""
+    at = np.arange(N) - N // 2
+    away = np.sqrt(at[:, None, None] ** 2 + at[:, None] ** 2 + at**2) - 9.0
+    return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * np.clip(away / 2, 0, 1)), SINGLE)
+
+
+def test_a_mask_of_ones_changes_nothing(scene, run):
+    """Not a bit."""
+    ones = jnp.ones((N, N, N))
+    assert_identical(outcome(scene.refine(mask=ones)), outcome(run[0]))
+
+
+def test_a_mask_keeps_the_solvent_from_the_poses(scene):
+    """With garbage around the initial map they are as good as without, or far off."""
+    noise = np.random.default_rng(8).normal(size=(N, N, N))
+    garbage = simulate.blur(jnp.asarray(noise, SINGLE), 1.0)
+    garbage = 2 * garbage * scene.map.max() / garbage.max() * (1 - ball())
+
+    def error(volume, mask):
+        particles = Particles(scene.images)
+        whole = particle_set(particles, scene.initial, KEY, CONFIG, mask)
+        state = map_update.start(whole, scene.initial, volume)
+        state, _ = pose_update.update_poses(whole, state, 0, LAST, KEY)
+        return scene.errors(state.hypotheses.best())["angle_error_deg_median"]
+
+    clean, spoilt = (error(scene.map + x, None) for x in (0 * garbage, garbage))
+    masked = error(scene.map + garbage, ball())
+    assert masked < 0.5 * spoilt
+    assert masked < 1.25 * clean
+
+
+def test_maps_are_compared_masked_and_kept_whole(scene):
+    """Without alignment, since the shifts are fixed."""
+    config = dataclasses.replace(STILL, half_sets=True, max_shift=0.0, tau=1.0)
+    seen, mask = [], ball()
+    result = scene.refine(
+        config, subsets=SUBSETS, mask=mask, callback=lambda *each: seen.append(each)
+    )
+    ((state, info),) = seen
+    first, second = (one.mean_map for one in state.sets)
+    curve = metrics.fsc(first * mask, second * mask)
+    assert info.gold_score == pytest.approx(
+        float(jnp.mean(curve[1 : LAST + 1])), rel=1e-5
+    )
+    for one in state.sets:
+        curve = metrics.fsc(*(each.coefficients * mask for each in one.maps))
+        np.testing.assert_allclose(one.fold_fsc, curve, atol=1e-5)
+    np.testing.assert_array_equal(
+        result.fsc, metrics.fsc(*map(jnp.asarray, result.half_maps))
+    )
+    solvent = np.asarray(mask) == 0
+    for volume in (result.volume, *result.half_maps, first, second):
+        assert np.asarray(volume)[solvent].std() > 1e-3 * np.asarray(volume).max()
+
+
 # --- symmetry
 
 
@@ -802,6 +861,24 @@ def test_input_that_does_not_fit(case):
     if case not in ("another map", "map"):
         with pytest.raises(InputError, match=words):
             refine.reconstruct(Particles(images), poses, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (
+            jnp.ones((20,) * 3),
+            r"want a mask of that side, not of shape \(20, 20, 20\)$",
+        ),
+        (jnp.full((16,) * 3, 1.5), "^The mask runs from 1.5 to 1.5; 0 in the solvent"),
+        (jnp.full((16,) * 3, jnp.nan), "^The mask runs from nan to nan; 0 in the"),
+        (jnp.zeros((16,) * 3), "^The mask runs from 0 to 0; 0 in the solvent to 1"),
+    ],
+)
+def test_masks_that_are_none(mask, words):
+    images, poses, volume = blank()
+    with pytest.raises(InputError, match=words):
+        refine.refine(Particles(images), poses, volume, key=KEY, mask=mask)
 
 
 def test_an_image_that_is_not_finite_is_named():

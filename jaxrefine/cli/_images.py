@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.background import Normalised
+from jaxrefine.background import Masked, Normalised
 from jaxrefine.errors import InputError
+from jaxrefine.postprocess import check_mask
+from jaxrefine.resample import resample
 
 _SAME_VOXEL = 1e-3
 _CIRCLE = 0.75  # of the images' side: what is not background, by default
@@ -35,6 +37,12 @@ def add_options(option: Callable[..., Any]) -> None:
         "--particle-diameter",
         type=float,
         help="largest diameter of the particle, angstroms",
+    )
+    option(
+        "--mask-images",
+        action="store_true",
+        help="set images to 0 outside of the particle's diameter about its given "
+        "position, with a soft edge; they want to be normalised",
     )
     option("--datadir", type=Path, help="where else to look for stacks of images")
 
@@ -66,38 +74,78 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
             f"--particle-diameter wants more than 0 and at most the box, {box:g} A, "
             f"not {diameter:g}."
         )
-    if not (options.invert or options.normalise):
-        return source
     circle = _CIRCLE * box if diameter is None else diameter
     pixels = circle / particles.pixel_size_in_angstroms
-    images = Normalised(particles.images, pixels, options.invert)
+    images = particles.images
+    if options.invert or options.normalise:
+        images = Normalised(images, pixels, options.invert)
+    if options.mask_images:
+        shifts = np.asarray(source.poses.shifts)
+        images = Masked(images, pixels, shifts if with_poses else 0 * shifts)
     return replace(source, particles=replace(particles, images=images))
 
 
-def read_map(path: Path, source: io.ParticleFile) -> jax.Array:
+def add_resample(option: Callable[..., Any]) -> None:
+    """Declare the option for commands with a map."""
+    option(
+        "--resample",
+        action="store_true",
+        help="bring a map of another box or voxel size to the images'",
+    )
+
+
+def read_map(path: Path, source: io.ParticleFile, resampled: bool) -> jax.Array:
     """Read the map that particles are compared with.
 
     Raises
     ------
     InputError
-        If it is zero, or its box or voxels are not those of the images.
+        If it is zero, or its box or voxels are not those of the images and it is not
+        to be resampled.
     """
-    volume, voxel = io.read_mrc(path)
-    n, m = volume.shape[0], source.particles.image_size
-    pixel = source.particles.pixel_size_in_angstroms
-    if n != m:
-        raise InputError(
-            f"{path} has {n}^3 voxels, but the images of {source.path} have {m}^2 "
-            "pixels; the same side is wanted."
-        )
-    if abs(voxel - pixel) > _SAME_VOXEL * pixel:
-        raise InputError(
-            f"{path} has voxels of {voxel:g} A, but the images of {source.path} have "
-            f"pixels of {pixel:g} A; the same size is wanted."
-        )
+    volume = _on_grid(path, *io.read_mrc(path), source, resampled)
     if not volume.any():
         raise InputError(f"{path} is zero everywhere; a map to start from is wanted.")
-    return jnp.asarray(volume)
+    return volume
+
+
+def read_mask(path: Path, source: io.ParticleFile, resampled: bool) -> jax.Array:
+    """Read the mask of a map.
+
+    Raises
+    ------
+    InputError
+        If it is not from 0 to 1, is zero, or is on another grid, as for a map.
+    """
+    values, voxel = io.read_mrc(path)
+    check_mask(values)
+    mask = jnp.clip(_on_grid(path, values, voxel, source, resampled), 0, 1)
+    check_mask(mask)
+    return mask
+
+
+def _on_grid(
+    path: Path,
+    volume: np.ndarray,
+    voxel: float,
+    source: io.ParticleFile,
+    resampled: bool,
+) -> jax.Array:
+    """Return a map on the grid of the images; resample it if that is allowed."""
+    n, m = volume.shape[0], source.particles.image_size
+    pixel = source.particles.pixel_size_in_angstroms
+    same = abs(voxel - pixel) <= _SAME_VOXEL * pixel
+    if n == m and same:
+        return jnp.asarray(volume)
+    if resampled:
+        return resample(jnp.asarray(volume), voxel, m, pixel)
+    here, there = f"voxels of {voxel:g} A", f"pixels of {pixel:g} A"
+    if n != m:
+        here, there = f"{n}^3 voxels", f"{m}^2 pixels"
+    raise InputError(
+        f"{path} has {here}, but the images of {source.path} have {there}; --resample "
+        "brings it there."
+    )
 
 
 def check_folder(out: Path) -> None:

@@ -123,6 +123,7 @@ def run(
     options: argparse.Namespace,
     source: io.ParticleFile,
     volume: jax.Array,
+    mask: jax.Array | None,
     config: refine.RefineConfig,
     folder: RunFolder,
     bars: progress.Bars,
@@ -133,7 +134,9 @@ def run(
     plan = _plan(options, source, config)
     print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
-    state = folder.resume(lambda: refine.init(*what, key=key, subsets=subsets))
+    state = folder.resume(
+        lambda: refine.init(*what, key=key, subsets=subsets, mask=mask)
+    )
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
@@ -150,6 +153,7 @@ def run(
             replace(config, batch_size=batch_size),
             key=key,
             subsets=subsets,
+            mask=mask,
             state=state,
             callback=record,
         )

@@ -28,7 +28,7 @@ def configure(
     """
     names = ("half_sets", "initial_resolution", "max_angle", "max_shift")
     names += ("prior_angle", "prior_shift", "fix_angles", "fix_shifts", "symmetry")
-    names += ("max_resolution", "memory")
+    names += ("max_resolution", "memory", "mask", "mask_images")
     for name in names:
         if getattr(options, name) not in (None, False, "C1"):
             raise InputError(
@@ -61,12 +61,13 @@ def run(
     options: argparse.Namespace,
     source: io.ParticleFile,
     volume: jax.Array,
+    mask: jax.Array | None,
     config: paper.RefineConfig,
     folder: RunFolder,
     bars: progress.Bars,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
-    del options
+    del options, mask
     begin = time.perf_counter()
     basis = kbwf.KBWF()
     images, _ = source.particles.batch(np.arange(len(source)))

@@ -25,6 +25,7 @@ def add(commands) -> None:
     option("particles", type=Path, metavar="PARTICLES.star")
     option("--map", type=Path, required=True, metavar="REF.mrc", help="the reference")
     option("--out", type=Path, required=True, metavar="OUT.star", help="file to write")
+    _images.add_resample(option)
     option(
         "--angle-step",
         type=float,
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     )
     source = _images.read(options, with_poses=False)
     _images.check_output(out, source, options.map)
-    volume = _images.read_map(options.map, source)
+    volume = _images.read_map(options.map, source, options.resample)
     if options.resolution is not None:
         r_max = _shell(options.resolution, source.particles)
         config = replace(config, r_max=r_max)

@@ -30,6 +30,14 @@ def add(commands) -> None:
     option = command.add_argument
     option("particles", type=Path, metavar="PARTICLES.star", help="with rough poses")
     option("--map", type=Path, required=True, help="the map to start from")
+    option(
+        "--mask",
+        type=Path,
+        metavar="MASK.mrc",
+        help="1 in the particle, 0 in the solvent, soft edge: poses are refined with "
+        "masked maps, those written are whole",
+    )
+    _images.add_resample(option)
     option("--out", type=Path, required=True, help="folder to write to")
     option(
         "--half-sets",
@@ -91,7 +99,10 @@ def run(options: argparse.Namespace) -> None:
     """Refine, or carry on, or say that it is done."""
     _check(options)
     source = _images.read(options, with_poses=True)
-    volume = _images.read_map(options.map, source)
+    volume = _images.read_map(options.map, source, options.resample)
+    mask = None
+    if options.mask is not None:
+        mask = _images.read_mask(options.mask, source, options.resample)
     engine = _ENGINES[options.preset]
     config = engine.configure(options, source)
     folder = RunFolder(options.out, "run.json", _settings(options, source))
@@ -99,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{options.out} holds this refinement already, finished")
         return
     with progress.Bars() as bars:
-        outcome = engine.run(options, source, volume, config, folder, bars)
+        outcome = engine.run(options, source, volume, mask, config, folder, bars)
     _write(options.out, source, outcome)
     settings = _describe(config)
     told = _report(options, source, volume, settings, outcome, folder)
@@ -142,12 +153,13 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
     names = ("half_sets", "preset", "iterations", "initial_resolution", "max_angle")
     names += ("max_shift", "prior_angle", "prior_shift", "seed", "fix_angles")
     names += ("fix_shifts", "symmetry", "max_resolution", "particle_diameter")
-    names += ("invert", "normalise")
+    names += ("invert", "normalise", "mask_images", "resample")
     sizes = sorted(path.stat().st_size for path in source.stacks.values())
     return {
         **{name: getattr(options, name) for name in names},
         "particles": file_digest(options.particles),
         "map": file_digest(options.map),
+        "mask": file_digest(options.mask) if options.mask else None,
         "stacks": [len(sizes), sum(sizes)],
     }
 
