@@ -1,13 +1,19 @@
 """``jaxrefine evaluate``: errors of poses, matched by what the images are."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrefine import cli, metrics, symmetry
-from jaxrefine.geometry import euler_to_matrix, matrix_to_euler, rotvec_to_matrix
+from jaxrefine.geometry import (
+    euler_to_matrix,
+    matrix_to_euler,
+    matrix_to_rotvec,
+    rotvec_to_matrix,
+)
 from jaxrefine.io import write_poses, write_star
 
 COUNT = 30
@@ -113,6 +119,29 @@ def test_files_without_names(tmp_path, capsys):
     truth = write(tmp_path / "truth.star", shifts=0 * SHIFTS)
     code, out, _ = run(capsys, tmp_path / "r.star", truth)
     assert code == 0 and "by order" in out and "100.0 % within 5" in out
+
+
+def test_a_table_of_cryosparc(tmp_path, capsys):
+    """It has the transposes of RELION's matrices, and origins in its own pixels."""
+    rotations = euler_to_matrix(jnp.asarray(ANGLES))
+    columns = {
+        "blob/path": np.array([b"images.mrcs"] * COUNT),
+        "blob/idx": np.arange(COUNT, dtype=np.uint32),
+        "blob/psize_A": np.full(COUNT, 1.5, np.float32),
+        "blob/shape": np.full((COUNT, 2), 32, np.uint32),
+        "alignments3D/pose": -np.asarray(matrix_to_rotvec(rotations)),
+        "alignments3D/shift": -SHIFTS,
+    }
+    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
+    table = np.zeros(COUNT, kinds)
+    for name, values in columns.items():
+        table[name] = values
+    with open(tmp_path / "a.cs", "wb") as file:
+        np.save(file, table)
+    code, out, err = run(capsys, tmp_path / "a.cs", write(tmp_path / "b.star"))
+    assert (code, err) == (0, "")
+    assert "matched by image name" in out and "100.0 % within 5 degrees" in out
+    assert re.search(r"angle error, degrees +0\.000 +0\.000", out)
 
 
 def test_equivalent_poses_are_one(tmp_path, capsys, noisy):

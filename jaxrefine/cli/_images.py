@@ -1,6 +1,7 @@
 """What every command with particles shares: its options, inputs and their checks."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,8 @@ def _on_grid(
     if n == m and same:
         return jnp.asarray(volume)
     if resampled:
+        grids = f"{n}^3 voxels of {voxel:g} A", f"{m}^3 of {pixel:g} A"
+        print(f"{path}: {grids[0]}, resampled to {grids[1]}", file=sys.stderr)
         return resample(jnp.asarray(volume), voxel, m, pixel)
     here, there = f"voxels of {voxel:g} A", f"pixels of {pixel:g} A"
     if n != m:

@@ -19,7 +19,9 @@ _SHOWN = (
 def add(commands) -> None:
     """Declare the command."""
     command = commands.add_parser(
-        "evaluate", help="compare poses with the true ones, up to a rigid motion"
+        "evaluate",
+        help="compare poses with the true ones, up to a rigid motion",
+        description="Tables are RELION's or cryoSPARC's (.cs).",
     )
     command.add_argument("result", type=Path, metavar="RESULT.star")
     command.add_argument("truth", type=Path, metavar="TRUTH.star")
@@ -40,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
             f"Cannot write {options.json}: {options.json.parent} is not a folder."
         )
     operators = symmetry.operators(options.symmetry)
-    tables = [io.read_star(path) for path in (options.result, options.truth)]
     paths = (options.result, options.truth)
+    tables = [io.read_blocks(path) for path in paths]
     result, truth = (
         io.poses_of(table, path) for table, path in zip(tables, paths, strict=True)
     )

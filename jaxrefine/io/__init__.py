@@ -15,6 +15,7 @@ from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
 from jaxrefine.io.particles import ParticleFile as ParticleFile
 from jaxrefine.io.particles import image_identities as image_identities
+from jaxrefine.io.particles import read_blocks as read_blocks
 from jaxrefine.io.particles import read_particles as read_particles
 from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles

@@ -91,6 +91,15 @@ class ParticleFile:
         return len(self.particles)
 
 
+def read_blocks(path: str | Path) -> dict[str, Table]:
+    """Read a STAR file, or a ``.cs`` file as the blocks of one.
+
+    Raises what `read_star` and `read_cs` do.
+    """
+    path = Path(path)
+    return read_cs(path) if path.suffix == ".cs" else read_star(path)
+
+
 def read_particles(path: str | Path, datadir: str | Path | None = None) -> ParticleFile:
     """Read a table of particles; the images stay where they are.
 
@@ -117,7 +126,7 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         CTF or its sign.
     """
     path = Path(path)
-    blocks = read_cs(path) if path.suffix == ".cs" else read_star(path)
+    blocks = read_blocks(path)
     table = particle_table(blocks, path)
     if not any(table.values()):
         raise InputError(f"{path} holds no particles.")
