@@ -1,15 +1,29 @@
-"""Double precision, and no silent promotion, so that laws can be tight."""
+"""Double precision, and no silent promotion, so that laws can be tight.
 
+Compiled programs are kept from one run to the next, and shared by all processes:
+compilation is most of the tests' time.
+"""
+
+import os
 from pathlib import Path
 
 import jax
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": 2**30,  # a limit also makes JAX lock the folder
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.2,
+}
+for name, value in KEPT.items():
+    os.environ[name] = str(value)  # for the programs that tests start
+    jax.config.update(name.lower(), value)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture
