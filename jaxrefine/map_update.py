@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine import admm, crossfit, metrics, posterior
 from jaxrefine._types import Volume
@@ -21,7 +21,7 @@ from jaxrefine.hypotheses import Hypotheses, certain
 from jaxrefine.particle_set import ParticleSet, RefineConfig, SetState
 from jaxrefine.posterior import NEGLIGIBLE, View
 
-_SAMPLE = 2000  # particles that scale and noise are measured from
+_SAMPLE = 2000  # particles of a group that scale and noise are measured from
 _EMPTY, _QUIET = 1e-6, 1e-2  # of the median shell: no data, and the least noise
 _FINAL_ROUNDS = 3
 _ROUND = 512
@@ -32,23 +32,26 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
     """Begin with a map of unknown scale, and with noise as strong as it is far out.
 
     Of the map only what lies below the first band limit is used. The noise is taken to
-    be white at first, with the power of the images in the last quarter of their shells.
-    The map is scaled such that its projections have the power of the images beyond that
-    in the first three shells, which does not need the poses.
+    be white at first, with the power of a group's images in the last quarter of their
+    shells; groups of no or empty images get the largest of these. The map is scaled
+    such that its projections have the power of the images beyond that in the first
+    three shells, which does not need the poses.
     """
     count = len(whole.particles)
     hypotheses = certain(poses, whole.config.hypotheses)
     shells = whole.particles.image_size // 2 + 1
     one = jnp.ones(shells, volume.dtype)
     volume = crossfit.filter_shells(volume, _up_to(whole.config.first_r_max, one))
-    sums = _measure(whole, hypotheses, [volume] * FOLDS, one)
+    sums = _measure(whole, hypotheses, [volume] * FOLDS)
     power = sums.data / jnp.maximum(sums.count, 1.0)
-    outer = power[3 * whole.last // 4 : whole.last + 1]
-    level = jnp.maximum(jnp.mean(outer), _EMPTY * jnp.max(power[1:]))
-    level = jnp.where(level > 0, level, 1.0)
+    outer = jnp.mean(power[:, 3 * whole.last // 4 : whole.last + 1], axis=1)
+    level = jnp.maximum(outer, _EMPTY * jnp.max(power[:, 1:], axis=1))
+    largest = jnp.max(level)
+    level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
+    noise = jnp.repeat(level[:, None], shells, axis=1)
     few = slice(1, 4)
-    signal = jnp.sum(sums.data[few] - level * sums.count[few])
-    model = jnp.sum(sums.model[few])
+    signal = jnp.sum((sums.data - noise * sums.count)[:, few])
+    model = jnp.sum(sums.model[:, few])
     model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
     scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
     return SetState(
@@ -57,7 +60,7 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
         evidence=jnp.zeros(count, volume.dtype),
         maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
         gain=one,
-        noise=level * one,
+        noise=noise,
         tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
         fold_fsc=one,
     )
@@ -71,14 +74,19 @@ def _up_to(r_max: int, one: Float[Array, "shells"]) -> Float[Array, "shells"]:
 
 @eqx.filter_jit
 def _insert(
-    insertion, view: View, images, ctf, rotations, shifts, weights, operators
+    insertion, view: View, images, ctf, group, rotations, shifts, weights, operators
 ) -> crossfit.Sums:
     """Insert images at all the poses that the symmetry makes equivalent."""
-    group = jnp.asarray(operators, rotations.dtype)
-    turned = jnp.einsum("pij,sjk->psik", rotations, group, precision=_HIGHEST)
+    operators = jnp.asarray(operators, rotations.dtype)
+    turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
     spectra, shifts, transfer, weights = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, len(group), axis=0),
-        (view.spectra(images), shifts, view.transfer(ctf), weights),
+        lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
+        (
+            view.spectra(images, group),
+            shifts,
+            view.transfer(ctf, group),
+            weights,
+        ),
     )
     return crossfit.insert(
         insertion,
@@ -93,7 +101,7 @@ def _insert(
 def sum_up(
     whole: ParticleSet,
     hypotheses: Hypotheses,
-    noise: Float[Array, "shells"],
+    noise: Float[Array, "*groups shells"],
     included: Bool[np.ndarray, " particles"],
 ) -> list[crossfit.Sums]:
     """Sum up the images of each fold at all their hypotheses, by their weights.
@@ -124,6 +132,7 @@ def sum_up(
                 everything,
                 images,
                 ctf,
+                whole.particles.group_of(owner),
                 hypotheses.rotations[owner, place],
                 hypotheses.shifts[owner, place],
                 jnp.asarray(weight, noise.dtype),
@@ -145,36 +154,41 @@ def _compare(spectrum, view: View, images, ctf, poses, included):
     )
 
 
-def _measure(
-    whole: ParticleSet,
-    hypotheses: Hypotheses,
-    maps,
-    noise: Float[Array, "shells"],
-) -> crossfit.ShellSums:
+def _measure(whole: ParticleSet, hypotheses: Hypotheses, maps) -> crossfit.ShellSums:
     """Compare images with the masked maps that they are not in, at their best poses."""
-    full = posterior.view(whole.particles, whole.last, noise)
+    particles, dtype = whole.particles, maps[0].dtype
+    plain = jnp.ones(particles.image_size // 2 + 1, dtype)
+    full = posterior.view(particles, whole.last, plain)
+    groups = np.arange(particles.groups)[:, None]
     poses = hypotheses.best()
     total = None
     for fold in range(FOLDS):
         members = whole.members(fold)
-        some = np.linspace(0, len(members) - 1, min(len(members), _SAMPLE // FOLDS))
-        members = members[some.astype(int)]
+        group = particles.group_of(members)
+        members = np.concatenate([_some(members[group == g]) for g in groups])
         size = min(whole.config.batch_size, len(members))
         volume = whole.masked(maps[fold])
         spectrum = whole.config.interpolation.spectrum(volume, whole.last)
         for batch, new in posterior.batches(members, size):
-            images, ctf = whole.particles.batch(batch)
+            images, ctf = particles.batch(batch)
+            included = (particles.group_of(batch) == groups) & (np.arange(size) < new)
             part = _compare(
                 spectrum,
                 full,
                 images,
                 ctf,
                 Poses(poses.angles[batch], poses.shifts[batch]),
-                jnp.asarray(np.arange(size) < new, noise.dtype),
+                jnp.asarray(included, dtype),
             )
             total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _some(members: Int[np.ndarray, " members"]) -> Int[np.ndarray, " some"]:
+    """Return a fold's share of the sample, evenly spaced."""
+    count = min(len(members), _SAMPLE // FOLDS)
+    return members[np.linspace(0, len(members) - 1, count).astype(int)]
 
 
 def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> SetState:
@@ -189,24 +203,32 @@ def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> Se
 def assess(whole: ParticleSet, state: SetState) -> SetState:
     """Measure scale and noise from the images, and the masked maps' correlation.
 
-    The power of the noise is infinite in shells that the images are empty in.
+    The scale is common to all groups. The power of the noise is infinite in shells that
+    a group's images are empty in; a group of no or empty images keeps what it has.
     """
     volumes = [one.coefficients for one in state.maps]
-    sums = _measure(whole, state.hypotheses, volumes, state.noise)
-    power, inside = sums.residual_power, slice(1, whole.last + 1)
+    sums = _measure(whole, state.hypotheses, volumes)
+    gain = sums.pooled(posterior.relative_precision(state.noise)).gain
     # A shell that the images are empty in says nothing, however small its residual.
-    data = sums.data / jnp.maximum(sums.count, 1.0)
-    empty = data <= _EMPTY * jnp.median(data[inside])
-    noise = jnp.maximum(power, _QUIET * jnp.median(power[inside]))
-    noise = jnp.where(empty, jnp.inf, noise)
-    measured = jnp.arange(len(noise)) <= whole.last
-    measured = measured & (jnp.max(data[inside]) > 0)
-    noise = jnp.where(measured, noise, state.noise)
-    return eqx.tree_at(
-        lambda s: (s.gain, s.noise, s.fold_fsc),
-        state,
-        (sums.gain, noise, metrics.fsc(volumes[0], volumes[1], whole.mask)),
+    data, inside = sums.data / jnp.maximum(sums.count, 1.0), slice(1, whole.last + 1)
+    empty = data <= _EMPTY * _median(data[:, inside])
+    residual, count = (
+        jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
+    power = crossfit.noise_power(residual, count)
+    power = jnp.maximum(power, _QUIET * _median(power[:, inside]))
+    power = jnp.where(empty, jnp.inf, power)
+    seen = jnp.max(data[:, inside], axis=1, keepdims=True) > 0
+    measured = seen & (jnp.arange(data.shape[1])[None] <= whole.last)
+    noise = jnp.where(measured, power, state.noise)
+    fold_fsc = metrics.fsc(volumes[0], volumes[1], whole.mask)
+    return eqx.tree_at(
+        lambda s: (s.gain, s.noise, s.fold_fsc), state, (gain, noise, fold_fsc)
+    )
+
+
+def _median(power: Float[Array, "groups shells"]) -> Float[Array, "groups 1"]:
+    return jnp.median(power, axis=1, keepdims=True)
 
 
 @final

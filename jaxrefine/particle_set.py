@@ -177,8 +177,10 @@ class SetState(eqx.Module):
         Of each particle's best pose; see `posterior.Polished`.
     maps
         ADMM states of the folds' maps.
-    gain, noise
-        Scale of the maps and power of the noise, by shell.
+    gain
+        Scale of the maps, by shell.
+    noise
+        Power of the noise in each group of particles, by shell.
     tau
         Weight of the regulariser.
     fold_fsc
@@ -190,7 +192,7 @@ class SetState(eqx.Module):
     evidence: Float[Array, "particles"]
     maps: tuple[admm.ADMMState, ...]
     gain: Float[Array, "shells"]
-    noise: Float[Array, "shells"]
+    noise: Float[Array, "groups shells"]
     tau: Float[Array, ""]
     fold_fsc: Float[Array, "shells"]
 

@@ -46,17 +46,21 @@ class Particles:
         Their optics, with a leading axis ``P``; None if there is nothing to correct.
     pixel_size_in_angstroms
         One for all of them.
+    group
+        The group of each particle, counted from 0, such as its optics group: the noise
+        has one power spectrum in each. None if all are in one.
 
     Raises
     ------
     InputError
-        If there are no images, if they are not square, or if the optics are not those
-        of ``P`` particles.
+        If there are no images, if they are not square, or if the optics or the groups
+        are not those of ``P`` particles.
     """
 
     images: ImageSource
     ctf: CTF | None = None
     pixel_size_in_angstroms: float = 1.0
+    group: Int[np.ndarray, " P"] | None = None
 
     def __post_init__(self):
         shape = tuple(self.images.shape)
@@ -77,6 +81,13 @@ class Particles:
                 f"The optics have the shape {self.ctf.defocus_u.shape} for "
                 f"{shape[0]} images; one set for each image is wanted."
             )
+        group = self.group
+        if group is not None and (group.shape != shape[:1] or group.min() < 0):
+            raise InputError(
+                f"The groups have the shape {group.shape} and count from "
+                f"{group.min(initial=0)} for {shape[0]} images; one for each image is "
+                "wanted, from 0."
+            )
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -85,6 +96,19 @@ class Particles:
     def image_size(self) -> int:
         """Side of the images, in pixels."""
         return self.images.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, of which some may be empty."""
+        return 1 if self.group is None else int(self.group.max()) + 1
+
+    def group_of(
+        self, indices: Int[np.ndarray | jax.Array, " chosen"]
+    ) -> Int[np.ndarray, " chosen"]:
+        """Return the groups of some of the particles."""
+        if self.group is None:
+            return np.zeros(len(indices), int)
+        return self.group[np.asarray(indices)]
 
     def take(self, indices: Int[np.ndarray | jax.Array, " chosen"]) -> "Particles":
         """Return some of the particles, in this order; no image is read.
@@ -99,7 +123,12 @@ class Particles:
             images = _Chosen(self.images.source, self.images.indices[chosen])
         else:
             images = _Chosen(self.images, chosen)
-        return Particles(images, self._optics(chosen), self.pixel_size_in_angstroms)
+        return Particles(
+            images,
+            self._optics(chosen),
+            self.pixel_size_in_angstroms,
+            None if self.group is None else self.group[chosen],
+        )
 
     def batch(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]

@@ -33,7 +33,12 @@ _POINTS_AT_ONCE = 2**21  # slice samples in a batch of the search: 16 MiB of spe
 
 @final
 class View(eqx.Module):
-    """How images are compared with maps: a band limit and the noise there.
+    r"""How images are compared with maps: a band limit and the noise there.
+
+    All groups of particles are seen with one noise, of the least power :math:`N` of
+    all in each shell: the spectra of a group whose noise has the power :math:`N_g` and
+    its transfer functions are multiplied by :math:`\sqrt{N / N_g}`, which leaves the
+    likelihood as it is.
 
     Attributes
     ----------
@@ -45,6 +50,9 @@ class View(eqx.Module):
     inverse_noise
         One over the power of the noise in a *pixel*: its power in the spectrum over
         the number of pixels. Zero where the weights are.
+    factor
+        What each group's spectra and transfer functions are multiplied by; None if
+        there is one group.
     frequencies_in_inverse_angstroms
         Frequencies of the disc, for the optics.
     """
@@ -52,29 +60,59 @@ class View(eqx.Module):
     disc: Disc
     weights: Float[Array, "k"]
     inverse_noise: Float[Array, "k"]
+    factor: Float[Array, "groups k"] | None
     frequencies_in_inverse_angstroms: Float[Array, "k 2"]
 
-    def spectra(self, images: Images) -> Complex[Array, "particles k"]:
-        """Return the images' spectra on the disc."""
-        return slices.image_spectra(images, self.disc)
+    def spectra(
+        self, images: Images, group: Int[Array, "particles"] | None = None
+    ) -> Complex[Array, "particles k"]:
+        """Return the images' spectra on the disc, at the common noise."""
+        spectra = slices.image_spectra(images, self.disc)
+        if self.factor is None:
+            return spectra
+        return spectra * self.factor[group].astype(spectra.dtype)
 
-    def transfer(self, ctf: CTF | None) -> Float[Array, "particles k"] | None:
-        """Return the particles' contrast transfer functions on the disc."""
+    def transfer(
+        self, ctf: CTF | None, group: Int[Array, "particles"] | None = None
+    ) -> Float[Array, "particles k"] | None:
+        """Return the particles' transfer functions on the disc, at the common noise."""
+        factor = None if self.factor is None else self.factor[group]
         if ctf is None:
-            return None
-        return jax.vmap(lambda one: one(self.frequencies_in_inverse_angstroms))(ctf)
+            return factor
+        values = jax.vmap(lambda one: one(self.frequencies_in_inverse_angstroms))(ctf)
+        return values if factor is None else values * factor
 
 
-def view(particles: Particles, r_max: int, noise: Float[Array, "shells"]) -> View:
-    """Compare up to ``r_max`` cycles per box, with the noise's power in each shell."""
+def relative_precision(
+    noise: Float[Array, "groups shells"],
+) -> Float[Array, "groups shells"]:
+    """Return one over each group's noise, in units of the least of all in a shell.
+
+    From 0, of infinite noise, to 1; also 1 where the noise of all groups is infinite.
+    """
+    least = jnp.min(noise, axis=0, keepdims=True)
+    return jnp.where(noise > least, least / noise, 1.0)
+
+
+def view(
+    particles: Particles, r_max: int, noise: Float[Array, "*groups shells"]
+) -> View:
+    """Compare up to ``r_max`` cycles per box, with the noise's power in each shell.
+
+    The power is that of every group, or one for all particles.
+    """
     m = particles.image_size
     disc = slices.disc(m, r_max)
-    power = noise[disc.shells]
+    noise = jnp.atleast_2d(noise)
+    power = jnp.min(noise, axis=0)[disc.shells]
     inverse = jnp.where((disc.shells > 0) & (power < jnp.inf), m**2 / power, 0.0)
     weights = disc.multiplicity.astype(noise.dtype) * inverse / m**2
+    factor = None
+    if len(noise) > 1:
+        factor = jnp.sqrt(relative_precision(noise))[:, disc.shells]
     frequencies = disc.frequencies.astype(noise.dtype)
     physical = frequencies / (m * particles.pixel_size_in_angstroms)
-    return View(disc, weights, inverse, physical)
+    return View(disc, weights, inverse, factor, physical)
 
 
 def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
@@ -94,15 +132,17 @@ def _visit(
     size: int,
     function: Callable[..., Iterable[Array]],
 ) -> list[np.ndarray]:
-    """Call ``function(places, images, ctf, prior)`` batch by batch; join its results.
+    """Call ``function`` batch by batch and join its results.
 
-    ``places`` are places in ``owners``, the particles that are wanted.
+    Its arguments are places in ``owners``, the particles that are wanted, and the
+    images, optics, groups and priors there.
     """
     done = []
     for places, new in batches(np.arange(len(owners)), size):
         some = owners[places]
         images, ctf = particles.batch(some)
-        results = function(places, images, ctf, prior.take(some))
+        group = particles.group_of(some)
+        results = function(places, images, ctf, group, prior.take(some))
         done.append([np.asarray(result)[:new] for result in results])
     return [np.concatenate(result) for result in zip(*done, strict=True)]
 
@@ -114,6 +154,7 @@ def _search(
     view: View,
     images: Images,
     ctf: CTF | None,
+    group: Int[Array, "b"],
     prior: Prior,
     centres: Float[Array, "b h 3 3"],
     shifts: Float[Array, "b 2"],
@@ -123,7 +164,7 @@ def _search(
     keep: int,
     separation: Float[Array, ""],
 ):
-    data, transfer = view.spectra(images), view.transfer(ctf)
+    data, transfer = view.spectra(images, group), view.transfer(ctf, group)
 
     def one(key, data, transfer, prior, centres, shift):
         return search.explore(
@@ -208,7 +249,7 @@ def explore(
     separation = jnp.asarray(1 / (diameter * view.disc.r_max), dtype)
     spread = jnp.asarray(scan.spread, dtype)
 
-    def search_batch(places, images, ctf, prior):
+    def search_batch(places, images, ctf, group, prior):
         some = chosen[places]
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(some))
         return _search(
@@ -217,6 +258,7 @@ def explore(
             view,
             images,
             ctf,
+            group,
             prior,
             jnp.asarray(centres[some]),
             jnp.asarray(shifts[some]),
@@ -237,12 +279,13 @@ def _polish(
     view: View,
     images: Images,
     ctf: CTF | None,
+    group: Int[Array, "b"],
     prior: Prior,
     rotations: Float[Array, "b 3 3"],
     shifts: Float[Array, "b 2"],
     update: PoseUpdate,
 ) -> tuple[Estimate, Float[Array, "b"]]:
-    data, transfer = view.spectra(images), view.transfer(ctf)
+    data, transfer = view.spectra(images, group), view.transfer(ctf, group)
 
     def one(data, transfer, prior, rotation, shift):
         # A fixed component has its prior's information and no other, which takes it out
@@ -315,12 +358,13 @@ def polish(
         Candidates at a time.
     """
 
-    def polish_batch(places, images, ctf, prior):
+    def polish_batch(places, images, ctf, group, prior):
         estimate, evidence = _polish(
             spectrum,
             view,
             images,
             ctf,
+            group,
             prior,
             jnp.asarray(rotations[places]),
             jnp.asarray(shifts[places]),
@@ -364,12 +408,13 @@ def _curvature(
     view: View,
     images: Images,
     ctf: CTF | None,
+    group: Int[Array, "b"],
     prior: Prior,
     rotations: Float[Array, "b 3 3"],
     shifts: Float[Array, "b 2"],
     information: Float[Array, "b 5 5"],
 ) -> Float[Array, "b 5 5"]:
-    data, transfer = view.spectra(images), view.transfer(ctf)
+    data, transfer = view.spectra(images, group), view.transfer(ctf, group)
 
     def one(data, transfer, prior, rotation, shift, information):
         root, free = jnp.linalg.cholesky(information), prior.free
@@ -418,12 +463,13 @@ def curvature(
     definite, the given information is returned.
     """
 
-    def curvature_of_batch(places, images, ctf, prior):
+    def curvature_of_batch(places, images, ctf, group, prior):
         found = _curvature(
             spectrum,
             view,
             images,
             ctf,
+            group,
             prior,
             jnp.asarray(rotations[places]),
             jnp.asarray(shifts[places]),

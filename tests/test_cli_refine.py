@@ -173,6 +173,21 @@ def test_what_the_engine_is_given(data, capsys, stand_in):
     np.testing.assert_array_equal(call.poses.shifts, shifts)
 
 
+def test_optics_groups_are_groups_of_noise(data, capsys, stand_in):
+    """Whatever their numbers, and whatever is done to the images."""
+    path = data / "particles.star"
+    blocks = read_star(path)
+    blocks["optics"] = {name: 2 * text for name, text in blocks["optics"].items()}
+    blocks["optics"]["rlnOpticsGroup"] = ["3", "7"]
+    blocks["particles"]["rlnOpticsGroup"] = ["7", "3", "3", "7"] * 2
+    write_star(path, blocks)
+    assert run(capsys, *command(data, "--normalise", "--iterations", 1))[0] == 0
+    (call,) = stand_in.calls
+    np.testing.assert_array_equal(call.particles.group, [1, 0, 0, 1] * 2)
+    written = read_particles(data / "out/particles.star")
+    np.testing.assert_array_equal(written.optics_group, [7, 3, 3, 7] * 2)
+
+
 @pytest.mark.parametrize("what", ["angles", "shifts"])
 def test_what_is_fixed_is_written_as_it_stands(data, capsys, stand_in, what):
     """Even digits that no number of ours would have."""

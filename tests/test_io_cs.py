@@ -130,6 +130,7 @@ def test_images_optics_and_halves(path, tmp_path):
         np.testing.assert_allclose(getattr(ctf, leaf), values, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(file.random_subset, [1, 2, 2, 1, 2])
     np.testing.assert_array_equal(file.optics_group, [2, 2, 1, 1, 2])
+    np.testing.assert_array_equal(file.particles.group, [1, 1, 0, 0, 1])
 
 
 def test_what_is_written_is_relions(path, tmp_path):

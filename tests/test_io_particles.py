@@ -128,6 +128,7 @@ def test_a_new_file(new_style):
     np.testing.assert_allclose(file.poses.angles, read_poses(path)[0])
     assert file.random_subset is None and file.has_poses
     np.testing.assert_array_equal(file.optics_group, [2, 1, 1])
+    np.testing.assert_array_equal(file.particles.group, [1, 0, 0])
     ctf = file.particles.ctf
     np.testing.assert_array_equal(ctf.defocus_v, [14000, 15500, 16900])
     np.testing.assert_allclose(ctf.defocus_angle, np.deg2rad([10, 20, -30]))
@@ -147,7 +148,7 @@ def test_an_old_file(old_style):
     assert pixel == pytest.approx(5e4 / 37369.207031)
     np.testing.assert_array_equal(file.poses.shifts, [[-1, 1], [-2, 0], [-3, 0]])
     np.testing.assert_array_equal(file.random_subset, [2, 1, 2])
-    assert file.optics_group is None
+    assert file.optics_group is None and file.particles.group is None
     np.testing.assert_array_equal(file.particles.ctf.voltage, [300, 300, 200])
     np.testing.assert_allclose(file.particles.ctf.phase_shift, [0, np.pi / 2, 0])
 

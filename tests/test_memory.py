@@ -67,7 +67,8 @@ def test_a_batch_takes_what_the_compiler_says():
     images, angles, shifts = zeros
     poses = Poses(angles, shifts)
     about = prior(poses, 0.4, 2.0, 3.0, 6.0)
-    arguments = (spectrum, view, images, None, about, poses.rotations, shifts)
+    group = jnp.zeros(count, int)
+    arguments = (spectrum, view, images, None, group, about, poses.rotations, shifts)
     found = compiled_bytes(posterior._polish, *arguments, CONFIG.update) / count
     large = [estimate_bytes(1, n, replace(CONFIG, batch_size=2**k)) for k in (17, 18)]
     assert 1 / 1.5 < (large[1] - large[0]) / 2**17 / found < 1.5

@@ -66,6 +66,24 @@ def test_a_view_reads_only_what_it_is_asked_for():
     np.testing.assert_array_equal(ctf.defocus_u, DEFOCI[jnp.array([2])])
 
 
+def test_groups_go_with_their_particles():
+    group = np.array([0, 0, 1, 3, 1, 0, 1])
+    particles = Particles(IMAGES, group=group)
+    assert particles.groups == 4
+    some = particles.take(np.array([6, 4, 3, 0])).take(np.array([2, 1, 1]))
+    np.testing.assert_array_equal(some.group, [3, 1, 1])
+    np.testing.assert_array_equal(some.group_of(jnp.array([1, 0])), [1, 3])
+    alone = Particles(IMAGES).take(np.array([3, 4]))
+    assert alone.group is None and alone.groups == 1
+    np.testing.assert_array_equal(alone.group_of(np.array([1, 1, 0])), [0, 0, 0])
+
+
+@pytest.mark.parametrize("group", [np.zeros(6, int), np.arange(7) - 1])
+def test_groups_of_other_particles(group):
+    with pytest.raises(InputError, match="for 7 images; one for each image is wanted"):
+        Particles(IMAGES, group=group)
+
+
 def test_without_optics():
     assert Particles(IMAGES).batch(np.array([3]))[1] is None
     assert Particles(IMAGES).take(np.array([3])).ctf is None

@@ -107,7 +107,8 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     ``rlnDetectorPixelSize`` over ``rlnMagnification``, or that of the first stack. The
     optics are read if there is a column ``rlnDefocusU``; columns of the particles take
     precedence over those of their optics group. Beam tilt and higher aberrations are
-    ignored.
+    ignored. Each optics group has a noise spectrum of its own (`particles.Particles`);
+    without any there is one.
 
     Parameters
     ----------
@@ -148,10 +149,11 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         whole_numbers(table, name, path) if name in table else None
         for name in ("rlnRandomSubset", "rlnOpticsGroup")
     )
+    places = None if group is None else np.unique(group, return_inverse=True)[1]
     return ParticleFile(
         path,
         blocks,
-        Particles(images, ctf, pixel or 1.0),
+        Particles(images, ctf, pixel or 1.0, places),
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
         has_poses,
         subset,
