@@ -276,12 +276,12 @@ def divide(
     mask: Float[Array, "_ _ _"] | None = None,
 ) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
     """Deal the particles into sets and folds; also return a key for the search."""
-    deal, fold, draw = jax.random.split(key, 3)
+    dealing, fold, draw = jax.random.split(key, 3)
     if mask is not None:
         mask = _checked_mask(mask, particles.image_size)
     members = [np.arange(len(particles))]
     if config.half_sets:
-        members = halves(len(particles), deal, subsets)
+        members = halves(len(particles), dealing, subsets)
     sets = [
         particle_set(particles.take(some), take(poses, some), fold, config, mask)
         for some in members
@@ -289,14 +289,19 @@ def divide(
     return draw, members, sets
 
 
+def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
+    """Deal particles into two halves, 1 and 2, at random."""
+    subsets = np.empty(count, int)
+    subsets[np.asarray(jax.random.permutation(key, count))] = 1 + np.arange(count) % 2
+    return subsets
+
+
 def halves(
     count: int, key: PRNGKeyArray, subsets: Int[np.ndarray, " particles"] | None
 ) -> list[Int[np.ndarray, " members"]]:
     """Return the particles of two halves: given as 1 and 2, or dealt at random."""
     if subsets is None:
-        order = np.asarray(jax.random.permutation(key, count))
-        subsets = np.empty(count, int)
-        subsets[order] = 1 + np.arange(count) % 2
+        subsets = deal(count, key)
     if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
             f"half sets want a 1 or a 2 for each of {count} particles, not "

@@ -237,13 +237,22 @@ def _headlines(report: Report) -> Element:
     return _element("dl", cards)
 
 
+def resolution(report: Report, unit: str) -> str:
+    """Return where the half maps' correlation falls below 0.143, in angstroms.
+
+    Beyond the last shell of slices, maps agree by their prior alone.
+    """
+    last = (len(report.volume) - 1) // 2
+    curve = jnp.asarray(report.half_set_fsc)[: last + 1]
+    radius = float(metrics.crossing(curve, _THRESHOLD))
+    better = " or better" if radius >= last else ""
+    return f"{report.box_in_angstroms / radius:.2f} {unit}{better}"
+
+
 def _resolution(report: Report) -> str:
-    """Return where the half maps' correlation falls below the threshold."""
     if report.half_set_fsc is None:
         return "no half sets"
-    radius = float(metrics.crossing(jnp.asarray(report.half_set_fsc), _THRESHOLD))
-    better = " or better" if radius >= len(report.half_set_fsc) - 1 else ""
-    return f"{report.box_in_angstroms / radius:.2f} Å{better}"
+    return resolution(report, "Å")
 
 
 def _resolution_pictures(report: Report) -> Iterator[Element]:

@@ -245,7 +245,8 @@ def test_a_report_without_poses_and_with_an_odd_name(reports, tmp_path):
 
 def test_curves_that_never_fall_are_resolved_to_the_last_shell_or_better(reports):
     whole = replace(reports["default"], half_set_fsc=np.ones(N // 2 + 1))
-    assert report._resolution(whole) == "5.00 Å or better"
+    finest = whole.box_in_angstroms / ((N - 1) // 2)
+    assert report.resolution(whole, "A") == f"{finest:.2f} A or better"
 
 
 def even_views(count):

@@ -1,6 +1,7 @@
 """What every command with particles shares: its options, inputs and their checks."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine.background import Masked, Normalised
 from jaxrefine.errors import InputError
+from jaxrefine.particles import Particles
 from jaxrefine.postprocess import check_mask
 from jaxrefine.resample import resample
 
@@ -68,7 +70,7 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
             f"{options.particles} says by itself that protein is dark (a negative "
             "rlnCtfScalefactor, or blob/sign); --invert would undo that."
         )
-    box = particles.image_size * particles.pixel_size_in_angstroms
+    box = box_of(particles)
     diameter = options.particle_diameter
     if diameter is not None and not 0 < diameter <= box:
         raise InputError(
@@ -149,6 +151,28 @@ def _on_grid(
         f"{path} has {here}, but the images of {source.path} have {there}; --resample "
         "brings it there."
     )
+
+
+def box_of(particles: Particles) -> float:
+    """Return the side of the images in angstroms."""
+    return particles.image_size * particles.pixel_size_in_angstroms
+
+
+def shell(flag: str, resolution: float, particles: Particles) -> int:
+    """Return a resolution in angstroms as a band limit in cycles per box.
+
+    Raises
+    ------
+    InputError
+        If it is not one of the images', naming the option.
+    """
+    box, last = box_of(particles), (particles.image_size - 1) // 2
+    if not box / (last + 1) < resolution <= box:
+        raise InputError(
+            f"{flag} wants {box / last:.3g} to {box:g} A for these images, not "
+            f"{resolution:g}."
+        )
+    return math.floor(box / resolution)
 
 
 def check_folder(out: Path) -> None:

@@ -13,10 +13,11 @@ from jaxtyping import Int
 
 from jaxrefine import io, memory, progress, refine
 from jaxrefine.cli._folder import RunFolder
+from jaxrefine.cli._images import box_of, shell
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.particle_set import checked, halves
+from jaxrefine.particle_set import checked, deal, halves
 from jaxrefine.particles import Particles
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
@@ -70,7 +71,7 @@ def configure(
     n = source.particles.image_size
     checked(source.particles, source.poses, jnp.zeros((n,) * 3, jnp.float32))
     if config.half_sets:
-        halves(len(source), jax.random.key(0), _deal(source, options.seed))
+        halves(len(source), jax.random.key(0), _subsets(source, options.seed))
     _plan(options, source, config)
     return config
 
@@ -82,7 +83,7 @@ def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str,
     as many cycles per diameter.
     """
     default, chosen = refine.RefineConfig(), {}
-    box, last = _box(particles), (particles.image_size - 1) // 2
+    box, last = box_of(particles), (particles.image_size - 1) // 2
     if options.particle_diameter is not None:
         chosen["diameter"] = options.particle_diameter / box
         for name in ("first_r_max", "search_r_max"):
@@ -90,9 +91,9 @@ def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str,
             chosen[name] = min(round(cycles), last)
     first = chosen.get("first_r_max", default.first_r_max)
     if options.initial_resolution is not None:
-        first = _shell("--initial-resolution", options.initial_resolution, particles)
+        first = shell("--initial-resolution", options.initial_resolution, particles)
     if options.max_resolution is not None:
-        most = _shell("--max-resolution", options.max_resolution, particles)
+        most = shell("--max-resolution", options.max_resolution, particles)
         if options.initial_resolution is not None and first > most:
             raise InputError(
                 f"--max-resolution wants at most --initial-resolution, "
@@ -100,23 +101,6 @@ def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str,
             )
         chosen["max_r_max"], first = most, min(first, most)
     return {**chosen, "first_r_max": first}
-
-
-def _shell(flag: str, resolution: float, particles: Particles) -> int:
-    """Return a resolution in angstroms as a band limit in cycles per box."""
-    box, last = _box(particles), (particles.image_size - 1) // 2
-    shell = math.floor(box / resolution)
-    if not 1 <= shell <= last:
-        raise InputError(
-            f"{flag} wants {box / last:.3g} to {box:g} A for these images, not "
-            f"{resolution:g}."
-        )
-    return shell
-
-
-def _box(particles: Particles) -> float:
-    """Return the side of the images in angstroms."""
-    return particles.image_size * particles.pixel_size_in_angstroms
 
 
 def run(
@@ -130,7 +114,7 @@ def run(
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     key = jax.random.key(options.seed)
-    subsets = _deal(source, options.seed) if config.half_sets else None
+    subsets = _subsets(source, options.seed) if config.half_sets else None
     plan = _plan(options, source, config)
     print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
@@ -199,12 +183,11 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def _deal(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:
+def _subsets(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:
     """Return the half set of each particle, 1 or 2: the file's, or dealt at random."""
     if source.random_subset is not None:
         return source.random_subset
-    order = np.random.default_rng(seed).permutation(len(source))
-    return 1 + order % 2
+    return deal(len(source), jax.random.key(seed))
 
 
 def columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:

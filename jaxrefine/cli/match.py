@@ -9,8 +9,6 @@ import numpy as np
 
 from jaxrefine import io, matching, progress
 from jaxrefine.cli import _images
-from jaxrefine.errors import InputError
-from jaxrefine.particles import Particles
 
 
 def add(commands) -> None:
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     _images.check_output(out, source, options.map)
     volume = _images.read_map(options.map, source, options.resample)
     if options.resolution is not None:
-        r_max = _shell(options.resolution, source.particles)
+        r_max = _images.shell("--resolution", options.resolution, source.particles)
         config = replace(config, r_max=r_max)
     with progress.Bars() as bars:
         advance = bars.next("matching", math.ceil(len(source) / config.batch_size))
@@ -86,15 +84,3 @@ def run(options: argparse.Namespace) -> None:
     io.write_particles(out, source, found.poses, columns)
     median = float(np.median(columns["jaxrefineCorrelation"]))
     print(f"{len(source)} particles, median correlation {median:.3f}: {out}")
-
-
-def _shell(resolution: float, particles: Particles) -> int:
-    """Return a resolution in angstroms as a band limit in cycles per box."""
-    box = particles.image_size * particles.pixel_size_in_angstroms
-    last = (particles.image_size - 1) // 2
-    if not box / last <= resolution <= box:
-        raise InputError(
-            f"--resolution wants {box / last:.3g} to {box:g} A for these images, not "
-            f"{resolution:g}."
-        )
-    return math.floor(box / resolution)

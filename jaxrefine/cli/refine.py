@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, progress, report
+from jaxrefine import io, progress, report
 from jaxrefine.cli import _images, _production, _published
 from jaxrefine.cli._folder import RunFolder, file_digest
 from jaxrefine.cli._outcome import Outcome
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
     told = _report(options, source, volume, settings, outcome, folder)
     report.write(options.out / "report.html", told)
     folder.finish({"config": settings, **outcome.report})
-    print(_sentence(options.out, source, outcome))
+    print(_sentence(options.out, told))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -173,18 +172,10 @@ def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
     io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
 
 
-def _sentence(out: Path, source: io.ParticleFile, outcome: Outcome) -> str:
-    pixel = source.particles.pixel_size_in_angstroms
-    size = source.particles.image_size
-    text = f"{len(source)} particles and a map are in {out}"
-    if outcome.half_maps is not None:
-        # Beyond the slices' last shell maps agree by their prior alone.
-        last = (size - 1) // 2
-        curve = metrics.fsc(*map(jnp.asarray, outcome.half_maps))[: last + 1]
-        radius = metrics.crossing(curve, 0.143)
-        resolution = metrics.resolution_in_angstroms(radius, size, pixel)
-        better = " or better" if float(radius) >= last else ""
-        text += f"; the half maps agree to {float(resolution):.2f} A{better}, FSC 0.143"
+def _sentence(out: Path, told: report.Report) -> str:
+    text = f"{len(told.poses.angles)} particles and a map are in {out}"
+    if told.half_set_fsc is not None:
+        text += f"; the half maps agree to {report.resolution(told, 'A')}, FSC 0.143"
     return text
 
 
