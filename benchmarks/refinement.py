@@ -31,7 +31,7 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """A data set: the map's file, the side it is cropped to, particles and noise."""
+    """A data set: the map's file, the side it is brought to, particles and noise."""
 
     file: str
     size: int
@@ -45,6 +45,7 @@ CASES = {
     "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
     "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
     "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
+    "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
     "hjc64-2000": Case("hjc_90.mrc", 64, 2000, -5.0),
     "hjc64-4000": Case("hjc_90.mrc", 64, 4000, -5.0),
     "hjc64-8000": Case("hjc_90.mrc", 64, 8000, -5.0),
