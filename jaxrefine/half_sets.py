@@ -21,17 +21,15 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' masked maps, in one frame."""
-    moved = second.mean_map
-    if not _held(whole):
-        moved = alignment.move_map(moved, *_motion(second, first, whole))
-    return metrics.fsc(first.mean_map, moved, whole.mask)
+    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    moved = alignment.move_map(second.mean_map, *_motion(second, first, whole))
+    return metrics.fsc(first.mean_map, moved)
 
 
 def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState:
     """Turn and move a set's maps and poses, all together, to those of another set.
 
-    A set whose angles or shifts are fixed is returned as it is.
+    Poses stay within their limits.
 
     Parameters
     ----------
@@ -40,8 +38,6 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
     whole
         The particles and parameters of the first.
     """
-    if _held(whole):
-        return state
     rotation, translation = _motion(state, reference, whole)
     maps = [
         admm.init(alignment.move_map(one.coefficients, rotation, translation))
@@ -49,26 +45,35 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
     ]
     rotations = jnp.matmul(state.hypotheses.rotations, rotation, precision=_HIGHEST)
     moved = jnp.matmul(rotations[..., :2, :], translation, precision=_HIGHEST)
+    rotations, shifts = jax.vmap(lambda prior, *poses: jax.vmap(prior.clip)(*poses))(
+        whole.prior, rotations, state.hypotheses.shifts - moved
+    )
     return eqx.tree_at(
         lambda s: (s.maps, s.hypotheses.rotations, s.hypotheses.shifts),
         state,
-        (tuple(maps), rotations, state.hypotheses.shifts - moved),
+        (tuple(maps), rotations, shifts),
     )
-
-
-def _held(whole: ParticleSet) -> bool:
-    """Return whether what is fixed of the poses holds a set in its frame."""
-    return not (whole.config.turns and whole.config.moves)
 
 
 def _motion(
     state: SetState, reference: SetState, whole: ParticleSet
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
-    """Return the motion of a set's map to another's, found at the search's band."""
-    size = whole.particles.image_size
-    r_max = slices.bucket(whole.config.search_r_max, size)
-    motion = alignment.align_maps(state.mean_map, reference.mean_map, r_max)
-    return on_axes(*motion, whole.config.operators)
+    """Return the motion of a set's map to another's, found at the search's band.
+
+    Angles that are fixed leave no rotation free, shifts no translation.
+    """
+    config, size = whole.config, whole.particles.image_size
+    rotation, translation = alignment.align_maps(
+        whole.masked(state.mean_map),
+        whole.masked(reference.mean_map),
+        slices.bucket(config.search_r_max, size),
+    )
+    rotation, translation = on_axes(rotation, translation, config.operators)
+    if not config.turns:
+        rotation = jnp.eye(3, dtype=rotation.dtype)
+    if not config.moves:
+        translation = jnp.zeros_like(translation)
+    return rotation, translation
 
 
 def on_axes(

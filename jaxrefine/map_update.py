@@ -21,8 +21,13 @@ from jaxrefine.hypotheses import Hypotheses, certain
 from jaxrefine.particle_set import ParticleSet, RefineConfig, SetState
 from jaxrefine.posterior import NEGLIGIBLE, View
 
-_SAMPLE = 2000  # particles of a group that scale and noise are measured from
-_EMPTY, _QUIET = 1e-6, 1e-2  # of the median shell: no data, and the least noise
+_SAMPLE = 2000  # particles that scale and noise are measured from
+_FEWEST = 200  # particles of a group, of those
+_EMPTY, _QUIET = (
+    1e-10,
+    1e-2,
+)  # no data, of the fullest shell; least noise, of the median
+_FAINTEST = 1e-6  # of the fullest shell: the least noise to begin with
 _FINAL_ROUNDS = 3
 _ROUND = 512
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -45,7 +50,7 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
     sums = _measure(whole, hypotheses, [volume] * FOLDS)
     power = sums.data / jnp.maximum(sums.count, 1.0)
     outer = jnp.mean(power[:, 3 * whole.last // 4 : whole.last + 1], axis=1)
-    level = jnp.maximum(outer, _EMPTY * jnp.max(power[:, 1:], axis=1))
+    level = jnp.maximum(outer, _FAINTEST * jnp.max(power[:, 1:], axis=1))
     largest = jnp.max(level)
     level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
     noise = jnp.repeat(level[:, None], shells, axis=1)
@@ -150,7 +155,12 @@ def _rounded(count: int, largest: int) -> int:
 @eqx.filter_jit
 def _compare(spectrum, view: View, images, ctf, poses, included):
     return crossfit.shell_sums(
-        spectrum, view.disc, view.spectra(images), poses, view.transfer(ctf), included
+        spectrum,
+        view.disc,
+        view.spectra(images, None),
+        poses,
+        view.transfer(ctf, None),
+        included,
     )
 
 
@@ -165,7 +175,8 @@ def _measure(whole: ParticleSet, hypotheses: Hypotheses, maps) -> crossfit.Shell
     for fold in range(FOLDS):
         members = whole.members(fold)
         group = particles.group_of(members)
-        members = np.concatenate([_some(members[group == g]) for g in groups])
+        share = max(_SAMPLE // len(groups), _FEWEST) // FOLDS
+        members = np.concatenate([_some(members[group == g], share) for g in groups])
         size = min(whole.config.batch_size, len(members))
         volume = whole.masked(maps[fold])
         spectrum = whole.config.interpolation.spectrum(volume, whole.last)
@@ -185,9 +196,9 @@ def _measure(whole: ParticleSet, hypotheses: Hypotheses, maps) -> crossfit.Shell
     return total
 
 
-def _some(members: Int[np.ndarray, " members"]) -> Int[np.ndarray, " some"]:
-    """Return a fold's share of the sample, evenly spaced."""
-    count = min(len(members), _SAMPLE // FOLDS)
+def _some(members: Int[np.ndarray, " members"], most: int) -> Int[np.ndarray, " some"]:
+    """Return so many of the members, evenly spaced."""
+    count = min(len(members), most)
     return members[np.linspace(0, len(members) - 1, count).astype(int)]
 
 
@@ -201,7 +212,7 @@ def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> Se
 
 
 def assess(whole: ParticleSet, state: SetState) -> SetState:
-    """Measure scale and noise from the images, and the masked maps' correlation.
+    """Measure scale and noise from the images, and the correlation of the maps.
 
     The scale is common to all groups. The power of the noise is infinite in shells that
     a group's images are empty in; a group of no or empty images keeps what it has.
@@ -211,24 +222,23 @@ def assess(whole: ParticleSet, state: SetState) -> SetState:
     gain = sums.pooled(posterior.relative_precision(state.noise)).gain
     # A shell that the images are empty in says nothing, however small its residual.
     data, inside = sums.data / jnp.maximum(sums.count, 1.0), slice(1, whole.last + 1)
-    empty = data <= _EMPTY * _median(data[:, inside])
+    fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
+    empty = data <= _EMPTY * fullest
     residual, count = (
         jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
     power = crossfit.noise_power(residual, count)
-    power = jnp.maximum(power, _QUIET * _median(power[:, inside]))
-    power = jnp.where(empty, jnp.inf, power)
-    seen = jnp.max(data[:, inside], axis=1, keepdims=True) > 0
-    measured = seen & (jnp.arange(data.shape[1])[None] <= whole.last)
-    noise = jnp.where(measured, power, state.noise)
-    fold_fsc = metrics.fsc(volumes[0], volumes[1], whole.mask)
-    return eqx.tree_at(
-        lambda s: (s.gain, s.noise, s.fold_fsc), state, (gain, noise, fold_fsc)
+    median = jnp.nanmedian(
+        jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )
-
-
-def _median(power: Float[Array, "groups shells"]) -> Float[Array, "groups 1"]:
-    return jnp.median(power, axis=1, keepdims=True)
+    power = jnp.where(empty, jnp.inf, jnp.maximum(power, _QUIET * median))
+    measured = (fullest > 0) & (jnp.arange(data.shape[1])[None] <= whole.last)
+    noise = jnp.where(measured, power, state.noise)
+    return eqx.tree_at(
+        lambda s: (s.gain, s.noise, s.fold_fsc),
+        state,
+        (gain, noise, metrics.fsc(*volumes)),
+    )
 
 
 @final

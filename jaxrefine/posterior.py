@@ -64,7 +64,7 @@ class View(eqx.Module):
     frequencies_in_inverse_angstroms: Float[Array, "k 2"]
 
     def spectra(
-        self, images: Images, group: Int[Array, "particles"] | None = None
+        self, images: Images, group: Int[Array, "particles"] | None
     ) -> Complex[Array, "particles k"]:
         """Return the images' spectra on the disc, at the common noise."""
         spectra = slices.image_spectra(images, self.disc)
@@ -73,7 +73,7 @@ class View(eqx.Module):
         return spectra * self.factor[group].astype(spectra.dtype)
 
     def transfer(
-        self, ctf: CTF | None, group: Int[Array, "particles"] | None = None
+        self, ctf: CTF | None, group: Int[Array, "particles"] | None
     ) -> Float[Array, "particles k"] | None:
         """Return the particles' transfer functions on the disc, at the common noise."""
         factor = None if self.factor is None else self.factor[group]

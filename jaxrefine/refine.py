@@ -260,8 +260,8 @@ def refine(
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
     mask
         From 0 in the solvent to 1, of the map's side and symmetry. Particles are
-        compared with masked maps, whose correlations decide on the band limit and on
-        when to stop. The maps and the FSC that are returned are not masked.
+        compared with masked maps; correlations are those of whole ones, since masked
+        ones agree by the mask's shape. The maps that are returned are whole, too.
     state
         A state that a callback got, to continue from it; with the same other arguments
         the result is that of an uninterrupted run.

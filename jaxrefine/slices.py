@@ -119,11 +119,11 @@ def bucket(r_max: int, image_size: int) -> int:
     """Round a radius down to one of fourteen, so that few programs need compiling.
 
     The largest is the last below Nyquist; each is about 0.8 of the next. A radius below
-    all of them gives the smallest.
+    all of them stays as it is.
     """
     last = (image_size - 1) // 2
     radii = [math.ceil(last * 0.8**step) for step in range(14)]
-    return max([radius for radius in radii if radius <= r_max], default=radii[-1])
+    return max([radius for radius in radii if radius <= r_max], default=r_max)
 
 
 def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:

@@ -111,6 +111,32 @@ def test_a_map_on_another_grid(data, command, engine, name, n, voxel, words):
     np.testing.assert_allclose(found, blob(N, PIXEL), atol=1e-3)
 
 
+def test_a_map_that_does_not_say_its_voxels(data, command, engine):
+    """It may have the images'; of another side it is not resampled by a guess."""
+
+    def unset(path):
+        content = bytearray(path.read_bytes())
+        content[40:52] = bytes(12)  # the header's cell
+        path.write_bytes(content)
+
+    unset(data / "map.mrc")
+    assert command("match")[0] == 130
+    np.testing.assert_array_equal(engine[0][0][1], blob(N, PIXEL).astype(np.float32))
+    write_mrc(data / "map.mrc", blob(20, 2.0), 2.0)
+    unset(data / "map.mrc")
+    words = "map.mrc has 20^3 voxels of a size that it does not say", "is wanted."
+    assert_refused(data, command("match", "--resample"), *words)
+
+
+@pytest.mark.parametrize(
+    "words", [["match"], ["reconstruct"], ["refine", "--preset", "paper"]]
+)
+def test_a_diameter_that_nothing_uses(data, command, engine, words):
+    refused = command(*words, "--particle-diameter", 20)
+    assert_refused(data, refused, "--particle-diameter does nothing here without")
+    assert not engine
+
+
 def test_a_map_on_the_same_grid_keeps_its_bits(data, command, engine):
     assert command("refine", "--resample", "--mask", data / "mask.mrc")[0] == 130
     ((arguments, options),) = engine

@@ -4,6 +4,7 @@ The refinement itself is mostly a stand-in, which moves every pose by as much in
 iteration; at the end come runs of the real ones.
 """
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -414,17 +415,37 @@ def test_bad_input_is_a_sentence(data, capsys, stand_in, damage):
     assert before == {path: path.stat().st_size for path in sorted(data.rglob("*"))}
 
 
-def test_an_image_that_is_not_finite(data, capsys):
-    """Found when it is read; the run can be repeated."""
+@pytest.mark.parametrize("preset", ["default", "released"])
+def test_an_image_that_is_not_finite(data, capsys, preset):
+    """Found when it is read; nothing is left of the run."""
     path = data / "particles.mrcs"
     content = bytearray(path.read_bytes())
     place = 1024 + 4 * N * N * 5
     content[place : place + 4] = np.float32(np.nan).tobytes()
     path.write_bytes(content)
     assert_refused(
-        *run(capsys, *command(data, "--preset", "released", star="plain.star")),
+        *run(capsys, *command(data, "--preset", preset, star="plain.star")),
         "Image 5 (from 0) holds a value",
     )
+    assert not (data / "out").exists()
+
+
+def test_a_resumed_run_keeps_its_batches(data, capsys, stand_in, monkeypatch):
+    """Others would change its last bits, whatever memory is free; but one may ask."""
+    plan = _production.memory.plan
+    for batch_size in (5, 3):
+        monkeypatch.setattr(
+            _production.memory,
+            "plan",
+            lambda *what, size=batch_size: dataclasses.replace(
+                plan(*what), batch_size=size
+            ),
+        )
+        stand_in.stop_after = 1 if batch_size == 5 else 2
+        run(capsys, *command(data, "--iterations", 4))
+    stand_in.stop_after = None
+    assert run(capsys, *command(data, "--iterations", 4, "--batch-size", 2))[0] == 0
+    assert [call.config.batch_size for call in stand_in.calls] == [5, 5, 2]
 
 
 # --- reconstruct

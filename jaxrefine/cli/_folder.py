@@ -50,7 +50,7 @@ class RunFolder:
         self._previous = self._newest.with_name("previous.eqx")
         self._settings = json.loads(json.dumps(settings))
         self._begin, self._rows, self._earlier = time.perf_counter(), 0, 0.0
-        self.finished = False
+        self.finished, self._made, self._kept = False, not path.exists(), {}
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; a folder to write to is wanted.")
         if self._report.exists():
@@ -83,6 +83,24 @@ class RunFolder:
                 "command, or name another folder."
             )
         self.finished = report.get("finished") is True
+        self._kept = report.get("kept", {})
+
+    def keep(self, name: str, value: Any) -> Any:
+        """Return what was kept by this name since the run began, or else keep this."""
+        if name not in self._kept:
+            self._kept[name] = value
+            self._write(finished=False)
+        return self._kept[name]
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that has no state yet."""
+        if self._newest.exists() or self._previous.exists():
+            return
+        for path in (self._report, self.path / _METRICS):
+            path.unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):  # somebody else's files
+                self.path.rmdir()
 
     def resume(self, like: Callable[[], Any]) -> Any:
         """Return the last state, or None if there is none yet.
@@ -164,6 +182,7 @@ class RunFolder:
             {
                 "finished": finished,
                 "settings": self._settings,
+                "kept": self._kept,
                 **results,
                 **self.provenance(),
             },

@@ -33,30 +33,35 @@ def add_options(option: Callable[..., Any]) -> None:
     option(
         "--normalise",
         action="store_true",
-        help="bring every image's background, outside of the particle's diameter (by "
-        "default three fourths of the box), to mean 0 and standard deviation 1",
+        help="bring every image's background, outside of the particle's diameter, to "
+        "mean 0 and standard deviation 1",
     )
     option(
         "--particle-diameter",
         type=float,
-        help="largest diameter of the particle, angstroms",
+        help="largest diameter of the particle, angstroms: of the circle that "
+        "--normalise and --mask-images use, three fourths of the box by default",
     )
     option(
         "--mask-images",
         action="store_true",
-        help="set images to 0 outside of the particle's diameter about its given "
-        "position, with a soft edge; they want to be normalised",
+        help="set images to 0 outside of the particle's diameter, with a soft edge, "
+        "about its given position (the image's centre where poses are not used); they "
+        "want to be normalised",
     )
     option("--datadir", type=Path, help="where else to look for stacks of images")
 
 
-def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
+def read(
+    options: argparse.Namespace, *, with_poses: bool, diameter_used: bool = False
+) -> io.ParticleFile:
     """Read the particles; prepare their images as the options say.
 
     Raises
     ------
     InputError
-        If the particles cannot be used, or have no poses but are to have some.
+        If the particles cannot be used, or have no poses but are to have some; if the
+        particle's diameter is given, and neither the images nor the command use it.
     """
     source = io.read_particles(options.particles, options.datadir)
     if with_poses and not source.has_poses:
@@ -76,6 +81,12 @@ def read(options: argparse.Namespace, *, with_poses: bool) -> io.ParticleFile:
         raise InputError(
             f"--particle-diameter wants more than 0 and at most the box, {box:g} A, "
             f"not {diameter:g}."
+        )
+    circled = options.invert or options.normalise or options.mask_images
+    if diameter is not None and not (diameter_used or circled):
+        raise InputError(
+            "--particle-diameter does nothing here without --normalise, --invert or "
+            "--mask-images."
         )
     circle = _CIRCLE * box if diameter is None else diameter
     pixels = circle / particles.pixel_size_in_angstroms
@@ -106,7 +117,7 @@ def read_map(path: Path, source: io.ParticleFile, resampled: bool) -> jax.Array:
         If it is zero, or its box or voxels are not those of the images and it is not
         to be resampled.
     """
-    volume = _on_grid(path, *io.read_mrc(path), source, resampled)
+    volume = _on_grid(path, io.read_mrc(path)[0], source, resampled)
     if not volume.any():
         raise InputError(f"{path} is zero everywhere; a map to start from is wanted.")
     return volume
@@ -120,23 +131,30 @@ def read_mask(path: Path, source: io.ParticleFile, resampled: bool) -> jax.Array
     InputError
         If it is not from 0 to 1, is zero, or is on another grid, as for a map.
     """
-    values, voxel = io.read_mrc(path)
+    values, _ = io.read_mrc(path)
     check_mask(values)
-    mask = jnp.clip(_on_grid(path, values, voxel, source, resampled), 0, 1)
+    mask = jnp.clip(_on_grid(path, values, source, resampled), 0, 1)
     check_mask(mask)
     return mask
 
 
 def _on_grid(
-    path: Path,
-    volume: np.ndarray,
-    voxel: float,
-    source: io.ParticleFile,
-    resampled: bool,
+    path: Path, volume: np.ndarray, source: io.ParticleFile, resampled: bool
 ) -> jax.Array:
-    """Return a map on the grid of the images; resample it if that is allowed."""
+    """Return a map on the grid of the images; resample it if that is allowed.
+
+    A map of their side whose voxel size is unset is taken to be there.
+    """
     n, m = volume.shape[0], source.particles.image_size
-    pixel = source.particles.pixel_size_in_angstroms
+    pixel, voxel = source.particles.pixel_size_in_angstroms, io.voxel_size(path)
+    if voxel is None and n == m:
+        voxel = pixel
+    if voxel is None:
+        raise InputError(
+            f"{path} has {n}^3 voxels of a size that it does not say, but the images "
+            f"of {source.path} have {m}^2 pixels of {pixel:g} A; a voxel size in the "
+            "map's header is wanted."
+        )
     same = abs(voxel - pixel) <= _SAME_VOXEL * pixel
     if n == m and same:
         return jnp.asarray(volume)

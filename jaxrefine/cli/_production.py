@@ -116,7 +116,9 @@ def run(
     key = jax.random.key(options.seed)
     subsets = _subsets(source, options.seed) if config.half_sets else None
     plan = _plan(options, source, config)
-    print(plan.describe(), file=sys.stderr)
+    # Another one would change the last bits of a run that is resumed.
+    batch_size = options.batch_size or folder.keep("batch_size", plan.batch_size)
+    print(replace(plan, batch_size=batch_size).describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
     state = folder.resume(
         lambda: refine.init(*what, key=key, subsets=subsets, mask=mask)
@@ -142,12 +144,12 @@ def run(
             callback=record,
         )
 
-    result = memory.retry_on_out_of_memory(attempt, plan.batch_size, _say)
+    result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
     undetermined = np.asarray(result.undetermined)
     report: dict[str, Any] = {
         "undetermined": int(undetermined.sum()),
         "tau": float(result.tau),
-        "planned_batch_size": plan.batch_size,
+        "planned_batch_size": batch_size,
         "estimated_peak_mib": plan.estimated_bytes / 2**20,
     }
     further = columns(result.log_likelihood, result.covariances)

@@ -97,7 +97,9 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Refine, or carry on, or say that it is done."""
     _check(options)
-    source = _images.read(options, with_poses=True)
+    source = _images.read(
+        options, with_poses=True, diameter_used=_ENGINES[options.preset] is _production
+    )
     volume = _images.read_map(options.map, source, options.resample)
     mask = None
     if options.mask is not None:
@@ -108,8 +110,12 @@ def run(options: argparse.Namespace) -> None:
     if folder.finished:
         print(f"{options.out} holds this refinement already, finished")
         return
-    with progress.Bars() as bars:
-        outcome = engine.run(options, source, volume, mask, config, folder, bars)
+    try:
+        with progress.Bars() as bars:
+            outcome = engine.run(options, source, volume, mask, config, folder, bars)
+    except InputError:
+        folder.abandon()
+        raise
     _write(options.out, source, outcome)
     settings = _describe(config)
     told = _report(options, source, volume, settings, outcome, folder)

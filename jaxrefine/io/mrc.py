@@ -65,6 +65,19 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     return _finite(volume, path), _isotropic(voxel, path)
 
 
+def voxel_size(path: str | Path) -> float | None:
+    """Return the edge of a map's voxels in Angstrom; None if it is unset.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not an MRC file, or has an anisotropic voxel.
+    """
+    path = existing_file(path)
+    voxel = _voxel(_header(path)[0])
+    return _isotropic(voxel, path) if any(voxel) else None
+
+
 def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], float]:
     """Read a stack of square images.
 
