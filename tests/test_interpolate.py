@@ -153,6 +153,7 @@ def test_spline_is_constant_outside_with_zero_gradient():
     assert np.all(value == value[0]) and np.all(along_x == 0)
 
 
+@pytest.mark.slow
 def test_spline_filter_is_of_fourth_order_and_its_gradient_of_third():
     m = 12
     footprint = spatial.footprint(BASIS, tolerance=1e-13)

@@ -193,6 +193,7 @@ def test_poses_between_are_found_within_about_a_step(volume):
     assert float(found.scores.min()) > 0.9
 
 
+@pytest.mark.slow
 def test_the_optics_are_undone(on_grid, volume):
     """Images of reversed contrast, with astigmatism: those of the optics, or lost."""
     truth, _ = on_grid
@@ -221,6 +222,7 @@ def test_the_band_follows_the_step(on_grid, volume):
     np.testing.assert_array_equal(one.scores, other.scores)
 
 
+@pytest.mark.slow
 def test_relions_projections(data_dir):
     """Of a ribosome, centred, and shifted by up to 12 pixels.
 

@@ -56,6 +56,7 @@ def compiled_bytes(function, *arguments):
     return sum(getattr(analysis, part) for part in parts)
 
 
+@pytest.mark.slow
 def test_a_batch_takes_what_the_compiler_says():
     """Where the batch decides: its images, and the polishing of their poses."""
     n, count = 16, 1024

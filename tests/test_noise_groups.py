@@ -168,6 +168,7 @@ def test_the_cost_is_that_of_the_groups_own_noise(scene, images, with_optics):
     assert np.isfinite(view.factor).all()
 
 
+@pytest.mark.slow
 def test_a_group_knows_nothing_of_the_others_noise(scene, images):
     """Poses, information and evidence stay as they are whatever that is."""
     particles = Particles(images, None, 4.0, GROUP)
@@ -338,6 +339,7 @@ def test_knowing_the_noise_makes_a_better_map(scene, mixed):
 # --- that they stay together
 
 
+@pytest.mark.slow
 def test_half_sets_keep_their_groups(scene, images):
     config = dataclasses.replace(CONFIG, half_sets=True)
     particles = Particles(images, None, 4.0, GROUP)

@@ -440,6 +440,7 @@ def scene():
     return Scene()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1e-7, 1e-3, 1e2])
 def test_no_particle_gets_worse(scene, step):
     start = scene.perturbed(20.0, 1.0)
@@ -459,6 +460,7 @@ def test_no_particle_gets_worse(scene, step):
     np.testing.assert_array_equal(poses.angles[still], start.angles[still])
 
 
+@pytest.mark.slow
 def test_batches_and_order_do_not_matter(scene):
     start = scene.perturbed(5.0, 0.5)
     reference, _ = scene.run(start, scene.config(batch_size=7))
@@ -538,6 +540,7 @@ def test_memory_does_not_grow_with_the_particles(scene):
     assert many - few < 40 * voxels / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [3.0, 30.0])
 def test_noise_does_not_blind_the_line_search_in_single_precision(sigma):
     """The energy is 1e6 at sigma 30: a cost that contained it would not move."""

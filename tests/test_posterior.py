@@ -289,6 +289,7 @@ def run_explore(scene, chosen, centres):
     )
 
 
+@pytest.mark.slow
 def test_the_search_knows_no_batches_either(scene, monkeypatch):
     """Its candidates are drawn with the particle's own key."""
     turn = Rotation.from_rotvec([0.2, -0.1, 0.1]).as_matrix().astype(np.float32)

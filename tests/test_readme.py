@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_example_refines_poses():
     section = README.split("## The paper's algorithm in twenty lines")[1]
     example = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
