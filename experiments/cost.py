@@ -117,7 +117,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
                 spectrum, view.disc, data, rotation, shift, None, view.weights
             )
 
-        return jax.vmap(one)(view.spectra(images), poses.rotations, poses.shifts)
+        return jax.vmap(one)(view.spectra(images, None), poses.rotations, poses.shifts)
 
     def polish(steps: int):
         return posterior.polish(

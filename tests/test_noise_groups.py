@@ -122,7 +122,7 @@ def costs(spectrum, view, plain, images, ctf, group, poses, weights):
     def compare(data, transfer, weights):
         return jax.vmap(one)(data, poses.rotations, poses.shifts, transfer, weights)
 
-    data, bare = plain.spectra(images), plain.transfer(ctf)
+    data, bare = plain.spectra(images, None), plain.transfer(ctf, None)
     gap = data - slices.project(spectrum, DISC, poses, bare)
     exact = jnp.sum(weights * (gap.real**2 + gap.imag**2), axis=1) / 2
     ones = jnp.ones_like(weights)

@@ -50,7 +50,7 @@ class Scene:
         empty = Particles(np.zeros((P, N, N), np.float32), self.ctf, PIXEL)
         self.view = posterior.view(empty, R_MAX, self.noise)
         self.spectrum = GRIDDING.spectrum(blobs(), R_MAX)
-        transfer = self.view.transfer(self.ctf)
+        transfer = self.view.transfer(self.ctf, None)
         clean = slices.project(self.spectrum, self.view.disc, self.truth, transfer)
         clean = np.asarray(slices.to_images(clean, self.view.disc))
         images = clean + SIGMA * rng.normal(size=clean.shape)
@@ -111,12 +111,14 @@ def test_the_view(scene):
     )
     one = jax.tree.map(lambda leaf: leaf[3], scene.ctf)
     np.testing.assert_allclose(
-        view.transfer(scene.ctf)[3], one(jnp.asarray(physical, SINGLE)), atol=2e-5
+        view.transfer(scene.ctf, None)[3], one(jnp.asarray(physical, SINGLE)), atol=2e-5
     )
-    assert view.transfer(None) is None
+    assert view.transfer(None, None) is None
     # White noise has, in the spectrum, the power that it was said to have.
     noise = SIGMA * np.random.default_rng(1).normal(size=(400, N, N))
-    power = np.abs(view.spectra(jnp.asarray(noise))) ** 2 / np.asarray(scene.noise)[0]
+    power = (
+        np.abs(view.spectra(jnp.asarray(noise), None)) ** 2 / np.asarray(scene.noise)[0]
+    )
     assert np.mean(power) == pytest.approx(1, rel=0.02)
 
 
@@ -160,7 +162,7 @@ def test_the_curvature_is_the_mean_hessian(scene, polished):
         2,
     )
     images, ctf = scene.particles.batch(owners)
-    data, transfer = scene.view.spectra(images), scene.view.transfer(ctf)
+    data, transfer = scene.view.spectra(images, None), scene.view.transfer(ctf, None)
 
     def cost(step, prior, rotation, shift, data, transfer):
         place = tangent.retract(rotation, shift, step)
@@ -218,7 +220,7 @@ def test_the_evidence_is_the_integral(scene, polished):
     """Of the likelihood ratio times the prior, by importance sampling."""
     some, count = [5, 6, 7], 4000
     images, ctf = scene.particles.batch(np.array(some))
-    data, transfer = scene.view.spectra(images), scene.view.transfer(ctf)
+    data, transfer = scene.view.spectra(images, None), scene.view.transfer(ctf, None)
     weights = scene.view.weights
     normal = np.random.default_rng(2).normal(size=(count, 5))
 
