@@ -332,7 +332,11 @@ class Gridding(eqx.Module):
 
 
 class NonuniformSpectrum(eqx.Module):
-    """The spectrum of a volume by ``jax-finufft``, made by :meth:`Finufft.spectrum`."""
+    """The spectrum of a volume by ``jax-finufft``, made by :meth:`Finufft.spectrum`.
+
+    For points all at once: ``jax-finufft`` 1.3 cannot be mapped over by ``jax.vmap``
+    with JAX 0.10, which `slices.project` does.
+    """
 
     volume: Volume
     r_max: int = eqx.field(static=True)

@@ -29,7 +29,7 @@ from jaxrefine._batching import map_over_particles, sum_over_batches
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.gridding import Frequencies, Insertion, NonuniformSpectrum, Spectrum
+from jaxrefine.gridding import Frequencies, Insertion, Spectrum
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -188,7 +188,7 @@ def _scaled(factor: Float[Array, "..."], values: Complex[Array, "..."]):
     return jax.lax.complex(factor * values.real, factor * values.imag)
 
 
-def _check(disc: Disc, spectrum: Spectrum | NonuniformSpectrum) -> None:
+def _check(disc: Disc, spectrum: Spectrum) -> None:
     if spectrum.box != disc.image_size or spectrum.r_max < disc.r_max:
         raise InputError(
             f"images of side {disc.image_size} up to {disc.r_max} cycles per box want "
@@ -199,7 +199,7 @@ def _check(disc: Disc, spectrum: Spectrum | NonuniformSpectrum) -> None:
 
 @eqx.filter_jit
 def project(
-    spectrum: Spectrum | NonuniformSpectrum,
+    spectrum: Spectrum,
     disc: Disc,
     poses: Poses,
     transfer: Float[Array, "particles k"] | None = None,
