@@ -48,6 +48,7 @@ def test_noise_moves_it_little(volume):
     assert jnp.linalg.norm(translation - TRANSLATION) < 0.1
 
 
+@pytest.mark.slow
 def test_poses_go_along(volume):
     """Projections of the moved map at ``R G``, shifted back, are what they were."""
     angles = jnp.array([[0.3, 1.0, -0.4]])

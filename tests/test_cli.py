@@ -465,6 +465,7 @@ def test_a_demo_repeats_itself(demo, tmp_path):
         np.testing.assert_allclose(*maps, atol=1e-2 * np.abs(maps[0]).max())
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(maps):
     """Exit codes and streams as a shell sees them."""
     command = [sys.executable, "-m", "jaxrefine.cli", "fsc", maps / "a.mrc"]

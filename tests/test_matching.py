@@ -133,6 +133,7 @@ def all_scores(volume, images, config, ctf):
     return grid, np.array(table)
 
 
+@pytest.mark.slow
 def test_brute_force_finds_the_same():
     """Every pose of a small grid; images of noise, so that nothing else is near."""
     n, config = 17, MatchConfig(35.0, 1.5, shift_step=0.75, r_max=4, batch_size=4)
@@ -150,6 +151,7 @@ def test_brute_force_finds_the_same():
     np.testing.assert_array_equal(found.poses.shifts, grid.shifts[best])
 
 
+@pytest.mark.slow
 def test_poses_of_the_grid_are_found(on_grid, volume):
     """In any batches, read by the way; at the poles too."""
     truth, images = on_grid

@@ -249,6 +249,7 @@ def relative_errors(group):
     return np.sqrt(2 / (np.bincount(group)[:, None] * each))
 
 
+@pytest.mark.slow
 def test_the_spectra_of_two_groups_are_recovered(scene, images):
     """Levels nine times apart, white and rising, to four standard errors."""
     powers = np.asarray(scene.power((WHITE, RISING)))
@@ -273,6 +274,7 @@ def test_groups_of_equal_noise_are_as_one(scene):
     np.testing.assert_allclose(gain[INSIDE], pooled[INSIDE], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_few_particles_lean_on_the_rest(scene):
     """One particle among many: its level, but hardly a shape of its own.
 

@@ -187,6 +187,7 @@ def rms(values):
     return np.sqrt(np.mean(values**2))
 
 
+@pytest.mark.slow
 def test_spline_converges_with_its_order(case):
     """Fourth order in value, third in slope, where the footprint is smooth enough."""
     errors = []
@@ -353,6 +354,7 @@ def test_optax_finds_the_same_point_on_rosenbrock(first, eta):
         start = ours
 
 
+@pytest.mark.slow
 def test_optax_finds_the_same_angles(case):
     image_filter = spatial.spline_filter(case.footprint, case.m)
     terms = pose.map_terms(case.footprint, case.volume)

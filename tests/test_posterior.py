@@ -264,6 +264,7 @@ def test_the_evidence_is_the_integral(scene, polished):
         assert float(polished.evidence[particle]) == pytest.approx(exact, abs=0.8)
 
 
+@pytest.mark.slow
 def test_a_particle_does_not_know_its_batch(scene, polished):
     """Others beside it, in another order, in batches of another size: the same."""
     owners = np.array([9, 120, 3, 3, 77, 41, 8, 150, 2])

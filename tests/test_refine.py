@@ -318,6 +318,7 @@ def test_the_state_is_consistent(run):
 # --- that it repeats itself
 
 
+@pytest.mark.slow
 def test_the_same_input_from_a_file_gives_the_same_bits(scene, run, tmp_path):
     """A memory map instead of an array, and a run from the start."""
     path = tmp_path / "images.raw"
@@ -413,6 +414,7 @@ def test_half_sets_know_nothing_of_each_other(scene, halves):
     assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_subsets_are_respected(scene, halves):
     """Sets are who they are said to be; without labels they are two halves."""
     sizes = [len(one.evidence) for one in halves[0].state.sets]

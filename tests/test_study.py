@@ -57,6 +57,7 @@ def test_a_row_is_what_its_parts_say(case):
     assert {name: row[name] for name in summary} == summary
 
 
+@pytest.mark.slow
 def test_evaluate_moved_moves_the_map():
     """Against the sum over the basis typed out, at every voxel."""
     basis, n = kbwf.KBWF(radius=2.0, taper=10.8), 7
