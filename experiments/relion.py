@@ -202,7 +202,8 @@ def ab_initio(
     iterations
         How many at 35 A, between, and at 15 A, resolutions that are limited to Nyquist.
     callback
-        Called with the state that RELION writes after every ten iterations.
+        Called with the state that RELION writes after every ten iterations; when a run
+        is carried on, first with the last one again.
     """
     data = _open(folder, star)
     pixel = data.particles.pixel_size_in_angstroms
@@ -259,7 +260,8 @@ def auto_refine(
     processes, threads
         One process leads; the others, an even number, use so many threads each.
     callback
-        Called after each iteration but the last one, which uses all frequencies.
+        Called after each iteration but the last one, which uses all frequencies; when a
+        run is carried on, first with the last state again.
     """
     data = _open(folder, star)
     first = f"""--ref auto_refine_reference.mrc --auto_refine --split_random_halves
@@ -425,32 +427,33 @@ def _carry_on(
         path.unlink()
     begin, earlier = time.perf_counter(), state.wall_s
 
-    def changed(**changes) -> _State:
-        wall_s = earlier + time.perf_counter() - begin
-        return replace(state, wall_s=wall_s, **changes)
-
-    def keep(new: _State) -> None:
+    def keep(**changes) -> None:
         nonlocal state
-        state = new
+        wall_s = earlier + time.perf_counter() - begin
+        state = replace(state, wall_s=wall_s, **changes)
         io.write_json(job.state_path, vars(state))
+
+    def tell() -> None:
+        if callback is not None:
+            callback(job.read(state))
 
     def watch(settled_s: float = _SETTLED_S) -> None:
         for number, prefix in job.new(root, state.iterations, settled_s):
-            new = changed(iterations=number, prefix=prefix)
-            # Kept last: an iteration may be told twice, but is never left out.
-            if callback is not None:
-                callback(job.read(new))
-            keep(new)
+            keep(iterations=number, prefix=prefix)
+            tell()
 
     command = [*job.program, *start, *job.always.split(), "--o", f"./{root}"]
     try:
-        keep(changed())
+        keep()
+        # The last call may have been stopped before it told this.
+        if state.prefix is not None:
+            tell()
         if _run(job.folder, job.name, command, limit_s - earlier, watch):
             watch(0.0)
             last = dict(iterations=state.iterations + 1, prefix=root)
-            keep(changed(finished=True, **(last if job.halves else {})))
+            keep(finished=True, **(last if job.halves else {}))
     finally:
-        keep(changed())
+        keep()
     return state
 
 
