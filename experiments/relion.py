@@ -10,14 +10,11 @@ and its last finished iteration, from which the same call carries on.
 """
 
 import hashlib
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -25,6 +22,7 @@ from typing import final
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
+from relion_program import complete, mpirun, run
 
 from jaxrefine import io
 from jaxrefine.ctf import CTF
@@ -34,10 +32,7 @@ from jaxrefine.geometry import Poses
 _PROGRAMS = ("mpirun",) + tuple(
     f"relion_{name}" for name in ("refine", "refine_mpi", "reconstruct", "postprocess")
 )
-_POLL_S = 0.2  # between two looks at what a program has written
 _SETTLED_S = 1.0  # a file unchanged for so long is complete
-_PATIENCE_S = 20.0  # for a program that was asked to stop
-_SHORT_S = 3600.0  # enough for a program that does not iterate
 
 _SHARED = "--oversampling 1 --flatten_solvent --zero_mask --dont_check_norm"
 _HALVING = 2  # oversampling 1: RELION halves the steps that it is given
@@ -140,7 +135,7 @@ def reconstruct(folder: Path, star: Path) -> Float32[np.ndarray, "n n n"]:
     data = _open(folder, star)
     options = ["--i", star.name, "--o", "reconstruct.mrc"]
     options += ["--ctf"] * (data.particles.ctf is not None)
-    _complete(folder, "reconstruct", options)
+    complete(folder, "reconstruct", options)
     return io.read_mrc(folder / "reconstruct.mrc")[0]
 
 
@@ -163,7 +158,7 @@ def postprocess(
         io.write_mrc(folder / f"{name}.mrc", volume, pixel_size_in_angstroms)
     pixel = ["--angpix", f"{pixel_size_in_angstroms:.6f}", "--low_pass", "-1"]
     options = "--i half1.mrc --i2 half2.mrc --mask mask.mrc --o ./postprocess".split()
-    _complete(folder, "postprocess", [*options, *pixel])
+    complete(folder, "postprocess", [*options, *pixel])
     return io.read_mrc(folder / "postprocess_masked.mrc")[0]
 
 
@@ -270,7 +265,7 @@ def auto_refine(
         --auto_local_healpix_order 4 --offset_range {offset_range:g}
         --offset_step {_HALVING * offset_step:g} {_SHARED} --random_seed {seed + 1}"""
     always = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
-    program = [*_mpirun(processes), "relion_refine_mpi", "--j", str(threads)]
+    program = [*mpirun(processes), "relion_refine_mpi", "--j", str(threads)]
     job = _Job(folder, "auto_refine", data, program, first, always, halves=True)
     start = np.asarray(reference, np.float32)
     if not job.state_path.exists():
@@ -311,13 +306,6 @@ def poses_in_order(
 
 
 # --- refinements, which can be interrupted
-
-
-def _mpirun(processes: int) -> list[str]:
-    """Return the launcher; Open MPI wants to be told of root and of few cores."""
-    scarce = processes > len(os.sched_getaffinity(0)) // 2  # a core may count twice
-    as_root = ["--allow-run-as-root"] * (os.geteuid() == 0)
-    return ["mpirun", "-n", str(processes), *as_root, *["--oversubscribe"] * scarce]
 
 
 @dataclass(frozen=True)
@@ -448,60 +436,10 @@ def _carry_on(
         # The last call may have been stopped before it told this.
         if state.prefix is not None:
             tell()
-        if _run(job.folder, job.name, command, limit_s - earlier, watch):
+        if run(job.folder, job.name, command, limit_s - earlier, watch):
             watch(0.0)
             last = dict(iterations=state.iterations + 1, prefix=root)
             keep(finished=True, **(last if job.halves else {}))
     finally:
         keep()
     return state
-
-
-def _complete(folder: Path, name: str, options: list[str]) -> None:
-    """Run a program that has nothing to show until it ends."""
-    if not _run(folder, name, [f"relion_{name}", *options], _SHORT_S, lambda: None):
-        raise InputError(f"relion_{name} took more than {_SHORT_S:g} s in {folder}.")
-
-
-def _run(
-    folder: Path, name: str, command: list[str], limit_s: float, watch: Callable
-) -> bool:
-    """Run a program; return whether it came to its end before the time limit."""
-    if shutil.which(command[0]) is None:
-        raise InputError(f"{command[0]} is not installed.")
-    path, end = folder / f"{name}.log", time.monotonic() + limit_s
-    with open(path, "a+b") as log:
-        log.write(f"\n{' '.join(command)}\n\n".encode())
-        log.flush()
-        begin = log.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(_POLL_S)
-                watch()
-            code = process.poll()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                if process.poll() is None:
-                    os.killpg(process.pid, number)
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(_PATIENCE_S)
-        if code:
-            log.seek(begin)
-            error = _last_error(log.read().decode(errors="replace"))
-            raise InputError(f"RELION failed: {error} See {path}.")
-    return code == 0
-
-
-def _last_error(said: str) -> str:
-    """Return the last error that RELION reports, or the last line."""
-    pattern = r"^ERROR:\s*(?:ERROR:\s*)?(\S.*)$"
-    lines = re.findall(pattern, said, re.MULTILINE) or said.split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")

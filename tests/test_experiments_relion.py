@@ -22,16 +22,17 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 N, COUNT, PIXEL = 32, 60, 8.0
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("relion", EXPERIMENTS / "relion.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["relion"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-relion = load()
+relion_program = load("relion_program")
+relion = load("relion")
 needs_relion = pytest.mark.skipif(
     not relion.available(), reason="RELION is not installed"
 )
@@ -129,7 +130,7 @@ SILENT = "time.sleep(60)"
 def fake(tmp_path, star, truth, monkeypatch):
     """Put a ``relion_refine`` first on the path, and what it writes in its folder."""
     monkeypatch.setattr(relion, "_SETTLED_S", 0.1)
-    monkeypatch.setattr(relion, "_POLL_S", 0.02)
+    monkeypatch.setattr(relion_program, "_POLL_S", 0.02)
     shutil.copy(star, tmp_path / "template_data.star")
     io.write_mrc(tmp_path / "template_class001.mrc", truth, PIXEL)
     for name, values in {
