@@ -10,7 +10,7 @@ import pytest
 
 from jaxrefine import cli, metrics, simulate
 from jaxrefine.ctf import CTF
-from jaxrefine.geometry import Poses
+from jaxrefine.geometry import Poses, equidistributed_angles
 from jaxrefine.io import (
     read_json,
     read_mrc,
@@ -45,15 +45,10 @@ def loop(tmp_path_factory):
     truth = simulate.phantom(jax.random.key(0), N)
     write_mrc(folder / "truth.mrc", truth, PIXEL)
     write_mrc(folder / "init.mrc", simulate.blur(truth, 2.5), PIXEL)
-    angles = np.stack(
-        [
-            rng.uniform(0, 2 * np.pi, COUNT),
-            np.arccos(rng.uniform(-1, 1, COUNT)),
-            rng.uniform(0, 2 * np.pi, COUNT),
-        ],
-        axis=1,
+    draw, place, error = jax.random.split(jax.random.key(1), 3)
+    poses = Poses(
+        equidistributed_angles(draw, COUNT), simulate.random_shifts(place, COUNT, 1.0)
     )
-    poses = Poses(jnp.asarray(angles), jnp.asarray(rng.uniform(-1, 1, (COUNT, 2))))
     u = rng.uniform(8000, 22000, COUNT)
     ctf = CTF(u, u - rng.uniform(0, 1500, COUNT), rng.uniform(0, np.pi, COUNT))
     names = [f"{i}@none.mrcs" for i in range(1, COUNT + 1)]
@@ -63,10 +58,7 @@ def loop(tmp_path_factory):
     options = "--i truth.mrc --ang poses.star --o true --ctf --add_noise"
     relion(folder, "project", *options.split(), "--white_noise", "1")
     true = read_particles(folder / "true.star")
-    off = Poses(
-        true.poses.angles + rng.uniform(-ERROR, ERROR, (COUNT, 3)),
-        jnp.zeros_like(true.poses.shifts),
-    )
+    off = simulate.init1_poses(error, true.poses, ERROR)
     write_particles(folder / "rough.star", true, off)
     command = "refine {0}/rough.star --map {0}/init.mrc --out {0}/out --half-sets"
     assert cli.main(command.format(folder).split()) == 0
