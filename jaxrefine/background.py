@@ -84,10 +84,11 @@ class Masked:
     next 5 pixels, and by 0 beyond: RELION's ``--zero_mask``. The background wants to be
     0 on average before, see `Normalised`, or the circle's edge shows.
 
-    The noise is no longer the same everywhere. Its power in the spectrum, which the
-    refinement measures from residuals, falls to the circle's share of the image's area,
-    but its frequencies are correlated, which no model here knows: evidence and the
-    information on poses come out too large, by up to one over that share.
+    The noise is no longer the same everywhere. Its power in the spectrum falls to
+    `noise_share`, but its frequencies are correlated: the images tell as much about
+    what lies within the circle as before, and no more. That is what a sum over
+    independent frequencies says too, if it takes the noise for what it is within the
+    circle, see `particles.Particles`.
 
     Parameters
     ----------
@@ -125,13 +126,23 @@ class Masked:
         """Numbers of particles, rows and columns."""
         return tuple(self.source.shape)
 
+    @property
+    def noise_share(self) -> float:
+        """Share of white noise's power that is left by a circle in the middle."""
+        return float(np.mean(self._circle(np.zeros((1, 2))) ** 2))
+
     def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
         images = np.asarray(self.source[indices], np.float32)
+        return images * self._circle(self.centres[indices]).astype(np.float32)
+
+    def _circle(
+        self, centres: Float[np.ndarray, "some 2"]
+    ) -> Float[np.ndarray, "some m m"]:
         axis = np.arange(self.shape[-1]) - self.shape[-1] // 2
-        x, y = (axis - self.centres[indices][:, [i]] for i in range(2))
+        x, y = (axis - centres[:, [i]] for i in range(2))
         radius = np.hypot(x[:, None], y[:, :, None])
         place = np.clip((radius - self.diameter / 2) / _EDGE, 0, 1)
-        return images * (0.5 + 0.5 * np.cos(np.pi * place)).astype(np.float32)
+        return 0.5 + 0.5 * np.cos(np.pi * place)
 
 
 def outside(m: int, diameter: float) -> Bool[np.ndarray, "m m"]:

@@ -1,11 +1,11 @@
 r"""The volume update from folds of the particles, and what the folds say of it.
 
-The particles of a refinement are dealt into a few folds. Each fold's images are summed
-up once (a kernel and a back-projection); maps are made from *all other folds*. Then
+The particles of a refinement are dealt into two folds. Each fold's images are summed
+up once (a kernel and a back-projection); its map is made from *the other fold*. Then
 
 - a particle's pose is fitted to a map that its own noise is not in. (Otherwise the map
   pulls every particle to where it was inserted last, by some nats at low SNR.);
-- the regression of a fold's images on the other folds' map gives, shell by shell, the
+- the regression of a fold's images on the other fold's map gives, shell by shell, the
   scale that undoes TV's loss of contrast where the map is right, and shrinks it where
   it is not, and the power spectrum of the noise;
 - the weight of the regulariser is the one whose maps best predict the images that they
@@ -43,7 +43,7 @@ from jaxrefine.slices import Disc
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 FOLDS = 2
-"""Number of folds; with two, the folds' maps are independent of each other."""
+"""Number of folds: two, whose maps are independent of each other."""
 
 _ALIKE = 32.0
 """Frequencies that the common shape of the groups' noise counts for in a shell."""
@@ -158,29 +158,18 @@ class Folds(eqx.Module):
 
     Attributes
     ----------
-    others, peaks
-        For each fold the data term of all other folds together, and its ``w[0]``. A
-        single fold is its own other.
-    own
-        For each fold the data term of its images.
+    own, peaks
+        For each fold the data term of its images, and their ``w[0]``.
     """
 
-    others: tuple[admm.DataTerm, ...]
-    peaks: tuple[Scalar, ...]
-    own: tuple[admm.DataTerm, ...]
+    own: tuple[admm.DataTerm, admm.DataTerm]
+    peaks: tuple[Scalar, Scalar]
 
 
 def folds(sums: Sequence[Sums]) -> Folds:
-    """Prepare the sums of every fold."""
-    total = sums[0]
-    for part in sums[1:]:
-        total = total + part
-    rest = [total - part if len(sums) > 1 else part for part in sums]
-    return Folds(
-        tuple(data_term(part) for part in rest),
-        tuple(part.peak for part in rest),
-        tuple(data_term(part) for part in sums),
-    )
+    """Prepare the sums of both folds."""
+    one, two = sums
+    return Folds((data_term(one), data_term(two)), (one.peak, two.peak))
 
 
 def solve_all(
@@ -190,10 +179,11 @@ def solve_all(
     regulariser: tv.Regulariser,
     iterations: int,
 ) -> tuple[admm.ADMMState, ...]:
-    """Solve for every fold's map, which is made from the other folds."""
+    """Solve for each fold's map, which is made from the other fold."""
+    others = zip(data.own[::-1], data.peaks[::-1], starts, strict=True)
     return tuple(
         solve(term, peak, start, tau, regulariser, iterations)[0]
-        for term, peak, start in zip(data.others, data.peaks, starts, strict=True)
+        for term, peak, start in others
     )
 
 

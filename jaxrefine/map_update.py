@@ -65,7 +65,7 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
         evidence=jnp.zeros(count, volume.dtype),
         maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
         gain=one,
-        noise=noise,
+        noise=noise / whole.particles.noise_share,
         tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
         fold_fsc=one,
     )
@@ -214,7 +214,8 @@ def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> Se
 def assess(whole: ParticleSet, state: SetState) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
-    The scale is common to all groups. The power of the noise is infinite in shells that
+    The scale is common to all groups. The power of the noise, which is taken for what
+    it is within the circle if the images are masked, is infinite in shells that
     a group's images are empty in; a group of no or empty images keeps what it has.
     """
     volumes = [one.coefficients for one in state.maps]
@@ -227,7 +228,7 @@ def assess(whole: ParticleSet, state: SetState) -> SetState:
     residual, count = (
         jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
-    power = crossfit.noise_power(residual, count)
+    power = crossfit.noise_power(residual, count) / whole.particles.noise_share
     median = jnp.nanmedian(
         jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )

@@ -45,7 +45,7 @@ _SUMS = 18  # kernels and back-projections of two folds
 _INSERTED = 27  # the same of one fold, a running sum, and what is added to it
 _FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
 _GRIDDING = 45  # the same, over the cube of the oversampling
-_DATA_TERMS = 131  # all sums, three of the four data terms, and what the last one takes
+_DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
 
 # Bytes.
 _POLISHED = 85  # a frequency of a particle whose pose is polished

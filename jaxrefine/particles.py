@@ -6,7 +6,7 @@ than it was asked for.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
 import jax
@@ -49,18 +49,23 @@ class Particles:
     group
         The group of each particle, counted from 0, such as its optics group: the noise
         has one power spectrum in each. None if all are in one.
+    noise_share
+        Share of the noise's power that images which are masked with a circle have left,
+        see `background.Masked`. Their noise is taken for what it is in the circle: its
+        power in their spectra over this.
 
     Raises
     ------
     InputError
-        If there are no images, if they are not square, or if the optics or the groups
-        are not those of ``P`` particles.
+        If there are no images, if they are not square, if the optics or the groups
+        are not those of ``P`` particles, or a share is not from 0 to 1.
     """
 
     images: ImageSource
     ctf: CTF | None = None
     pixel_size_in_angstroms: float = 1.0
     group: Int[np.ndarray, " P"] | None = None
+    noise_share: float = 1.0
 
     def __post_init__(self):
         shape = tuple(self.images.shape)
@@ -87,6 +92,11 @@ class Particles:
                 f"The groups have the shape {group.shape} and count from "
                 f"{group.min(initial=0)} for {shape[0]} images; one for each image is "
                 "wanted, from 0."
+            )
+        if not 0 < self.noise_share <= 1:
+            raise InputError(
+                f"A share of {self.noise_share:g} of the noise's power was given; one "
+                "of more than 0, and at most 1, is wanted."
             )
 
     def __len__(self) -> int:
@@ -123,12 +133,8 @@ class Particles:
             images = _Chosen(self.images.source, self.images.indices[chosen])
         else:
             images = _Chosen(self.images, chosen)
-        return Particles(
-            images,
-            self._optics(chosen),
-            self.pixel_size_in_angstroms,
-            None if self.group is None else self.group[chosen],
-        )
+        group = None if self.group is None else self.group[chosen]
+        return replace(self, images=images, ctf=self._optics(chosen), group=group)
 
     def batch(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]

@@ -105,8 +105,9 @@ def test_masked_noise_is_white_and_weaker():
     white = rng.normal(size=(400, 20, 20)).astype(np.float32)
     masked = Masked(white, 7.0, np.zeros((400, 2)))[some]
     power = np.mean(np.abs(np.fft.fft2(masked)) ** 2, axis=0) / 20**2
-    share = Masked(np.ones((1, 20, 20)), 7.0, np.zeros((1, 2)))[np.array([0])]
-    expected = np.mean(share**2)
+    one = Masked(np.ones((1, 20, 20)), 7.0, np.zeros((1, 2)))
+    expected = np.mean(one[np.array([0])] ** 2)
+    assert one.noise_share == pytest.approx(expected, rel=1e-6)
     assert 0.15 < expected < 0.5
     frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(20, 1 / 20)] * 2))
     for shell in range(1, 10):

@@ -208,7 +208,9 @@ def test_images_are_masked_about_the_given_positions(
 ):
     """Up to 5 pixels beyond the diameter; ``match`` knows no positions."""
     assert command(name, "--mask-images", "--normalise", *options)[0] == 130
-    images, _ = engine[0][0][0].batch(np.arange(COUNT))
+    particles = engine[0][0][0]
+    assert particles.noise_share == particles.images.noise_share
+    images, _ = particles.batch(np.arange(COUNT))
     shifts = np.asarray(read_particles(data / "particles.star").poses.shifts)
     axis = np.arange(N) - N // 2
     for image, (x, y) in zip(np.asarray(images), shifts, strict=True):

@@ -323,9 +323,23 @@ def test_other_settings_and_inputs_are_refused(data, capsys, stand_in, finished)
     other = command(data, "--iterations", 2, star="plain.star")
     assert_refused(*run(capsys, *other), "another particles; ")
     assert (data / "out/run.json").read_bytes() == report
-    # Memory is no part of the result.
+    # Memory is no part of the result; of a finished one none is wanted.
     stand_in.stop_after = None
     assert run(capsys, *first, "--batch-size", 3)[0] == 0
+    code, out, _ = run(capsys, *first, "--memory", 0.001)
+    assert code == 0 and "finished" in out
+
+
+def test_a_folder_of_an_older_version(data, capsys, stand_in):
+    """That knew fewer options: they were not given."""
+    first = command(data, "--iterations", 2)
+    assert run(capsys, *first)[0] == 0
+    report = json.loads((data / "out/run.json").read_text())
+    for name in ("mask", "resample", "max_angle"):
+        assert not report["settings"].pop(name)
+    (data / "out/run.json").write_text(json.dumps(report))
+    assert "finished" in run(capsys, *first)[1]
+    assert_refused(*run(capsys, *first, "--resample"), "another resample; ")
 
 
 # --- bad input

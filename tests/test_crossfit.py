@@ -145,27 +145,14 @@ def test_the_data_term_is_the_sum_of_squares(images, whole):
         assert value == pytest.approx(again, abs=ERROR * energy, rel=10 * ERROR)
 
 
-def test_folds_are_made_of_the_others():
-    """Of all other images; a single fold of its own."""
-    sums = [
-        Sums(draw(7, 7, 7, seed=i) ** 2, draw(4, 4, 4, seed=9 + i)) for i in range(3)
-    ]
-    data = crossfit.folds(sums)
-    for i in range(3):
-        j, k = (index for index in range(3) if index != i)
-        expected = crossfit.data_term(sums[j] + sums[k])
-        for value, exact in zip(
-            jax.tree.leaves(data.others[i]), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(value, exact, atol=1e-12)
-        assert float(data.peaks[i]) == pytest.approx(float(sums[j].peak + sums[k].peak))
-        np.testing.assert_array_equal(
-            data.own[i].backprojection, sums[i].backprojection
-        )
-    alone = crossfit.folds(sums[:1])
-    np.testing.assert_array_equal(
-        alone.others[0].backprojection, sums[0].backprojection
-    )
+def test_folds_are_made_of_each_other(noisy):
+    """A fold's map is the solution for the other fold's images, to the last bit."""
+    tau, penalty = jnp.asarray(1.3), tv.IsotropicTV()
+    maps = noisy.solutions(tau)
+    for found, other in zip(maps, noisy.sums[::-1], strict=True):
+        data = crossfit.data_term(other)
+        alone, _ = crossfit.solve(data, other.peak, noisy.starts[0], tau, penalty, 10)
+        np.testing.assert_array_equal(found.coefficients, alone.coefficients)
 
 
 # --- the volume update and its weight
@@ -249,7 +236,7 @@ def test_tau_serves_any_noise_and_number(noisy, noise, copies):
 
     With ``q**2`` times as many images the penalty has to count ``q`` times as much.
     """
-    first, peak = noisy.folds.others[0], noisy.folds.peaks[0]
+    first, peak = noisy.folds.own[1], noisy.folds.peaks[1]
     scaled = Sums(
         copies / noise**2 * noisy.sums[1].kernel,
         copies / noise * noisy.sums[1].backprojection,

@@ -84,6 +84,17 @@ def test_groups_of_other_particles(group):
         Particles(IMAGES, group=group)
 
 
+def test_the_share_of_the_noise_stays():
+    some = Particles(IMAGES, noise_share=0.25).take(np.array([6, 4]))
+    assert some.noise_share == 0.25 and Particles(IMAGES).noise_share == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, np.nan])
+def test_shares_that_are_none(share):
+    with pytest.raises(InputError, match="share of .* of the noise's power"):
+        Particles(IMAGES, noise_share=float(share))
+
+
 def test_without_optics():
     assert Particles(IMAGES).batch(np.array([3]))[1] is None
     assert Particles(IMAGES).take(np.array([3])).ctf is None

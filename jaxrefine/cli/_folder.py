@@ -71,11 +71,11 @@ class RunFolder:
         if not isinstance(old, dict):
             raise InputError(f"{self._report} is not the report of such a run.")
         names = self._settings.keys() | old.keys()
-        absent = object()
+        # An option that an older version did not have is one that is not given.
         others = sorted(
             name
             for name in names
-            if old.get(name, absent) != self._settings.get(name, absent)
+            if (old.get(name) or None) != (self._settings.get(name) or None)
         )
         if others:
             raise InputError(

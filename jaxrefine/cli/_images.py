@@ -90,13 +90,15 @@ def read(
         )
     circle = _CIRCLE * box if diameter is None else diameter
     pixels = circle / particles.pixel_size_in_angstroms
-    images = particles.images
+    images, share = particles.images, 1.0
     if options.invert or options.normalise:
         images = Normalised(images, pixels, options.invert)
     if options.mask_images:
         shifts = np.asarray(source.poses.shifts)
         images = Masked(images, pixels, shifts if with_poses else 0 * shifts)
-    return replace(source, particles=replace(particles, images=images))
+        share = images.noise_share
+    particles = replace(particles, images=images, noise_share=share)
+    return replace(source, particles=particles)
 
 
 def add_resample(option: Callable[..., Any]) -> None:

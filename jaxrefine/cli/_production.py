@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -17,7 +16,7 @@ from jaxrefine.cli._images import box_of, shell
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.particle_set import checked, deal, halves
+from jaxrefine.particle_set import deal
 from jaxrefine.particles import Particles
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
@@ -35,8 +34,7 @@ def configure(
     Raises
     ------
     InputError
-        If a resolution is not one of the images', if options contradict each other, or
-        if there is too little memory.
+        If a resolution is not one of the images', or if options contradict each other.
     """
     chosen: dict[str, Any] = {
         "half_sets": options.half_sets,
@@ -66,14 +64,7 @@ def configure(
     if options.prior_shift is not None:
         chosen["shift_spread"] = options.prior_shift
         chosen.setdefault("max_shift", 3 * options.prior_shift)
-    config = refine.RefineConfig(**chosen)
-    # Here, since a run that is refused later has its folder already.
-    n = source.particles.image_size
-    checked(source.particles, source.poses, jnp.zeros((n,) * 3, jnp.float32))
-    if config.half_sets:
-        halves(len(source), jax.random.key(0), _subsets(source, options.seed))
-    _plan(options, source, config)
-    return config
+    return refine.RefineConfig(**chosen)
 
 
 def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str, Any]:
