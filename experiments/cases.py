@@ -73,6 +73,8 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
             seed=config["seed"],
             limit_s=60 * config["relion_limit_min"],
             iterations=tuple(config["ab_initio_iterations"]),
+            resolutions=tuple(config["ab_initio_resolutions"]),
+            most_poses=config["relion_most_poses"] or None,
             threads=2,
             callback=lambda now: print(f"ab initio: iteration {now.iterations}"),
         )

@@ -10,6 +10,7 @@ another configuration in the same directory is an error.
 import argparse
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import tomllib
@@ -179,6 +180,8 @@ def main(study: Callable[[], None]) -> int:
     Bad input ends with a sentence and code 2, an interruption with code 130.
     """
     program = Path(sys.argv[0]).name
+    # As an interruption does, so that no program of RELION's is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         study()
     except InputError as error:

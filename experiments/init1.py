@@ -86,17 +86,27 @@ def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
+    # Where the blurred map has fallen to 1 / e.
+    return relion_methods(config, math.sqrt(2) * math.pi * config["initial_blur"])
+
+
+def relion_methods(
+    config: dict[str, Any], low_pass_in_voxels: float, most_poses: int | None = None
+) -> dict[str, Method]:
+    """Return RELION's programs for an initial map of this resolution."""
     if not relion.available():
         print("RELION is not installed; its results are left out.", file=sys.stderr)
         return {}
     chosen = {"RELION, true poses": methods.relion_reconstruction(true_poses)}
     limit = 60 * config["relion_limit_min"]
     if limit > 0:
-        # Where the blurred map has fallen to 1 / e.
-        low_pass = math.sqrt(2) * math.pi * config["initial_blur"]
-        moves = config["max_shift"] > 0
-        found = methods.relion_refinement(low_pass, moves, limit, config["seed"])
-        chosen["RELION auto-refine"] = found
+        chosen["RELION auto-refine"] = methods.relion_refinement(
+            low_pass_in_voxels,
+            config["max_shift"] > 0,
+            limit,
+            config["seed"],
+            most_poses,
+        )
     return chosen
 
 

@@ -27,7 +27,15 @@ from jaxrefine.refine import RefineConfig
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 
-KEYS = (*cases.KEYS, "methods", "relion_limit_min", "ab_initio_iterations")
+KEYS = (
+    *cases.KEYS,
+    "methods",
+    "relion_limit_min",
+    "relion_most_poses",
+    "ab_initio_iterations",
+    "ab_initio_resolutions",
+    "auto_refine_low_pass",
+)
 """What the configuration must say."""
 
 
@@ -45,7 +53,14 @@ def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
     }
 
 
-FAMILIES = {"engine": engine, "relion": init1.by_relion}
+def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
+    """Return RELION's programs, where they are installed."""
+    low_pass = config["auto_refine_low_pass"] / case.voxel_size_in_angstroms
+    most = config["relion_most_poses"] or None
+    return init1.relion_methods(config, low_pass, most)
+
+
+FAMILIES = {"engine": engine, "relion": by_relion}
 """What ``methods`` of a configuration may list."""
 
 

@@ -187,7 +187,11 @@ def relion_reconstruction(start: Start) -> Method:
 
 
 def relion_refinement(
-    initial_low_pass_in_voxels: float, shifts: bool, limit_s: float, seed: int
+    initial_low_pass_in_voxels: float,
+    shifts: bool,
+    limit_s: float,
+    seed: int,
+    most_poses: int | None = None,
 ) -> Method:
     """Refine by ``relion_refine_mpi --auto_refine`` and ``relion_postprocess``.
 
@@ -218,6 +222,7 @@ def relion_refinement(
             * case.voxel_size_in_angstroms,
             seed=seed,
             limit_s=limit_s,
+            most_poses=most_poses,
             callback=keep,
         )
         assert found.half_maps is not None

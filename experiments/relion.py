@@ -171,6 +171,8 @@ def ab_initio(
     limit_s: float,
     symmetry: str = "C1",
     iterations: tuple[int, int, int] = (50, 200, 50),
+    resolutions: tuple[float, float] = (35.0, 15.0),
+    most_poses: int | None = None,
     threads: int = 1,
     callback: Callback | None = None,
 ) -> Refined:
@@ -195,14 +197,20 @@ def ab_initio(
     symmetry, threads
         Point group, and how many threads to use.
     iterations
-        How many at 35 A, between, and at 15 A, resolutions that are limited to Nyquist.
+        How many at the first resolution, between, and at the last one.
+    resolutions
+        These two, angstroms; not beyond Nyquist. The finer the last one, the more
+        densely RELION searches, and time grows with the cube of that and more.
+    most_poses
+        Of the coarse grid, that are looked at more finely for a particle; None for all
+        that are not negligible, which in strong noise are all.
     callback
         Called with the state that RELION writes after every ten iterations; when a run
         is carried on, first with the last one again.
     """
     data = _open(folder, star)
     pixel = data.particles.pixel_size_in_angstroms
-    coarse, fine = (max(resolution, 2 * pixel) for resolution in (35.0, 15.0))
+    coarse, fine = (max(resolution, 2 * pixel) for resolution in resolutions)
     initial, between, last = iterations
     first = f"""--sgd --denovo_3dref --K 1 --sym {symmetry} --sgd_write_iter 10
         --sgd_ini_iter {initial} --sgd_inbetween_iter {between} --sgd_fin_iter {last}
@@ -210,7 +218,7 @@ def ab_initio(
         --sgd_ini_subset 100 --sgd_fin_subset 500
         --healpix_order 1 --offset_range 6 --offset_step {2 * _HALVING}
         {_SHARED} --random_seed {seed + 1}"""
-    always = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
+    always = _always(diameter_in_angstroms, most_poses)
     program = ["relion_refine", "--j", str(threads)]
     job = _Job(folder, "ab_initio", data, program, first, always)
     return _refine(job, _digest(star.read_bytes()), limit_s, callback)
@@ -228,6 +236,7 @@ def auto_refine(
     seed: int,
     limit_s: float,
     healpix_order: int = 2,
+    most_poses: int | None = None,
     processes: int = 3,
     threads: int = 1,
     callback: Callback | None = None,
@@ -240,7 +249,7 @@ def auto_refine(
 
     Parameters
     ----------
-    folder, star, diameter_in_angstroms, seed, limit_s
+    folder, star, diameter_in_angstroms, seed, limit_s, most_poses
         As for `ab_initio`; the seed draws the halves too.
     reference
         The map to start from, on the images' scale.
@@ -264,7 +273,7 @@ def auto_refine(
         --ini_high {initial_low_pass_in_angstroms:g} --healpix_order {healpix_order}
         --auto_local_healpix_order 4 --offset_range {offset_range:g}
         --offset_step {_HALVING * offset_step:g} {_SHARED} --random_seed {seed + 1}"""
-    always = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
+    always = _always(diameter_in_angstroms, most_poses)
     program = [*mpirun(processes), "relion_refine_mpi", "--j", str(threads)]
     job = _Job(folder, "auto_refine", data, program, first, always, halves=True)
     start = np.asarray(reference, np.float32)
@@ -279,6 +288,12 @@ def _open(folder: Path, star: Path) -> io.ParticleFile:
     if star.parent.resolve() != folder.resolve():
         raise InputError(f"{star} is not in {folder}, where RELION is to run.")
     return io.read_particles(star)
+
+
+def _always(diameter_in_angstroms: float, most_poses: int | None) -> str:
+    """Return the options that a continuation wants again."""
+    options = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
+    return options if most_poses is None else f"{options} --maxsig {most_poses}"
 
 
 def _digest(*contents: bytes) -> str:
