@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -206,6 +207,23 @@ def test_a_study_that_stops_says_why(harness, capsys, error, code, words):
     assert harness.main(study) == code
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_a_terminated_study_stops_as_an_interrupted_one(harness, capsys):
+    """What it has started is ended, as ``finally`` says; the default would not."""
+    ended, before = [], signal.getsignal(signal.SIGTERM)
+
+    def study():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append(True)
+
+    try:
+        assert harness.main(study) == 130 and ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_every_method_has_files_of_its_own(init1, harness):
