@@ -11,8 +11,9 @@ import numpy as np
 import relion
 from comparison import Case
 
-from jaxrefine import io, kbwf, simulate
+from jaxrefine import io, simulate
 from jaxrefine._types import Volume
+from jaxrefine.alignment import align_maps, move_map
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import (
     Poses,
@@ -23,6 +24,9 @@ from jaxrefine.geometry import (
 )
 from jaxrefine.matching import MatchConfig, match
 from jaxrefine.particles import Particles
+
+_PLACED_BY = 4  # cycles per box: where the map is, to some voxels
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 KEYS = (
     "title",
@@ -55,9 +59,9 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
     """Simulate a data set with the start Init-2: map and poses made ab initio.
 
     By RELION where it is installed; otherwise the map is the truth, blurred, and the
-    poses are found by projection matching with it. A map made ab initio has a frame and
-    a hand of its own: map and poses are brought into the truth's, all together, so that
-    curves can be compared. The shifts are zero.
+    poses are found by projection matching with it. A map made ab initio has a place and
+    a hand of its own: map and poses are brought to the truth's, all together, so that
+    curves can be compared. Then the shifts are set to zero.
     """
     truth, dataset = _simulate(config, volume, 0.0)
     voxel = config["voxel_size_in_angstroms"]
@@ -85,7 +89,9 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
                 "relion_limit_min in another --out, or fewer ab_initio_iterations."
             )
         poses = found.poses
-        initial_map, rotations = _in_the_frame_of(dataset.truth, found.volume, poses)
+        initial_map, rotations = _in_the_frame_of(
+            truth, dataset.truth, found.volume, poses
+        )
         initial = Poses(matrix_to_euler(rotations), jnp.zeros_like(poses.shifts))
     else:
         print(
@@ -120,18 +126,23 @@ def _simulate(
 
 
 def _in_the_frame_of(
-    truth: Poses, volume: np.ndarray, poses: Poses
+    truth: Volume, true_poses: Poses, volume: np.ndarray, poses: Poses
 ) -> tuple[Volume, Rotations]:
-    """Turn a map and its poses as a whole to where true poses say; also their hand."""
-    rotation, mirrored = align_rotations_and_hand(poses.rotations, truth.rotations)
-    basis, found = kbwf.KBWF(), jnp.asarray(volume)
+    """Move a map and its poses as a whole to the truth's place; also their hand.
+
+    True poses say how they are turned, which is then polished, and the true map where
+    they are.
+    """
     rotations = poses.rotations
+    rotation, mirrored = align_rotations_and_hand(rotations, true_poses.rotations)
+    found = jnp.asarray(volume)
     if mirrored:
         found, rotations = _mirrored(found), mirror(rotations)
-    moved = kbwf.evaluate_moved(
-        basis, kbwf.expand(basis, found), rotation, jnp.zeros(3, found.dtype)
-    )
-    return moved, jnp.matmul(rotations, rotation, precision=jax.lax.Precision.HIGHEST)
+    turned = move_map(found, rotation, jnp.zeros(3, found.dtype))
+    polish, translation = align_maps(turned, truth.astype(found.dtype), _PLACED_BY)
+    rotation = jnp.matmul(rotation, polish, precision=_HIGHEST)
+    moved = move_map(found, rotation, translation)
+    return moved, jnp.matmul(rotations, rotation, precision=_HIGHEST)
 
 
 def _mirrored(volume: Volume) -> Volume:

@@ -11,11 +11,24 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrefine.alignment import move_map
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import (
+    Poses,
+    equidistributed_angles,
+    euler_to_matrix,
+    geodesic_distance,
+    matrix_to_euler,
+    mirror,
+)
 from jaxrefine.io import write_json, write_mrc
+from jaxrefine.metrics import fsc
+from jaxrefine.simulate import phantom
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -282,3 +295,26 @@ def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
     assert benchmarks.available_cores() >= 1
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert benchmarks.available_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_map_and_its_poses_are_brought_to_the_truths_place(init1, mirrored):
+    """From any turn, by some voxels, in either hand; some poses are of no use."""
+    cases = init1.cases
+    n, count = 24, 60
+    truth = phantom(jax.random.key(0), n).astype(jnp.float32)
+    shift = jnp.zeros((count, 2), jnp.float32)
+    poses = Poses(equidistributed_angles(jax.random.key(1), count), shift)
+    poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), poses)
+    rotation = euler_to_matrix(jnp.asarray([0.4, 1.1, -0.7], jnp.float32))
+    volume = move_map(truth, rotation.T, jnp.asarray([1.5, -2.0, 1.0], jnp.float32))
+    rotations = poses.rotations @ rotation.T
+    if mirrored:
+        volume, rotations = cases._mirrored(volume), mirror(rotations)
+    off = euler_to_matrix(jnp.asarray([0.0, 1.5, 0.0], jnp.float32))
+    rotations = rotations.at[:10].set(rotations[:10] @ off)
+    given = Poses(matrix_to_euler(rotations), shift)
+    moved, found = cases._in_the_frame_of(truth, poses, volume, given)
+    assert float(jnp.min(fsc(moved, truth)[: n // 2 - 1])) > 0.99
+    distance = geodesic_distance(found, poses.rotations)
+    assert float(jnp.max(distance[10:])) < 0.02
