@@ -30,6 +30,8 @@ STYLES: dict[str, plots.Style] = {
     "oracle (paper)": ("#666666", "-"),
     "joint": ("#D62728", "-."),
     "joint, post-processed": ("#D62728", "-"),
+    "joint, matched first": ("#FF7F0E", "-."),
+    "joint, matched first, post-processed": ("#FF7F0E", "-"),
     "joint (released)": ("#E69F00", "-."),
     "joint (paper)": ("#CC79A7", "-."),
     "joint (paper, steps x 1000)": ("#8C3F8C", "-."),
@@ -42,8 +44,8 @@ STYLES: dict[str, plots.Style] = {
 }
 """Colour and dashes of each method, the same in all figures."""
 
-POSES = ("unrefined", "RELION auto-refine", "joint")
-"""The methods whose pose errors the paper shows."""
+POSES = ("unrefined", "RELION auto-refine", "joint", "joint, matched first")
+"""The methods whose pose errors the paper shows; the last one is beyond it."""
 
 ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
 SHIFTS = {"x": "x shift", "y": "y shift"}

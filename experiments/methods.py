@@ -53,12 +53,20 @@ def reconstruction(start: Start, seed: int) -> Method:
     return Method(run)
 
 
-def refinement(config: refine.RefineConfig, seed: int) -> Method:
-    """Refine poses and map jointly by the engine."""
+def refinement(
+    config: refine.RefineConfig, seed: int, matching: MatchConfig | None = None
+) -> Method:
+    """Refine poses and map jointly by the engine.
+
+    From the initial poses, or those that matching with the initial map finds instead.
+    """
 
     def run(case: Case, record: Record) -> Outcome:
-        key, dataset = jax.random.key(seed), case.dataset
-        what = (particles_of(case), dataset.initial, case.initial_map, config)
+        key, particles = jax.random.key(seed), particles_of(case)
+        poses = case.dataset.initial
+        if matching is not None:
+            poses = match(particles, case.initial_map, matching).poses
+        what = (particles, poses, case.initial_map, config)
         state = record.resume(refine.init(*what, key=key))
         record.expect(config.iterations)
 
