@@ -75,7 +75,7 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
             relion.write_particles(folder, images, blank, voxel),
             diameter_in_angstroms=0.9 * len(truth) * voxel,
             seed=config["seed"],
-            limit_s=60 * config["relion_limit_min"],
+            limit_s=60 * config["ab_initio_limit_min"],
             iterations=tuple(config["ab_initio_iterations"]),
             resolutions=tuple(config["ab_initio_resolutions"]),
             most_poses=config["relion_most_poses"] or None,
@@ -85,8 +85,9 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
         if not found.finished:
             raise InputError(
                 f"RELION's ab-initio reconstruction wants more than "
-                f"{config['relion_limit_min']} minutes; the same command with a larger "
-                "relion_limit_min in another --out, or fewer ab_initio_iterations."
+                f"{config['ab_initio_limit_min']} minutes; the same command with a "
+                "larger ab_initio_limit_min in another --out, or fewer "
+                "ab_initio_iterations."
             )
         poses = found.poses
         initial_map, rotations = _in_the_frame_of(

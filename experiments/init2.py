@@ -35,6 +35,7 @@ KEYS = (
     "methods",
     "relion_limit_min",
     "relion_most_poses",
+    "ab_initio_limit_min",
     "ab_initio_iterations",
     "ab_initio_resolutions",
     "auto_refine_low_pass",
