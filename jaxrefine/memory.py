@@ -17,6 +17,7 @@ checked. Images are read from where they are kept, and not counted.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, final
@@ -36,6 +37,7 @@ LEAST_BATCH = 16
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _MEMORY = Path("/proc/meminfo")
+_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _PROGRAMS = 1200 * 2**20  # JAX with all compiled programs, on a CPU: fitted
 
 # Arrays of n**3 single-precision numbers.
@@ -103,14 +105,33 @@ class Plan:
 def available_bytes() -> int | None:
     """Return how much memory the default device has to give; None if it is not known.
 
-    On a CPU, what the system has available (Linux); else, what JAX may take of the
-    device's own.
+    On a CPU, what the system has available (Linux), and no more than the job's or
+    container's limit leaves (cgroup v2); else, what JAX may take of the device's own.
     """
     if jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return next((int(size) * 1024 for size in sizes), None)
+    found = [int(size) * 1024 for size in sizes] + _left_by_groups()
+    return min(found, default=None)
+
+
+def _left_by_groups() -> list[int]:
+    """Return what the limits of this process's control groups leave of memory."""
+    left = []
+    with suppress(OSError):
+        own = _GROUP.read_text().strip().rpartition("::/")[2]
+        here = _GROUPS / own
+        for folder in (here, *here.parents):
+            if not folder.is_relative_to(_GROUPS):
+                break
+            with suppress(OSError, ValueError):  # no limit, or no such file
+                limit = int((folder / "memory.max").read_text())
+                used = int((folder / "memory.current").read_text())
+                stat = (folder / "memory.stat").read_text().split()
+                cache = int(stat[stat.index("inactive_file") + 1])
+                left.append(max(limit - used + cache, 0))
+    return left
 
 
 def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int:

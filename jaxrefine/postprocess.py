@@ -246,6 +246,9 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
             "The half maps are the same; those of two sets of particles are wanted."
         )
     check_mask(mask)
+    for name, half in (("first", half1), ("second", half2)):
+        if not jnp.any(half * mask):
+            raise InputError(f"The {name} half map is zero within the mask.")
 
 
 def check_mask(mask: Array | np.ndarray) -> None:

@@ -130,6 +130,8 @@ class Report:
         The most memory it has held, in MiB, on the host and on the device.
     half_set_fsc
         Correlation of the maps of the half sets at the shells 0, ..., n // 2.
+    fold_fsc
+        Without half sets, that of the maps of the two folds of all particles.
     angle_std_in_degrees, shift_std_in_pixels
         Expected errors of the poses.
     undetermined
@@ -151,6 +153,7 @@ class Report:
     peak_rss_mib: float | None = None
     peak_device_mib: float | None = None
     half_set_fsc: Float[np.ndarray, " shells"] | None = None
+    fold_fsc: Float[np.ndarray, " shells"] | None = None
     angle_std_in_degrees: Float[np.ndarray, " particles"] | None = None
     shift_std_in_pixels: Float[np.ndarray, " particles"] | None = None
     undetermined: Bool[np.ndarray, " particles"] | None = None
@@ -265,6 +268,18 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
             f"shell. Resolution at {_THRESHOLD}: {resolution}.",
             plots.fsc_curves,
             {"half maps": report.half_set_fsc},
+            len(report.volume),
+            report.pixel_size_in_angstroms,
+            "",
+        )
+    elif report.fold_fsc is not None:
+        yield _figure(
+            "Fourier shell correlation of the maps of the two folds in the last "
+            "iteration; no mask. Their poses were refined against each other: this is "
+            "no gold standard, which wants --half-sets.",
+            "Curve of the folds' Fourier shell correlation against the Fourier shell.",
+            plots.fsc_curves,
+            {"folds": report.fold_fsc},
             len(report.volume),
             report.pixel_size_in_angstroms,
             "",

@@ -237,6 +237,38 @@ def test_a_folder_is_not_written_over(maps, capsys, option):
     assert_refused(code, out, err)
 
 
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_an_input_is_not_written_over(maps, capsys, option):
+    """Nor anything that is no file."""
+    before = snapshot(maps)
+    link = maps / "link"
+    link.symlink_to(os.devnull)
+    pair = [maps / "a.mrc", maps / "b.mrc"]
+    for target, words in ((pair[1], "it is an input"), (link, "not a regular file")):
+        code, out, err = run(capsys, "fsc", *pair, option, target)
+        assert_refused(code, out, err)
+        assert words in err
+    link.unlink()
+    assert snapshot(maps) == before
+
+
+def test_an_empty_map_has_no_resolution(maps, capsys):
+    write_mrc(maps / "zero.mrc", np.zeros_like(noise()), VOXEL)
+    empty = maps / "zero.mrc"
+    for words in (
+        [maps / "a.mrc", empty],
+        [maps / "a.mrc", maps / "b.mrc", "--mask", empty],
+    ):
+        code, out, err = run(capsys, "fsc", *words)
+        assert_refused(code, out, err)
+        assert " is zero " in err
+    write_mrc(maps / "mask.mrc", np.ones_like(noise()), 1.01 * VOXEL)
+    pair = [maps / "a.mrc", maps / "b.mrc"]
+    code, out, err = run(capsys, "fsc", *pair, "--mask", maps / "mask.mrc")
+    assert_refused(code, out, err)
+    assert "voxel size" in err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [

@@ -52,6 +52,15 @@ def noisy():
     return angles, shifts, metrics.summarise(metrics.pose_errors(*arrays))
 
 
+def test_a_table_is_not_written_over(tmp_path, capsys):
+    paths = write(tmp_path / "a.star"), write(tmp_path / "b.star")
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        code, _, err = run(capsys, *paths, "--json", path)
+        assert code == 2 and "it is an input" in err
+    assert [path.read_bytes() for path in paths] == before
+
+
 def test_the_truth_is_without_error(tmp_path, capsys):
     """In any global frame, too."""
     frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))

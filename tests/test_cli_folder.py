@@ -257,6 +257,62 @@ def test_writes_that_the_system_cuts_short(begun, tmp_path, size):
     assert eqx.tree_equal(resumed(tmp_path), state(3))
 
 
+def test_a_large_state_on_a_full_disk(begun, tmp_path):
+    """One that does not fit into Python's buffers, whose writers have errors too."""
+    large, folder = state(4, n=40), a_folder(tmp_path)
+    folder.resume(lambda: state(0))
+    before = contents(tmp_path / "out/state")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="Cannot write .*: File too large"):
+            folder.record(large, {"iteration": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path / "out/state") == before
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_disk_that_is_full_at_once(tmp_path, monkeypatch, made):
+    """The same command begins anew when there is room."""
+    if not made:
+        (tmp_path / "out").mkdir()
+    folder = a_folder(tmp_path)
+    folder.resume(lambda: state(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match="No space left"):
+            folder.record(state(1), {"iteration": 1})
+    folder.abandon()
+    assert (tmp_path / "out").exists() != made
+    assert not contents(tmp_path)
+    assert a_folder(tmp_path).resume(lambda: state(0)) is None
+
+
+def test_a_folder_belongs_to_one_process(begun, tmp_path):
+    """As long as it lives; a process may open its folder again."""
+    folder = a_folder(tmp_path)
+    again = (
+        "import sys; from pathlib import Path; from jaxrefine.cli._folder import *\n"
+        "try: RunFolder(Path(sys.argv[1]), 'run.json', {'seed': 0})\n"
+        "except InputError as error: print(error)"
+    )
+    words = [sys.executable, "-c", again, str(tmp_path / "out")]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert said == f"Another process is writing to {tmp_path / 'out'}.\n"
+    assert a_folder(tmp_path).rows() == folder.rows()
+    del folder
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert not said
+
+
+def test_a_damaged_log_costs_its_lines_only(begun, tmp_path):
+    path = tmp_path / "out/metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\xff\x00\n" + lines[2])
+    assert [row["iteration"] for row in a_folder(tmp_path).rows()] == [1, 3]
+
+
 @pytest.mark.parametrize("itself", [True, False])
 def test_a_command_ends_with_a_sentence(tmp_path, monkeypatch, capsys, itself):
     """Whether the system refuses the command itself, or a run's folder."""

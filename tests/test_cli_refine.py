@@ -83,6 +83,7 @@ def stand_in(monkeypatch):
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
+            state=SimpleNamespace(sets=[SimpleNamespace(fold_fsc=np.ones(N // 2 + 1))]),
             tau=0.7,
         )
 
@@ -129,12 +130,16 @@ def test_the_folder_of_a_finished_run(data, capsys, stand_in):
     before = read_star(data / "particles.star")
     after = read_star(data / "out/particles.star")
     added = ["rlnLogLikeliContribution", "jaxrefineAngleStd", "jaxrefineShiftStd"]
-    added += ["jaxrefineUndetermined"]
+    added += ["jaxrefineUndetermined", "jaxrefineAngleChange", "jaxrefineShiftChange"]
     assert list(after["particles"]) == [*before["particles"], *added]
     assert after["optics"] == before["optics"]
     old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
     expected = old.poses.shifts + 3 * STEP
     np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    moved = [float(x) for x in after["particles"]["jaxrefineShiftChange"]]
+    np.testing.assert_allclose(moved, 3 * STEP * np.sqrt(2), atol=1e-5)
+    turned = [float(x) for x in after["particles"]["jaxrefineAngleChange"]]
+    np.testing.assert_allclose(turned, 0, atol=1e-4)
     np.testing.assert_allclose(new.poses.angles, old.poses.angles, atol=1e-7)
     for at in (np.array([0]), np.array([COUNT - 1])):
         images = (file.particles.batch(at)[0] for file in (old, new))
@@ -253,7 +258,7 @@ def test_half_sets_are_the_files_or_dealt(data, capsys, stand_in):
     assert run(capsys, *again)[0] == 0
     np.testing.assert_array_equal(stand_in.calls[1].subsets, [1, 2] * 4)
     table = read_star(data / "again/particles.star")["particles"]
-    assert list(table)[-5:-3] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
+    assert list(table)[-7:-5] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
 
 
 # --- resuming
@@ -342,6 +347,22 @@ def test_a_folder_of_an_older_version(data, capsys, stand_in):
     assert_refused(*run(capsys, *first, "--resample"), "another resample; ")
 
 
+def test_what_is_not_modelled_is_said(data, capsys, stand_in):
+    """No defocus at all, and optics beyond it."""
+    _, _, err = run(capsys, *command(data, "--iterations", 1))
+    assert "defocus" not in err
+    words = command(data, "--iterations", 1, star="plain.star")
+    words[words.index(data / "out")] = data / "plain"
+    assert "plain.star gives no defocus: " in run(capsys, *words)[2]
+    blocks = read_star(data / "particles.star")
+    blocks["optics"] |= {"rlnBeamTiltX": ["3.0"], "rlnMagMat00": ["1.05"]}
+    write_star(data / "tilted.star", blocks)
+    words = command(data, "--iterations", 1, star="tilted.star")
+    words[words.index(data / "out")] = data / "tilted"
+    code, _, err = run(capsys, *words)
+    assert code == 0 and "tilted.star: rlnBeamTiltX, rlnMagMat00 are ignored" in err
+
+
 # --- bad input
 
 BAD_OPTIONS = [
@@ -407,6 +428,17 @@ def of_something_else(data):
     (data / "out/run.json").write_text("[1]")
 
 
+def odd(data):
+    images = np.random.default_rng(1).normal(size=(COUNT, N + 1, N + 1))
+    write_stack(data / "particles.mrcs", images.astype(np.float32), PIXEL)
+    star = data / "particles.star"
+    text = star.read_text()
+    blocks = read_star(star)
+    blocks["optics"]["rlnImageSize"] = [str(N + 1)]
+    write_star(star, blocks)
+    assert star.read_text() != text
+
+
 BAD_INPUTS = {
     of_another_size: "init.mrc has 18^3 voxels",
     of_another_voxel: "init.mrc has voxels of 2.02 A",
@@ -415,6 +447,7 @@ BAD_INPUTS = {
     lambda data: (data / "particles.mrcs").unlink(): "names particles.mrcs, which",
     lambda data: (data / "particles.star").write_text("no"): "not a STAR file",
     lambda data: (data / "out").write_text("a file"): "out is a file",
+    odd: "names images of 17 x 17 pixels; an even side is wanted",
     used: "holds files but no run.json",
     of_something_else: "run.json is not the report",
 }
@@ -430,16 +463,20 @@ def test_bad_input_is_a_sentence(data, capsys, stand_in, damage):
 
 
 @pytest.mark.parametrize("preset", ["default", "released"])
-def test_an_image_that_is_not_finite(data, capsys, preset):
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([np.nan], "holds a value that is not finite."), ([0] * N**2, "is 0 everywhere.")],
+)
+def test_an_image_that_is_none(data, capsys, preset, values, words):
     """Found when it is read; nothing is left of the run."""
     path = data / "particles.mrcs"
     content = bytearray(path.read_bytes())
-    place = 1024 + 4 * N * N * 5
-    content[place : place + 4] = np.float32(np.nan).tobytes()
+    place, new = 1024 + 4 * N * N * 5, np.array(values, np.float32).tobytes()
+    content[place : place + len(new)] = new
     path.write_bytes(content)
     assert_refused(
         *run(capsys, *command(data, "--preset", preset, star="plain.star")),
-        "Image 5 (from 0) holds a value",
+        f"particles.mrcs {words}",
     )
     assert not (data / "out").exists()
 

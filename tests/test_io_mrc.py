@@ -266,7 +266,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
 def test_writing_where_one_cannot(tmp_path):
     with pytest.raises(InputError, match="Cannot write .*No such file or directory"):
         write_mrc(tmp_path / "absent" / "map.mrc", unique_volume(), 1.0)
-    with pytest.raises(InputError, match="Cannot write .*Is a directory"):
+    with pytest.raises(InputError, match="Cannot write .*: it is a folder"):
         write_mrc(tmp_path, unique_volume(), 1.0)
 
 

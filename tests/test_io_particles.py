@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -193,10 +194,82 @@ def test_stacks_are_mapped_whatever_their_type(tmp_path, dtype):
 
 def test_a_single_image_without_a_number(tmp_path):
     with mrcfile.new(tmp_path / "one.mrc") as mrc:
-        mrc.set_data(np.ones((M, M), np.float32))
+        mrc.set_data(np.arange(M**2, dtype=np.float32).reshape(M, M))
     path = tmp_path / "p.star"
     write_star(path, {"": particle_columns(["one.mrc"])})
-    np.testing.assert_array_equal(all_images(read_particles(path)), np.ones((1, M, M)))
+    (image,) = all_images(read_particles(path))
+    np.testing.assert_array_equal(image.ravel(), np.arange(M**2))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.nan, "value that is not finite"),
+        (np.inf, "value that"),
+        (None, "is 3 every"),
+    ],
+)
+def test_images_that_are_none_are_named(tmp_path, value, words):
+    images = RNG.normal(size=(4, M, M)).astype(np.float32)
+    images[2] = 3
+    if value is not None:
+        images[2, 1, 0] = value
+    ignored = warnings.catch_warnings(action="ignore")
+    with ignored, mrcfile.new(tmp_path / "s.mrcs") as mrc:
+        mrc.set_data(images)
+    path = tmp_path / "p.star"
+    names = [f"{i}@s.mrcs" for i in (4, 3, 1)]
+    write_star(path, {"": particle_columns(names)})
+    particles = read_particles(path).particles
+    particles.batch(np.array([0, 2]))
+    with pytest.raises(InputError, match=f"image 000003@.*s.mrcs .*{words}"):
+        particles.batch(np.array([2, 0, 1]))
+
+
+def test_a_linked_folder_is_where_it_leads(tmp_path):
+    """``..`` of a link is what is above its target, whatever is above the link."""
+    images = stack(tmp_path / "real/particles.mrcs", 1)
+    stack(tmp_path / "other/particles.mrcs", 1)
+    (tmp_path / "real/job").mkdir()
+    write_star(
+        tmp_path / "real/job/p.star", {"": particle_columns(["1@../particles.mrcs"])}
+    )
+    (tmp_path / "other/link").symlink_to(tmp_path / "real/job")
+    for folder in ("real/job", "other/link"):
+        file = read_particles(tmp_path / folder / "p.star")
+        np.testing.assert_array_equal(all_images(file), images)
+
+
+def test_origins_in_angstroms_without_optics_groups(tmp_path):
+    """The pixel size is the particles' own, or the detector's."""
+    stack(tmp_path / "s.mrcs", 2)
+    path = tmp_path / "p.star"
+    columns = particle_columns(["1@s.mrcs", "2@s.mrcs"])
+    columns |= {"rlnOriginXAngst": ["3", "-6"], "rlnOriginYAngst": ["0", "1.5"]}
+    for own in (
+        {"rlnPixelSize": ["1.5"] * 2},
+        {"rlnDetectorPixelSize": ["15"] * 2, "rlnMagnification": ["100000"] * 2},
+    ):
+        write_star(path, {"": columns | own})
+        file = read_particles(path)
+        np.testing.assert_allclose(file.poses.shifts, [[-2, 0], [4, -1]])
+        poses = turned(file)
+        write_particles(path, file, poses)
+        again = read_particles(path).poses
+        np.testing.assert_allclose(again.shifts, poses.shifts, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift"])
+def test_optics_without_a_defocus(new_style, name):
+    path, _ = new_style
+    blocks = read_star(path)
+    table = blocks["particles"]
+    for column in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"):
+        table.pop(column, None)
+    table[name] = ["1.0"] * len(table["rlnImageName"])
+    write_star(path, blocks)
+    with pytest.raises(InputError, match=f"has {name} but lacks rlnDefocusU"):
+        read_particles(path)
 
 
 def test_many_stacks_few_open(tmp_path):
@@ -216,18 +289,20 @@ def test_many_stacks_few_open(tmp_path):
 
 
 def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
-    """Beside the table, in the working directory, the data folder, and above."""
-    folders = [tmp_path / name for name in ("p/q/table", "work", "data", "p/q", "p")]
+    """In the data folder, beside the table, in the working directory, and above."""
+    folders = [tmp_path / name for name in ("data", "p/q/table", "work", "p/q", "p")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    path = folders[0] / "p.star"
+    path = folders[1] / "p.star"
     write_star(path, {"": particle_columns(["1@raw/a.mrcs"])})
-    monkeypatch.chdir(folders[1])
+    monkeypatch.chdir(folders[2])
     for folder in folders[::-1]:
         images = stack(folder / "raw/a.mrcs", 1)
         np.testing.assert_array_equal(
-            all_images(read_particles(path, folders[2])), images
+            all_images(read_particles(path, folders[0])), images
         )
+    with pytest.raises(InputError, match="absent is not a folder"):
+        read_particles(path, tmp_path / "absent")
 
 
 def test_without_poses(old_style, tmp_path):

@@ -117,11 +117,42 @@ def test_what_the_system_has(tmp_path, monkeypatch):
         pytest.skip("on an accelerator its own memory counts")
     path = tmp_path / "meminfo"
     monkeypatch.setattr(memory, "_MEMORY", path)
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "absent")
     assert memory.available_bytes() is None
     path.write_text("MemTotal:  100 kB\nMemAvailable:    12 kB\nBuffers:  3 kB\n")
     assert memory.available_bytes() == 12 * 1024
     path.write_text("MemTotal:  100 kB\n")
     assert memory.available_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({"": "max"}, 9216),
+        ({"job": "5000", "job/step": "max"}, 4100),
+        ({"job": "7000", "job/step": "5200"}, 4300),
+        ({"job": "1000"}, 100),
+        ({"job": "100"}, 0),
+        ({"elsewhere": "1000"}, 9216),
+    ],
+)
+def test_what_a_job_is_left(tmp_path, monkeypatch, limits, left):
+    """The least that any group above leaves; caches that can go do not count."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("on an accelerator its own memory counts")
+    for folder in ("groups/job/step", "groups/elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
+    (tmp_path / "own").write_text("0::/job/step\n")
+    for folder, limit in limits.items():
+        here = tmp_path / "groups" / folder
+        (here / "memory.max").write_text(f"{limit}\n")
+        (here / "memory.current").write_text("1000\n")
+        (here / "memory.stat").write_text("anon 800\ninactive_file 100\n")
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    assert memory.available_bytes() == left
 
 
 # --- trying again

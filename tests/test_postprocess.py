@@ -293,6 +293,7 @@ def test_bad_input_is_a_sentence(halves, mask):
         ((one, two, -mask), "The mask runs from -1 to"),
         ((one, two, 0 * mask), "The mask runs from 0 to 0"),
         ((one, two, nan), "The mask runs from nan"),
+        ((one, 0 * two, mask), "The second half map is zero within the mask"),
     ):
         with pytest.raises(InputError, match=words):
             postprocess(*maps, VOXEL, key=KEY)

@@ -16,7 +16,7 @@ import jax
 from jaxrefine import io
 from jaxrefine.demo import peak_rss_mib
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import leftovers
+from jaxrefine.io._atomic import leftovers, lock, writing
 from jaxrefine.io.checkpoint import DamagedCheckpoint
 
 _METRICS = "metrics.jsonl"
@@ -41,7 +41,8 @@ class RunFolder:
     Raises
     ------
     InputError
-        If the folder holds something else, or a run with other settings.
+        If the folder holds something else, or a run with other settings, or another
+        process is writing to it.
     """
 
     def __init__(self, path: Path, report: str, settings: dict[str, Any]):
@@ -60,8 +61,10 @@ class RunFolder:
                 f"{path} holds files but no {report}; name a new or an empty folder."
             )
         else:
-            path.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
             self._write(finished=False)
+        self._lock = lock(path)
         for remains in leftovers(path) + leftovers(self._newest.parent):
             remains.unlink()
 
@@ -98,9 +101,10 @@ class RunFolder:
             return
         for path in (self._report, self.path / _METRICS):
             path.unlink(missing_ok=True)
-        if self._made:
-            with suppress(OSError):  # somebody else's files
-                self.path.rmdir()
+        state = self._newest.parent
+        for folder in (state, self.path) if self._made else (state,):
+            with suppress(OSError):  # absent, or with somebody else's files
+                folder.rmdir()
 
     def resume(self, like: Callable[[], Any]) -> Any:
         """Return the last state, or None if there is none yet.
@@ -156,8 +160,12 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the log."""
-        lines = (self.path / _METRICS).read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        lines = (self.path / _METRICS).read_text(errors="replace").splitlines()
+        rows = []
+        for line in lines:
+            with suppress(ValueError):  # a damaged line is not worth the results
+                rows.append(json.loads(line))
+        return rows
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run is made with, and what it has taken so far."""

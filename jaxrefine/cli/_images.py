@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxrefine.particles import Particles
 from jaxrefine.postprocess import check_mask
 from jaxrefine.resample import resample
 
+_IGNORED = ("rlnBeamTilt", "rlnOddZernike", "rlnEvenZernike", "rlnMagMat")
 _SAME_VOXEL = 1e-3
 _CIRCLE = 0.75  # of the images' side: what is not background, by default
 
@@ -61,7 +63,8 @@ def read(
     ------
     InputError
         If the particles cannot be used, or have no poses but are to have some; if the
-        particle's diameter is given, and neither the images nor the command use it.
+        images' side is odd; if the particle's diameter is given, and neither the images
+        nor the command use it.
     """
     source = io.read_particles(options.particles, options.datadir)
     if with_poses and not source.has_poses:
@@ -75,6 +78,13 @@ def read(
             f"{options.particles} says by itself that protein is dark (a negative "
             "rlnCtfScalefactor, or blob/sign); --invert would undo that."
         )
+    m = particles.image_size
+    if m % 2:
+        raise InputError(
+            f"{options.particles} names images of {m} x {m} pixels; an even side is "
+            "wanted, here and by RELION."
+        )
+    _say_what_is_ignored(source)
     box = box_of(particles)
     diameter = options.particle_diameter
     if diameter is not None and not 0 < diameter <= box:
@@ -99,6 +109,24 @@ def read(
         share = images.noise_share
     particles = replace(particles, images=images, noise_share=share)
     return replace(source, particles=particles)
+
+
+def _say_what_is_ignored(source: io.ParticleFile) -> None:
+    """Tell of optics that the table gives but no model here has, or does not give."""
+    if source.particles.ctf is None:
+        print(
+            f"{source.path} gives no defocus: its images are taken to have no "
+            "contrast-transfer function",
+            file=sys.stderr,
+        )
+    names = {name for block in source.blocks.values() for name in block}
+    ignored = sorted(name for name in names if name.startswith(_IGNORED))
+    if ignored:
+        print(
+            f"{source.path}: {', '.join(ignored)} are ignored; optics are defocus, "
+            "spherical aberration and amplitude contrast here",
+            file=sys.stderr,
+        )
 
 
 def add_resample(option: Callable[..., Any]) -> None:
@@ -195,8 +223,23 @@ def shell(flag: str, resolution: float, particles: Particles) -> int:
     return math.floor(box / resolution)
 
 
+def check_mask_voxel(path: Path, voxel: float) -> None:
+    """Refuse a mask whose header gives other voxels than the maps', in angstroms.
+
+    Raises
+    ------
+    InputError
+        If it does.
+    """
+    its = io.voxel_size(path)
+    if its is not None and abs(its - voxel) > _SAME_VOXEL * voxel:
+        raise InputError(
+            f"The mask wants the maps' voxel size {voxel:g} A, not {its:g} A ({path})."
+        )
+
+
 def check_folder(out: Path) -> None:
-    """Refuse to write where there is no folder, or a folder of this name.
+    """Refuse to write where no file can be made, or a folder has this name.
 
     Raises
     ------
@@ -205,18 +248,21 @@ def check_folder(out: Path) -> None:
     """
     if not out.parent.is_dir():
         raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
-    if out.is_dir():
-        raise InputError(f"Cannot write {out}: it is a folder.")
+    if out.exists() and not out.is_file():
+        kind = "a folder" if out.is_dir() else "not a regular file"
+        raise InputError(f"Cannot write {out}: it is {kind}.")
+    with io.writing(out), tempfile.TemporaryFile(dir=out.parent):
+        pass
 
 
-def check_output(out: Path, source: io.ParticleFile, *others: Path) -> None:
+def check_output(out: Path, *inputs: Path) -> None:
     """Refuse to write over an input.
 
     Raises
     ------
     InputError
-        If the file to write is the table, one of its stacks, or another input.
+        If the file to write is one of the inputs.
     """
-    for path in (source.path, *others, *source.stacks.values()):
+    for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"Cannot write {out}: it is an input.")

@@ -149,6 +149,8 @@ def run(
         further["rlnRandomSubset"] = subsets
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
+    else:
+        report["fold_fsc"] = np.asarray(result.state.sets[0].fold_fsc).tolist()
     found, given = result.poses, source.poses
     return Outcome(
         Poses(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, metrics, symmetry
+from jaxrefine.cli._images import check_folder, check_output
 from jaxrefine.errors import InputError
 
 _SHOWN = (
@@ -37,10 +38,9 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the errors of the poses; write them where it was asked for."""
-    if options.json is not None and not options.json.parent.is_dir():
-        raise InputError(
-            f"Cannot write {options.json}: {options.json.parent} is not a folder."
-        )
+    if options.json is not None:
+        check_folder(options.json)
+        check_output(options.json, options.result, options.truth)
     operators = symmetry.operators(options.symmetry)
     paths = (options.result, options.truth)
     tables = [io.read_blocks(path) for path in paths]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, metrics, plots
+from jaxrefine.cli._images import check_folder, check_mask_voxel, check_output
 from jaxrefine.errors import InputError
 
 
@@ -27,9 +28,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the curve and the resolutions; write them where it was asked for."""
+    inputs = [path for path in (options.a, options.b, options.mask) if path is not None]
     for path in (options.json, options.png):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"Cannot write {path}: {path.parent} is not a folder.")
+        if path is not None:
+            check_folder(path)
+            check_output(path, *inputs)
     a, voxel = io.read_mrc(options.a)
     b, other = io.read_mrc(options.b)
     if a.shape != b.shape:
@@ -50,6 +53,11 @@ def run(options: argparse.Namespace) -> None:
                 f"The mask wants the maps' size {a.shape[0]}^3, not "
                 f"{mask.shape[0]}^3 ({options.mask})."
             )
+        check_mask_voxel(options.mask, voxel)
+    for path, volume in ((options.a, a), (options.b, b)):
+        if not (volume if mask is None else volume * mask).any():
+            where = "everywhere" if mask is None else f"within {options.mask}"
+            raise InputError(f"{path} is zero {where}; there is nothing to compare.")
     n = a.shape[0]
     masking = None if mask is None else jnp.asarray(mask)
     correlation = metrics.fsc(jnp.asarray(a), jnp.asarray(b), masking)

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     source = _images.read(options, with_poses=False)
-    _images.check_output(out, source, options.map)
+    _images.check_output(out, source.path, options.map, *source.stacks.values())
     volume = _images.read_map(options.map, source, options.resample)
     if options.resolution is not None:
         r_max = _images.shell("--resolution", options.resolution, source.particles)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrefine import io, plots
 from jaxrefine.cli._folder import RunFolder, file_digest
+from jaxrefine.cli._images import check_mask_voxel
 from jaxrefine.errors import InputError
 from jaxrefine.postprocess import GuinierFit, Postprocessed, postprocess, soft_mask
 
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         mask = soft_mask((maps[0] + maps[1]) / 2, voxel)
     else:
         mask = jnp.asarray(io.read_mrc(options.mask)[0])
+        check_mask_voxel(options.mask, voxel)
     result = postprocess(
         *maps,
         mask,

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     source = _images.read(options, with_poses=True)
     halves = [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]
     for path in (out, *halves):
-        _images.check_output(path, source)
+        _images.check_output(path, source.path, *source.stacks.values())
 
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None

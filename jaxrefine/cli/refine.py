@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxrefine.cli import _images, _production, _published
 from jaxrefine.cli._folder import RunFolder, file_digest
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses, geodesic_distance
 
 _ENGINES = {"default": _production, "paper": _published, "released": _published}
 _RESULTS = {"map": "map.mrc", "halves": ("half1.mrc", "half2.mrc")}
@@ -116,6 +117,8 @@ def run(options: argparse.Namespace) -> None:
     except InputError:
         folder.abandon()
         raise
+    columns = outcome.columns | _changes(source.poses, outcome.poses)
+    outcome = replace(outcome, columns=columns)
     _write(options.out, source, outcome)
     settings = _describe(config)
     told = _report(options, source, volume, settings, outcome, folder)
@@ -169,6 +172,16 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
     }
 
 
+def _changes(given: Poses, found: Poses) -> dict[str, np.ndarray]:
+    """Return how far each pose has moved: the angle of its turn, and pixels."""
+    turn = jax.jit(geodesic_distance)(given.rotations, found.rotations)
+    move = np.asarray(found.shifts, float) - np.asarray(given.shifts, float)
+    return {
+        "jaxrefineAngleChange": np.rad2deg(np.asarray(turn)),
+        "jaxrefineShiftChange": np.linalg.norm(move, axis=1),
+    }
+
+
 def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
     pixel = source.particles.pixel_size_in_angstroms
     io.write_mrc(out / _RESULTS["map"], outcome.volume, pixel)
@@ -182,6 +195,9 @@ def _sentence(out: Path, told: report.Report) -> str:
     text = f"{len(told.poses.angles)} particles and a map are in {out}"
     if told.half_set_fsc is not None:
         text += f"; the half maps agree to {report.resolution(told, 'A')}, FSC 0.143"
+    if told.undetermined is not None and told.undetermined.any():
+        count = int(told.undetermined.sum())
+        text += f"; {count} show no particle, and are not in the map"
     return text
 
 
@@ -195,6 +211,7 @@ def _report(
 ) -> report.Report:
     """Gather what the report says."""
     columns, curve = outcome.columns, outcome.report.get("half_set_fsc")
+    folds = outcome.report.get("fold_fsc")
     undetermined = columns.get("jaxrefineUndetermined")
     return report.Report(
         title=f"Refinement of {options.particles.name}",
@@ -207,6 +224,7 @@ def _report(
         rows=folder.rows(),
         settings=settings,
         half_set_fsc=None if curve is None else np.asarray(curve),
+        fold_fsc=None if folds is None else np.asarray(folds),
         angle_std_in_degrees=columns.get("jaxrefineAngleStd"),
         shift_std_in_pixels=columns.get("jaxrefineShiftStd"),
         undetermined=None if undetermined is None else undetermined.astype(bool),

@@ -3,9 +3,11 @@
 import os
 import re
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import final
 
 from jaxrefine.errors import InputError
 
@@ -58,6 +60,9 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
         If the system refuses: no such folder, no permission, a full disk.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise InputError(f"Cannot write {path}: it is {kind}.")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -71,6 +76,49 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@final
+class Lock:
+    """A folder that no other process holds, for as long as this object lives."""
+
+    def __init__(self, descriptor: int | None):
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+
+
+_held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
+
+
+def lock(folder: Path) -> Lock:
+    """Hold a folder for this process, on systems and file systems that can do so.
+
+    Raises
+    ------
+    InputError
+        If another process holds it.
+    """
+    name = os.path.realpath(folder)
+    found = _held.get(name)
+    if found is None:
+        found = _held[name] = _locked(folder)
+    return found
+
+
+def _locked(folder: Path) -> Lock:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return Lock(None)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"Another process is writing to {folder}.") from error
+    except OSError:  # not on this file system
+        pass
+    return Lock(descriptor)
 
 
 def leftovers(folder: Path) -> list[Path]:

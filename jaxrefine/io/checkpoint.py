@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import equinox as eqx
 from jaxtyping import PyTree
@@ -51,12 +51,32 @@ def save_checkpoint(
         If the file cannot be written.
     """
     header = json.dumps({"format": _FORMAT, "metadata": metadata})
-    with atomic_path(path, previous) as temporary, open(temporary, "w+b") as file:
-        file.write(header.encode() + b"\n")
-        eqx.tree_serialise_leaves(file, tree)
-        file.seek(0)
-        digest = hashlib.file_digest(file, _DIGEST).digest()
-        file.write(digest)
+    with atomic_path(path, previous) as temporary, open(temporary, "wb") as file:
+        content = _Digested(file)
+        content.write(header.encode() + b"\n")
+        try:
+            eqx.tree_serialise_leaves(content, tree)
+        except RuntimeError as error:
+            # Equinox says where in the tree it was; a full disk is the file's matter.
+            reason = error
+            while isinstance(reason, RuntimeError):
+                reason = reason.__cause__
+            raise error if reason is None else reason from None
+        file.write(content.digest.digest())
+
+
+class _Digested:
+    """A file that is only written to, and the digest of what was.
+
+    NumPy writes to it by `write`, whose errors have a reason, unlike ``tofile``'s.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.digest = file, hashlib.new(_DIGEST)
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
 
 
 def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:

@@ -50,7 +50,6 @@ _PREPARED = {
     "rlnCtfDataArePhaseFlipped": "phase-flipped",
 }
 _SAME_PIXEL = 1e-3
-_UNIT_OF_DETECTOR_PIXEL = 1e4  # micrometres, in Angstrom
 
 
 @final
@@ -203,7 +202,9 @@ def write_particles(
         **_poses_in_style(blocks, table, particle_file, poses),
         **(extra or {}),
     }
-    read = _poses_in_style(blocks, table, particle_file, particle_file.poses)
+    read: Table = {}
+    if particle_file.has_poses:  # what else stands there was not read
+        read = _poses_in_style(blocks, table, particle_file, particle_file.poses)
     for column, values in columns.items():
         if len(values) != len(particle_file):
             raise InputError(
@@ -298,7 +299,7 @@ def image_identities(
     parts = [split_name(name, path) for name in table["rlnImageName"]]
     folders = search_folders(path)
     absolute = {
-        stack: Path(os.path.abspath(locate(stack, folders) or path.parent / stack))
+        stack: Path(os.path.realpath(locate(stack, folders) or path.parent / stack))
         for stack in {stack for _, stack in parts}
     }
     return [(number, absolute[stack]) for number, stack in parts]
@@ -323,8 +324,9 @@ _GROUP_OPTICS = {
 
 def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     if "rlnDefocusU" not in table:
-        if "rlnDefocusV" in table:
-            raise InputError(f"{path} has rlnDefocusV but lacks rlnDefocusU.")
+        for name in _PARTICLE_OPTICS:
+            if name in table:
+                raise InputError(f"{path} has {name} but lacks rlnDefocusU.")
         return None
     leaves = {}
     for name, (leaf, unit, default) in _PARTICLE_OPTICS.items():
@@ -379,22 +381,12 @@ def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) 
 
 def _pixel_size(blocks: dict[str, Table], table: Table, path: Path) -> float | None:
     """Return the one pixel size of a table, in Angstrom; None if it has none."""
-    if "rlnImagePixelSize" in blocks.get("optics", {}):
-        sizes = pixel_sizes(blocks, table, path)
-    elif "rlnPixelSize" in table:
-        sizes = numbers(table, "rlnPixelSize", path)
-    elif {"rlnDetectorPixelSize", "rlnMagnification"} <= table.keys():
-        detector = numbers(table, "rlnDetectorPixelSize", path)
-        magnification = numbers(table, "rlnMagnification", path)
-        sizes = np.zeros_like(detector)
-        with np.errstate(over="ignore"):
-            np.divide(detector, magnification, out=sizes, where=magnification > 0)
-            sizes = _UNIT_OF_DETECTOR_PIXEL * sizes
-    else:
+    own = {"rlnPixelSize"}, {"rlnDetectorPixelSize", "rlnMagnification"}
+    given = "rlnImagePixelSize" in blocks.get("optics", {})
+    if not (given or any(names <= table.keys() for names in own)):
         return None
+    sizes = pixel_sizes(blocks, table, path)
     smallest, largest = float(sizes.min()), float(sizes.max())
-    if smallest <= 0:
-        raise InputError(f"{path} has a pixel size that is not positive.")
     if largest - smallest > _SAME_PIXEL * largest:
         raise InputError(
             f"{path} has pixels of {smallest:g} to {largest:g} A; one size is wanted."

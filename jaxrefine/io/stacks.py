@@ -53,7 +53,13 @@ class StackImages:
     def __getitem__(
         self, indices: Int[np.ndarray, " chosen"]
     ) -> Float32[np.ndarray, "chosen m m"]:
-        """Read the images of an array of indices."""
+        """Read the images of an array of indices.
+
+        Raises
+        ------
+        InputError
+            If an image is constant, or holds a value that is not finite.
+        """
         indices = np.asarray(indices)
         images = np.empty((len(indices), *self.shape[1:]), np.float32)
         file, index = self.file[indices], self.index[indices]
@@ -63,6 +69,14 @@ class StackImages:
             stack, _ = self._map(self.paths[each])
             with np.errstate(over="ignore", invalid="ignore"):
                 images[rows] = stack[index[rows]]
+        least, most = images.min(axis=(1, 2)), images.max(axis=(1, 2))
+        good = np.isfinite(least) & np.isfinite(most) & (least < most)
+        if not good.all():
+            bad = int(np.argmin(good))
+            name = f"{index[bad] + 1:06d}@{self.paths[file[bad]]}"
+            if least[bad] == most[bad] and np.isfinite(least[bad]):
+                raise InputError(f"The image {name} is {least[bad]:g} everywhere.")
+            raise InputError(f"The image {name} holds a value that is not finite.")
         return images
 
 
@@ -142,11 +156,19 @@ def split_name(name: str, table: str | Path) -> tuple[int, str]:
 def search_folders(table: Path, datadir: str | Path | None = None) -> list[Path]:
     """Return where the stacks of a table are looked for, in this order.
 
-    In the table's folder, the working directory, `datadir`, and the folders above the
+    In `datadir`, the table's folder, the working directory, and the folders above the
     table's: RELION and cryoSPARC name a stack by its path from the project's folder.
+
+    Raises
+    ------
+    InputError
+        If `datadir` is not a folder.
     """
     given = [] if datadir is None else [Path(datadir)]
-    return [table.parent, Path(), *given, *folders_above(table)]
+    for folder in given:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder to look for stacks in.")
+    return [*given, table.parent, Path(), *folders_above(table)]
 
 
 def folders_above(table: Path) -> Sequence[Path]:
@@ -157,6 +179,9 @@ def folders_above(table: Path) -> Sequence[Path]:
 def locate(stack: str, folders: Sequence[Path]) -> Path | None:
     """Return the path of a stack, in the first folder that has it."""
     for folder in folders:
-        if os.path.isfile(folder / stack):
-            return Path(os.path.normpath(folder / stack))
+        path = folder / stack
+        if path.is_file():
+            # As the system does: the folder above a link's is that of its target.
+            above = ".." in path.parts
+            return Path(os.path.realpath(path.parent)) / path.name if above else path
     return None

@@ -26,6 +26,7 @@ class Pairs(Table):
 
 
 _LARGEST_WHOLE = 2**53  # up to which every whole number is a float
+_UNIT_OF_DETECTOR_PIXEL = 1e4  # micrometres, in Angstrom
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 _VALUE = re.compile(r"""\"(.*?)\"(?=\s|$)|'(.*?)'(?=\s|$)|(\S+)""", re.ASCII)
 _NEEDS_QUOTES = re.compile(r"""^$|\s|^(?:["'_#;]|data_|loop_)""")
@@ -293,10 +294,30 @@ def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
 def pixel_sizes(
     blocks: dict[str, Table], particles: Table, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
-    """Return the pixel size in Angstrom of each particle's optics group."""
-    sizes = of_optics_group(blocks, particles, "rlnImagePixelSize", path)
+    """Return the pixel size in Angstrom of each particle's image.
+
+    That of its optics group or, in older files, its own, or that of the detector over
+    the magnification.
+
+    Raises
+    ------
+    InputError
+        If none is there, or one is not positive.
+    """
+    old = "rlnImagePixelSize" not in blocks.get("optics", {})
+    if old and "rlnPixelSize" in particles:
+        sizes = numbers(particles, "rlnPixelSize", path)
+    elif old and {"rlnDetectorPixelSize", "rlnMagnification"} <= particles.keys():
+        detector = numbers(particles, "rlnDetectorPixelSize", path)
+        magnification = numbers(particles, "rlnMagnification", path)
+        sizes = np.zeros_like(detector)
+        with np.errstate(over="ignore"):
+            np.divide(detector, magnification, out=sizes, where=magnification > 0)
+            sizes = _UNIT_OF_DETECTOR_PIXEL * sizes
+    else:
+        sizes = of_optics_group(blocks, particles, "rlnImagePixelSize", path)
     if not (sizes > 0).all():
-        raise InputError(f"{path} has an rlnImagePixelSize that is not positive.")
+        raise InputError(f"{path} has a pixel size that is not positive.")
     return sizes
 
 
