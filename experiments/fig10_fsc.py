@@ -11,6 +11,7 @@ METHODS = (
     "oracle",
     "joint, post-processed",
     "joint",
+    "joint, matched first, post-processed",
     "joint, matched first",
     "RELION auto-refine, post-processed",
     "RELION auto-refine",

@@ -180,8 +180,8 @@ def main(study: Callable[[], None]) -> int:
     Bad input ends with a sentence and code 2, an interruption with code 130.
     """
     program = Path(sys.argv[0]).name
-    # As an interruption does, so that no program of RELION's is left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As an interruption, after which the programs of RELION's are ended, too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         study()
     except InputError as error:
@@ -193,4 +193,6 @@ def main(study: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command resumes", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0

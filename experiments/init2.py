@@ -4,8 +4,8 @@ Half of the particles each are refined by themselves, starting from a map and po
 RELION made ab initio (by projection matching where RELION is not installed), with the
 translations at zero. The half maps are combined, masked and filtered by their
 correlation. Beside that, the poses are first found anew by global matching with the
-initial map ("joint, matched first"): a third of RELION's are wrong at this stage, from
-which a local refinement does not return.
+initial map ("joint, matched first"), for those of RELION's that are too far off for a
+local refinement.
 
     python experiments/init2.py configs/hjc_init2.toml --preset small --volume MAP.mrc
 

@@ -10,7 +10,7 @@ import numpy as np
 import relion
 from comparison import Case, Method, Outcome, Record
 
-from jaxrefine import kbwf, paper, refine, spatial
+from jaxrefine import io, kbwf, paper, refine, spatial
 from jaxrefine.geometry import Poses
 from jaxrefine.matching import MatchConfig, match
 from jaxrefine.particles import Particles
@@ -63,9 +63,12 @@ def refinement(
 
     def run(case: Case, record: Record) -> Outcome:
         key, particles = jax.random.key(seed), particles_of(case)
-        poses = case.dataset.initial
-        if matching is not None:
+        poses, kept = case.dataset.initial, record.folder / "matched.eqx"
+        if matching is not None and kept.exists():
+            poses, _ = io.load_checkpoint(kept, poses)
+        elif matching is not None:
             poses = match(particles, case.initial_map, matching).poses
+            io.save_checkpoint(kept, poses, {})
         what = (particles, poses, case.initial_map, config)
         state = record.resume(refine.init(*what, key=key))
         record.expect(config.iterations)

@@ -72,9 +72,6 @@ class Sums(eqx.Module):
     def __add__(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)
 
-    def __sub__(self, other: "Sums") -> "Sums":
-        return jax.tree.map(jnp.subtract, self, other)
-
     @property
     def peak(self) -> Scalar:
         """Variance of the noise in a voxel of the back-projection, ``w[0]``."""

@@ -37,6 +37,7 @@ LEAST_BATCH = 16
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _MEMORY = Path("/proc/meminfo")
+_RECLAIMABLE = ("active_file", "inactive_file")  # files that were read
 _GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _PROGRAMS = 1200 * 2**20  # JAX with all compiled programs, on a CPU: fitted
 
@@ -129,8 +130,9 @@ def _left_by_groups() -> list[int]:
                 limit = int((folder / "memory.max").read_text())
                 used = int((folder / "memory.current").read_text())
                 stat = (folder / "memory.stat").read_text().split()
-                cache = int(stat[stat.index("inactive_file") + 1])
-                left.append(max(limit - used + cache, 0))
+                cached = (stat.index(name) + 1 for name in _RECLAIMABLE)
+                used -= sum(int(stat[place]) for place in cached)
+                left.append(max(limit - used, 0))
     return left
 
 

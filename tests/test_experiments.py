@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -222,21 +221,27 @@ def test_a_study_that_stops_says_why(harness, capsys, error, code, words):
     assert words in err and err.count("\n") == 1
 
 
-def test_a_terminated_study_stops_as_an_interrupted_one(harness, capsys):
-    """What it has started is ended, as ``finally`` says; the default would not."""
-    ended, before = [], signal.getsignal(signal.SIGTERM)
+TERMINATED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import harness
 
-    def study():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            ended.append(True)
-
+def study():
     try:
-        assert harness.main(study) == 130 and ended
+        os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "interrupted" in capsys.readouterr().err
+        print("ended")
+
+sys.exit(harness.main(study))
+"""
+
+
+def test_a_terminated_study_stops_as_an_interrupted_one():
+    """What it has started is ended, as ``finally`` says; by default it would not."""
+    words = [sys.executable, "-c", TERMINATED, str(EXPERIMENTS)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "ended\n")
+    assert "interrupted" in done.stderr
 
 
 def test_every_method_has_files_of_its_own(init1, harness):

@@ -148,7 +148,9 @@ def test_what_a_job_is_left(tmp_path, monkeypatch, limits, left):
         here = tmp_path / "groups" / folder
         (here / "memory.max").write_text(f"{limit}\n")
         (here / "memory.current").write_text("1000\n")
-        (here / "memory.stat").write_text("anon 800\ninactive_file 100\n")
+        (here / "memory.stat").write_text(
+            "anon 800\ninactive_file 60\nactive_file 40\n"
+        )
     monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_GROUP", tmp_path / "own")
     monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")

@@ -16,7 +16,7 @@ import jax
 from jaxrefine import io
 from jaxrefine.demo import peak_rss_mib
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import leftovers, lock, writing
+from jaxrefine.io._atomic import Lock, leftovers, lock
 from jaxrefine.io.checkpoint import DamagedCheckpoint
 
 _METRICS = "metrics.jsonl"
@@ -27,7 +27,8 @@ class RunFolder:
 
     A report, ``NAME.json``, is written first and marks the folder; it is written again,
     with ``finished`` true, when all else is there. A run that is killed, or whose disk
-    is full, loses no more than the iteration that it was in.
+    is full, loses no more than the iteration that it was in. On a local disk no other
+    process can write there meanwhile (network file systems may not tell).
 
     Parameters
     ----------
@@ -54,17 +55,17 @@ class RunFolder:
         self.finished, self._made, self._kept = False, not path.exists(), {}
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; a folder to write to is wanted.")
+        with io.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._lock: Lock | None = lock(path)
         if self._report.exists():
             self._recognise()
-        elif path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
+        elif set(path.iterdir()) - set(leftovers(path)):
             raise InputError(
                 f"{path} holds files but no {report}; name a new or an empty folder."
             )
         else:
-            with writing(path):
-                path.mkdir(parents=True, exist_ok=True)
             self._write(finished=False)
-        self._lock = lock(path)
         for remains in leftovers(path) + leftovers(self._newest.parent):
             remains.unlink()
 
@@ -73,13 +74,14 @@ class RunFolder:
         old = report.get("settings") if isinstance(report, dict) else None
         if not isinstance(old, dict):
             raise InputError(f"{self._report} is not the report of such a run.")
-        names = self._settings.keys() | old.keys()
-        # An option that an older version did not have is one that is not given.
-        others = sorted(
-            name
-            for name in names
-            if (old.get(name) or None) != (self._settings.get(name) or None)
-        )
+        new, absent = self._settings, object()
+        others = []
+        for name in sorted(new.keys() | old.keys()):
+            pair = old.get(name, absent), new.get(name, absent)
+            # Of another version, to which an option that is not given is none.
+            unknown = absent in pair and (None in pair or any(x is False for x in pair))
+            if pair[0] != pair[1] and not unknown:
+                others.append(name)
         if others:
             raise InputError(
                 f"{self.path} holds a run with another {', '.join(others)}; repeat its "
@@ -101,6 +103,7 @@ class RunFolder:
             return
         for path in (self._report, self.path / _METRICS):
             path.unlink(missing_ok=True)
+        self._lock = None
         state = self._newest.parent
         for folder in (state, self.path) if self._made else (state,):
             with suppress(OSError):  # absent, or with somebody else's files
@@ -165,7 +168,7 @@ class RunFolder:
         for line in lines:
             with suppress(ValueError):  # a damaged line is not worth the results
                 rows.append(json.loads(line))
-        return rows
+        return [row for row in rows if isinstance(row, dict)]
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run is made with, and what it has taken so far."""

@@ -3,7 +3,6 @@
 import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from jaxrefine.particles import Particles
 from jaxrefine.postprocess import check_mask
 from jaxrefine.resample import resample
 
-_IGNORED = ("rlnBeamTilt", "rlnOddZernike", "rlnEvenZernike", "rlnMagMat")
+_IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
+_IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
+_TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
 _SAME_VOXEL = 1e-3
 _CIRCLE = 0.75  # of the images' side: what is not background, by default
 
@@ -119,8 +120,12 @@ def _say_what_is_ignored(source: io.ParticleFile) -> None:
             "contrast-transfer function",
             file=sys.stderr,
         )
-    names = {name for block in source.blocks.values() for name in block}
-    ignored = sorted(name for name in names if name.startswith(_IGNORED))
+    ignored = [
+        name
+        for block in source.blocks.values()
+        for name, values in block.items()
+        if name in _IGNORED and set(values) - _TRIVIAL
+    ]
     if ignored:
         print(
             f"{source.path}: {', '.join(ignored)} are ignored; optics are defocus, "
@@ -221,48 +226,3 @@ def shell(flag: str, resolution: float, particles: Particles) -> int:
             f"{resolution:g}."
         )
     return math.floor(box / resolution)
-
-
-def check_mask_voxel(path: Path, voxel: float) -> None:
-    """Refuse a mask whose header gives other voxels than the maps', in angstroms.
-
-    Raises
-    ------
-    InputError
-        If it does.
-    """
-    its = io.voxel_size(path)
-    if its is not None and abs(its - voxel) > _SAME_VOXEL * voxel:
-        raise InputError(
-            f"The mask wants the maps' voxel size {voxel:g} A, not {its:g} A ({path})."
-        )
-
-
-def check_folder(out: Path) -> None:
-    """Refuse to write where no file can be made, or a folder has this name.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
-    if not out.parent.is_dir():
-        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
-    if out.exists() and not out.is_file():
-        kind = "a folder" if out.is_dir() else "not a regular file"
-        raise InputError(f"Cannot write {out}: it is {kind}.")
-    with io.writing(out), tempfile.TemporaryFile(dir=out.parent):
-        pass
-
-
-def check_output(out: Path, *inputs: Path) -> None:
-    """Refuse to write over an input.
-
-    Raises
-    ------
-    InputError
-        If the file to write is one of the inputs.
-    """
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"Cannot write {out}: it is an input.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, metrics, symmetry
-from jaxrefine.cli._images import check_folder, check_output
+from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
 
 _SHOWN = (
@@ -39,7 +39,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the errors of the poses; write them where it was asked for."""
     if options.json is not None:
-        check_folder(options.json)
+        check_writable(options.json)
         check_output(options.json, options.result, options.truth)
     operators = symmetry.operators(options.symmetry)
     paths = (options.result, options.truth)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, metrics, plots
-from jaxrefine.cli._images import check_folder, check_mask_voxel, check_output
+from jaxrefine.cli._maps import read_mask, read_pair
+from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
 
 
@@ -31,29 +32,14 @@ def run(options: argparse.Namespace) -> None:
     inputs = [path for path in (options.a, options.b, options.mask) if path is not None]
     for path in (options.json, options.png):
         if path is not None:
-            check_folder(path)
+            check_writable(path)
             check_output(path, *inputs)
-    a, voxel = io.read_mrc(options.a)
-    b, other = io.read_mrc(options.b)
-    if a.shape != b.shape:
-        raise InputError(
-            f"The maps want the same size, not {a.shape[0]}^3 ({options.a}) and "
-            f"{b.shape[0]}^3 ({options.b})."
-        )
-    if abs(voxel - other) > 1e-3 * voxel:
-        raise InputError(
-            f"The maps want the same voxel size, not {voxel:g} A ({options.a}) and "
-            f"{other:g} A ({options.b})."
-        )
+    if options.json is not None and options.json == options.png:
+        raise InputError(f"--json and --png want two files, not {options.json} twice.")
+    a, b, voxel = read_pair(options.a, options.b)
     mask = None
     if options.mask is not None:
-        mask, _ = io.read_mrc(options.mask)
-        if mask.shape != a.shape:
-            raise InputError(
-                f"The mask wants the maps' size {a.shape[0]}^3, not "
-                f"{mask.shape[0]}^3 ({options.mask})."
-            )
-        check_mask_voxel(options.mask, voxel)
+        mask = read_mask(options.mask, len(a), options.a)
     for path, volume in ((options.a, a), (options.b, b)):
         if not (volume if mask is None else volume * mask).any():
             where = "everywhere" if mask is None else f"within {options.mask}"

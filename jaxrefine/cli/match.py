@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrefine import io, matching, progress
 from jaxrefine.cli import _images
+from jaxrefine.cli._outputs import check_output, check_writable
 
 
 def add(commands) -> None:
@@ -62,7 +63,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Match the particles; write them with the poses found."""
     out = options.out
-    _images.check_folder(out)
+    check_writable(out)
     config = matching.MatchConfig(
         options.angle_step,
         options.max_shift,
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     source = _images.read(options, with_poses=False)
-    _images.check_output(out, source.path, options.map, *source.stacks.values())
+    check_output(out, source.path, options.map, *source.stacks.values())
     volume = _images.read_map(options.map, source, options.resample)
     if options.resolution is not None:
         r_max = _images.shell("--resolution", options.resolution, source.particles)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrefine import io, plots
 from jaxrefine.cli._folder import RunFolder, file_digest
-from jaxrefine.cli._images import check_mask_voxel
+from jaxrefine.cli._maps import read_mask, read_pair
 from jaxrefine.errors import InputError
 from jaxrefine.postprocess import GuinierFit, Postprocessed, postprocess, soft_mask
 
@@ -61,24 +61,12 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
-    half1, voxel = io.read_mrc(options.half1)
-    half2, other = io.read_mrc(options.half2)
-    if abs(voxel - other) > 1e-3 * voxel:
-        raise InputError(
-            f"The maps want the same voxel size, not {voxel:g} A ({options.half1}) and "
-            f"{other:g} A ({options.half2})."
-        )
-    if half1.shape != half2.shape:
-        raise InputError(
-            f"The maps want the same size, not {half1.shape[0]}^3 ({options.half1}) "
-            f"and {half2.shape[0]}^3 ({options.half2})."
-        )
+    half1, half2, voxel = read_pair(options.half1, options.half2)
     maps = jnp.asarray(half1), jnp.asarray(half2)
     if options.mask is None:
         mask = soft_mask((maps[0] + maps[1]) / 2, voxel)
     else:
-        mask = jnp.asarray(io.read_mrc(options.mask)[0])
-        check_mask_voxel(options.mask, voxel)
+        mask = jnp.asarray(read_mask(options.mask, len(half1), options.half1))
     result = postprocess(
         *maps,
         mask,

@@ -7,6 +7,7 @@ import jax
 
 from jaxrefine import io, refine
 from jaxrefine.cli import _images
+from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
 
 
@@ -39,7 +40,11 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Make the map, and the half maps if they were asked for."""
     out = options.out
-    _images.check_folder(out)
+    written = [out]
+    if options.half_sets:
+        written += [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]
+    for path in written:
+        check_writable(path)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(
             f"--batch-size wants a value of at least 1, not {options.batch_size}."
@@ -51,9 +56,8 @@ def run(options: argparse.Namespace) -> None:
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
     config = refine.RefineConfig(symmetry=options.symmetry, **chosen)
     source = _images.read(options, with_poses=True)
-    halves = [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]
-    for path in (out, *halves):
-        _images.check_output(path, source.path, *source.stacks.values())
+    for path in written:
+        check_output(path, source.path, *source.stacks.values())
 
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None
@@ -61,11 +65,8 @@ def run(options: argparse.Namespace) -> None:
         source.particles, source.poses, config, key=key, subsets=subsets
     )
     pixel = source.particles.pixel_size_in_angstroms
-    io.write_mrc(out, result.volume, pixel)
-    written = [out]
-    if options.half_sets:
-        written += halves
-        for path, half in zip(halves, result.half_maps, strict=True):
-            io.write_mrc(path, half, pixel)
+    maps = (result.volume, *result.half_maps)
+    for path, volume in zip(written, maps, strict=False):
+        io.write_mrc(path, volume, pixel)
     names = ", ".join(str(path) for path in written)
     print(f"{len(source)} particles, lambda {result.lam:.4g}: {names}")

@@ -117,8 +117,8 @@ def run(options: argparse.Namespace) -> None:
     except InputError:
         folder.abandon()
         raise
-    columns = outcome.columns | _changes(source.poses, outcome.poses)
-    outcome = replace(outcome, columns=columns)
+    changes = _changes(source.poses, outcome.poses)
+    outcome = replace(outcome, columns=outcome.columns | changes)
     _write(options.out, source, outcome)
     settings = _describe(config)
     told = _report(options, source, volume, settings, outcome, folder)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -60,9 +61,7 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
         If the system refuses: no such folder, no permission, a full disk.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "not a regular file"
-        raise InputError(f"Cannot write {path}: it is {kind}.")
+    _refuse_special(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -78,6 +77,25 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Try whether a file can be written, and leave nothing behind.
+
+    Raises
+    ------
+    InputError
+        If it cannot, or something other than a file is there.
+    """
+    _refuse_special(path)
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _refuse_special(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise InputError(f"Cannot write {path}: it is {kind}.")
+
+
 @final
 class Lock:
     """A folder that no other process holds, for as long as this object lives."""
@@ -87,21 +105,27 @@ class Lock:
             weakref.finalize(self, os.close, descriptor)
 
 
-_held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
+# What this process holds, by device and inode: a process does not stand in its own way.
+_held: weakref.WeakValueDictionary[tuple[int, int], Lock] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def lock(folder: Path) -> Lock:
-    """Hold a folder for this process, on systems and file systems that can do so.
+    """Hold a folder for this process, where the file system can do so.
+
+    Network file systems often cannot, since a folder cannot be opened for writing.
 
     Raises
     ------
     InputError
         If another process holds it.
     """
-    name = os.path.realpath(folder)
-    found = _held.get(name)
+    status = os.stat(folder)
+    key = (status.st_dev, status.st_ino)
+    found = _held.get(key)
     if found is None:
-        found = _held[name] = _locked(folder)
+        found = _held[key] = _locked(folder)
     return found
 
 

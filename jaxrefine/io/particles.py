@@ -114,8 +114,8 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     path
         A STAR file of RELION, of any version, or a ``.cs`` file of cryoSPARC.
     datadir
-        Stacks whose path is relative are looked for in the folder of the file, in the
-        working directory, here, then in the folders above that of the file.
+        Stacks whose path is relative are looked for here, in the folder of the file, in
+        the working directory, then in the folders above that of the file.
 
     Raises
     ------
