@@ -7,10 +7,10 @@ From the same start as Init-1, the joint refinement is run as it is and less one
   search too;
 - gradient descent: three steps on the poses (the paper's ``K_GD``) in the place of
   three of Levenberg and Marquardt, scaled by the curvature of each coordinate;
-- one hypothesis: the best candidate of each search alone is followed.
-
-The weights of the shells by their signal and noise are always on: the engine measures
-the noise in each iteration, and `RefineConfig` has nothing to say about it.
+- one hypothesis: the best candidate of each search alone is followed;
+- no SNR weighting: poses are compared with the maps as they are, whose shells are
+  otherwise weighted by how far the other fold's images bear them out. The engine has no
+  switch for that; the measured weights are replaced by 1.
 
     python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
 
@@ -21,15 +21,18 @@ prints a table, and stores it with curves and maps in the run directory.
 import sys
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import cases
 import comparison
 import harness
 import init1
+import jax.numpy as jnp
 import methods
 import optax
-from comparison import Case, Method
+from comparison import Case, Method, Outcome, Record
 
+from jaxrefine import crossfit
 from jaxrefine.refine import RefineConfig
 from jaxrefine.tangent import Descent
 
@@ -52,10 +55,24 @@ def reduced(size: int) -> dict[str, RefineConfig]:
 
 def without(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return the joint refinement less one part."""
-    return {
-        name: methods.refinement(settings, config["seed"])
+    seed = config["seed"]
+    chosen = {
+        name: methods.refinement(settings, seed)
         for name, settings in reduced(len(case.truth)).items()
     }
+    full = methods.refinement(RefineConfig(), seed)
+    return {**chosen, "no SNR weighting": unweighted(full)}
+
+
+def unweighted(method: Method) -> Method:
+    """Return a refinement for which every shell of a map has the weight 1."""
+    ones = property(lambda sums: jnp.ones_like(sums.model))
+
+    def run(case: Case, record: Record) -> Outcome:
+        with patch.object(crossfit.ShellSums, "gain", ones):
+            return method.run(case, record)
+
+    return Method(run)
 
 
 FAMILIES = {"engine": init1.engine, "without": without}

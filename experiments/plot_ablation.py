@@ -28,6 +28,7 @@ METHODS = (
     "no marching",
     "gradient descent",
     "one hypothesis",
+    "no SNR weighting",
     "unrefined",
 )
 

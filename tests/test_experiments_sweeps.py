@@ -193,7 +193,8 @@ def test_ablation_runs_and_marches_only_where_it_can(study, tmp_path):
         )
         assert study.run("ablation", *words) == 0
     results = read(out)
-    assert list(results) == ["oracle", "unrefined", "joint", *some]
+    assert list(results) == ["oracle", "unrefined", "joint", *some, "no SNR weighting"]
+    assert results["no SNR weighting"]["fsc"] != results["joint"]["fsc"]
     joint, marchless, startless = (results[name] for name in ("joint", *some[::-1]))
     assert marchless["fsc"] == joint["fsc"] != startless["fsc"]
     assert {row["searched"] for row in startless["history"]} == {0}
