@@ -323,3 +323,64 @@ def test_a_map_and_its_poses_are_brought_to_the_truths_place(init1, mirrored):
     assert float(jnp.min(fsc(moved, truth)[: n // 2 - 1])) > 0.99
     distance = geodesic_distance(found, poses.rotations)
     assert float(jnp.max(distance[10:])) < 0.02
+
+
+STOP_MATCHED = """
+import sys
+
+experiments, *words = sys.argv[1:]
+sys.argv = ["init2.py", *words]
+sys.path.insert(0, experiments)
+import harness, init2
+from jaxrefine import io
+
+save = io.save_checkpoint
+
+def stopping(path, *content):
+    save(path, *content)
+    if path.parent.name == "joint_matched_first" and path.name == "state.eqx":
+        raise KeyboardInterrupt
+
+io.save_checkpoint = stopping
+sys.exit(harness.main(init2.main))
+"""
+
+
+@pytest.mark.slow
+def test_init2_carries_on_and_is_drawn(tmp_path):
+    """From RELION's ab-initio map where it is installed, else from matching."""
+    out = tmp_path / "run"
+    words = ["configs/hjc_init2.toml", "--preset", "smoke", "--out", str(out)]
+    program = [sys.executable, "-c", STOP_MATCHED, str(EXPERIMENTS)]
+    stopped = subprocess.run(
+        [*program, *words], check=False, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    kept = out / "work/joint_matched_first/matched.eqx"
+    stamp, before = kept.stat().st_mtime_ns, timeless(out)
+    assert list(before) == ["oracle", "unrefined", "joint", "joint, post-processed"]
+    again = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / "init2.py"), *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert again.returncode == 0, again.stderr
+    assert kept.stat().st_mtime_ns == stamp
+    after = timeless(out)
+    assert {name: after[name] for name in before} == before
+    assert list(after)[-2:] == [
+        "joint, matched first",
+        "joint, matched first, post-processed",
+    ]
+    for script in ("fig09_slices", "fig10_fsc", "fig11_angle_errors"):
+        picture = tmp_path / f"{script}.png"
+        drawn = subprocess.run(
+            [sys.executable, str(EXPERIMENTS / f"{script}.py"), out, "--out", picture],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert drawn.returncode == 0, drawn.stderr
+        assert picture.stat().st_size > 10_000
