@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine import metrics, plots
-from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.geometry import Poses
 from jaxrefine.io._atomic import atomic_path
 
 Row = Mapping[str, Any]
@@ -114,10 +114,12 @@ class Report:
         The command line of the run.
     pixel_size_in_angstroms
         Of the images and the maps.
-    initial_poses, poses
-        As they were given, and refined.
+    poses
+        As they were refined.
+    angle_change_in_degrees, shift_change_in_pixels
+        How far each pose has moved from the given one.
     initial_map, volume
-        The same of the map; their scales may differ.
+        As it was given, and refined; their scales may differ.
     rows
         A row of ``metrics.jsonl`` for every outer iteration.
     settings
@@ -141,8 +143,9 @@ class Report:
     title: str
     command: str
     pixel_size_in_angstroms: float
-    initial_poses: Poses
     poses: Poses
+    angle_change_in_degrees: Float[np.ndarray, " particles"]
+    shift_change_in_pixels: Float[np.ndarray, " particles"]
     initial_map: Float[np.ndarray, "n n n"]
     volume: Float[np.ndarray, "n n n"]
     rows: Sequence[Row]
@@ -301,24 +304,17 @@ def _pose_pictures(report: Report) -> Iterator[Element]:
     shown = report.determined
     if not shown.any():
         return
-    rotations = report.poses.rotations
-    old = report.initial_poses.rotations.astype(rotations.dtype)
     yield _figure(
         f"Orientation distribution: where {shown.sum()} particles are seen from. Cells "
         "are of equal solid angle.",
         f"Map of the viewing directions (rot, tilt) of {shown.sum()} particles: their "
         "density relative to a uniform one.",
         _draw_views,
-        np.asarray(rotations)[shown, 2],
-    )
-    turned = jnp.rad2deg(geodesic_distance(rotations, old))
-    moved = np.linalg.norm(
-        np.asarray(report.poses.shifts) - np.asarray(report.initial_poses.shifts),
-        axis=-1,
+        np.asarray(report.poses.rotations)[shown, 2],
     )
     for values, what, unit in (
-        (turned, "turn from the given orientation", "degrees"),
-        (moved, "move from the given position", "pixels"),
+        (report.angle_change_in_degrees, "turn from the given orientation", "degrees"),
+        (report.shift_change_in_pixels, "move from the given position", "pixels"),
         (report.angle_std_in_degrees, "error bar of the orientation", "degrees"),
         (report.shift_std_in_pixels, "error bar of the position", "pixels"),
     ):

@@ -67,11 +67,9 @@ def published(rng):
         title=f"Refinement of {EVIL}",
         command=f"jaxrefine refine '{EVIL}'",
         pixel_size_in_angstroms=PIXEL,
-        initial_poses=Poses(
-            (angles + jnp.asarray([[0.0, 0.0, 0.25]])).astype(jnp.float32),
-            (shifts + 3.0).astype(jnp.float32),
-        ),
         poses=Poses(angles, shifts),
+        angle_change_in_degrees=np.full(COUNT, 14.3),
+        shift_change_in_pixels=np.full(COUNT, 4.24),
         initial_map=1e-3 * volume,
         volume=volume + 0.1 * rng.normal(size=(N, N, N)),
         rows=[{"iteration": i, "objective": 10.0 / i, "new": None} for i in (1, 2)],

@@ -174,7 +174,8 @@ def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str,
 
 def _changes(given: Poses, found: Poses) -> dict[str, np.ndarray]:
     """Return how far each pose has moved: the angle of its turn, and pixels."""
-    turn = jax.jit(geodesic_distance)(given.rotations, found.rotations)
+    old = given.rotations.astype(found.rotations.dtype)
+    turn = jax.jit(geodesic_distance)(old, found.rotations)
     move = np.asarray(found.shifts, float) - np.asarray(given.shifts, float)
     return {
         "jaxrefineAngleChange": np.rad2deg(np.asarray(turn)),
@@ -217,8 +218,9 @@ def _report(
         title=f"Refinement of {options.particles.name}",
         command=options.command_line,
         pixel_size_in_angstroms=source.particles.pixel_size_in_angstroms,
-        initial_poses=source.poses,
         poses=outcome.poses,
+        angle_change_in_degrees=columns["jaxrefineAngleChange"],
+        shift_change_in_pixels=columns["jaxrefineShiftChange"],
         initial_map=np.asarray(volume),
         volume=outcome.volume,
         rows=folder.rows(),
