@@ -1,4 +1,4 @@
-"""Images as they come: contrast, background and what lies beyond the particle.
+"""Images as they come: pixels, contrast, background, what lies beyond the particle.
 
 Micrographs differ in thickness and dose, so particles are brought to one scale by their
 background, the pixels outside of a circle, as RELION's preprocessing does. Protein is
@@ -13,9 +13,67 @@ from jaxtyping import Bool, Float, Float32
 
 from jaxrefine.errors import InputError
 from jaxrefine.particles import ImageSource
+from jaxrefine.resample import interpolation_matrix
 
 _FEWEST = 16  # pixels that a background is measured from
 _EDGE = 5.0  # pixels, as wide as RELION's
+LARGEST_STEP = 1.25  # up to which particles of 3/4 of the box show once when resampled
+
+
+@final
+@dataclass(frozen=True)
+class Resampled:
+    """Images of one side but several pixel sizes on the largest of these, when read.
+
+    An image is the trigonometric polynomial through its pixels, without frequencies
+    beyond the new Nyquist frequency, and goes on periodically where the new image sees
+    beyond the old one: background there is as noisy as elsewhere, but repeats. Values
+    are multiplied by the step, so that white noise keeps its variance: images that were
+    normalised stay so. The origin stays the pixel ``m // 2``.
+
+    Parameters
+    ----------
+    source
+        Images of shape ``(P, m, m)``.
+    step
+        The new edge of a pixel over that of each image's own, 1 to 1.25. Images of
+        step 1 stay as they are.
+
+    Raises
+    ------
+    InputError
+        If the steps are out of range, or not as many as the images.
+    """
+
+    source: ImageSource
+    step: Float[np.ndarray, " P"]
+
+    def __post_init__(self):
+        count, least, most = len(self.step), self.step.min(), self.step.max()
+        if count != self.shape[0]:
+            raise InputError(
+                f"{count} pixel sizes came with {self.shape[0]} images; one for each "
+                "is wanted."
+            )
+        if not 1 <= least <= most <= LARGEST_STEP:
+            raise InputError(
+                f"Pixels were to grow by factors of {least:g} to {most:g}; 1 to "
+                f"{LARGEST_STEP:g} is wanted."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of particles, rows and columns."""
+        return tuple(self.source.shape)
+
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
+        images = np.array(self.source[indices], np.float32)
+        steps, m = self.step[indices], self.shape[-1]
+        for step in np.unique(steps[steps != 1]):
+            along = interpolation_matrix(m, m, step).astype(np.float32)
+            chosen = steps == step
+            images[chosen] = step * (along @ images[chosen] @ along.T)
+        return images
 
 
 @final

@@ -78,17 +78,29 @@ def resample(
             f"{pixel:g}; positive numbers are wanted."
         )
     n = volume.shape[0]
-    k = np.arange(-(n // 2), n // 2 + 1)
-    old = np.arange(n) - n // 2
     new = (np.arange(size) - size // 2) * (pixel / voxel)
-    beyond = np.abs(k) - n / 2 * min(1.0, voxel / pixel)
-    share = np.where(beyond < -_ROUNDING, 1.0, np.where(beyond < _ROUNDING, 0.5, 0.0))
-    waves = share / n * np.exp(2j * np.pi / n * np.outer(new, k))
-    along = (waves @ np.exp(-2j * np.pi / n * np.outer(k, old))).real
     inside = np.abs(new + (1 - n % 2) / 2) < n / 2 + _ROUNDING
-    matrix = jnp.asarray(along * inside[:, None], volume.dtype)
+    along = interpolation_matrix(n, size, pixel / voxel) * inside[:, None]
+    matrix = jnp.asarray(along, volume.dtype)
     return jnp.einsum(
         "zi,yj,xk,ijk->zyx",
         *(matrix, matrix, matrix, volume),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def interpolation_matrix(
+    n: int, size: int, step: float
+) -> Float[np.ndarray, "{size} {n}"]:
+    """Return what samples a periodic row of ``n`` at ``size`` places, ``step`` apart.
+
+    The row is the trigonometric polynomial of `resample`, without frequencies beyond
+    those of the new samples. The origins of both are their samples ``n // 2``.
+    """
+    k = np.arange(-(n // 2), n // 2 + 1)
+    old = np.arange(n) - n // 2
+    new = (np.arange(size) - size // 2) * step
+    beyond = np.abs(k) - n / 2 * min(1.0, 1 / step)
+    share = np.where(beyond < -_ROUNDING, 1.0, np.where(beyond < _ROUNDING, 0.5, 0.0))
+    waves = share / n * np.exp(2j * np.pi / n * np.outer(new, k))
+    return (waves @ np.exp(-2j * np.pi / n * np.outer(k, old))).real

@@ -718,8 +718,8 @@ BAD_TABLES = {
         "rlnVoltage: positive",
     ),
     "two pixel sizes": (
-        lambda _, groups: groups.update(rlnImagePixelSize=["1.5", "1.6"]),
-        "pixels of 1.5 to 1.6 A",
+        lambda _, groups: groups.update(rlnImagePixelSize=["1.5", "1.9"]),
+        "pixels of 1.5 to 1.9 A",
     ),
     "subset": (
         lambda table, _: table.update(rlnRandomSubset=["1", "1.5", "2"]),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.background import Masked, Normalised
+from jaxrefine.background import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.particles import Particles
 from jaxrefine.postprocess import check_mask
@@ -85,7 +85,7 @@ def read(
             f"{options.particles} names images of {m} x {m} pixels; an even side is "
             "wanted, here and by RELION."
         )
-    _say_what_is_ignored(source)
+    _say_what_is_done(source)
     box = box_of(particles)
     diameter = options.particle_diameter
     if diameter is not None and not 0 < diameter <= box:
@@ -112,8 +112,15 @@ def read(
     return replace(source, particles=particles)
 
 
-def _say_what_is_ignored(source: io.ParticleFile) -> None:
-    """Tell of optics that the table gives but no model here has, or does not give."""
+def _say_what_is_done(source: io.ParticleFile) -> None:
+    """Tell of images that are resampled, and of optics ignored or not given."""
+    pixel, smallest = source.particles.pixel_size_in_angstroms, source.pixel_sizes.min()
+    if isinstance(source.particles.images, Resampled):
+        print(
+            f"{source.path}: images with pixels of {smallest:g} A and more are "
+            f"resampled to {pixel:g} A",
+            file=sys.stderr,
+        )
     if source.particles.ctf is None:
         print(
             f"{source.path} gives no defocus: its images are taken to have no "

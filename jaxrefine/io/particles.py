@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrefine.background import LARGEST_STEP, Resampled
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -66,7 +67,10 @@ class ParticleFile:
     particles
         The images, which are read when they are asked for, with their optics.
     poses
-        The poses: radians, and shifts in pixels.
+        The poses: radians, and shifts in pixels of `particles`.
+    pixel_sizes
+        Of each image in its stack, in Angstrom. Where optics groups differ, the images
+        of `particles` are brought to the largest (`background.Resampled`).
     has_poses
         Whether the file has them: if it has neither ``rlnAngleRot`` nor
         ``rlnAngleTilt``, all poses are zero.
@@ -81,6 +85,7 @@ class ParticleFile:
     blocks: dict[str, Table] = field(repr=False)
     particles: Particles = field(repr=False)
     poses: Poses = field(repr=False)
+    pixel_sizes: Float[np.ndarray, " particles"] = field(repr=False)
     has_poses: bool
     random_subset: Int[np.ndarray, " particles"] | None = field(repr=False)
     optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
@@ -103,7 +108,8 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     """Read a table of particles; the images stay where they are.
 
     The pixel size is ``rlnImagePixelSize`` of the optics groups, ``rlnPixelSize``,
-    ``rlnDetectorPixelSize`` over ``rlnMagnification``, or that of the first stack. The
+    ``rlnDetectorPixelSize`` over ``rlnMagnification``, or that of the first stack.
+    Where there are several, images are brought to the largest as they are read. The
     optics are read if there is a column ``rlnDefocusU``; columns of the particles take
     precedence over those of their optics group. Beam tilt and higher aberrations are
     ignored. Each optics group has a noise spectrum of its own (`particles.Particles`);
@@ -121,9 +127,9 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     ------
     InputError
         If the file is not a table of particles with images, if a stack is missing,
-        damaged or too short, if images or pixels differ in size, if there are some but
-        not all columns of poses or of optics, or if the images are multiplied by their
-        CTF or its sign.
+        damaged or too short, if images differ in size, or pixels by more than 25 %, if
+        there are some but not all columns of poses or of optics, or if the images are
+        multiplied by their CTF or its sign.
     """
     path = Path(path)
     blocks = read_blocks(path)
@@ -140,10 +146,19 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         angles, shifts = poses_of(blocks, path)
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
-    pixel = _pixel_size(blocks, table, path) or images.pixel_size_in_angstroms
     ctf = _ctf(blocks, table, path)
-    if pixel is None and ctf is not None:
-        raise InputError(f"{path} gives defoci but no pixel size, nor do its stacks.")
+    sizes = _pixel_sizes(blocks, table, path)
+    if sizes is None:
+        if images.pixel_size_in_angstroms is None and ctf is not None:
+            raise InputError(
+                f"{path} gives defoci but no pixel size, nor do its stacks."
+            )
+        sizes = np.full(count, images.pixel_size_in_angstroms or 1.0)
+    pixel = float(sizes.max())
+    shifts *= (sizes / pixel)[:, None]
+    source = images
+    if sizes.min() < pixel * (1 - _SAME_PIXEL):
+        source = Resampled(images, pixel / sizes)
     subset, group = (
         whole_numbers(table, name, path) if name in table else None
         for name in ("rlnRandomSubset", "rlnOpticsGroup")
@@ -152,8 +167,9 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     return ParticleFile(
         path,
         blocks,
-        Particles(images, ctf, pixel or 1.0, places),
+        Particles(source, ctf, pixel, places),
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
+        sizes,
         has_poses,
         subset,
         group,
@@ -379,33 +395,38 @@ def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) 
         )
 
 
-def _pixel_size(blocks: dict[str, Table], table: Table, path: Path) -> float | None:
-    """Return the one pixel size of a table, in Angstrom; None if it has none."""
+def _pixel_sizes(
+    blocks: dict[str, Table], table: Table, path: Path
+) -> Float[np.ndarray, " particles"] | None:
+    """Return the pixel size of each image, in Angstrom; None if the table has none."""
     own = {"rlnPixelSize"}, {"rlnDetectorPixelSize", "rlnMagnification"}
     given = "rlnImagePixelSize" in blocks.get("optics", {})
     if not (given or any(names <= table.keys() for names in own)):
         return None
     sizes = pixel_sizes(blocks, table, path)
     smallest, largest = float(sizes.min()), float(sizes.max())
-    if largest - smallest > _SAME_PIXEL * largest:
+    if largest > LARGEST_STEP * smallest:
         raise InputError(
-            f"{path} has pixels of {smallest:g} to {largest:g} A; one size is wanted."
+            f"{path} has pixels of {smallest:g} to {largest:g} A; sizes that differ by "
+            f"{LARGEST_STEP - 1:.0%} at most are wanted."
         )
-    return float(sizes[0])
+    return sizes
 
 
 def _poses_in_style(
     blocks: dict[str, Table], table: Table, particle_file: ParticleFile, poses: Poses
 ) -> Table:
     """Return the columns of poses, with origins in the units that a table wants."""
-    angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts)
+    pixel = particle_file.particles.pixel_size_in_angstroms
+    angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts, np.float64)
     in_angstroms = "rlnImagePixelSize" in blocks.get("optics", {})
     columns: Table = {}
-    for unit in (particle_file.particles.pixel_size_in_angstroms, None):
+    for unit in (pixel, None):
         suffix = "" if unit is None else "Angst"
         in_style = (unit is not None) == in_angstroms
         if in_style or any(f"rlnOrigin{axis}{suffix}" in table for axis in "XY"):
-            columns |= pose_columns(angles, shifts, unit)
+            own = 1.0 if unit else (pixel / particle_file.pixel_sizes)[:, None]
+            columns |= pose_columns(angles, own * shifts, unit)
     return columns
 
 
