@@ -94,6 +94,13 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
             truth, dataset.truth, found.volume, poses
         )
         initial = Poses(matrix_to_euler(rotations), jnp.zeros_like(poses.shifts))
+        start = (
+            f"map and poses of {found.iterations} iterations of RELION ab initio, "
+            f"{found.wall_s / 60:.0f} minutes, ending at "
+            f"{config['ab_initio_resolutions'][-1]:g} Å"
+        )
+        if config["relion_most_poses"]:
+            start += f", --maxsig {config['relion_most_poses']}"
     else:
         print(
             "RELION is not installed: Init-2 by projection matching.", file=sys.stderr
@@ -102,8 +109,9 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
         settings = MatchConfig(max_shift=config["max_shift"] + 1)
         initial = match(Particles(images), initial_map, settings).poses
         initial = Poses(initial.angles, jnp.zeros_like(initial.shifts))
+        start = ""
     dataset = eqx.tree_at(lambda d: d.initial, dataset, initial)
-    return Case(truth, dataset, initial_map, voxel)
+    return Case(truth, dataset, initial_map, voxel, start)
 
 
 def _simulate(
@@ -149,16 +157,3 @@ def _in_the_frame_of(
 def _mirrored(volume: Volume) -> Volume:
     """Return a map's mirror image in the plane ``z = 0``, as `geometry.mirror` does."""
     return volume[::-1] if len(volume) % 2 else jnp.roll(volume[::-1], 1, axis=0)
-
-
-def caption(config: dict[str, Any]) -> str:
-    """Say under which conditions a result was found."""
-    start = config.get("start") or (
-        f"Euler angles off by up to {config['max_angle_error']:g} rad, initial map = "
-        f"truth blurred by {config['initial_blur']:g} voxels"
-    )
-    return (
-        f"{config['title']}: {config['map']}, {config['size']}³ voxels, "
-        f"{config['particles']} particles at {config['snr_db']:g} dB, shifts up to "
-        f"{config['max_shift']:g} px unknown, {start}, seed {config['seed']}."
-    )

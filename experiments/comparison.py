@@ -7,6 +7,7 @@ measured here once, and kept in the run's folder:
 - ``metrics.json``: for each method the figures of merit, resolution curves, densities
   of the pose errors, and one row for each iteration;
 - ``maps/METHOD.mrc``, and ``maps/METHOD_003.mrc`` after each of its iterations;
+- ``poses/METHOD.star``, and ``poses/truth.star``;
 - ``maps/images.mrcs``: some of the images.
 """
 
@@ -14,7 +15,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +36,16 @@ _SHOWN = 4  # images that are kept for the figures
 
 
 class Case(NamedTuple):
-    """A simulated data set, the truth behind it and a common start."""
+    """A simulated data set, the truth behind it and a common start.
+
+    What a reader must know of how the start was found is ``start``.
+    """
 
     truth: Volume
     dataset: Dataset
     initial_map: Volume
     voxel_size_in_angstroms: float
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,21 +141,8 @@ class Record:
             self._advance(state, row)
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way of reconstructing.
-
-    Attributes
-    ----------
-    run
-        Does it.
-    title
-        What it is, for captions, if its name does not say.
-    """
-
-    run: Callable[[Case, Record], Outcome]
-    title: str = field(default="")
-
+Method = Callable[[Case, Record], Outcome]
+"""One way of reconstructing."""
 
 Family = Callable[[dict[str, Any], Case], dict[str, Method]]
 """From a configuration and a case to some methods, by name."""
@@ -178,31 +170,32 @@ def run(
         known = ", ".join(families)
         raise InputError(f"methods wants some of {known}, not {', '.join(unknown)}.")
     out = harness.open_run(options, config)
-    if not (out / "done").exists():
-        harness.write_provenance(out)
+    if not harness.finished(out):
+        made_by = harness.write_provenance(out)
         case = prepare(config, options.volume, out)
         found = [families[name](config, case) for name in config["methods"]]
         chosen = {name: method for each in found for name, method in each.items()}
-        text = table(compare(out, case, chosen))
+        text = table(compare(out, case, chosen, made_by), config)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
-        # A family that is left out may be there when the command is repeated.
-        if all(found):
-            (out / "done").touch()
-    print(table(harness.read_metrics(out)))
+        harness.finish(out, without_relion=not all(found))
+    print(table(harness.read_metrics(out), config))
     print(f"results are in {out}")
 
 
 def compare(
-    out: Path, case: Case, methods: Mapping[str, Method]
+    out: Path, case: Case, methods: Mapping[str, Method], made_by: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Run the methods that have not been run yet; return the results of all.
 
     A method's map after post-processing is a result of its own, "NAME, post-processed".
+    Every result says by which commit it was made.
     """
+    made = {name: made_by[name] for name in ("commit", "dirty")}
     maps, voxel = out / "maps", case.voxel_size_in_angstroms
     maps.mkdir(exist_ok=True)
     for name, volume in (("truth", case.truth), ("initial_map", case.initial_map)):
         io.write_mrc(maps / f"{name}.mrc", np.asarray(volume), voxel)
+    _write_poses(out, "truth", case.dataset.truth, case)
     some = np.asarray(case.dataset.images[:_SHOWN], np.float32)
     io.write_stack(maps / "images.mrcs", some, voxel)
     results = harness.read_metrics(out)
@@ -214,17 +207,32 @@ def compare(
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             record = Record(case, folder, maps / slug(name), bars, name)
-            outcome = method.run(case, record)
+            outcome = method(case, record)
             wall = record.elapsed_s
-            results[name] = _entry(case, outcome, outcome.volume, record.history, wall)
+            measured = _entry(case, outcome, outcome.volume, record.history, wall)
+            results[name] = measured | made
+            _write_poses(out, name, outcome.poses, case)
             io.write_mrc(maps / f"{slug(name)}.mrc", outcome.volume, voxel)
             if outcome.processed is not None:
                 second = f"{name}, post-processed"
-                results[second] = _entry(case, outcome, outcome.processed, [], wall)
+                measured = _entry(case, outcome, outcome.processed, [], wall)
+                results[second] = measured | made
                 io.write_mrc(maps / f"{slug(second)}.mrc", outcome.processed, voxel)
             io.write_json(out / "metrics.json", results)
             (folder / "state.eqx").unlink(missing_ok=True)
     return results
+
+
+def _write_poses(out: Path, name: str, poses: Poses, case: Case) -> None:
+    images = case.dataset.images
+    io.write_poses(
+        out / "poses" / f"{slug(name)}.star",
+        np.asarray(poses.angles),
+        np.asarray(poses.shifts),
+        case.voxel_size_in_angstroms,
+        [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)],
+        images.shape[-1],
+    )
 
 
 def _entry(
@@ -282,8 +290,8 @@ def _rounded(values: jax.Array | np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the results as a Markdown table."""
+def table(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """Return the results as a Markdown table, with their conditions."""
     head = (
         "| method | mean FSC | mean FSC, aligned | r_c (shells) | "
         "angle error, median (deg) | p90 | within 10 deg | "
@@ -299,7 +307,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name, r in results.items()
     ]
     remarks = [f"- {name}: {r['remark']}" for name, r in results.items() if r["remark"]]
-    return "\n".join([head, *rows, *([""] if remarks else []), *remarks])
+    said = ["", harness.caption(config), *([""] if remarks else []), *remarks]
+    return "\n".join([head, *rows, *said])
 
 
 def slug(name: str) -> str:

@@ -239,7 +239,7 @@ def main() -> None:
         raise InputError("Two sizes and one repetition are wanted at least.")
     out = harness.open_run(options, config)
     results = harness.read_metrics(out)
-    if not (out / "done").exists():
+    if not harness.finished(out):
         harness.write_provenance(out)
         points = results.get("points", [])
         for size in config["sizes"][len(points) :]:
@@ -253,7 +253,7 @@ def main() -> None:
         results["exponents"] = exponents(points)
         io.write_json(out / "metrics.json", results)
         (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
-        (out / "done").touch()
+        harness.finish(out)
     print(table(results))
     print(f"results are in {out}")
 

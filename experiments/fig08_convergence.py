@@ -8,14 +8,14 @@ import sys
 import figures
 
 METHODS = (
+    "unrefined",
+    "unrefined (paper)",
     "oracle",
     "oracle (paper)",
     "joint",
     "joint (released)",
     "joint (paper)",
     "joint (paper, steps x 1000)",
-    "unrefined",
-    "unrefined (paper)",
 )
 
 

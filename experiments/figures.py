@@ -68,11 +68,14 @@ class Run:
         Where it is.
     config, results
         Its configuration, and what it measured of each method.
+    lacking
+        What was left out, as a sentence.
     """
 
     folder: Path
     config: dict[str, Any]
     results: dict[str, dict[str, Any]]
+    lacking: str
 
     def present(self, methods: Sequence[str]) -> list[str]:
         """Return those of the methods that were run.
@@ -132,7 +135,8 @@ def open_run(folder: Path) -> Run:
         raise InputError(
             f"The run in {folder} is not finished; its command resumes it."
         )
-    return Run(folder, config, harness.read_metrics(folder))
+    lacking = (folder / "done").read_text(encoding="utf-8").strip()
+    return Run(folder, config, harness.read_metrics(folder), lacking)
 
 
 def main(description: str | None, draw: Callable[[list[Run]], Figure]) -> int:
@@ -179,7 +183,8 @@ def convergence(runs: Sequence[Run], methods: Sequence[str]) -> Figure:
     """Draw r_c against the iteration, a panel for a run."""
     text = (
         "Shell at which the Fourier shell correlation with the true map falls to 0.5, "
-        "maps as they stand; n / 2 if it never does. Level lines: not iterative."
+        "maps as they stand; n / 2 if it never does. Level lines: not iterative. The "
+        "engine's last map, with TV's weight by cross-validation, is not an iteration."
     )
     figure, panels = _panels(runs, _caption(runs, methods, text))
     for run, axes in zip(runs, panels, strict=True):
@@ -398,11 +403,12 @@ def _caption(runs: Sequence[Run], methods: Sequence[str], text: str) -> str:
     """Add the conditions of the runs to a text, and what is remarked on methods."""
     lines = [text]
     for run in runs:
-        lines.append(cases.caption(run.config))
+        lines.append(harness.caption(run.config))
         remarks = {
             name.removesuffix(", post-processed"): run.results[name]["remark"]
             for name in methods
             if name in run.results and run.results[name]["remark"]
         }
         lines += [f"{name}: {remark}." for name, remark in remarks.items()]
+        lines += [run.lacking] if run.lacking else []
     return " ".join(lines)

@@ -1,10 +1,12 @@
 """What every study shares: its configuration, its run directory, its provenance.
 
 A run directory holds ``config.json`` (the resolved configuration), ``provenance.json``
-(commit, versions, device), ``metrics.json`` (one entry per method), ``maps``, the
-checkpoint ``work/METHOD/state.eqx`` of the method that is running, ``table.md`` and
-``done``. The same command resumes an interrupted run; a finished run is not repeated;
-another configuration in the same directory is an error.
+(commit, versions, device, of every call that computed something), ``metrics.json`` (one
+entry per method, with the commit that made it), ``maps``, ``poses``, the checkpoint
+``work/METHOD/state.eqx`` of the method that is running, ``table.md`` and ``done``,
+which says what was left out because RELION was not installed. The same command resumes
+an interrupted run; a finished run is not repeated; another configuration in the same
+directory is an error.
 """
 
 import argparse
@@ -14,12 +16,13 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import relion
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
@@ -91,6 +94,7 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
     config["preset"] = options.preset
     if options.volume is None:
         config["map"] = "built-in phantom (stand-in for the real map)"
+        config["title"] += " (phantom)"
     else:
         config["size"] = io.read_mrc(options.volume)[0].shape[0]
         config["map"] = options.volume.name
@@ -134,8 +138,21 @@ def open_run(options: argparse.Namespace, config: dict) -> Path:
     return out
 
 
-def write_provenance(out: Path) -> None:
-    """Record what computed the results."""
+def caption(config: Mapping[str, Any]) -> str:
+    """Say under which conditions a result was found."""
+    start = config.get("start") or (
+        f"Euler angles off by up to {config['max_angle_error']:g} rad, initial map = "
+        f"truth blurred by {config['initial_blur']:g} voxels"
+    )
+    return (
+        f"{config['title']}: {config['map']}, {config['size']}³ voxels, "
+        f"{config['particles']} particles at {config['snr_db']:g} dB, shifts up to "
+        f"{config['max_shift']:g} px unknown, {start}, seed {config['seed']}."
+    )
+
+
+def write_provenance(out: Path) -> dict[str, Any]:
+    """Add what computes the results to the list of what has; return it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(HERE), *words]
@@ -152,11 +169,28 @@ def write_provenance(out: Path) -> None:
         "commit": git("rev-parse", "HEAD"),
         "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
         "versions": {name: version(name) for name in packages},
+        "relion": relion.version(),
         "python": sys.version.split()[0],
         "platform": device.platform,
         "device": device.device_kind,
     }
-    io.write_json(out / "provenance.json", provenance)
+    path = out / "provenance.json"
+    earlier = io.read_json(path)["calls"] if path.exists() else []
+    if provenance not in earlier:
+        io.write_json(path, {"calls": [*earlier, provenance]})
+    return provenance
+
+
+def finish(out: Path, *, without_relion: bool = False) -> None:
+    """Mark a run as done, with or without what RELION would have added."""
+    said = "RELION is not installed; what it would add is left out.\n"
+    (out / "done").write_text(said if without_relion else "", encoding="utf-8")
+
+
+def finished(out: Path) -> bool:
+    """Return whether there is nothing left to do: RELION may be there by now."""
+    done = out / "done"
+    return done.exists() and not (done.read_text() and relion.available())
 
 
 def read_metrics(out: Path) -> dict:

@@ -45,14 +45,13 @@ KEYS = (
 
 def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return the ways of our default engine; poses are not known to start with."""
-    del case
     seed = config["seed"]
     reach = 2 * config["max_shift"] + 1
     settings = RefineConfig(half_sets=True, max_shift=reach, iterations=20)
     matching = MatchConfig(max_shift=config["max_shift"] + 1)
     return {
         "oracle": methods.reconstruction(true_poses, seed),
-        "unrefined": methods.reconstruction(initial_poses, seed),
+        "unrefined": methods.reconstruction(initial_poses, seed, case.start),
         "joint": methods.refinement(settings, seed),
         "joint, matched first": methods.refinement(settings, seed, matching),
     }

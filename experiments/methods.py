@@ -11,6 +11,7 @@ import relion
 from comparison import Case, Method, Outcome, Record
 
 from jaxrefine import io, kbwf, paper, refine, spatial
+from jaxrefine._types import Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.matching import MatchConfig, match
 from jaxrefine.particles import Particles
@@ -40,7 +41,7 @@ def particles_of(case: Case) -> Particles:
 # --- the engine
 
 
-def reconstruction(start: Start, seed: int) -> Method:
+def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
     """Make a map by our volume update, with the poses kept."""
 
     def run(case: Case, record: Record) -> Outcome:
@@ -48,9 +49,9 @@ def reconstruction(start: Start, seed: int) -> Method:
         record.expect(1)
         made = refine.reconstruct(particles_of(case), poses, key=key)
         record.add(made.volume, poses)
-        return Outcome(made.volume, poses, made.half_maps)
+        return Outcome(made.volume, poses, made.half_maps, remark=remark)
 
-    return Method(run)
+    return run
 
 
 def refinement(
@@ -82,7 +83,7 @@ def refinement(
             processed = _post_processed(case, done.half_maps, key)
         return Outcome(done.volume, done.poses, done.half_maps, processed)
 
-    return Method(run)
+    return run
 
 
 def _post_processed(
@@ -91,9 +92,15 @@ def _post_processed(
     """Mask the mean of half maps, and filter it by their correlation."""
     voxel = case.voxel_size_in_angstroms
     first, second = map(jnp.asarray, half_maps)
-    mask = soft_mask((first + second) / 2, voxel)
+    mask = _tight_mask((first + second) / 2, voxel)
     done = postprocess(first, second, mask, voxel, key=key)
     return np.asarray(done.masked_volume)
+
+
+def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:
+    """Return a mask, tight as in section IV-E, with margins of a share of the box."""
+    n = len(volume)
+    return soft_mask(volume, voxel_size_in_angstroms, extend=n / 45, edge=n / 15)
 
 
 # --- the paper's algorithm
@@ -115,7 +122,7 @@ def spatial_reconstruction(settings: paper.RefineConfig, start: Start) -> Method
         volume = kbwf.evaluate(basis, state.volume.coefficients)
         return Outcome(np.asarray(volume), poses)
 
-    return Method(run)
+    return run
 
 
 def spatial_refinement(settings: paper.RefineConfig) -> Method:
@@ -140,7 +147,7 @@ def spatial_refinement(settings: paper.RefineConfig) -> Method:
         volume = kbwf.evaluate(basis, state.volume.coefficients)
         return Outcome(np.asarray(volume), state.poses)
 
-    return Method(run)
+    return run
 
 
 def with_step_scale(settings: paper.RefineConfig, scale: float) -> paper.RefineConfig:
@@ -174,13 +181,20 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
         volume, poses = record.resume((case.initial_map, case.dataset.initial))
         record.expect(rounds)
         while len(record.history) < rounds:
-            poses = match(particles, volume, settings).poses
+            found = match(particles, volume, settings)
+            poses = found.poses
             made = refine.reconstruct(particles, poses, key=key)
             volume = jnp.asarray(made.volume)
-            record.add(volume, poses, (volume, poses))
-        return Outcome(np.asarray(volume), poses)
+            used = {"step_deg": found.step_in_degrees, "r_max": found.r_max}
+            record.add(volume, poses, (volume, poses), **used)
+        last = record.history[-1]
+        remark = (
+            f"{rounds} rounds, steps of {last['step_deg']:g} degrees, up to "
+            f"{last['r_max']} cycles per box, maps by our volume update"
+        )
+        return Outcome(np.asarray(volume), poses, remark=remark)
 
-    return Method(run)
+    return run
 
 
 def relion_reconstruction(start: Start) -> Method:
@@ -194,7 +208,7 @@ def relion_reconstruction(start: Start) -> Method:
         record.add(volume, poses)
         return Outcome(volume, poses)
 
-    return Method(run)
+    return run
 
 
 def relion_refinement(
@@ -239,14 +253,16 @@ def relion_refinement(
         assert found.half_maps is not None
         mean = (found.half_maps[0] + found.half_maps[1]) / 2
         voxel = case.voxel_size_in_angstroms
-        mask = np.asarray(soft_mask(jnp.asarray(mean), voxel))
+        mask = np.asarray(_tight_mask(jnp.asarray(mean), voxel))
         processed = relion.postprocess(record.folder, *found.half_maps, mask, voxel)
         remark = f"{found.iterations} iterations, {found.wall_s / 60:.0f} minutes"
+        if most_poses is not None:
+            remark += f", --maxsig {most_poses}"
         if not found.finished:
             remark += ", not converged: stopped by a time limit"
         return Outcome(mean, found.poses, found.half_maps, processed, remark)
 
-    return Method(run)
+    return run
 
 
 _DIAMETER = 0.9  # of the box: the soft circle that RELION's images are masked with

@@ -6,8 +6,8 @@ python experiments/plot_ablation.py RUN [RUN ...] --out FILE.png
 import sys
 from collections.abc import Sequence
 
-import cases
 import figures
+import harness
 from figures import STYLES, Run
 from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         "FSC with the true map, the rigid motion that the poses leave free undone. "
         "Times include the compilation of what no bar above has used."
     )
-    captions = " ".join(cases.caption(run.config) for run in runs)
+    captions = " ".join(harness.caption(run.config) for run in runs)
     figure = plots.captioned_figure(13.0, 3.2 * len(runs) + 0.9, f"{text} {captions}")
     grid = figure.subplots(len(runs), len(PANELS), squeeze=False, sharey="row")
     for run, row in zip(runs, grid, strict=True):
@@ -52,7 +52,8 @@ def draw(runs: Sequence[Run]) -> Figure:
             axes.bar_label(bars, fmt=form, padding=3, size=plots.TEXT_SIZE - 2)
             axes.margins(x=0.2)
             plots.label_axes(axes, label, "")
-        row[0].set_title(run.config["title"], size=plots.TEXT_SIZE + 1, loc="left")
+        title = f"{run.config['title']}, {run.config['snr_db']:g} dB"
+        row[0].set_title(title, size=plots.TEXT_SIZE + 1, loc="left")
         row[0].invert_yaxis()
     return figure
 

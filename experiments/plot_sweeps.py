@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import cases
 import figures
 import harness
 from figures import STYLES, Run
@@ -56,7 +55,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     for run in runs:
         if "axis" not in run.config:
             raise InputError(f"{run.folder} is not the run of a sweep.")
-    captions = {cases.caption(run.config) for run in runs}
+    captions = {harness.caption(run.config) for run in runs}
     if len(captions) > 1:
         raise InputError("The sweeps are of different conditions; draw each by itself.")
     text = (

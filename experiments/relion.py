@@ -89,7 +89,7 @@ def available() -> bool:
     return all(shutil.which(program) for program in _PROGRAMS)
 
 
-def relion_version() -> str | None:
+def version() -> str | None:
     """Return the version of ``relion_refine``, such as 3.1.3; None without it."""
     if shutil.which("relion_refine") is None:
         return None

@@ -1,10 +1,12 @@
 """One of RELION's programs: run in a folder, with a log there and a time limit."""
 
+import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,7 @@ from jaxrefine.errors import InputError
 
 _POLL_S = 0.2  # between two looks at what a program has written
 _PATIENCE_S = 20.0  # for a program that was asked to stop
+_PR_SET_PDEATHSIG = 1  # of Linux
 _SHORT_S = 3600.0  # enough for a program that does not iterate
 
 
@@ -48,6 +51,7 @@ def run(
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=_end_with_us if sys.platform == "linux" else None,
         )
         try:
             while process.poll() is None and time.monotonic() < end:
@@ -65,6 +69,11 @@ def run(
             error = _last_error(log.read().decode(errors="replace"))
             raise InputError(f"RELION failed: {error} See {path}.")
     return code == 0
+
+
+def _end_with_us() -> None:
+    """Have the system end this process when the one that started it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_error(said: str) -> str:

@@ -110,7 +110,7 @@ def from_true_map(seed: int) -> Method:
         record.add(made.volume, poses, **bound, **attained)
         return Outcome(made.volume, poses, made.half_maps)
 
-    return Method(run)
+    return run
 
 
 def polish(case: Case, update: PoseUpdate) -> posterior.Polished:
@@ -170,7 +170,7 @@ def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
         raise InputError(f"axis wants one of {', '.join(AXES)}, not {axis}.")
     config = config | {"config": f"{config['config']}_{axis}"}
     out = harness.open_run(options, config)
-    if not (out / "done").exists():
+    if not harness.finished(out):
         harness.write_provenance(out)
         points = []
         for value in config[f"{axis}_values"]:
@@ -184,9 +184,11 @@ def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
             )
             points.append(summary(value, harness.read_metrics(folder)))
             io.write_json(out / "metrics.json", {"axis": axis, "points": points})
-        (out / "table.md").write_text(table(axis, points) + "\n", encoding="utf-8")
-        (out / "done").touch()
-    print(table(axis, harness.read_metrics(out)["points"]))
+        (out / "table.md").write_text(
+            table(axis, points, config) + "\n", encoding="utf-8"
+        )
+        harness.finish(out)
+    print(table(axis, harness.read_metrics(out)["points"], config))
     print(f"results are in {out}")
 
 
@@ -203,8 +205,8 @@ def summary(value: float, results: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
 
 
-def table(axis: str, points: list[dict[str, Any]]) -> str:
-    """Return the points as a Markdown table, a row for each method."""
+def table(axis: str, points: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
+    """Return the points as a Markdown table, with what all but the axis are."""
     rows = [
         f"| {axis} | method | mean FSC | mean FSC, aligned | r_c (shells) | "
         "angle error, median (deg) | bound (deg) | within 10 deg | wall (s) |",
@@ -219,7 +221,8 @@ def table(axis: str, points: list[dict[str, Any]]) -> str:
             f"| {100 * r['fraction_within_10_deg']:.1f} % | {r['wall_s']:.0f} |"
             for name, r in point["methods"].items()
         ]
-    return "\n".join(rows)
+    said = f"{harness.caption(config)} Of these, {axis} varies."
+    return "\n".join([*rows, "", said])
 
 
 def main() -> None:

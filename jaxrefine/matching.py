@@ -103,10 +103,14 @@ class Match:
     scores
         Normalised cross-correlation of each image and its template within the band,
         from -1 to 1 (with astigmatism roughly so, see `match`).
+    step_in_degrees, r_max
+        The in-plane step and the band limit that were used.
     """
 
     poses: Poses
     scores: Float[Array, "particles"]
+    step_in_degrees: float
+    r_max: int
 
 
 def directions(step_in_degrees: float) -> Float[np.ndarray, "d 2"]:
@@ -179,7 +183,8 @@ def match(
     views = directions(config.angle_step_in_degrees)
     step = math.radians(config.angle_step_in_degrees)
     half_turn = _steps(math.pi, step)
-    points = _rings(_band_limit(config.r_max, step, m), half_turn)
+    r_max = _band_limit(config.r_max, step, m)
+    points = _rings(r_max, half_turn)
     shifts = jnp.asarray(_shifts(config.max_shift, config.shift_step), jnp.float32)
     size = min(config.batch_size, len(particles))
     most = max(_SCORES_AT_ONCE // (2 * half_turn * size * len(shifts)), 1)
@@ -199,7 +204,7 @@ def match(
             callback(done)
     columns = zip(*found, strict=True)
     scores, angles, moves = (jnp.asarray(np.concatenate(x)) for x in columns)
-    return Match(Poses(angles, moves), scores)
+    return Match(Poses(angles, moves), scores, 180 / half_turn, r_max)
 
 
 def _steps(length: float, step: float) -> int:

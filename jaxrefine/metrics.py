@@ -13,6 +13,7 @@ from jaxrefine._fourier import half_lattice, radii
 from jaxrefine._types import Scalar, Volume
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_REWEIGHTED = 20  # solutions of a robust fit
 _STARTS, _TURNS = 64, 5
 
 
@@ -143,8 +144,10 @@ def align_poses(
     .. math:: R_p G \approx R_p^\star, \qquad t_p - t_p^\star \approx M_p d
 
     with :math:`M_p` the first two rows of :math:`R_p G`, so that the result does not
-    depend on the frame of the poses under test. ``G`` is robust to outliers, ``d`` is
-    the least-squares solution. The hand is taken as given.
+    depend on the frame of the poses under test. Both are robust to outliers: ``G`` as
+    in `geometry.align_rotations`, and ``d`` minimises the sum of the distances that are
+    left of the shifts, by iteratively reweighted least squares. The hand is taken as
+    given.
 
     Parameters
     ----------
@@ -158,10 +161,22 @@ def align_poses(
     rotation = geometry.align_rotations(rotations, true_rotations)
     aligned = jnp.matmul(rotations, rotation, precision=_HIGHEST)
     rows, difference = aligned[:, :2], shifts - true_shifts
-    gram = jnp.einsum("pix,piy->xy", rows, rows, precision=_HIGHEST)
-    moment = jnp.einsum("pix,pi->x", rows, difference, precision=_HIGHEST)
-    inverse = jnp.linalg.pinv(gram, hermitian=True)
-    translation = jnp.matmul(inverse, moment, precision=_HIGHEST)
+    floor = float(jnp.finfo(shifts.dtype).eps) ** 0.5
+
+    def solve(weights):
+        weighed = weights[:, None, None] * rows
+        gram = jnp.einsum("pix,piy->xy", weighed, rows, precision=_HIGHEST)
+        moment = jnp.einsum("pix,pi->x", weighed, difference, precision=_HIGHEST)
+        inverse = jnp.linalg.pinv(gram, hermitian=True)
+        return jnp.matmul(inverse, moment, precision=_HIGHEST)
+
+    def step(_, translation):
+        moved = jnp.matmul(rows, translation, precision=_HIGHEST)
+        left = jnp.linalg.norm(difference - moved, axis=-1)
+        return solve(1 / jnp.maximum(left, floor))
+
+    start = solve(jnp.ones_like(shifts[:, 0]))
+    translation = jax.lax.fori_loop(0, _REWEIGHTED, step, start)
     return Motion(rotation, translation, aligned)
 
 

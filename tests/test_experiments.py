@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrefine import io
 from jaxrefine.alignment import move_map
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import (
@@ -35,10 +38,15 @@ FAST = ["--preset", "smoke", "--set", "particles=6", "--set", "paper_iterations=
 FAST += ["--set", "methods=['published']"]
 
 
-def run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+def run(*words: str, cwd: Path, env=None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(EXPERIMENTS / "init1.py"), "configs/hjc_init1.toml"]
     return subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=cwd, check=False
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env=env,
     )
 
 
@@ -125,6 +133,82 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
     assert other.returncode == 2
     assert "another configuration" in other.stderr
     assert (whole / "metrics.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
+    """Its curves are left out, which the figures say; a later call does nothing."""
+    out = tmp_path / "run"
+    words = [*FAST[:-1], "methods=['published', 'relion']", "--out", str(out)]
+    bare = {**os.environ, "PATH": ""}
+    stamps = []
+    for _ in range(2):
+        done = run(*words, cwd=tmp_path, env=bare)
+        assert done.returncode == 0, done.stderr
+        stamps.append((out / "metrics.json").stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]
+    assert "RELION is not installed" in (out / "done").read_text()
+    picture = tmp_path / "fig08.png"
+    drawn = subprocess.run(
+        [sys.executable, EXPERIMENTS / "fig08_convergence.py", out, "--out", picture],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=bare,
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    entry = timeless(out)["oracle (paper)"]
+    calls = json.loads((out / "provenance.json").read_text())["calls"]
+    assert [call["commit"] for call in calls] == [entry["commit"]]
+    assert calls[0]["relion"] is None
+    table = io.read_star(out / "poses/joint_released.star")["particles"]
+    assert len(table["rlnAngleRot"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("relion_refine") is None, reason="RELION is absent")
+def test_every_baseline_runs(tmp_path):
+    """Together with the engine; poses and maps of all are kept."""
+    out = tmp_path / "run"
+    words = ["methods=['engine', 'matching', 'relion']", "size=32", "particles=24"]
+    sets = [word for each in [*words, "relion_limit_min=1"] for word in ("--set", each)]
+    done = run("--preset", "smoke", *sets, "--out", str(out), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = timeless(out)
+    assert list(results) == [
+        *("oracle", "unrefined", "joint", "projection matching"),
+        *("RELION, true poses", "RELION auto-refine"),
+        "RELION auto-refine, post-processed",
+    ]
+    assert "1 rounds, steps of 20 degrees" in results["projection matching"]["remark"]
+    assert "iterations" in results["RELION auto-refine"]["remark"]
+    truth = io.read_poses(out / "poses/truth.star")
+    for name in ("oracle", "joint", "projection_matching", "relion_auto-refine"):
+        assert io.read_poses(out / f"poses/{name}.star")[0].shape == truth[0].shape
+        assert (out / f"maps/{name}.mrc").exists()
+
+
+CONFIGS = {
+    "init1": ["hjc_init1", "hjc_released", "ptch1_init1"],
+    "init2": ["hjc_init2"],
+    "sweeps": ["sweeps"],
+    "ablation": ["ablation"],
+    "cost": ["cost"],
+}
+
+
+def test_every_preset_of_every_configuration_is_complete(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    harness = importlib.import_module("harness")
+    known = {name for names in CONFIGS.values() for name in names}
+    assert known == {path.stem for path in EXPERIMENTS.glob("configs/*.toml")}
+    for study, names in CONFIGS.items():
+        keys = importlib.import_module(study).KEYS
+        for name in names:
+            path = EXPERIMENTS / f"configs/{name}.toml"
+            for preset in tomllib.loads(path.read_text())["preset"]:
+                config = harness.resolve(options(config=path, preset=preset), keys)
+                assert config["preset"] == preset
 
 
 @pytest.mark.parametrize(
@@ -284,14 +368,17 @@ ROW = {
 def test_the_table(init1, harness, tmp_path):
     """A curve that never falls is a lower bound, and NaN survives the file."""
     results = {"a": ROW, "b": {**ROW, "rc": 7.9, "angle_error_deg_p90": float("nan")}}
-    text = init1.comparison.table(results)
-    head, rule, first, second = text.splitlines()
+    config = harness.resolve(options(), init1.KEYS)
+    text = init1.comparison.table(results, config)
+    head, rule, first, second, blank, said = text.splitlines()
+    assert not blank and "HJC, Init-1 (phantom): built-in phantom" in said
     assert "| mean FSC | mean FSC, aligned |" in head
     assert len({line.count("|") for line in (head, rule, first, second)}) == 1
     assert first.startswith("| a | 0.500 | 0.625 | ≥ 8.0 | 1.25 | 3.0 |")
     assert second.startswith("| b | 0.500 | 0.625 | 7.9 | 1.25 | nan |")
     write_json(tmp_path / "metrics.json", results)
-    assert init1.comparison.table(harness.read_metrics(tmp_path)) == text
+    again = init1.comparison.table(harness.read_metrics(tmp_path), config)
+    assert again == text
 
 
 def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):

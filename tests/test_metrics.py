@@ -173,6 +173,28 @@ def test_errors_are_those_of_the_particles_that_are_off():
     np.testing.assert_allclose(errors.shift_in_pixels, expected, atol=0.1)
 
 
+def test_lost_particles_do_not_drag_the_frame():
+    """A quarter is off by half a turn about a point beside the origin."""
+    angles, shifts = poses(400)
+    rotations = geometry.euler_to_matrix(angles)
+    turn = jnp.diag(jnp.array([-1.0, -1.0, 1.0]))
+    centre = jnp.array([4.0, -2.0, 3.0])
+    lost = jnp.arange(400) < 100
+    other = geometry.matrix_to_euler(rotations @ turn)
+    beside = shifts + (rotations @ (centre - turn @ centre))[:, :2]
+    noisy = shifts + 0.2 * jax.random.normal(KEY, shifts.shape)
+    found = metrics.pose_errors(
+        jnp.where(lost[:, None], other, angles),
+        jnp.where(lost[:, None], beside, noisy),
+        angles,
+        shifts,
+    )
+    kept = found.shift_in_pixels[100:]
+    here = jnp.linalg.norm(noisy - shifts, axis=-1)[100:]
+    assert float(jnp.median(kept)) < 1.2 * float(jnp.median(here))
+    np.testing.assert_allclose(found.angle_in_degrees[100:], 0, atol=1e-3)
+
+
 def test_moving_the_map_changes_no_error():
     angles, shifts = poses(60)
     keys = jax.random.split(jax.random.fold_in(KEY, 5), 2)

@@ -84,4 +84,8 @@ def run(options: argparse.Namespace) -> None:
     columns = {"jaxrefineCorrelation": np.asarray(found.scores)}
     io.write_particles(out, source, found.poses, columns)
     median = float(np.median(columns["jaxrefineCorrelation"]))
-    print(f"{len(source)} particles, median correlation {median:.3f}: {out}")
+    detail = _images.box_of(source.particles) / found.r_max
+    print(
+        f"{len(source)} particles, {found.step_in_degrees:g} degree steps, details "
+        f"down to {detail:.3g} A, median correlation {median:.3f}: {out}"
+    )
