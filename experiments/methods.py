@@ -260,7 +260,9 @@ def relion_refinement(
             remark += f", --maxsig {most_poses}"
         if not found.finished:
             remark += ", not converged: stopped by a time limit"
-        return Outcome(mean, found.poses, found.half_maps, processed, remark)
+        return Outcome(
+            mean, found.poses, found.half_maps, processed, remark, found.wall_s
+        )
 
     return run
 
