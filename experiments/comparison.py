@@ -196,6 +196,7 @@ def compare(
     made = {name: made_by[name] for name in ("commit", "dirty")}
     maps, voxel = out / "maps", case.voxel_size_in_angstroms
     maps.mkdir(exist_ok=True)
+    (out / "poses").mkdir(exist_ok=True)
     for name, volume in (("truth", case.truth), ("initial_map", case.initial_map)):
         io.write_mrc(maps / f"{name}.mrc", np.asarray(volume), voxel)
     _write_poses(out, "truth", case.dataset.truth, case)
