@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxrefine._types import Images, Scalar
 from jaxrefine.errors import InputError
@@ -155,6 +155,20 @@ def electron_wavelength(voltage: Scalar) -> Scalar:
 
 
 @eqx.filter_jit
+@jax.jit
+def is_finite(
+    ctf: CTF, pixel_size_in_angstroms: float | Scalar
+) -> Bool[Array, " particles"]:
+    """Whether the CTF of each particle is a number up to the corners of its image.
+
+    In single precision, in which it is used: a defocus of 1e20 overflows there.
+    """
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), ctf)
+    edge = jnp.asarray(0.5 / pixel_size_in_angstroms, jnp.float32)
+    places = jnp.asarray([[0, 0], [1, 0], [0, 1], [1, 1]], jnp.float32) * edge
+    return jnp.isfinite(jax.vmap(lambda each: each(places))(single)).all(axis=-1)
+
+
 def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Images:
     """Multiply the Fourier transform of each image by its CTF.
 

@@ -169,8 +169,8 @@ def match(
     Raises
     ------
     InputError
-        If the angular step or the band limit is out of range, the map has not the side
-        of the images, or an image is not finite.
+        If the angular step, the band limit or the largest shift is out of range, the
+        map has not the side of the images, or an image is not finite.
     """
     config = MatchConfig() if config is None else config
     m = particles.image_size
@@ -179,6 +179,11 @@ def match(
         raise InputError(
             f"The map is {text} voxels and the images are {m} x {m} pixels; the same "
             "side is wanted."
+        )
+    if config.max_shift > m / 2:
+        raise InputError(
+            f"The largest shift is {config.max_shift:g} pixels; at most half of the "
+            f"images' side, {m // 2}, is wanted."
         )
     views = directions(config.angle_step_in_degrees)
     step = math.radians(config.angle_step_in_degrees)

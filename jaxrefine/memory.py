@@ -160,7 +160,8 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
         grid = _GRIDDING * insertion.oversampling**3
     inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
     per_particle = _POLISHED * points + _PIXEL * image_size**2
-    pose = _REFERENCE * cube + max(_SEARCH, config.batch_size * per_particle)
+    batch = min(config.batch_size, particles)
+    pose = _REFERENCE * cube + max(_SEARCH, batch * per_particle)
     volume = max(_DATA_TERMS * cube, (_INSERTED + grid) * cube + inserted)
     held = (_STATE * sets + _SUMS * (sets - 1)) * cube
     held += _HYPOTHESIS * (config.hypotheses + 1) * particles
@@ -176,7 +177,8 @@ def plan(
 ) -> Plan:
     """Choose the largest batch with which a refinement fits into memory.
 
-    It is the one asked for, or else a power of two, from `LEAST_BATCH`.
+    It is the one asked for, but no more than there are particles, or else a power of
+    two, from `LEAST_BATCH`.
 
     Parameters
     ----------
@@ -191,7 +193,7 @@ def plan(
         If not even the smallest batch fits.
     """
     limit = math.inf if available_bytes is None else available_bytes
-    size = config.batch_size
+    size = min(config.batch_size, particles)
     while (wanted := estimate_bytes(particles, image_size, config)) > limit:
         if size <= LEAST_BATCH:
             raise InputError(
@@ -211,6 +213,14 @@ def plan(
         wanted,
         available_bytes,
     )
+
+
+def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
+    """Return a plan with another batch, and what that wants, whether it fits or not."""
+    wanted = estimate_bytes(
+        plan.particles, plan.image_size, replace(config, batch_size=batch_size)
+    )
+    return replace(plan, batch_size=batch_size, estimated_bytes=wanted)
 
 
 def ran_out(error: Exception) -> bool:

@@ -245,7 +245,7 @@ def explore(
     dtype = view.weights.dtype
     offsets = jnp.asarray(search.shift_grid(scan.shift_steps), dtype) * scan.shift_step
     total = scan.count * centres.shape[1]
-    size = max(1, _POINTS_AT_ONCE // (total * len(view.disc.shells)))
+    size = max(1, _POINTS_AT_ONCE // (total * max(len(view.disc.shells), len(offsets))))
     separation = jnp.asarray(1 / (diameter * view.disc.r_max), dtype)
     spread = jnp.asarray(scan.spread, dtype)
 
@@ -357,6 +357,7 @@ def polish(
     batch_size
         Candidates at a time.
     """
+    size = min(batch_size, len(particles))
 
     def polish_batch(places, images, ctf, group, prior):
         estimate, evidence = _polish(
@@ -378,7 +379,7 @@ def polish(
             evidence,
         )
 
-    return Polished(*_visit(particles, owners, prior, batch_size, polish_batch))
+    return Polished(*_visit(particles, owners, prior, size, polish_batch))
 
 
 @eqx.filter_jit
@@ -462,6 +463,7 @@ def curvature(
     of its inverse cover what they should more nearly. Where it is not safely positive
     definite, the given information is returned.
     """
+    size = min(batch_size, len(particles))
 
     def curvature_of_batch(places, images, ctf, group, prior):
         found = _curvature(
@@ -477,4 +479,4 @@ def curvature(
         )
         return (found,)
 
-    return _visit(particles, owners, prior, batch_size, curvature_of_batch)[0]
+    return _visit(particles, owners, prior, size, curvature_of_batch)[0]

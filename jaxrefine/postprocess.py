@@ -251,19 +251,19 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
             raise InputError(f"The {name} half map is zero within the mask.")
 
 
-def check_mask(mask: Array | np.ndarray) -> None:
+def check_mask(mask: Array | np.ndarray, name: object = "The mask") -> None:
     """Refuse what is not from 0 to 1, or nowhere more than 0.
 
     Raises
     ------
     InputError
-        If it is so.
+        If it is so, naming it.
     """
     # NumPy's, which are NaN if a value is.
     low, high = np.asarray(mask).min(), np.asarray(mask).max()
     if not (-1e-6 <= low and 0 < high <= 1 + 1e-6):
         raise InputError(
-            f"The mask runs from {low:g} to {high:g}; 0 in the solvent to 1 is wanted."
+            f"{name} runs from {low:g} to {high:g}; 0 in the solvent to 1 is wanted."
         )
 
 

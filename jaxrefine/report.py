@@ -319,7 +319,9 @@ def _pose_pictures(report: Report) -> Iterator[Element]:
         (report.shift_std_in_pixels, "error bar of the position", "pixels"),
     ):
         if values is not None:
-            yield _histogram(np.asarray(values)[shown], what, unit)
+            finite = shown & np.isfinite(values)
+            if finite.any():
+                yield _histogram(np.asarray(values)[finite], what, unit)
 
 
 def _histogram(values: Float[np.ndarray, " shown"], what: str, unit: str) -> Element:

@@ -148,7 +148,7 @@ def test_bad_input_is_a_sentence(maps, tmp_path, capsys):
         ((one, nan, *out), "1 values that are NaN"),
         ((one, one, *out), "The half maps are the same"),
         ((one, two, *out, "--mask", small), "The mask wants the maps' size 24^3"),
-        ((one, two, *out, "--mask", two), "The mask runs from"),
+        ((one, two, *out, "--mask", two), "half2.mrc runs from"),
         ((one, two, *out, "--seed", "-1"), "--seed wants"),
         ((one, two, *out, "--low-pass", "0"), "The low-pass is 0 A"),
         ((one, two, *out, "--b-factor", "inf"), "A B factor of inf A^2"),

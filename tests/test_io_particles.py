@@ -573,6 +573,45 @@ def test_names_from_the_data_folder_become_absolute(tmp_path):
     )
 
 
+def test_all_stacks_are_found_from_one_folder(tmp_path, monkeypatch):
+    """Of one beside the old table and one above, neither keeps a name of its own."""
+    monkeypatch.chdir("/")
+    stack(tmp_path / "job/l.mrcs", 1)
+    stack(tmp_path / "Extract/e.mrcs", 2)
+    names = ["1@l.mrcs", "2@Extract/e.mrcs"]
+    write_star(tmp_path / "job/p.star", {"": particle_columns(names)})
+    file = read_particles(tmp_path / "job/p.star")
+    for folder in ("job/deeper", "job2"):
+        (tmp_path / folder).mkdir()
+        write_particles(tmp_path / folder / "p.star", file, file.poses)
+        new = read_star(tmp_path / folder / "p.star")[""]["rlnImageName"]
+        stacks = [name.split("@")[1] for name in new]
+        assert all((tmp_path / folder / each).is_file() for each in stacks)
+    again = read_particles(tmp_path / "job2/p.star")
+    np.testing.assert_array_equal(all_images(again), all_images(file))
+
+
+def test_half_sets_are_looked_at_when_they_are_wanted(new_style):
+    """Other columns are carried along, whatever they hold."""
+    for bad, words in (
+        ("None", "None"),
+        ("3", r"1 or 2 is wanted, not 3 \(particle 2"),
+    ):
+        change = {"rlnRandomSubset": ["1", bad, "2"]}
+        file = read_particles(damaged(new_style, lambda t, _, c=change: t.update(c)))
+        with pytest.raises(InputError, match=f"rlnRandomSubset.*{words}"):
+            _ = file.random_subset
+
+
+def test_the_tables_pixel_size_comes_before_the_headers(new_style):
+    """A header that says nonsense does no harm."""
+    path, _ = new_style
+    with mrcfile.open(path.parent / "a.mrcs", "r+") as mrc:
+        mrc.voxel_size = (1.5, 1.0, 1.0)
+    assert map_stack(path.parent / "a.mrcs")[1] is None
+    assert read_particles(path).particles.pixel_size_in_angstroms == 1.5
+
+
 def test_as_many_values_as_particles(new_style, tmp_path):
     file = read_particles(new_style[0])
     few = Poses(file.poses.angles[:2], file.poses.shifts[:2])
@@ -721,9 +760,14 @@ BAD_TABLES = {
         lambda _, groups: groups.update(rlnImagePixelSize=["1.5", "1.9"]),
         "pixels of 1.5 to 1.9 A",
     ),
-    "subset": (
-        lambda table, _: table.update(rlnRandomSubset=["1", "1.5", "2"]),
-        "rlnRandomSubset: whole numbers",
+    "no name": (set_names("", *["1@a.mrcs"] * 2), "the image ''; a number from 1"),
+    "defocus beyond single precision": (
+        lambda table, _: table.update(rlnDefocusV=["1", "1e300", "2"]),
+        "optics of particle 2 are out of range",
+    ),
+    "endless scale": (
+        lambda table, _: table.update(rlnCtfScalefactor=["1", "1", "1e39"]),
+        "optics of particle 3 are out of range",
     ),
     "not a number": (
         lambda table, _: table.update(rlnDefocusU=["1", "x", "2"]),

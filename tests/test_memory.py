@@ -15,7 +15,13 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.gridding import Gridding
 from jaxrefine.hypotheses import prior
-from jaxrefine.memory import LEAST_BATCH, estimate_bytes, plan, retry_on_out_of_memory
+from jaxrefine.memory import (
+    LEAST_BATCH,
+    estimate_bytes,
+    plan,
+    retry_on_out_of_memory,
+    with_batch,
+)
 from jaxrefine.particle_set import RefineConfig
 from jaxrefine.particles import Particles
 
@@ -41,7 +47,7 @@ def test_more_of_anything_wants_no_less():
 
     sizes = [at(n=n) for n in (16, 30, 32, 48, 64, 100, 101)]
     counts = [at(particles=10**power) for power in range(1, 8)]
-    batches = [at(batch_size=2**power) for power in range(4, 14)]
+    batches = [at(10**5, batch_size=2**power) for power in range(4, 14)]
     for rising in (sizes, counts, batches):
         assert rising == sorted(rising) and rising[-1] > rising[0]
     assert at(half_sets=True) > at()
@@ -88,17 +94,29 @@ def test_the_sums_take_at_least_what_the_compiler_says():
 def test_the_largest_batch_that_fits(most):
     n, config = 16, replace(CONFIG, batch_size=most)
     sizes = {2**power for power in range(4, 13) if 2**power < most} | {most}
-    wanted = {s: estimate_bytes(50, n, replace(CONFIG, batch_size=s)) for s in sizes}
+    count = 5000
+    wanted = {s: estimate_bytes(count, n, replace(CONFIG, batch_size=s)) for s in sizes}
     for limit in {bytes_ + d for bytes_ in wanted.values() for d in (-1, 0, 1)}:
         fitting = [size for size in sizes if wanted[size] <= limit]
         if not fitting:
-            with pytest.raises(InputError, match="50 images of side 16 want .* GiB"):
-                plan(50, n, config, limit)
+            with pytest.raises(InputError, match="5000 images of side 16 want .* GiB"):
+                plan(count, n, config, limit)
             continue
-        found = plan(50, n, config, limit)
+        found = plan(count, n, config, limit)
         assert found.batch_size == max(fitting)
         assert found.estimated_bytes == wanted[max(fitting)]
-    assert plan(50, n, config, None).batch_size == most
+    assert plan(count, n, config, None).batch_size == most
+
+
+def test_no_batch_is_larger_than_the_set():
+    """Nor is what it is said to take, which is what it takes."""
+    many, few = (replace(CONFIG, batch_size=size) for size in (10**8, 60))
+    assert estimate_bytes(60, 24, many) == estimate_bytes(60, 24, few)
+    assert plan(60, 24, many, None).batch_size == 60
+    kept = with_batch(plan(5000, 24, few, None), few, 512)
+    assert kept.batch_size == 512
+    expected = estimate_bytes(5000, 24, replace(CONFIG, batch_size=512))
+    assert kept.estimated_bytes == expected
 
 
 def test_a_plan_in_words():

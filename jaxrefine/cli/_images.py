@@ -174,9 +174,9 @@ def read_mask(path: Path, source: io.ParticleFile, resampled: bool) -> jax.Array
         If it is not from 0 to 1, is zero, or is on another grid, as for a map.
     """
     values, _ = io.read_mrc(path)
-    check_mask(values)
+    check_mask(values, path)
     mask = jnp.clip(_on_grid(path, values, source, resampled), 0, 1)
-    check_mask(mask)
+    check_mask(mask, path)
     return mask
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
+from jaxrefine.postprocess import check_mask
 
 _SAME_VOXEL = 1e-3
 
@@ -38,7 +39,7 @@ def read_mask(path: Path, side: int, of: Path) -> np.ndarray:
     Raises
     ------
     InputError
-        If it is on another grid.
+        If it is on another grid, not from 0 to 1, or zero.
     """
     mask, _ = io.read_mrc(path)
     if len(mask) != side:
@@ -50,4 +51,5 @@ def read_mask(path: Path, side: int, of: Path) -> np.ndarray:
         raise InputError(
             f"The mask wants the maps' voxel size {voxel:g} A, not {own:g} A ({path})."
         )
+    check_mask(mask, path)
     return mask

@@ -107,9 +107,12 @@ def run(
     key = jax.random.key(options.seed)
     subsets = _subsets(source, options.seed) if config.half_sets else None
     plan = _plan(options, source, config)
-    # Another one would change the last bits of a run that is resumed.
-    batch_size = options.batch_size or folder.keep("batch_size", plan.batch_size)
-    print(replace(plan, batch_size=batch_size).describe(), file=sys.stderr)
+    if options.batch_size is None:
+        # Another one would change the last bits of a run that is resumed.
+        kept = folder.keep("batch_size", plan.batch_size)
+        plan = memory.with_batch(plan, config, kept)
+    batch_size = plan.batch_size
+    print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
     state = folder.resume(
         lambda: refine.init(*what, key=key, subsets=subsets, mask=mask)
@@ -145,7 +148,7 @@ def run(
     }
     further = columns(result.log_likelihood, result.covariances)
     further["jaxrefineUndetermined"] = undetermined.astype(int)
-    if subsets is not None:
+    if subsets is not None and source.random_subset is None:
         further["rlnRandomSubset"] = subsets
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()

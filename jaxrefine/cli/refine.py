@@ -107,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
         mask = _images.read_mask(options.mask, source, options.resample)
     engine = _ENGINES[options.preset]
     config = engine.configure(options, source)
+    _check_shifts(options, source.particles.image_size)
     folder = RunFolder(options.out, "run.json", _settings(options, source))
     if folder.finished:
         print(f"{options.out} holds this refinement already, finished")
@@ -151,6 +152,17 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
+
+
+def _check_shifts(options: argparse.Namespace, image_size: int) -> None:
+    """Raise if particles may be shifted out of their images."""
+    for name in ("max_shift", "prior_shift"):
+        value = getattr(options, name)
+        if value is not None and value > image_size / 2:
+            raise InputError(
+                f"--{name.replace('_', '-')} wants at most half of the images' side, "
+                f"{image_size // 2} pixels, not {value:g}."
+            )
 
 
 def _settings(options: argparse.Namespace, source: io.ParticleFile) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def map_stack(
         A memory map of the file, indexed ``[particle, y, x]``, of the file's type and
         byte order. Values are not checked.
     pixel_size
-        In Angstrom; None if the header leaves it unset.
+        In Angstrom; None if the header leaves it unset, or gives several.
 
     Raises
     ------
@@ -136,7 +136,11 @@ def map_stack(
     _require_square_images(path, shape, _axes(header))
     voxel = _voxel(header)[:2]
     images = np.memmap(path, dtype, "r", offset, shape)
-    return images, _isotropic(voxel, path) if any(voxel) else None
+    pixel = None
+    if any(voxel):
+        with suppress(InputError):  # tables of particles say their pixel size
+            pixel = _isotropic(voxel, path)
+    return images, pixel
 
 
 def write_mrc(

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrefine.background import LARGEST_STEP, Resampled
-from jaxrefine.ctf import CTF
+from jaxrefine.ctf import CTF, is_finite
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.io.cs import read_cs
@@ -74,9 +74,8 @@ class ParticleFile:
     has_poses
         Whether the file has them: if it has neither ``rlnAngleRot`` nor
         ``rlnAngleTilt``, all poses are zero.
-    random_subset, optics_group
-        ``rlnRandomSubset`` and ``rlnOpticsGroup`` of each particle, which count from 1;
-        None if the file does not say.
+    optics_group
+        ``rlnOpticsGroup`` of each particle, from 1; None if the file does not say.
     stacks
         The path of each stack of images, by its name in the table.
     """
@@ -87,12 +86,32 @@ class ParticleFile:
     poses: Poses = field(repr=False)
     pixel_sizes: Float[np.ndarray, " particles"] = field(repr=False)
     has_poses: bool
-    random_subset: Int[np.ndarray, " particles"] | None = field(repr=False)
     optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
     stacks: dict[str, Path] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.particles)
+
+    @property
+    def random_subset(self) -> Int[np.ndarray, " particles"] | None:
+        """``rlnRandomSubset`` of each particle, 1 or 2; None if the file does not say.
+
+        Raises
+        ------
+        InputError
+            If there is another value.
+        """
+        table = particle_table(self.blocks, self.path)
+        if "rlnRandomSubset" not in table:
+            return None
+        subset = whole_numbers(table, "rlnRandomSubset", self.path)
+        other = np.flatnonzero((subset != 1) & (subset != 2))
+        if len(other):
+            raise InputError(
+                f"{self.path}, column rlnRandomSubset: 1 or 2 is wanted, not "
+                f"{subset[other[0]]} (particle {other[0] + 1})."
+            )
+        return subset
 
 
 def read_blocks(path: str | Path) -> dict[str, Table]:
@@ -159,10 +178,11 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     source = images
     if sizes.min() < pixel * (1 - _SAME_PIXEL):
         source = Resampled(images, pixel / sizes)
-    subset, group = (
-        whole_numbers(table, name, path) if name in table else None
-        for name in ("rlnRandomSubset", "rlnOpticsGroup")
-    )
+    if ctf is not None:
+        _require_finite(ctf, pixel, path)
+    group = None
+    if "rlnOpticsGroup" in table:
+        group = whole_numbers(table, "rlnOpticsGroup", path)
     places = None if group is None else np.unique(group, return_inverse=True)[1]
     return ParticleFile(
         path,
@@ -171,7 +191,6 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
         sizes,
         has_poses,
-        subset,
         group,
         stacks,
     )
@@ -188,10 +207,10 @@ def write_particles(
     The file is RELION's, whatever was read. Blocks, columns and their order are kept.
     Origins are written in Angstrom if optics groups give the pixel size and in pixels
     if not, and also in the other unit if the file has that. Numbers of poses that are
-    as they were read stay as they stand in the file. A stack keeps its name if
-    the same one is found by it from the new file or above; one that was found beside
-    the old file is named by its path from the new one; any other gets its absolute
-    path.
+    as they were read stay as they stand in the file. So do the names of stacks if from
+    one folder, that of the new file or one above, all of them are found. Otherwise,
+    stacks that were found beside the old file are named by their path from the new
+    one's folder, and others by their absolute path.
 
     Parameters
     ----------
@@ -236,10 +255,7 @@ def write_particles(
                 )
             ]
         table[column] = texts
-    renamed = {
-        stack: _name_from(path, stack, found, particle_file.path.parent)
-        for stack, found in particle_file.stacks.items()
-    }
+    renamed = _names_from(path, particle_file)
     table["rlnImageName"] = [
         image[: image.find("@") + 1] + renamed[split_name(image, path)[1]]
         for image in table["rlnImageName"]
@@ -362,6 +378,16 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     return CTF(**leaves)
 
 
+def _require_finite(ctf: CTF, pixel: float, path: Path) -> None:
+    """Raise if a CTF is not a number somewhere, in single precision."""
+    bad = np.flatnonzero(~np.asarray(is_finite(ctf, pixel)))
+    if len(bad):
+        raise InputError(
+            f"{path}: the optics of particle {bad[0] + 1} are out of range; its "
+            "contrast-transfer function is not finite."
+        )
+
+
 def _of_each(
     blocks: dict[str, Table], table: Table, name: str, path: Path
 ) -> Float[np.ndarray, " particles"]:
@@ -438,16 +464,27 @@ def _texts(values: Sequence[Any] | Array | np.ndarray) -> list[str]:
     return [str(value) for value in array.tolist()]
 
 
-def _name_from(table: Path, stack: str, found: Path, old_folder: Path) -> str:
-    """Return the name of a stack in a table that lies elsewhere than the old one."""
-    again = locate(stack, [table.parent, *folders_above(table)])
-    if os.path.isabs(stack) or (again is not None and again.samefile(found)):
-        return stack
-    absolute = os.path.abspath(found)
-    if _same(old_folder / stack, found):
-        relative = os.path.relpath(absolute, os.path.abspath(table.parent))
-        return relative if _same(table.parent / relative, found) else absolute
-    return absolute
+def _names_from(table: Path, particle_file: ParticleFile) -> dict[str, str]:
+    """Return the names of the stacks in a table that lies elsewhere than the old one.
+
+    There is one folder from which all of them are found.
+    """
+    stacks, old_folder = particle_file.stacks, particle_file.path.parent
+    folders = [table.parent, *folders_above(table)]
+    again = {stack: locate(stack, folders) for stack in stacks}
+    if all(path and path.samefile(stacks[stack]) for stack, path in again.items()):
+        for folder in folders:
+            if all(_same(folder / stack, found) for stack, found in stacks.items()):
+                return {stack: stack for stack in stacks}
+    names = {}
+    for stack, found in stacks.items():
+        absolute = os.path.abspath(found)
+        names[stack] = stack if os.path.isabs(stack) else absolute
+        if not os.path.isabs(stack) and _same(old_folder / stack, found):
+            relative = os.path.relpath(absolute, os.path.abspath(table.parent))
+            if _same(table.parent / relative, found):
+                names[stack] = relative
+    return names
 
 
 def _same(path: Path, other: Path) -> bool:

@@ -142,7 +142,7 @@ def open_images(
 def split_name(name: str, table: str | Path) -> tuple[int, str]:
     """Return the number, from 1, and the stack of an image's name."""
     number, at, stack = name.partition("@")
-    if not at:
+    if not at and name:
         return 1, name
     whole = number.isascii() and number.isdigit() and len(number) <= _DIGITS
     if not (whole and int(number) >= 1 and stack):
