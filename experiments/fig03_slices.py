@@ -12,6 +12,7 @@ MAPS = (
     "initial map",
     "unrefined",
     "joint",
+    "joint (released)",
     "oracle",
     "RELION auto-refine, post-processed",
 )
