@@ -35,7 +35,8 @@ def molmap(
 
     each Gaussian within a cube of five standard deviations. All atoms of the file's
     first model count, waters and hydrogens too, each by its occupancy ``o``, so that
-    alternative locations of an atom share it; no symmetry is applied.
+    alternative locations of an atom share it (Chimera's rule names the atomic number
+    alone); no symmetry is applied.
 
     Parameters
     ----------
