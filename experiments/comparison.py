@@ -243,14 +243,10 @@ def _entry(
     case: Case, outcome: Outcome, volume: np.ndarray, history: list, wall_s: float
 ) -> dict[str, Any]:
     """Return what ``metrics.json`` holds of a method."""
-    found = study.assess(volume, outcome.poses, case.truth, case.dataset.truth)
     entry = {
-        **found.row(),
+        **measure(volume, outcome.poses, case.truth, case.dataset.truth),
         "wall_s": wall_s,
         "remark": outcome.remark,
-        "fsc": _rounded(found.curve),
-        "fsc_aligned": _rounded(found.aligned_curve),
-        "differences": difference_densities(outcome.poses, case.dataset.truth),
         "history": history,
     }
     if outcome.half_maps is not None:
@@ -258,6 +254,19 @@ def _entry(
             metrics.fsc(*map(jnp.asarray, outcome.half_maps))
         )
     return entry
+
+
+def measure(
+    volume: np.ndarray, poses: Poses, truth: Volume, true_poses: Poses
+) -> dict[str, Any]:
+    """Return how far a map and its poses are from the true ones."""
+    found = study.assess(volume, poses, truth, true_poses)
+    return {
+        **found.row(),
+        "fsc": _rounded(found.curve),
+        "fsc_aligned": _rounded(found.aligned_curve),
+        "differences": difference_densities(poses, true_poses),
+    }
 
 
 _ANGLE_EDGES = np.linspace(-20, 20, 81)  # degrees: the range that the paper shows

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrefine import kbwf, metrics
+from jaxrefine import metrics
 from jaxrefine._types import Volume
+from jaxrefine.alignment import move_map
 from jaxrefine.geometry import Poses, geodesic_distance
 
 Row = dict[str, int | float]
@@ -32,7 +33,8 @@ class Assessment:
     ----------
     curve, aligned_curve
         Fourier shell correlation with the true map: as it stands, and after the motion
-        of `metrics.align_poses` is undone.
+        of `metrics.align_poses` is undone, which takes what lies beyond the last whole
+        shell, ``(n - 1) // 2``.
     gauge_rotation_deg
         Angle of that motion.
     errors
@@ -73,11 +75,10 @@ def assess(
     pair = (poses.angles, poses.shifts, true_poses.angles, true_poses.shifts)
     volume = jnp.asarray(volume, truth.dtype)
     motion = metrics.align_poses(*pair)
-    basis = kbwf.KBWF()
-    coefficients = kbwf.expand(basis, volume)
-    moved = kbwf.evaluate_moved(
-        basis, coefficients, motion.rotation, motion.translation
+    rotation, translation = (
+        x.astype(truth.dtype) for x in (motion.rotation, motion.translation)
     )
+    moved = move_map(volume, rotation, translation)
     identity = jnp.eye(3, dtype=motion.rotation.dtype)
     return Assessment(
         np.asarray(metrics.fsc(volume, truth)),

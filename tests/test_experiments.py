@@ -164,6 +164,19 @@ def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
     table = io.read_star(out / "poses/joint_released.star")["particles"]
     assert len(table["rlnAngleRot"]) == 6
 
+    # What is kept is enough to measure all results again; but for them, all stays.
+    before = json.loads((out / "metrics.json").read_text())
+    spoilt = {name: entry | {"mean_fsc": -1.0} for name, entry in before.items()}
+    write_json(out / "metrics.json", spoilt)
+    words = [sys.executable, EXPERIMENTS / "remeasure.py", out]
+    again = subprocess.run(words, check=False, capture_output=True, text=True, env=bare)
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+    after = json.loads((out / "metrics.json").read_text())
+    for name, entry in before.items():
+        assert after[name]["history"] == entry["history"]
+        for key in ("mean_fsc", "mean_fsc_aligned", "angle_error_deg_median"):
+            assert after[name][key] == pytest.approx(entry[key], abs=1e-3)
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("relion_refine") is None, reason="RELION is absent")

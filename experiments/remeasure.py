@@ -1,0 +1,81 @@
+"""Measure the results of finished runs anew, from the maps and poses that they keep.
+
+    python experiments/remeasure.py RUN [RUN ...]
+
+Correlations and pose errors are those of today's code; iterations, times and remarks
+stay. Results whose poses were not kept stay whole. The runs may be sweeps.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import comparison
+import figures
+import harness
+import jax.numpy as jnp
+import sweeps
+
+from jaxrefine import io
+from jaxrefine.geometry import Poses
+
+
+def remeasure(folder: Path) -> None:
+    """Measure a run; of a sweep, all points.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no finished run, or its maps are gone.
+    """
+    run = figures.open_run(folder)
+    made_by = harness.write_provenance(folder)
+    if "axis" not in run.config:
+        results = _measured(run, {name: made_by[name] for name in ("commit", "dirty")})
+        io.write_json(folder / "metrics.json", results)
+        text = comparison.table(results, run.config)
+    else:
+        axis, points = run.config["axis"], []
+        for value in run.config[f"{axis}_values"]:
+            point = folder / "points" / f"{axis}={value:g}"
+            remeasure(point)
+            points.append(sweeps.summary(value, harness.read_metrics(point)))
+        io.write_json(folder / "metrics.json", {"axis": axis, "points": points})
+        text = sweeps.table(axis, points, run.config)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _measured(run: figures.Run, made: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's results with measures of today."""
+    truth, true_poses = jnp.asarray(run.map("truth")), _poses(run.folder, "truth")
+    results = {}
+    for name, entry in run.results.items():
+        results[name] = entry
+        method = name.removesuffix(", post-processed")
+        if (run.folder / "poses" / f"{comparison.slug(method)}.star").exists():
+            poses = _poses(run.folder, method)
+            found = comparison.measure(run.map(name), poses, truth, true_poses)
+            results[name] = entry | found | made
+        else:
+            print(f"{run.folder}: the poses of {name} are absent; it stays as it is")
+    return results
+
+
+def _poses(folder: Path, name: str) -> Poses:
+    path = folder / "poses" / f"{comparison.slug(name)}.star"
+    return Poses(*map(jnp.asarray, io.read_poses(path)))
+
+
+def main() -> None:
+    """Measure the runs that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    for folder in parser.parse_args().runs:
+        remeasure(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(main))
