@@ -1,12 +1,10 @@
 """One of RELION's programs: run in a folder, with a log there and a time limit."""
 
-import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +14,7 @@ from jaxrefine.errors import InputError
 
 _POLL_S = 0.2  # between two looks at what a program has written
 _PATIENCE_S = 20.0  # for a program that was asked to stop
-_PR_SET_PDEATHSIG = 1  # of Linux
+_DYING_WITH_US = ["setpriv", "--pdeathsig", "TERM", "--"]  # of Linux
 _SHORT_S = 3600.0  # enough for a program that does not iterate
 
 
@@ -39,19 +37,19 @@ def run(
     """Run a program; return whether it came to its end before the time limit."""
     if shutil.which(command[0]) is None:
         raise InputError(f"{command[0]} is not installed.")
+    launcher = _DYING_WITH_US if shutil.which("setpriv") else []
     path, end = folder / f"{name}.log", time.monotonic() + limit_s
     with open(path, "a+b") as log:
         log.write(f"\n{' '.join(command)}\n\n".encode())
         log.flush()
         begin = log.tell()
         process = subprocess.Popen(
-            command,
+            [*launcher, *command],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_us if sys.platform == "linux" else None,
         )
         try:
             while process.poll() is None and time.monotonic() < end:
@@ -69,11 +67,6 @@ def run(
             error = _last_error(log.read().decode(errors="replace"))
             raise InputError(f"RELION failed: {error} See {path}.")
     return code == 0
-
-
-def _end_with_us() -> None:
-    """Have the system end this process when the one that started it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_error(said: str) -> str:

@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -335,3 +337,34 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, monkeyp
     of_others = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), done.poses)
     assert agreement(done.poses) > 0.9 > agreement(of_others) + 0.1
     assert 0.5 < at_low_resolution(*done.half_maps)[0] < 0.999
+
+
+KILLED = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import relion_program
+
+command = ["sh", "-c", "echo $$ > pid; exec sleep 300"]
+relion_program.run(Path(sys.argv[2]), "sleep", command, 300, lambda: None)
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is absent")
+def test_a_program_does_not_outlive_a_killed_study(tmp_path):
+    """It would go on writing the files that the next call deletes."""
+    words = [sys.executable, "-c", KILLED, str(EXPERIMENTS), str(tmp_path)]
+    with subprocess.Popen(words) as study:
+        pid = tmp_path / "pid"
+        while not (pid.exists() and pid.read_text()):
+            assert study.poll() is None
+            time.sleep(0.05)
+        study.kill()
+    number, end = int(pid.read_text()), time.monotonic() + 10
+    while Path(f"/proc/{number}/cmdline").exists() and time.monotonic() < end:
+        if not Path(f"/proc/{number}/cmdline").read_bytes():  # a zombie
+            break
+        time.sleep(0.05)
+    else:
+        assert time.monotonic() < end
