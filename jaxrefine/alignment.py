@@ -95,11 +95,17 @@ def align_maps(
 
 @eqx.filter_jit
 def move_map(
-    volume: Volume, rotation: Float[Array, "3 3"], translation: Float[Array, "3"]
+    volume: Volume,
+    rotation: Float[Array, "3 3"],
+    translation: Float[Array, "3"],
+    r_max: int | None = None,
 ) -> Volume:
-    """Return ``V(G (x - d))``, without the frequencies beyond the last whole shell."""
+    """Return ``V(G (x - d))``, without the frequencies beyond ``r_max`` cycles per box.
+
+    By default that is the last whole shell, ``(n - 1) // 2``; at most, ``n // 2``.
+    """
     n, dtype = volume.shape[0], volume.dtype
-    last = (n - 1) // 2
+    last = (n - 1) // 2 if r_max is None else r_max
     places, lattice = _ball(n, last, dtype)
     points = jnp.matmul(lattice, rotation.T, precision=_HIGHEST)
     values = Gridding().spectrum(volume, last)(*(points[:, i] for i in range(3)))

@@ -33,8 +33,7 @@ class Assessment:
     ----------
     curve, aligned_curve
         Fourier shell correlation with the true map: as it stands, and after the motion
-        of `metrics.align_poses` is undone, which takes what lies beyond the last whole
-        shell, ``(n - 1) // 2``.
+        of `metrics.align_poses` is undone, up to ``n // 2`` cycles per box.
     gauge_rotation_deg
         Angle of that motion.
     errors
@@ -78,11 +77,14 @@ def assess(
     rotation, translation = (
         x.astype(truth.dtype) for x in (motion.rotation, motion.translation)
     )
-    moved = move_map(volume, rotation, translation)
+    # The truth, too, without what a turned box cuts off: the corners.
+    last = truth.shape[0] // 2
+    moved = move_map(volume, rotation, translation, last)
+    still = move_map(truth, jnp.eye(3, dtype=truth.dtype), 0 * translation, last)
     identity = jnp.eye(3, dtype=motion.rotation.dtype)
     return Assessment(
         np.asarray(metrics.fsc(volume, truth)),
-        np.asarray(metrics.fsc(moved, truth)),
+        np.asarray(metrics.fsc(moved, still)),
         float(jnp.rad2deg(geodesic_distance(motion.rotation, identity))),
         metrics.pose_errors(*pair),
     )

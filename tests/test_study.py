@@ -41,6 +41,15 @@ def test_moved_map_is_scored_alike(case):
     assert straight.gauge_rotation_deg == pytest.approx(0, abs=1e-3)
 
 
+def test_a_map_in_its_place_keeps_its_curve(case):
+    """To Nyquist, noise included; but for the corners of its last shell."""
+    truth, poses, _, _ = case
+    noisy = truth + truth.std() * jax.random.normal(jax.random.key(3), (N,) * 3)
+    found = study.assess(noisy, poses, truth, poses)
+    np.testing.assert_allclose(found.aligned_curve[:-1], found.curve[:-1], atol=2e-3)
+    assert found.curve.min() < 0.5 < found.curve[2]
+
+
 def test_a_row_is_what_its_parts_say(case):
     truth, poses, volume, moved = case
     noisy = volume + 0.3 * volume.std() * jax.random.normal(jax.random.key(2), (N,) * 3)
