@@ -153,6 +153,16 @@ def caption(config: Mapping[str, Any]) -> str:
 
 def write_provenance(out: Path) -> dict[str, Any]:
     """Add what computes the results to the list of what has; return it."""
+    now, path = provenance(), out / "provenance.json"
+    old = io.read_json(path) if path.exists() else {"calls": []}
+    earlier = old.get("calls", [old])  # one call alone, in runs of before
+    if now not in earlier:
+        io.write_json(path, {"calls": [*earlier, now]})
+    return now
+
+
+def provenance() -> dict[str, Any]:
+    """Return the commit, the versions and the device of this program."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(HERE), *words]
@@ -165,7 +175,7 @@ def write_provenance(out: Path) -> dict[str, Any]:
 
     device = jax.devices()[0]
     packages = ("jaxrefine", "jax", "jaxlib", "equinox", "optax", "numpy")
-    provenance = {
+    return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
         "versions": {name: version(name) for name in packages},
@@ -174,11 +184,6 @@ def write_provenance(out: Path) -> dict[str, Any]:
         "platform": device.platform,
         "device": device.device_kind,
     }
-    path = out / "provenance.json"
-    earlier = io.read_json(path)["calls"] if path.exists() else []
-    if provenance not in earlier:
-        io.write_json(path, {"calls": [*earlier, provenance]})
-    return provenance
 
 
 def finish(out: Path, *, without_relion: bool = False) -> None:

@@ -231,10 +231,12 @@ def relion_refinement(
         record.resume(jnp.zeros((), jnp.int32))  # RELION keeps its own state
 
         def keep(now: relion.Refined) -> None:
-            if now.iterations <= len(record.history):  # told before an interruption
+            told = [row["relion_iteration"] for row in record.history]
+            if now.iterations in told:  # before an interruption
                 return
             number = jnp.asarray(now.iterations, jnp.int32)
-            record.add(now.volume, now.poses, number, **now.report)
+            own = {"relion_iteration": now.iterations, **now.report}
+            record.add(now.volume, now.poses, number, **own)
 
         found = relion.auto_refine(
             record.folder,

@@ -30,9 +30,8 @@ def remeasure(folder: Path) -> None:
         If the folder holds no finished run, or its maps are gone.
     """
     run = figures.open_run(folder)
-    made_by = harness.write_provenance(folder)
     if not (folder / "points").is_dir():
-        results = _measured(run, {name: made_by[name] for name in ("commit", "dirty")})
+        results = _measured(run)
         io.write_json(folder / "metrics.json", results)
         text = comparison.table(results, run.config)
     else:
@@ -46,8 +45,10 @@ def remeasure(folder: Path) -> None:
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _measured(run: figures.Run, made: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's results with measures of today."""
+def _measured(run: figures.Run) -> dict[str, Any]:
+    """Return a run's results with measures of today, which say by what commit."""
+    now = harness.provenance()
+    measured_by = {name: now[name] for name in ("commit", "dirty")}
     truth, true_poses = jnp.asarray(run.map("truth")), _poses(run.folder, "truth")
     results = {}
     for name, entry in run.results.items():
@@ -56,7 +57,7 @@ def _measured(run: figures.Run, made: dict[str, Any]) -> dict[str, Any]:
         if (run.folder / "poses" / f"{comparison.slug(method)}.star").exists():
             poses = _poses(run.folder, method)
             found = comparison.measure(run.map(name), poses, truth, true_poses)
-            results[name] = entry | found | made
+            results[name] = entry | found | {"measured_by": measured_by}
         else:
             print(f"{run.folder}: the poses of {name} are absent; it stays as it is")
     return results

@@ -6,6 +6,7 @@ to be bright.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxrefine.particles import ImageSource
 from jaxrefine.resample import interpolation_matrix
 
 _FEWEST = 16  # pixels that a background is measured from
+_ROUNDING = 1e-9
 _EDGE = 5.0  # pixels, as wide as RELION's
 LARGEST_STEP = 1.25  # up to which particles of 3/4 of the box show once when resampled
 
@@ -55,7 +57,7 @@ class Resampled:
                 f"{count} pixel sizes came with {self.shape[0]} images; one for each "
                 "is wanted."
             )
-        if not 1 <= least <= most <= LARGEST_STEP:
+        if not 1 <= least <= most <= LARGEST_STEP * (1 + _ROUNDING):
             raise InputError(
                 f"Pixels were to grow by factors of {least:g} to {most:g}; 1 to "
                 f"{LARGEST_STEP:g} is wanted."
@@ -70,7 +72,7 @@ class Resampled:
         images = np.array(self.source[indices], np.float32)
         steps, m = self.step[indices], self.shape[-1]
         for step in np.unique(steps[steps != 1]):
-            along = interpolation_matrix(m, m, step).astype(np.float32)
+            along = _interpolation(m, float(step))
             chosen = steps == step
             images[chosen] = step * (along @ images[chosen] @ along.T)
         return images
@@ -201,6 +203,11 @@ class Masked:
         radius = np.hypot(x[:, None], y[:, :, None])
         place = np.clip((radius - self.diameter / 2) / _EDGE, 0, 1)
         return 0.5 + 0.5 * np.cos(np.pi * place)
+
+
+@lru_cache(64)
+def _interpolation(m: int, step: float) -> Float32[np.ndarray, "m m"]:
+    return interpolation_matrix(m, m, step).astype(np.float32)
 
 
 def outside(m: int, diameter: float) -> Bool[np.ndarray, "m m"]:

@@ -154,14 +154,13 @@ def electron_wavelength(voltage: Scalar) -> Scalar:
     return 12.2643247 / jnp.sqrt(1e3 * voltage * (1 + 0.978466e-3 * voltage))
 
 
-@eqx.filter_jit
 @jax.jit
 def is_finite(
     ctf: CTF, pixel_size_in_angstroms: float | Scalar
 ) -> Bool[Array, " particles"]:
     """Whether the CTF of each particle is a number up to the corners of its image.
 
-    In single precision, in which it is used: a defocus of 1e20 overflows there.
+    In single precision, in which it is used: a defocus of 1e39 overflows there.
     """
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), ctf)
     edge = jnp.asarray(0.5 / pixel_size_in_angstroms, jnp.float32)
@@ -169,6 +168,7 @@ def is_finite(
     return jnp.isfinite(jax.vmap(lambda each: each(places))(single)).all(axis=-1)
 
 
+@eqx.filter_jit
 def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Images:
     """Multiply the Fourier transform of each image by its CTF.
 

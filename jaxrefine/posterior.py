@@ -355,7 +355,7 @@ def polish(
     update
         How, for instance `tangent.LevenbergMarquardt()`.
     batch_size
-        Candidates at a time.
+        Candidates at a time, at most as many as there are particles.
     """
     size = min(batch_size, len(particles))
 

@@ -491,7 +491,7 @@ def test_a_resumed_run_keeps_its_batches(data, capsys, stand_in, monkeypatch):
             _production.memory,
             "plan",
             lambda *what, size=batch_size: dataclasses.replace(
-                plan(*what), batch_size=min(size, what[2].batch_size)
+                plan(*what), batch_size=size
             ),
         )
         stand_in.stop_after = 1 if batch_size == 5 else 2

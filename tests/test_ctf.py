@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine.ctf import CTF, apply_ctf, electron_wavelength
+from jaxrefine.ctf import CTF, apply_ctf, electron_wavelength, is_finite
 from jaxrefine.io import read_stack, write_mrc, write_star
 
 
@@ -170,3 +170,10 @@ def test_relion_has_the_same_ctf(tmp_path):
     assert chosen.sum() > 4 * 300
     ratio = seen[chosen] / plain[chosen]
     np.testing.assert_allclose(ratio, ours[chosen], atol=5e-5)
+
+
+def test_what_single_precision_cannot_hold_is_told():
+    defocus = jnp.asarray([2e4, 1e39, 2e4])
+    b_factor = jnp.asarray([100.0, 0.0, -1e9])
+    ctf = CTF(defocus, defocus, b_factor=b_factor)
+    np.testing.assert_array_equal(is_finite(ctf, 1.5), [True, False, False])

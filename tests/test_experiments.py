@@ -174,6 +174,8 @@ def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
     after = json.loads((out / "metrics.json").read_text())
     for name, entry in before.items():
         assert after[name]["history"] == entry["history"]
+        assert after[name]["commit"] == entry["commit"]
+        assert set(after[name]["measured_by"]) == {"commit", "dirty"}
         for key in ("mean_fsc", "mean_fsc_aligned", "angle_error_deg_median"):
             assert after[name][key] == pytest.approx(entry[key], abs=1e-3)
 
@@ -293,6 +295,17 @@ def test_a_configuration_that_cannot_be_read(init1, harness, tmp_path):
     path.write_text(re.sub("^(seed|max_shift) = .*\n", "", whole, flags=re.MULTILINE))
     with pytest.raises(InputError, match="lacks seed, max_shift"):
         harness.resolve(options(config=path), init1.KEYS)
+
+
+def test_provenance_is_added_to_what_earlier_runs_have(harness, tmp_path):
+    """Which was one call alone, not a list of them."""
+    write_json(tmp_path / "provenance.json", {"commit": "old"})
+    now = harness.write_provenance(tmp_path)
+    harness.write_provenance(tmp_path)
+    assert io.read_json(tmp_path / "provenance.json")["calls"] == [
+        {"commit": "old"},
+        now,
+    ]
 
 
 def test_an_empty_folder_may_hold_a_run(init1, harness, tmp_path):

@@ -608,8 +608,12 @@ def test_the_tables_pixel_size_comes_before_the_headers(new_style):
     path, _ = new_style
     with mrcfile.open(path.parent / "a.mrcs", "r+") as mrc:
         mrc.voxel_size = (1.5, 1.0, 1.0)
-    assert map_stack(path.parent / "a.mrcs")[1] is None
+    assert np.isnan(map_stack(path.parent / "a.mrcs")[1])
     assert read_particles(path).particles.pixel_size_in_angstroms == 1.5
+    plain = path.with_name("plain.star")
+    write_star(plain, {"": particle_columns(["1@a.mrcs"])})
+    with pytest.raises(InputError, match="gives no pixel size, and .*a.mrcs none"):
+        read_particles(plain)
 
 
 def test_as_many_values_as_particles(new_style, tmp_path):

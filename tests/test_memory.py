@@ -77,7 +77,8 @@ def test_a_batch_takes_what_the_compiler_says():
     group = jnp.zeros(count, int)
     arguments = (spectrum, view, images, None, group, about, poses.rotations, shifts)
     found = compiled_bytes(posterior._polish, *arguments, CONFIG.update) / count
-    large = [estimate_bytes(1, n, replace(CONFIG, batch_size=2**k)) for k in (17, 18)]
+    sizes = [replace(CONFIG, batch_size=2**k) for k in (17, 18)]
+    large = [estimate_bytes(2**18, n, config) for config in sizes]
     assert 1 / 1.5 < (large[1] - large[0]) / 2**17 / found < 1.5
 
 

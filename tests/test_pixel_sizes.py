@@ -15,6 +15,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
 from jaxrefine.io import (
     read_blocks,
+    read_json,
     read_mrc,
     read_particles,
     read_star,
@@ -170,6 +171,23 @@ def test_the_map_is_that_of_one_pixel_size(merged, tmp_path, capsys):
     assert np.abs(maps[0] - maps[1]).max() <= 5e-3 * maps[1].max()
     curve = metrics.fsc(*map(jnp.float64, (maps[0], density(PIXEL))))
     assert float(curve[1:7].min()) > 0.99
+
+
+def test_poses_are_compared_in_one_pixel_size(merged, capsys):
+    """A frame that is 10 A away is no error, in the pixels of either."""
+    table = dict(read_blocks(merged.path))
+    particles = dict(table["particles"])
+    rotations = np.asarray(jax.vmap(euler_to_matrix)(jnp.asarray(merged.angles)))
+    moves = merged.moves + rotations[:, :2] @ np.array([10.0, -4.0, 6.0])
+    for i, letter in enumerate("XY"):
+        particles[f"rlnOrigin{letter}Angst"] = [f"{-x:.9f}" for x in moves[:, i]]
+    away = merged.folder / "away.star"
+    write_star(away, {**table, "particles": particles})
+    out = merged.folder / "errors.json"
+    words = ["evaluate", str(away), str(merged.path), "--json", str(out)]
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    assert read_json(out)["shift_error_px_p95"] < 1e-3
 
 
 @pytest.mark.slow

@@ -63,7 +63,9 @@ def configure(
         chosen["angle_spread"] = math.radians(options.prior_angle)
     if options.prior_shift is not None:
         chosen["shift_spread"] = options.prior_shift
-        chosen.setdefault("max_shift", 3 * options.prior_shift)
+        chosen.setdefault(
+            "max_shift", min(3 * options.prior_shift, source.particles.image_size / 2)
+        )
     return refine.RefineConfig(**chosen)
 
 
@@ -107,11 +109,10 @@ def run(
     key = jax.random.key(options.seed)
     subsets = _subsets(source, options.seed) if config.half_sets else None
     plan = _plan(options, source, config)
-    if options.batch_size is None:
-        # Another one would change the last bits of a run that is resumed.
-        kept = folder.keep("batch_size", plan.batch_size)
-        plan = memory.with_batch(plan, config, kept)
-    batch_size = plan.batch_size
+    # Another one would change the last bits of a run that is resumed.
+    batch_size = options.batch_size or folder.keep("batch_size", plan.batch_size)
+    batch_size = min(batch_size, len(source))
+    plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
     state = folder.resume(

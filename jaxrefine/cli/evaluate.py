@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     paths = (options.result, options.truth)
     tables = [io.read_blocks(path) for path in paths]
     result, truth = (
-        io.poses_of(table, path) for table, path in zip(tables, paths, strict=True)
+        io.poses_on_one_grid(table, path)
+        for table, path in zip(tables, paths, strict=True)
     )
     for path, (angles, _) in zip(paths, (result, truth), strict=True):
         if not len(angles):

@@ -118,7 +118,7 @@ def map_stack(
         A memory map of the file, indexed ``[particle, y, x]``, of the file's type and
         byte order. Values are not checked.
     pixel_size
-        In Angstrom; None if the header leaves it unset, or gives several.
+        In Angstrom; None if the header leaves it unset, NaN if it gives no one size.
 
     Raises
     ------
@@ -138,7 +138,8 @@ def map_stack(
     images = np.memmap(path, dtype, "r", offset, shape)
     pixel = None
     if any(voxel):
-        with suppress(InputError):  # tables of particles say their pixel size
+        pixel = math.nan
+        with suppress(InputError):  # tables of particles may say their pixel size
             pixel = _isotropic(voxel, path)
     return images, pixel
 

@@ -36,7 +36,7 @@ from jaxrefine.io.star import (
     of_optics_group,
     particle_block,
     particle_table,
-    pixel_sizes,
+    pixel_sizes_if_any,
     pose_columns,
     poses_of,
     read_star,
@@ -168,6 +168,11 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     ctf = _ctf(blocks, table, path)
     sizes = _pixel_sizes(blocks, table, path)
     if sizes is None:
+        if np.isnan(images.pixel_size_in_angstroms or 1.0):
+            raise InputError(
+                f"{path} gives no pixel size, and {next(iter(stacks.values()))} none "
+                "that is positive and the same along x and y."
+            )
         if images.pixel_size_in_angstroms is None and ctf is not None:
             raise InputError(
                 f"{path} gives defoci but no pixel size, nor do its stacks."
@@ -425,17 +430,14 @@ def _pixel_sizes(
     blocks: dict[str, Table], table: Table, path: Path
 ) -> Float[np.ndarray, " particles"] | None:
     """Return the pixel size of each image, in Angstrom; None if the table has none."""
-    own = {"rlnPixelSize"}, {"rlnDetectorPixelSize", "rlnMagnification"}
-    given = "rlnImagePixelSize" in blocks.get("optics", {})
-    if not (given or any(names <= table.keys() for names in own)):
-        return None
-    sizes = pixel_sizes(blocks, table, path)
-    smallest, largest = float(sizes.min()), float(sizes.max())
-    if largest > LARGEST_STEP * smallest:
-        raise InputError(
-            f"{path} has pixels of {smallest:g} to {largest:g} A; sizes that differ by "
-            f"{LARGEST_STEP - 1:.0%} at most are wanted."
-        )
+    sizes = pixel_sizes_if_any(blocks, table, path)
+    if sizes is not None:
+        smallest, largest = float(sizes.min()), float(sizes.max())
+        if largest > LARGEST_STEP * smallest * (1 + 1e-9):
+            raise InputError(
+                f"{path} has pixels of {smallest:g} to {largest:g} A; sizes that "
+                f"differ by {LARGEST_STEP - 1:.0%} at most are wanted."
+            )
     return sizes
 
 

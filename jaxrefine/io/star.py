@@ -175,6 +175,17 @@ def poses_of(
     return np.deg2rad(np.stack(angles, axis=-1)), -np.stack(origins, axis=-1)
 
 
+def poses_on_one_grid(
+    blocks: dict[str, Table], path: str | Path
+) -> tuple[Float64[np.ndarray, "particles 3"], Float64[np.ndarray, "particles 2"]]:
+    """Return poses as `poses_of` does, with all shifts in the largest pixels."""
+    angles, shifts = poses_of(blocks, path)
+    sizes = pixel_sizes_if_any(blocks, particle_table(blocks, path), path)
+    if sizes is not None and len(sizes):
+        shifts = shifts * (sizes / sizes.max())[:, None]
+    return angles, shifts
+
+
 def write_poses(
     path: str | Path,
     angles: Float[Array | np.ndarray, "particles 3"],
@@ -319,6 +330,17 @@ def pixel_sizes(
     if not (sizes > 0).all():
         raise InputError(f"{path} has a pixel size that is not positive.")
     return sizes
+
+
+def pixel_sizes_if_any(
+    blocks: dict[str, Table], particles: Table, path: str | Path
+) -> Float64[np.ndarray, " particles"] | None:
+    """Return what `pixel_sizes` does, or None if the tables give none."""
+    own = {"rlnPixelSize"}, {"rlnDetectorPixelSize", "rlnMagnification"}
+    given = "rlnImagePixelSize" in blocks.get("optics", {})
+    if given or any(names <= particles.keys() for names in own):
+        return pixel_sizes(blocks, particles, path)
+    return None
 
 
 def of_optics_group(
