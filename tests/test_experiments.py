@@ -51,11 +51,11 @@ def run(*words: str, cwd: Path, env=None) -> subprocess.CompletedProcess:
 
 
 def timeless(path: Path) -> dict:
-    """Read results without the times that differ from run to run."""
+    """Read results without the times and commits that may differ from run to run."""
 
     def strip(value):
         if isinstance(value, dict):
-            dropped = ("wall_s", "elapsed_s")
+            dropped = ("wall_s", "elapsed_s", "commit", "dirty")
             return {k: strip(v) for k, v in value.items() if k not in dropped}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
