@@ -174,11 +174,11 @@ def run(
         raise InputError(f"methods wants some of {known}, not {', '.join(unknown)}.")
     out = harness.open_run(options, config)
     if not harness.finished(out):
-        made_by = harness.write_provenance(out)
+        harness.write_provenance(out)
         case = prepare(config, options.volume, out)
         found = [families[name](config, case) for name in config["methods"]]
         chosen = {name: method for each in found for name, method in each.items()}
-        text = table(compare(out, case, chosen, made_by), config)
+        text = table(compare(out, case, chosen), config)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         harness.finish(out, without_relion=not all(found))
     print(table(harness.read_metrics(out), config))
@@ -186,14 +186,13 @@ def run(
 
 
 def compare(
-    out: Path, case: Case, methods: Mapping[str, Method], made_by: Mapping[str, Any]
+    out: Path, case: Case, methods: Mapping[str, Method]
 ) -> dict[str, dict[str, Any]]:
     """Run the methods that have not been run yet; return the results of all.
 
     A method's map after post-processing is a result of its own, "NAME, post-processed".
     Every result says by which commit it was made.
     """
-    made = {name: made_by[name] for name in ("commit", "dirty")}
     maps, voxel = out / "maps", case.voxel_size_in_angstroms
     maps.mkdir(exist_ok=True)
     (out / "poses").mkdir(exist_ok=True)
@@ -213,14 +212,12 @@ def compare(
             record = Record(case, folder, maps / slug(name), bars, name)
             outcome = method(case, record)
             wall = record.elapsed_s if outcome.wall_s is None else outcome.wall_s
-            measured = _entry(case, outcome, outcome.volume, record.history, wall)
-            results[name] = measured | made
+            results[name] = _entry(case, outcome, outcome.volume, record.history, wall)
             _write_poses(out, name, outcome.poses, case)
             io.write_mrc(maps / f"{slug(name)}.mrc", outcome.volume, voxel)
             if outcome.processed is not None:
                 second = f"{name}, post-processed"
-                measured = _entry(case, outcome, outcome.processed, [], wall)
-                results[second] = measured | made
+                results[second] = _entry(case, outcome, outcome.processed, [], wall)
                 io.write_mrc(maps / f"{slug(second)}.mrc", outcome.processed, voxel)
             io.write_json(out / "metrics.json", results)
             (folder / "state.eqx").unlink(missing_ok=True)
@@ -248,6 +245,7 @@ def _entry(
         "wall_s": wall_s,
         "remark": outcome.remark,
         "history": history,
+        **harness.commit(),
     }
     if outcome.half_maps is not None:
         entry["half_map_fsc"] = _rounded(

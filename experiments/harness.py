@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def caption(config: Mapping[str, Any]) -> str:
 
 def write_provenance(out: Path) -> dict[str, Any]:
     """Add what computes the results to the list of what has; return it."""
-    now, path = provenance(), out / "provenance.json"
+    now, path = _provenance(), out / "provenance.json"
     old = io.read_json(path) if path.exists() else {"calls": []}
     earlier = old.get("calls", [old])  # one call alone, in runs of before
     if now not in earlier:
@@ -161,8 +162,12 @@ def write_provenance(out: Path) -> dict[str, Any]:
     return now
 
 
-def provenance() -> dict[str, Any]:
-    """Return the commit, the versions and the device of this program."""
+@cache
+def commit() -> dict[str, Any]:
+    """Return the commit of this program, and whether files differ from it.
+
+    As it was when this was first asked for: later ones are not what runs.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(HERE), *words]
@@ -173,11 +178,17 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
-    device = jax.devices()[0]
-    packages = ("jaxrefine", "jax", "jaxlib", "equinox", "optax", "numpy")
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
+    }
+
+
+def _provenance() -> dict[str, Any]:
+    device = jax.devices()[0]
+    packages = ("jaxrefine", "jax", "jaxlib", "equinox", "optax", "numpy")
+    return {
+        **commit(),
         "versions": {name: version(name) for name in packages},
         "relion": relion.version(),
         "python": sys.version.split()[0],

@@ -47,8 +47,7 @@ def remeasure(folder: Path) -> None:
 
 def _measured(run: figures.Run) -> dict[str, Any]:
     """Return a run's results with measures of today, which say by what commit."""
-    now = harness.provenance()
-    measured_by = {name: now[name] for name in ("commit", "dirty")}
+    measured_by = harness.commit()
     truth, true_poses = jnp.asarray(run.map("truth")), _poses(run.folder, "truth")
     results = {}
     for name, entry in run.results.items():

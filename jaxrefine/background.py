@@ -17,9 +17,9 @@ from jaxrefine.particles import ImageSource
 from jaxrefine.resample import interpolation_matrix
 
 _FEWEST = 16  # pixels that a background is measured from
-_ROUNDING = 1e-9
 _EDGE = 5.0  # pixels, as wide as RELION's
-LARGEST_STEP = 1.25  # up to which particles of 3/4 of the box show once when resampled
+# Up to which particles of 3/4 of the box show once when resampled; and rounding.
+LARGEST_STEP = 1.25 * (1 + 1e-9)
 
 
 @final
@@ -57,7 +57,7 @@ class Resampled:
                 f"{count} pixel sizes came with {self.shape[0]} images; one for each "
                 "is wanted."
             )
-        if not 1 <= least <= most <= LARGEST_STEP * (1 + _ROUNDING):
+        if not 1 <= least <= most <= LARGEST_STEP:
             raise InputError(
                 f"Pixels were to grow by factors of {least:g} to {most:g}; 1 to "
                 f"{LARGEST_STEP:g} is wanted."

@@ -135,9 +135,10 @@ def _visit(
     """Call ``function`` batch by batch and join its results.
 
     Its arguments are places in ``owners``, the particles that are wanted, and the
-    images, optics, groups and priors there.
+    images, optics, groups and priors there. No batch is larger than the particles are
+    many.
     """
-    done = []
+    size, done = min(size, len(particles)), []
     for places, new in batches(np.arange(len(owners)), size):
         some = owners[places]
         images, ctf = particles.batch(some)
@@ -357,7 +358,6 @@ def polish(
     batch_size
         Candidates at a time, at most as many as there are particles.
     """
-    size = min(batch_size, len(particles))
 
     def polish_batch(places, images, ctf, group, prior):
         estimate, evidence = _polish(
@@ -379,7 +379,7 @@ def polish(
             evidence,
         )
 
-    return Polished(*_visit(particles, owners, prior, size, polish_batch))
+    return Polished(*_visit(particles, owners, prior, batch_size, polish_batch))
 
 
 @eqx.filter_jit
@@ -463,7 +463,6 @@ def curvature(
     of its inverse cover what they should more nearly. Where it is not safely positive
     definite, the given information is returned.
     """
-    size = min(batch_size, len(particles))
 
     def curvature_of_batch(places, images, ctf, group, prior):
         found = _curvature(
@@ -479,4 +478,4 @@ def curvature(
         )
         return (found,)
 
-    return _visit(particles, owners, prior, size, curvature_of_batch)[0]
+    return _visit(particles, owners, prior, batch_size, curvature_of_batch)[0]

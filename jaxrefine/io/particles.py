@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -38,7 +39,7 @@ from jaxrefine.io.star import (
     particle_table,
     pixel_sizes_if_any,
     pose_columns,
-    poses_of,
+    poses_on_one_grid,
     read_star,
     whole_numbers,
     write_star,
@@ -92,7 +93,7 @@ class ParticleFile:
     def __len__(self) -> int:
         return len(self.particles)
 
-    @property
+    @cached_property
     def random_subset(self) -> Int[np.ndarray, " particles"] | None:
         """``rlnRandomSubset`` of each particle, 1 or 2; None if the file does not say.
 
@@ -162,7 +163,7 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     has_poses = not _VIEW.isdisjoint(table)
     angles, shifts = np.zeros((count, 3)), np.zeros((count, 2))
     if has_poses:
-        angles, shifts = poses_of(blocks, path)
+        angles, shifts = poses_on_one_grid(blocks, path)
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
     ctf = _ctf(blocks, table, path)
@@ -179,7 +180,6 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
             )
         sizes = np.full(count, images.pixel_size_in_angstroms or 1.0)
     pixel = float(sizes.max())
-    shifts *= (sizes / pixel)[:, None]
     source = images
     if sizes.min() < pixel * (1 - _SAME_PIXEL):
         source = Resampled(images, pixel / sizes)
@@ -433,7 +433,7 @@ def _pixel_sizes(
     sizes = pixel_sizes_if_any(blocks, table, path)
     if sizes is not None:
         smallest, largest = float(sizes.min()), float(sizes.max())
-        if largest > LARGEST_STEP * smallest * (1 + 1e-9):
+        if largest > LARGEST_STEP * smallest:
             raise InputError(
                 f"{path} has pixels of {smallest:g} to {largest:g} A; sizes that "
                 f"differ by {LARGEST_STEP - 1:.0%} at most are wanted."
@@ -478,15 +478,17 @@ def _names_from(table: Path, particle_file: ParticleFile) -> dict[str, str]:
         for folder in folders:
             if all(_same(folder / stack, found) for stack, found in stacks.items()):
                 return {stack: stack for stack in stacks}
-    names = {}
-    for stack, found in stacks.items():
+
+    def rename(stack: str, found: Path) -> str:
+        if os.path.isabs(stack):
+            return stack
         absolute = os.path.abspath(found)
-        names[stack] = stack if os.path.isabs(stack) else absolute
-        if not os.path.isabs(stack) and _same(old_folder / stack, found):
+        if _same(old_folder / stack, found):
             relative = os.path.relpath(absolute, os.path.abspath(table.parent))
-            if _same(table.parent / relative, found):
-                names[stack] = relative
-    return names
+            return relative if _same(table.parent / relative, found) else absolute
+        return absolute
+
+    return {stack: rename(stack, found) for stack, found in stacks.items()}
 
 
 def _same(path: Path, other: Path) -> bool:
