@@ -24,6 +24,7 @@ from jaxrefine.geometry import (
 )
 from jaxrefine.matching import MatchConfig, match
 from jaxrefine.particles import Particles
+from jaxrefine.progress import Bars
 
 _PLACED_BY = 4  # cycles per box: where the map is, to some voxels
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -55,39 +56,53 @@ def init1(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
     return Case(truth, dataset, initial_map, config["voxel_size_in_angstroms"])
 
 
+_BY_RELION = "map and poses by RELION, ab initio"
+
+
+def start(config: dict[str, Any]) -> str:
+    """Say how `init2` can find map and poses on this machine, as ``start`` wants it."""
+    if relion.available():
+        return _BY_RELION
+    return (
+        "poses by projection matching with the truth blurred by "
+        f"{config['initial_blur']:g} voxels (RELION is not installed)"
+    )
+
+
 def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
     """Simulate a data set with the start Init-2: map and poses made ab initio.
 
-    By RELION where it is installed; otherwise the map is the truth, blurred, and the
-    poses are found by projection matching with it. A map made ab initio has a place and
-    a hand of its own: map and poses are brought to the truth's, all together, so that
-    curves can be compared. Then the shifts are set to zero.
+    By RELION, if ``start`` of the configuration says so; otherwise the map is the
+    truth, blurred, and the poses are found by projection matching with it. A map made
+    ab initio has a place and a hand of its own: map and poses are brought to the
+    truth's, all together, so that curves can be compared. Then the shifts are set to
+    zero.
     """
     truth, dataset = _simulate(config, volume, 0.0)
     voxel = config["voxel_size_in_angstroms"]
     images = np.asarray(dataset.images, np.float32)
-    if relion.available():
+    if config["start"] == _BY_RELION:
         folder = out / "work" / "ab_initio"
         folder.mkdir(parents=True, exist_ok=True)
         blank = jax.tree.map(jnp.zeros_like, dataset.truth)
-        found = relion.ab_initio(
-            folder,
-            relion.write_particles(folder, images, blank, voxel),
-            diameter_in_angstroms=0.9 * len(truth) * voxel,
-            seed=config["seed"],
-            limit_s=60 * config["ab_initio_limit_min"],
-            iterations=tuple(config["ab_initio_iterations"]),
-            resolutions=tuple(config["ab_initio_resolutions"]),
-            most_poses=config["relion_most_poses"] or None,
-            threads=2,
-            callback=lambda now: print(f"ab initio: iteration {now.iterations}"),
-        )
+        with Bars() as bars:
+            found = relion.ab_initio(
+                folder,
+                relion.write_particles(folder, images, blank, voxel),
+                diameter_in_angstroms=0.9 * len(truth) * voxel,
+                seed=config["seed"],
+                limit_s=60 * config["ab_initio_limit_min"],
+                iterations=tuple(config["ab_initio_iterations"]),
+                resolutions=tuple(config["ab_initio_resolutions"]),
+                most_poses=config["relion_most_poses"] or None,
+                threads=2,
+                callback=_progress(bars, sum(config["ab_initio_iterations"])),
+            )
         if not found.finished:
             raise InputError(
                 f"RELION's ab-initio reconstruction wants more than "
-                f"{config['ab_initio_limit_min']} minutes; the same command with a "
-                "larger ab_initio_limit_min in another --out, or fewer "
-                "ab_initio_iterations."
+                f"{config['ab_initio_limit_min']} minutes; the same command with "
+                "--set ab_initio_limit_min=MORE carries it on."
             )
         poses = found.poses
         initial_map, rotations = _in_the_frame_of(
@@ -132,6 +147,20 @@ def _simulate(
         batch_size=config["batch_size"],
     )
     return truth, dataset
+
+
+def _progress(bars: Bars, iterations: int) -> relion.Callback:
+    """Return what shows RELION's ab-initio iterations, of this call or carried on."""
+    advance = None
+
+    def show(now: relion.Refined) -> None:
+        nonlocal advance
+        if advance is None:
+            done = now.iterations - 1
+            advance = bars.next("RELION, ab initio", iterations, done)
+        advance(None, now.report)
+
+    return show
 
 
 def _in_the_frame_of(

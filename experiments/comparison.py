@@ -64,6 +64,9 @@ class Outcome:
         What a reader of the figures must know.
     wall_s
         Seconds it took, where its programs count them; else those of its record.
+    finished
+        Whether it came to its end; False where a time limit stopped it, and a later
+        call with more time carries it on.
     """
 
     volume: np.ndarray
@@ -72,6 +75,7 @@ class Outcome:
     processed: np.ndarray | None = None
     remark: str = ""
     wall_s: float | None = None
+    finished: bool = True
 
 
 class Record:
@@ -113,8 +117,8 @@ class Record:
         self._earlier = self.history[-1]["elapsed_s"]
         return state
 
-    def expect(self, iterations: int) -> None:
-        """Open a progress bar."""
+    def expect(self, iterations: int | None) -> None:
+        """Open a progress bar; without an end if the number is not known."""
         self._advance = self._bars.next(self._name, iterations, len(self.history))
 
     def add(
@@ -188,7 +192,7 @@ def run(
 def compare(
     out: Path, case: Case, methods: Mapping[str, Method]
 ) -> dict[str, dict[str, Any]]:
-    """Run the methods that have not been run yet; return the results of all.
+    """Run the methods that have not come to their end; return the results of all.
 
     A method's map after post-processing is a result of its own, "NAME, post-processed".
     Every result says by which commit it was made.
@@ -205,7 +209,7 @@ def compare(
     with Bars() as bars:
         for name, method in methods.items():
             folder = out / "work" / slug(name)
-            if name in results:
+            if results.get(name, {"finished": False}).get("finished", True):
                 (folder / "state.eqx").unlink(missing_ok=True)
                 continue
             folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +224,8 @@ def compare(
                 results[second] = _entry(case, outcome, outcome.processed, [], wall)
                 io.write_mrc(maps / f"{slug(second)}.mrc", outcome.processed, voxel)
             io.write_json(out / "metrics.json", results)
-            (folder / "state.eqx").unlink(missing_ok=True)
+            if outcome.finished:
+                (folder / "state.eqx").unlink(missing_ok=True)
     return results
 
 
@@ -244,6 +249,7 @@ def _entry(
         **measure(volume, outcome.poses, case.truth, case.dataset.truth),
         "wall_s": wall_s,
         "remark": outcome.remark,
+        "finished": outcome.finished,
         "history": history,
         **harness.commit(),
     }

@@ -52,6 +52,7 @@ SHIFTS = {"x": "x shift", "y": "y shift"}
 """Labels of the poses' coordinates."""
 
 _CELL = 0.85  # inches
+_PLANES = ("xy", "xz", "yz")  # as `plots.central_slices` gives them
 _THRESHOLD = 0.2  # of the truth's largest density: where its surface is drawn
 _SURFACE = LinearSegmentedColormap.from_list(
     "surface", [(0, "#0b1a2b"), (0.45, "#3f6f9f"), (0.9, "#dce9f5"), (1, "white")]
@@ -184,19 +185,22 @@ def convergence(runs: Sequence[Run], methods: Sequence[str]) -> Figure:
     text = (
         "Shell at which the Fourier shell correlation with the true map falls to 0.5, "
         "maps as they stand; n / 2 if it never does. Level lines: not iterative. The "
-        "engine's last map, with TV's weight by cross-validation, is not an iteration."
+        "engine's last map, with TV's weight by cross-validation, is not an iteration. "
+        "Thinner lines lie on thicker ones."
     )
     figure, panels = _panels(runs, _caption(runs, methods, text))
     for run, axes in zip(runs, panels, strict=True):
-        for name, history in run.values("history", methods).items():
+        found = run.values("history", methods)
+        widths = np.linspace(4.0, 1.2, len(found))
+        for (name, history), width in zip(found.items(), widths, strict=True):
             colour, dash = STYLES[name]
             look: dict[str, Any] = {"color": colour, "linestyle": dash, "label": name}
             radii = [row["rc"] for row in history]
             if len(radii) == 1:
-                axes.axhline(radii[0], lw=1.5, **look)
+                axes.axhline(radii[0], lw=width, **look)
             else:
                 number = [row["iteration"] for row in history]
-                axes.plot(number, radii, lw=2, marker="o", ms=3.5, **look)
+                axes.plot(number, radii, lw=width, marker="o", ms=width + 1.5, **look)
         axes.set_ylim(0, 1.04 * (run.config["size"] // 2))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plots.label_axes(axes, "iteration", "$r_c$ (Fourier shells)")
@@ -332,11 +336,12 @@ def maps(
     text
         Begins the caption.
     surfaces
-        Whether to render the maps above their slices.
+        Whether to render the maps, above three orthogonal slices instead of one.
     images
         Whether to put samples of the images to the left, where they were kept.
     """
-    text += " Slices: central xz planes, each on a grey scale of its own."
+    planes = _PLANES if surfaces else ("xz",)
+    text += f" Slices: central planes, {', '.join(planes)}, each on its own grey scale."
     if surfaces:
         text += (
             " Surfaces: seen along +y, each around as many voxels as the truth has "
@@ -344,8 +349,9 @@ def maps(
         )
     bands = [choose(run) if choose else columns(run, names) for run in runs]
     samples = [run.images() if images else () for run in runs]
-    high = 4 if surfaces else 2  # cells; a map's panel takes 2 x 2, an image's one
-    left = [4 // high if len(some) else 0 for some in samples]
+    # Cells; a map's panel takes 2 x 2, an image's one.
+    high = 2 * (len(planes) + surfaces)
+    left = [-(-len(some) // high) for some in samples]
     wide = [few + 2 * len(band) for few, band in zip(left, bands, strict=True)]
     figure = plots.captioned_figure(
         _CELL * max(wide) + 0.2,
@@ -363,23 +369,36 @@ def maps(
         share = _share_of_truth(run)
         for place, column in enumerate(band):
             across = slice(few + 2 * place, few + 2 * place + 2)
-            axes = part.add_subplot(grid[high - 2 :, across])
-            _show(axes, column.volume[:, len(column.volume) // 2])
-            axes.set_xlabel(column.note, size=TEXT_SIZE - 2)
+            panels = [
+                part.add_subplot(grid[row : row + 2, across])
+                for row in range(0, high, 2)
+            ]
             if surfaces:
-                axes = part.add_subplot(grid[:2, across])
-                axes.imshow(
-                    plots.isosurface(column.volume, _level(column.volume, share)),
-                    cmap=_SURFACE,
-                    origin="lower",
-                    vmin=0,
-                    vmax=1,
-                    interpolation="bilinear",
-                )
-                axes.set_axis_off()
+                _show_surface(panels[0], column.volume, share)
+            slices = dict(
+                zip(_PLANES, plots.central_slices(column.volume), strict=True)
+            )
+            for axes, plane in zip(panels[-len(planes) :], planes, strict=True):
+                _show(axes, slices[plane])
+                if surfaces and place == 0:
+                    axes.set_ylabel(plane, size=TEXT_SIZE - 2)
             title = textwrap.fill(column.title, 24, break_on_hyphens=False)
-            axes.set_title(title, size=TEXT_SIZE - 2)
+            panels[0].set_title(title, size=TEXT_SIZE - 2)
+            panels[-1].set_xlabel(column.note, size=TEXT_SIZE - 2)
     return figure
+
+
+def _show_surface(axes: Axes, volume: np.ndarray, share: float) -> None:
+    """Render the surface around a fraction of the voxels."""
+    axes.imshow(
+        plots.isosurface(volume, _level(volume, share)),
+        cmap=_SURFACE,
+        origin="lower",
+        vmin=0,
+        vmax=1,
+        interpolation="bilinear",
+    )
+    axes.set_axis_off()
 
 
 def _share_of_truth(run: Run) -> float:
@@ -404,11 +423,13 @@ def _caption(runs: Sequence[Run], methods: Sequence[str], text: str) -> str:
     lines = [text]
     for run in runs:
         lines.append(harness.caption(run.config))
-        remarks = {
-            name.removesuffix(", post-processed"): run.results[name]["remark"]
-            for name in methods
-            if name in run.results and run.results[name]["remark"]
-        }
+        remarks = {}
+        for name in methods:
+            # The map that poses start with is that of the method that keeps them.
+            source = "unrefined" if name == "initial map" else name
+            remark = run.results.get(source, {}).get("remark")
+            if remark and remark not in remarks.values():
+                remarks[name.removesuffix(", post-processed")] = remark
         lines += [f"{name}: {remark}." for name, remark in remarks.items()]
         lines += [run.lacking] if run.lacking else []
     return " ".join(lines)

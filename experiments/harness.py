@@ -6,7 +6,8 @@ entry per method, with the commit that made it), ``maps``, ``poses``, the checkp
 ``work/METHOD/state.eqx`` of the method that is running, ``table.md`` and ``done``,
 which says what was left out because RELION was not installed. The same command resumes
 an interrupted run; a finished run is not repeated; another configuration in the same
-directory is an error.
+directory is an error, but for time limits: with more time, what a limit stopped is
+carried on.
 """
 
 import argparse
@@ -29,6 +30,10 @@ from jaxrefine import io
 from jaxrefine.errors import InputError
 
 HERE = Path(__file__).resolve().parent
+
+_LIMIT = "_limit_min"  # how the names of time limits end
+_SAME_VOXEL = 0.01  # relative difference of sizes that are given in five digits
+_UNSET = 1.0  # what many programs write as voxel size, whatever it is
 
 
 def parse(description: str | None, presets: Sequence[str]) -> argparse.Namespace:
@@ -54,8 +59,9 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
     Raises
     ------
     InputError
-        If the file or the map cannot be used, if a required key is missing, or if
-        ``--set`` names an unknown key or gives a value of another type.
+        If the file or the map cannot be used, if the map's voxels are of another size
+        than the configuration's, if a required key is missing, or if ``--set`` names an
+        unknown key or gives a value of another type.
     """
     path = options.config
     if not path.exists():
@@ -97,7 +103,15 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
         config["map"] = "built-in phantom (stand-in for the real map)"
         config["title"] += " (phantom)"
     else:
-        config["size"] = io.read_mrc(options.volume)[0].shape[0]
+        volume, voxel = io.read_mrc(options.volume)
+        wanted = config.get("voxel_size_in_angstroms", voxel)
+        if voxel != _UNSET and abs(voxel / wanted - 1) > _SAME_VOXEL:
+            raise InputError(
+                f"{options.volume} has voxels of {voxel:g} A, and the preset "
+                f"{options.preset} of {wanted:g} A; --set "
+                f"voxel_size_in_angstroms={voxel:g} takes the map's."
+            )
+        config["size"] = len(volume)
         config["map"] = options.volume.name
         config["map_sha256"] = hashlib.sha256(options.volume.read_bytes()).hexdigest()
     return config
@@ -117,26 +131,48 @@ def _as_type_of(old: Any, new: Any) -> Any:
 def open_run(options: argparse.Namespace, config: dict) -> Path:
     """Make or reopen the run directory of a configuration.
 
+    Time limits may be others than before, and the run is then not done.
+
     Raises
     ------
     InputError
         If the directory holds a run of another configuration, or other files.
     """
-    name = options.volume.stem if options.volume else "phantom"
-    default = Path("runs") / f"{config['config']}_{config['preset']}_{name}"
-    out = options.out or default
-    stored = out / "config.json"
-    if stored.exists():
-        if json.loads(stored.read_text()) != config:
+    out = folder(options, config)
+    stored, old = out / "config.json", stored_config(options, config)
+    if old:
+        if _but_limits(old) != _but_limits(config):
             raise InputError(
                 f"{out} holds a run of another configuration; name another --out."
             )
+        if old != config:
+            (out / "done").unlink(missing_ok=True)
+            io.write_json(stored, config)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder nor a run; name another --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
         io.write_json(stored, config)
     return out
+
+
+def folder(options: argparse.Namespace, config: Mapping[str, Any]) -> Path:
+    """Return the run directory of a configuration, which need not exist."""
+    name = options.volume.stem if options.volume else "phantom"
+    default = Path("runs") / f"{config['config']}_{config['preset']}_{name}"
+    return options.out or default
+
+
+def stored_config(
+    options: argparse.Namespace, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration that the run directory holds; nothing if it is new."""
+    path = folder(options, config) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _but_limits(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.endswith(_LIMIT)}
 
 
 def caption(config: Mapping[str, Any]) -> str:

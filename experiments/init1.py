@@ -19,7 +19,6 @@ import cases
 import comparison
 import harness
 import methods
-import relion
 from comparison import Case, Method
 from methods import initial_poses, true_poses
 
@@ -86,28 +85,9 @@ def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    # Where the blurred map has fallen to 1 / e.
-    return relion_methods(config, math.sqrt(2) * math.pi * config["initial_blur"])
-
-
-def relion_methods(
-    config: dict[str, Any], low_pass_in_voxels: float, most_poses: int | None = None
-) -> dict[str, Method]:
-    """Return RELION's programs for an initial map of this resolution."""
-    if not relion.available():
-        print("RELION is not installed; its results are left out.", file=sys.stderr)
-        return {}
-    chosen = {"RELION, true poses": methods.relion_reconstruction(true_poses)}
-    limit = 60 * config["relion_limit_min"]
-    if limit > 0:
-        chosen["RELION auto-refine"] = methods.relion_refinement(
-            low_pass_in_voxels,
-            config["max_shift"] > 0,
-            limit,
-            config["seed"],
-            most_poses,
-        )
-    return chosen
+    # The period at which the blurred map has fallen to 1 / e.
+    period = math.sqrt(2) * math.pi * config["initial_blur"]
+    return methods.relion_methods(config, period)
 
 
 FAMILIES = {

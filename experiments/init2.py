@@ -19,9 +19,7 @@ from typing import Any
 import cases
 import comparison
 import harness
-import init1
 import methods
-import relion
 from comparison import Case, Method
 from methods import initial_poses, true_poses
 
@@ -61,7 +59,7 @@ def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     low_pass = config["auto_refine_low_pass"] / case.voxel_size_in_angstroms
     most = config["relion_most_poses"] or None
-    return init1.relion_methods(config, low_pass, most)
+    return methods.relion_methods(config, low_pass, most)
 
 
 FAMILIES = {"engine": engine, "relion": by_relion}
@@ -72,12 +70,9 @@ def main() -> None:
     """Run what is left of the study, then print its table."""
     options = harness.parse(__doc__, PRESETS)
     config = harness.resolve(options, KEYS)
-    config["start"] = (
-        "map and poses by RELION, ab initio"
-        if relion.available()
-        else "poses by projection matching with the truth blurred by "
-        f"{config['initial_blur']:g} voxels (RELION is not installed)"
-    )
+    before = harness.stored_config(options, config)
+    # A run keeps its start, should RELION come or go.
+    config["start"] = before.get("start") or cases.start(config)
     comparison.run(options, config, cases.init2, FAMILIES)
 
 

@@ -1,7 +1,9 @@
 """The ways of reconstructing that the studies compare, as `comparison.Method`."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -197,6 +199,26 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
     return run
 
 
+def relion_methods(
+    config: dict[str, Any], low_pass_in_voxels: float, most_poses: int | None = None
+) -> dict[str, Method]:
+    """Return RELION's programs for an initial map of this resolution."""
+    if not relion.available():
+        print("RELION is not installed; its results are left out.", file=sys.stderr)
+        return {}
+    chosen = {"RELION, true poses": relion_reconstruction(true_poses)}
+    limit = 60 * config["relion_limit_min"]
+    if limit > 0:
+        chosen["RELION auto-refine"] = relion_refinement(
+            low_pass_in_voxels,
+            config["max_shift"] > 0,
+            limit,
+            config["seed"],
+            most_poses,
+        )
+    return chosen
+
+
 def relion_reconstruction(start: Start) -> Method:
     """Make a map by ``relion_reconstruct``, with the poses kept."""
 
@@ -225,10 +247,13 @@ def relion_refinement(
     """
 
     def run(case: Case, record: Record) -> Outcome:
-        box = case.truth.shape[0] * case.voxel_size_in_angstroms
+        voxel = case.voxel_size_in_angstroms
+        box = case.truth.shape[0] * voxel
+        low_pass_in_angstroms = initial_low_pass_in_voxels * voxel
         star = _relion_particles(case, record.folder, case.dataset.initial)
 
         record.resume(jnp.zeros((), jnp.int32))  # RELION keeps its own state
+        record.expect(None)
 
         def keep(now: relion.Refined) -> None:
             told = [row["relion_iteration"] for row in record.history]
@@ -245,8 +270,7 @@ def relion_refinement(
             diameter_in_angstroms=_DIAMETER * box,
             offset_range=4.0 if shifts else 0.0,
             offset_step=0.5 if shifts else 0.1,
-            initial_low_pass_in_angstroms=initial_low_pass_in_voxels
-            * case.voxel_size_in_angstroms,
+            initial_low_pass_in_angstroms=low_pass_in_angstroms,
             seed=seed,
             limit_s=limit_s,
             most_poses=most_poses,
@@ -254,16 +278,24 @@ def relion_refinement(
         )
         assert found.half_maps is not None
         mean = (found.half_maps[0] + found.half_maps[1]) / 2
-        voxel = case.voxel_size_in_angstroms
         mask = np.asarray(_tight_mask(jnp.asarray(mean), voxel))
         processed = relion.postprocess(record.folder, *found.half_maps, mask, voxel)
-        remark = f"{found.iterations} iterations, {found.wall_s / 60:.0f} minutes"
+        remark = (
+            f"{found.iterations} iterations, {found.wall_s / 60:.0f} minutes, from "
+            f"{low_pass_in_angstroms:.0f} Å"
+        )
         if most_poses is not None:
             remark += f", --maxsig {most_poses}"
         if not found.finished:
             remark += ", not converged: stopped by a time limit"
         return Outcome(
-            mean, found.poses, found.half_maps, processed, remark, found.wall_s
+            mean,
+            found.poses,
+            found.half_maps,
+            processed,
+            remark,
+            found.wall_s,
+            found.finished,
         )
 
     return run

@@ -54,6 +54,9 @@ FIGURES = (
 )
 """What ``metrics.json`` gathers of each method at each point."""
 
+MADE = ("commit", "dirty", "measured_by")
+"""What it gathers of how each result was made, where that was kept."""
+
 BOUND = (
     "bound_angle_deg_rms",
     "bound_angle_deg_median",
@@ -198,7 +201,7 @@ def summary(value: float, results: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return {
         "value": value,
         "methods": {
-            name: {figure: result[figure] for figure in FIGURES}
+            name: {key: result[key] for key in (*FIGURES, *MADE) if key in result}
             for name, result in results.items()
         },
         "bound": {figure: row[figure] for figure in BOUND},

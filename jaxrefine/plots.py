@@ -51,7 +51,7 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     The columns are the planes through the origin ``n // 2``: xy, xz and yz. The scale
     runs from the 1st to the 99.8th percentile of all slices.
     """
-    rows = [_central_slices(np.asarray(volume)) for volume in volumes.values()]
+    rows = [central_slices(np.asarray(volume)) for volume in volumes.values()]
     low, high = np.percentile(np.array(rows), (1, 99.8))
     figure = captioned_figure(7.6, 2.15 * len(rows) + 0.75, caption)
     grid = figure.subplots(len(rows), 3, squeeze=False)
@@ -250,7 +250,7 @@ def _add_legend(axes: Axes) -> None:
     axes.legend(fontsize=TEXT_SIZE - 1, framealpha=0.9)
 
 
-def _central_slices(
+def central_slices(
     volume: Float[np.ndarray, "n n n"],
 ) -> tuple[Float[np.ndarray, "n n"], ...]:
     """Return the xy, xz and yz planes through the origin, first axis upwards."""

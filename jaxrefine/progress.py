@@ -12,6 +12,8 @@ _SHOWN = {
     "r_max": ("band", "{}"),
     "fold_score": ("folds' FSC", "{:.3f}"),
     "angle_change_in_degrees": ("turned", "{:.2f}°"),
+    "resolution_in_angstroms": ("resolution", "{:.1f} Å"),
+    "angle_step_in_degrees": ("step", "{:.2g}°"),
     "objective": ("objective", "{:.5g}"),
 }
 """What of a row is shown, as what, and how."""
@@ -31,9 +33,12 @@ class Bars:
             self._bar.close()
 
     def next(
-        self, name: str, iterations: int, done: int = 0
+        self, name: str, iterations: int | None, done: int = 0
     ) -> Callable[[Any, Mapping[str, Any]], None]:
-        """Open the bar of the next run, and return what moves it."""
+        """Open the bar of the next run, and return what moves it.
+
+        Without a number of iterations it counts them, and has no end.
+        """
         if self._bar is not None:
             self._bar.close()
         bar = self._bar = tqdm(

@@ -275,6 +275,79 @@ def test_a_map_brings_its_size(init1, harness, tmp_path):
     assert harness.resolve(options(), init1.KEYS)["size"] == 16
 
 
+def test_a_map_of_other_voxels_wants_a_word(init1, harness, tmp_path):
+    """1 A is what programs write that do not know; the preset knows."""
+    path, key = tmp_path / "map.mrc", "voxel_size_in_angstroms"
+    own = harness.resolve(options(), init1.KEYS)[key]
+    for voxel, kept in ((1.0, own), (1.005 * own, own)):
+        write_mrc(path, np.ones((18, 18, 18)), voxel)
+        assert harness.resolve(options(volume=path), init1.KEYS)[key] == kept
+    write_mrc(path, np.ones((18, 18, 18)), 2.5)
+    with pytest.raises(InputError, match=rf"2.5 A, and the preset smoke of {own:g} A"):
+        harness.resolve(options(volume=path), init1.KEYS)
+    words = [f"{key}=2.5"]
+    found = harness.resolve(options(volume=path, overrides=words), init1.KEYS)
+    assert found[key] == 2.5
+
+
+def test_more_time_carries_on_what_a_limit_stopped(init1, harness, tmp_path):
+    comparison, path = init1.comparison, tmp_path / "run"
+
+    def family(config, case):
+        def method(case, record):
+            record.resume(jnp.zeros((), jnp.int32))
+            done = len(record.history) + 1
+            poses, number = case.dataset.truth, jnp.asarray(done, jnp.int32)
+            record.add(case.truth, poses, number)
+            told, end = f"{done} of 2", config["relion_limit_min"] == 2
+            return comparison.Outcome(case.truth, poses, remark=told, finished=end)
+
+        return {"slow": method}
+
+    def study(*overrides):
+        overrides = ["methods=['some']", "particles=4", *overrides]
+        chosen = options(out=path, overrides=overrides)
+        config = harness.resolve(chosen, init1.KEYS)
+        comparison.run(chosen, config, init1.cases.init1, {"some": family})
+        entry = io.read_json(path / "metrics.json")["slow"]
+        assert entry["remark"] == f"{len(entry['history'])} of 2"
+        kept = (path / "work/slow/state.eqx").exists()
+        return entry["finished"], len(entry["history"]), kept
+
+    for _ in range(2):  # the same command does nothing
+        assert study("relion_limit_min=1") == (False, 1, True)
+    with pytest.raises(InputError, match="another configuration"):
+        study("relion_limit_min=2", "seed=1")
+    for limit in (2, 2, 3):  # a method that has ended is not run again
+        assert study(f"relion_limit_min={limit}") == (True, 2, False)
+    assert io.read_json(path / "config.json")["relion_limit_min"] == 3
+
+
+def test_a_run_of_init2_keeps_its_start(init1, tmp_path, monkeypatch):
+    """Should RELION be installed, or removed, before it is carried on."""
+    init2, starts = importlib.import_module("init2"), []
+
+    def look(chosen, config, *rest):
+        harness = init1.harness
+        harness.open_run(chosen, config)
+        starts.append(config["start"])
+
+    monkeypatch.setattr(init2.comparison, "run", look)
+    for begun, later in ((False, True), (True, False)):
+        words = [
+            "init2.py",
+            "configs/hjc_init2.toml",
+            "--out",
+            str(tmp_path / str(begun)),
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        for there in (begun, later):
+            monkeypatch.setattr(init2.cases.relion, "available", lambda now=there: now)
+            init2.main()
+    assert starts[0] == starts[1] and "RELION is not installed" in starts[0]
+    assert starts[2] == starts[3] and "by RELION, ab initio" in starts[2]
+
+
 def test_set_keeps_the_types(init1, harness):
     words = ["snr_db=1", "paper_step_scales=[1, 2.5]", "particles=7", "title='x'"]
     config = harness.resolve(options(overrides=words), init1.KEYS)

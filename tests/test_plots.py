@@ -68,7 +68,7 @@ def test_slices_show_x_to_the_right_and_the_second_axis_upwards(tmp_path):
     """A bright voxel at +x, +y, +z is in the upper right quarter of all panels."""
     volume = np.zeros((N, N, N))
     volume[N // 2 :, N // 2 :, N // 2 :] = 1
-    slices = plots._central_slices(volume)
+    slices = plots.central_slices(volume)
     assert all(picture[-1, -1] == 1 and picture[0, 0] == 0 for picture in slices)
     path = tmp_path / "corner.png"
     plots.orthogonal_slices(path, {"corner": volume}, "A corner.")
