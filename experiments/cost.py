@@ -2,7 +2,9 @@
 
 One update of the poses of simulated particles near the truth, with a map at hand:
 
-- projection matching: the best pose of a grid, all frequencies below Nyquist;
+- projection matching: the best pose of a grid, all frequencies below Nyquist, with one
+  angular step for all sides, and with steps as ``1 / n``, as section III-D counts them,
+  which are the same at the largest side;
 - Theorem 1, in space: the cost (34), the cost with its gradient, and Algorithm 3, that
   is ``K_GD = 3`` gradient steps on angles and shifts with their line searches;
 - slices: the cost with its gradient, one step of Levenberg and Marquardt (the normal
@@ -132,14 +134,19 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
             len(particles),
         )
 
-    matching = MatchConfig(
-        angle_step_in_degrees=config["matching_step_deg"],
-        max_shift=config["max_shift"],
-        r_max=last,
+    finest = config["matching_step_deg"]
+    same, finer = (
+        MatchConfig(
+            angle_step_in_degrees=step, max_shift=config["max_shift"], r_max=last
+        )
+        for step in (finest, finest * max(config["sizes"]) / size)
     )
     apply = jax.jit(normal.apply_normal)
     calls = {
-        "projection matching": lambda: match(particles, truth, matching).poses,
+        "projection matching": lambda: match(particles, truth, same).poses,
+        "projection matching, steps as 1/n": lambda: (
+            match(particles, truth, finer).poses
+        ),
         "spatial, cost": in_space(pose.particle_cost),
         "spatial, cost and gradient": in_space(pose.particle_cost_and_gradient),
         "spatial, Algorithm 3": descend,

@@ -16,6 +16,7 @@ from jaxrefine.errors import InputError
 
 LOOKS = {
     "projection matching": ("#8C564B", "-"),
+    "projection matching, steps as 1/n": ("#8C564B", "--"),
     "spatial, Algorithm 3": ("#0072B2", "-"),
     "spatial, cost and gradient": ("#0072B2", "--"),
     "spatial, cost": ("#0072B2", ":"),
@@ -48,7 +49,8 @@ def draw(run: Path) -> Figure:
         f"power of n. {config['particles']} particles of the built-in phantom at once, "
         f"{config['snr_db']:g} dB, seed {config['seed']}; all frequencies below "
         f"Nyquist. Projection matching: steps of {config['matching_step_deg']:g} "
-        f"degrees, shifts up to {config['max_shift']:g} px. Algorithm 3: three steps, "
+        f"degrees (1/n: at n = {max(sizes)}), shifts up to {config['max_shift']:g} px. "
+        f"Algorithm 3: three steps, "
         f"with {trials} trials in a line search on average. LM: three steps."
     )
     figure = plots.captioned_figure(9.6, 5.6, text)

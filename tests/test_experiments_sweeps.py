@@ -207,7 +207,8 @@ def test_ablation_runs_and_marches_only_where_it_can(study, tmp_path):
 
 
 def point(size, scale=1.0):
-    names = ("projection matching", "spatial, cost", "spatial, cost and gradient")
+    names = ("projection matching", "projection matching, steps as 1/n")
+    names += ("spatial, cost", "spatial, cost and gradient")
     names += ("spatial, Algorithm 3", "slices, cost and gradient")
     names += ("slices, LM step", "slices, LM")
     return {
