@@ -47,7 +47,7 @@ def solve(sums: crossfit.Sums, start: admm.ADMMState, tau: float) -> admm.ADMMSt
     """Make a map, to convergence for our purpose."""
     data = crossfit.data_term(sums)
     for _ in range(ROUNDS):
-        start, _ = crossfit.solve(
+        start = crossfit.solve(
             data, sums.peak, start, jnp.float32(tau), IsotropicTV(), ITERATIONS
         )
     return start

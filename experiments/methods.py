@@ -17,7 +17,7 @@ from jaxrefine._types import Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.matching import MatchConfig, match
 from jaxrefine.particles import Particles
-from jaxrefine.postprocess import postprocess, soft_mask
+from jaxrefine.postprocess import low_pass, postprocess, soft_mask
 from jaxrefine.simulate import Dataset
 
 Start = Callable[[Dataset], Poses]
@@ -82,21 +82,24 @@ def refinement(
         done = refine.refine(*what, key=key, state=state, callback=keep)
         processed = None
         if done.half_maps is not None:
-            processed = _post_processed(case, done.half_maps, key)
+            processed = _post_processed(case, done.volume, done.half_maps, key)
         return Outcome(done.volume, done.poses, done.half_maps, processed)
 
     return run
 
 
 def _post_processed(
-    case: Case, half_maps: tuple[np.ndarray, np.ndarray], key: jax.Array
+    case: Case,
+    volume: np.ndarray,
+    half_maps: tuple[np.ndarray, np.ndarray],
+    key: jax.Array,
 ) -> np.ndarray:
-    """Mask the mean of half maps, and filter it by their correlation."""
-    voxel = case.voxel_size_in_angstroms
+    """Mask a map, and take away what is beyond the resolution of its half maps."""
+    voxel, whole = case.voxel_size_in_angstroms, jnp.asarray(volume)
+    mask = _tight_mask(whole, voxel)
     first, second = map(jnp.asarray, half_maps)
-    mask = _tight_mask((first + second) / 2, voxel)
-    done = postprocess(first, second, mask, voxel, key=key)
-    return np.asarray(done.masked_volume)
+    found = postprocess(first, second, mask, voxel, key=key)
+    return np.asarray(low_pass(whole, voxel, found.resolution_in_angstroms) * mask)
 
 
 def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:

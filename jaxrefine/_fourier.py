@@ -10,6 +10,16 @@ def half_lattice(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return full[:, None, None], full[:, None], half
 
 
+def multiplicity(n: int) -> Float[np.ndarray, "{n}//2+1"]:
+    """Return how many frequencies of ``fftn`` each stands for, along x.
+
+    Itself and its mirror image; but frequency 0 and, for an even n, n / 2 are columns
+    that hold both.
+    """
+    half = half_lattice(n)[-1]
+    return np.where((half == 0) | (2 * half == n), 1.0, 2.0)
+
+
 def radii(n: int) -> Float[np.ndarray, "{n} {n} {n}//2+1"]:
     """Return the length of each frequency, periods per box."""
     z, y, x = half_lattice(n)

@@ -172,7 +172,23 @@ def step(
     config: ADMMConfig,
     regulariser: tv.Regulariser,
 ) -> tuple[ADMMState, ADMMInfo]:
-    """Make one iteration of Algorithm 2."""
+    """Make one iteration of Algorithm 2.
+
+    Parameters
+    ----------
+    state
+        Coefficients of side ``n``, and multipliers.
+    data
+        The data term.
+    config
+        Weight and penalties, of the coefficients' precision.
+    regulariser
+        Prior on the map's gradient.
+
+    Returns
+    -------
+    The new state, and the information of this iteration.
+    """
     rho, rho_v = config.rho, config.rho_nonnegative
     nonnegative = rho_v is not None
     if rho_v is None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrefine._fourier import half_lattice
+from jaxrefine._fourier import half_lattice, multiplicity
 from jaxrefine._types import Volume
 from jaxrefine.geometry import rotvec_to_matrix
 from jaxrefine.gridding import Gridding
@@ -49,7 +49,10 @@ def align_maps(
     """
     n, dtype = volume.shape[0], volume.dtype
     places, lattice = _ball(n, r_max, dtype)
+    # The sum is over both of each pair of frequencies.
+    root = jnp.asarray(np.sqrt(multiplicity(n)[places[-1]]), dtype)
     target = jnp.fft.rfftn(jnp.fft.ifftshift(reference))[places]
+    target = target * root.astype(target.dtype)
     spectrum = Gridding().spectrum(volume, r_max)
 
     def step(now, _):
@@ -60,7 +63,7 @@ def align_maps(
         turning = ((zero, -z, y), (z, zero, -x), (-y, x, zero))
         values = spectrum.value_and_slopes((x, y, z), turning)
         angle = -2 * math.pi / n * jnp.matmul(lattice, translation, precision=_HIGHEST)
-        phase = jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
+        phase = jax.lax.complex(root * jnp.cos(angle), root * jnp.sin(angle))
         model, *turned = (value * phase for value in values)
         along = -2 * math.pi / n * lattice
         moving = jax.lax.complex(

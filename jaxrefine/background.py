@@ -211,6 +211,14 @@ def _interpolation(m: int, step: float) -> Float32[np.ndarray, "m m"]:
 
 
 def outside(m: int, diameter: float) -> Bool[np.ndarray, "m m"]:
-    """Return the pixels outside of a circle around the origin ``m // 2``."""
+    """Return the pixels outside of a circle around the origin ``m // 2``.
+
+    Parameters
+    ----------
+    m
+        Side of the images.
+    diameter
+        Of the circle, pixels; those on it are not outside.
+    """
     axis = np.arange(m) - m // 2
     return axis[:, None] ** 2 + axis**2 > (diameter / 2) ** 2

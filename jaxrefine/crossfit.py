@@ -31,6 +31,7 @@ from typing import final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Complex, Float
 
 from jaxrefine import admm, normal, slices, tv
@@ -44,6 +45,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 FOLDS = 2
 """Number of folds: two, whose maps are independent of each other."""
+
+_UNMEASURED = 1e-3  # of the mean eigenvalue: what least squares take for nothing
+_TOLERANCE, _STEPS = 1e-4, 20
 
 _ALIKE = 32.0
 """Frequencies that the common shape of the groups' noise counts for in a shell."""
@@ -126,11 +130,25 @@ def solve(
     tau: Scalar,
     regulariser: tv.Regulariser,
     iterations: int,
-) -> tuple[admm.ADMMState, admm.ADMMInfo]:
+) -> admm.ADMMState:
     r"""Make ADMM iterations with :math:`\lambda = \tau \sqrt{w[0]}`.
 
     The penalty ``rho = 4 w[0]`` has the units of the normal operator, whose mean
     eigenvalue is ``w[0]``. A factor from 2 to 8 makes little difference to the speed.
+    Of no images, whose ``w[0]`` is 0, it makes an empty map, whatever the start.
+
+    Parameters
+    ----------
+    data, peak
+        The data term of some images, whitened, and their ``w[0]``.
+    start
+        Map and multipliers to start from, of side ``n``.
+    tau
+        Weight of the regulariser in units of the noise.
+    regulariser
+        Prior on the map's gradient.
+    iterations
+        ADMM iterations.
     """
     config = admm.ADMMConfig(
         tau * jnp.sqrt(peak),
@@ -139,7 +157,33 @@ def solve(
         cg_iterations=4,
         cg_tolerance=1e-3,
     )
-    return admm.run(start, data, config, regulariser)
+    state, _ = admm.run(start, data, config, regulariser)
+    return jax.tree.map(lambda leaf: jnp.where(peak > 0, leaf, 0.0), state)
+
+
+@eqx.filter_jit
+def least_squares(sums: Sums) -> Volume:
+    r"""Make a map of some images without a regulariser, as other programs' half maps.
+
+    :math:`(H^T H + \epsilon w[0])\,c = H^T g` by conjugate gradients from zero, where
+    what no image has measured stays. Maps of different images then share the signal
+    alone, as a Fourier shell correlation between them takes for granted: regularised
+    ones agree beyond it, since their prior fills in alike.
+
+    Parameters
+    ----------
+    sums
+        Of the images, whitened.
+    """
+    data, small = data_term(sums), _UNMEASURED * sums.peak
+    found, _ = cg(
+        lambda c: normal.apply_normal(data.transfer, c) + small * c,
+        data.backprojection,
+        tol=_TOLERANCE,
+        maxiter=_STEPS,
+        M=normal.circulant_inverse(data.preconditioner, jnp.zeros_like(small), small),
+    )
+    return jnp.where(sums.peak > 0, found, 0.0)
 
 
 @eqx.filter_jit
@@ -176,10 +220,20 @@ def solve_all(
     regulariser: tv.Regulariser,
     iterations: int,
 ) -> tuple[admm.ADMMState, ...]:
-    """Solve for each fold's map, which is made from the other fold."""
+    """Solve for each fold's map, which is made from the other fold.
+
+    Parameters
+    ----------
+    data
+        The data terms of both folds.
+    starts
+        For each fold, map and multipliers to start from.
+    tau, regulariser, iterations
+        As for `solve`.
+    """
     others = zip(data.own[::-1], data.peaks[::-1], starts, strict=True)
     return tuple(
-        solve(term, peak, start, tau, regulariser, iterations)[0]
+        solve(term, peak, start, tau, regulariser, iterations)
         for term, peak, start in others
     )
 
@@ -198,6 +252,21 @@ def cross_validate(
     Walks from the given ``tau`` by a factor to where the error of prediction no longer
     falls, and ends at the vertex of the parabola, in ``log tau``, through the last
     three errors.
+
+    Parameters
+    ----------
+    data
+        The data terms of both folds.
+    starts
+        For each fold, map and multipliers to start from.
+    tau
+        Weight to begin with, in units of the noise.
+    regulariser, iterations
+        As for `solve`.
+    trials
+        Weights to try; one more if the first step was the wrong way.
+    factor
+        Between neighbouring weights, above 1.
 
     Returns
     -------

@@ -42,6 +42,11 @@ def gaussian_psf(width: float) -> IsotropicPSF:
     ----------
     width
         Standard deviation in pixels, positive. The PSF is cut at six of them.
+
+    Raises
+    ------
+    InputError
+        If the width is not positive.
     """
     if not width > 0:
         raise InputError(f"a Gaussian PSF wants a positive width, not {width}")

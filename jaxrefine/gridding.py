@@ -35,6 +35,8 @@ Frequencies = tuple[
 ]
 """The coordinates ``x``, ``y``, ``z`` of frequencies, or of directions among them."""
 
+_MOST = 2**31 - 1  # samples of a grid, whose places are 32-bit integers
+
 
 @dataclass(frozen=True)
 class _Lattice:
@@ -284,6 +286,18 @@ class Gridding(eqx.Module):
         """Prepare a volume's spectrum for frequencies up to ``r_max`` cycles per box.
 
         The shape of the result depends on ``r_max`` (and on the box) alone.
+
+        Parameters
+        ----------
+        volume
+            The volume, of side ``n``.
+        r_max
+            Largest frequency, from 1 to ``n // 2``.
+
+        Raises
+        ------
+        InputError
+            If ``r_max`` is out of range, or the grid has too many samples.
         """
         lattice = self._lattice(volume.shape[0], r_max)
         return Spectrum(lattice.samples(volume), lattice)
@@ -298,6 +312,22 @@ class Gridding(eqx.Module):
 
         It is the adjoint to rounding of the interpolated spectrum, for the inner
         product :math:`\Re \sum_j \bar v_j\, \hat c(\xi_j)`.
+
+        Parameters
+        ----------
+        points
+            Frequencies ``xi``, cycles per box, none beyond ``r_max``.
+        values
+            What to insert there.
+        n
+            Side of the volume.
+        r_max
+            Largest frequency, from 1 to ``n // 2``.
+
+        Raises
+        ------
+        InputError
+            If ``r_max`` is out of range, or the grid has too many samples.
         """
         lattice = self._lattice(n, r_max)
         index, places, side = lattice.locate(points)
@@ -328,45 +358,21 @@ class Gridding(eqx.Module):
             )
         least = math.ceil(self.oversampling * box / 2)
         half: int = next_fast_len(least)  # pyright: ignore[reportAssignmentType]
-        return _Lattice(box, r_max, self.width, 2 * half)
-
-
-class NonuniformSpectrum(eqx.Module):
-    """The spectrum of a volume by ``jax-finufft``, made by :meth:`Finufft.spectrum`.
-
-    For points all at once: ``jax-finufft`` 1.3 cannot be mapped over by ``jax.vmap``
-    with JAX 0.10, which `slices.project` does.
-    """
-
-    volume: Volume
-    r_max: int = eqx.field(static=True)
-    tolerance: float = eqx.field(static=True)
-
-    @property
-    def box(self) -> int:
-        """Side of the volume in voxels."""
-        return self.volume.shape[0]
-
-    @property
-    def dtype(self):
-        """Type of the frequencies."""
-        return self.volume.dtype
-
-    def __call__(
-        self, x: Float[Array, "*p"], y: Float[Array, "*p"], z: Float[Array, "*p"]
-    ) -> Complex[Array, "*p"]:
-        """Evaluate the spectrum at frequencies in cycles per box."""
-        values = _jax_finufft().nufft2(
-            jax.lax.complex(self.volume, jnp.zeros_like(self.volume)),
-            *_radians((x, y, z), self.box),
-            iflag=-1,
-            eps=self.tolerance,
-        )
-        return values.reshape(x.shape)
+        lattice = _Lattice(box, r_max, self.width, 2 * half)
+        if math.prod(lattice.shape) > _MOST:
+            raise InputError(
+                f"a box of side {box} up to {r_max} cycles per box wants a grid of "
+                f"{' x '.join(map(str, lattice.shape))} samples; at most {_MOST} can "
+                "be counted by integers of 32 bits, so crop or bin the images"
+            )
+        return lattice
 
 
 class Finufft(eqx.Module):
-    """The spectrum and its adjoint by the non-uniform FFT of ``jax-finufft``.
+    """The adjoint of the spectrum by the non-uniform FFT of ``jax-finufft``.
+
+    There is no spectrum by it: ``jax-finufft`` 1.3 cannot be mapped over by
+    ``jax.vmap`` with JAX 0.10, which `slices.project` does.
 
     Parameters
     ----------
@@ -383,10 +389,6 @@ class Finufft(eqx.Module):
 
     def __check_init__(self):
         _jax_finufft()
-
-    def spectrum(self, volume: Volume, r_max: int) -> NonuniformSpectrum:
-        """Prepare a volume's spectrum; see :meth:`Gridding.spectrum`."""
-        return NonuniformSpectrum(volume, r_max, self.tolerance)
 
     def adjoint(
         self, points: Frequencies, values: Complex[Array, "*p"], n: int, r_max: int

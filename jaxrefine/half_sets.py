@@ -21,7 +21,19 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' maps, in one frame."""
+    """Return the gold-standard FSC of two sets' maps, in one frame.
+
+    Parameters
+    ----------
+    first, second
+        The sets; the map of the second is put into the frame of the first.
+    whole
+        The particles and parameters of either.
+
+    Returns
+    -------
+    The correlation at the shells 0 to ``n // 2``.
+    """
     moved = alignment.move_map(second.mean_map, *_motion(second, first, whole))
     return metrics.fsc(first.mean_map, moved)
 

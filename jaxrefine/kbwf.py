@@ -124,6 +124,8 @@ def xray_transform_gradient(basis: KBWF, points: Points2) -> Points2:
 
     .. math:: \partial_v P(\varphi)(y) = -\frac{\alpha A}{a}\, y_v\,
        \beta_a(\|y\|)^{m-1/2} I_{m-1/2}(\alpha\beta_a(\|y\|))
+
+    ``points`` are ``(x, y)`` in pixels; the gradient is per pixel.
     """
     m, alpha = basis.order, basis.taper
     height = _height(basis, jnp.sum(points**2, axis=-1))

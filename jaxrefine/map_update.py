@@ -112,6 +112,19 @@ def sum_up(
     """Sum up the images of each fold at all their hypotheses, by their weights.
 
     A hypothesis is inserted once for each operator of the symmetry.
+
+    Parameters
+    ----------
+    whole, hypotheses
+        The particles, and their poses with weights.
+    noise
+        Power of the noise by shell, of each group or one for all.
+    included
+        Which particles to sum up.
+
+    Returns
+    -------
+    The sums of each fold's own images.
     """
     n = whole.particles.image_size
     everything = posterior.view(whole.particles, whole.last, noise)
@@ -203,7 +216,17 @@ def _some(members: Int[np.ndarray, " members"], most: int) -> Int[np.ndarray, " 
 
 
 def update_maps(whole: ParticleSet, state: SetState, data: crossfit.Folds) -> SetState:
-    """Make the folds' maps."""
+    """Make the folds' maps, each from the other fold.
+
+    Parameters
+    ----------
+    whole
+        The parameters of the particles.
+    state
+        The maps and multipliers to start from, and ``tau``.
+    data
+        The data terms of the folds, see `sum_up` and `crossfit.folds`.
+    """
     config = whole.config
     maps = crossfit.solve_all(
         data, state.maps, state.tau, config.regulariser, config.admm_iterations
@@ -217,6 +240,13 @@ def assess(whole: ParticleSet, state: SetState) -> SetState:
     The scale is common to all groups. The power of the noise, which is taken for what
     it is within the circle if the images are masked, is infinite in shells that
     a group's images are empty in; a group of no or empty images keeps what it has.
+
+    Parameters
+    ----------
+    whole
+        The particles, a sample of which is compared with the maps.
+    state
+        Their poses, the folds' maps, and the noise that groups are weighed by.
     """
     volumes = [one.coefficients for one in state.maps]
     sums = _measure(whole, state.hypotheses, volumes)
@@ -266,7 +296,21 @@ class FinalMap:
 def final_map(
     whole: ParticleSet, state: SetState, sums: list[crossfit.Sums]
 ) -> tuple[FinalMap, SetState]:
-    """Choose the regulariser's weight, and make one map of all particles."""
+    """Choose the regulariser's weight, and make one map of all particles.
+
+    Parameters
+    ----------
+    whole
+        The parameters of the particles, which may give the weight.
+    state
+        The folds' maps to start from, and the weight to begin with.
+    sums
+        The sums of both folds, see `sum_up`.
+
+    Returns
+    -------
+    The map, and the state with the folds' maps and the weight that were chosen.
+    """
     config, errors = whole.config, {}
     if config.tau is None:
         tau, maps, errors = crossfit.cross_validate(
@@ -286,12 +330,24 @@ def map_at(
     state: SetState,
     errors: dict[float, float] | None = None,
 ) -> FinalMap:
-    """Make one map of all folds, starting between theirs, at the state's ``tau``."""
+    """Make one map of all folds, starting between theirs, at the state's ``tau``.
+
+    Parameters
+    ----------
+    config
+        The regulariser, and how many iterations are made.
+    sums
+        The sums of both folds; of no images the map is empty.
+    state
+        The folds' maps to start from, and the weight of the regulariser.
+    errors
+        Errors of prediction to pass on.
+    """
     total = sums[0] + sums[1]
     data = crossfit.data_term(total)
     solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
     for _ in range(_FINAL_ROUNDS):
-        solution, _ = crossfit.solve(
+        solution = crossfit.solve(
             data,
             total.peak,
             solution,

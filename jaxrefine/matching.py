@@ -32,6 +32,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Images, Volume
+from jaxrefine.background import outside
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, projection_matrix
@@ -305,11 +306,10 @@ def _image_spectra(
 ) -> Complex[Array, "particles r h"]:
     """Return the Fourier transforms of images on rings, by their definition."""
     m = images.shape[-1]
-    k = np.arange(m) - m // 2
-    outside = jnp.asarray(k[:, None] ** 2 + k**2 >= (m / 2) ** 2)
-    images = images - jnp.mean(images, axis=(1, 2), where=outside[None], keepdims=True)
+    around = jnp.asarray(outside(m, float(m)))
+    images = images - jnp.mean(images, axis=(1, 2), where=around[None], keepdims=True)
     values = jax.lax.complex(images, jnp.zeros_like(images))
-    turns = jnp.asarray(-2 * math.pi / m * k, images.dtype)
+    turns = jnp.asarray(-2 * math.pi / m * (np.arange(m) - m // 2), images.dtype)
 
     def ring(points):
         by_x, by_y = (_unit(jnp.outer(turns, points[:, i])) for i in range(2))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine import geometry
-from jaxrefine._fourier import half_lattice, radii
+from jaxrefine._fourier import multiplicity, radii
 from jaxrefine._types import Scalar, Volume
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -98,7 +98,13 @@ def resolution_in_angstroms(
 
 
 def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
-    r"""Return :math:`20 \log_{10} (\|V\| / \|V - \tilde V\|)`, in decibels."""
+    r"""Return :math:`20 \log_{10} (\|V\| / \|V - \tilde V\|)`, in decibels.
+
+    Parameters
+    ----------
+    truth, estimate
+        The maps ``V`` and ``V~``, of one shape and unit.
+    """
     error = truth - estimate
     return 10 * jnp.log10(jnp.sum(truth**2) / jnp.sum(error**2))
 
@@ -246,7 +252,9 @@ def _nearest_equivalents(
         return jnp.matmul(truth, chosen, precision=_HIGHEST)
 
     some = np.linspace(0, len(angles) - 1, min(len(angles), _STARTS)).astype(int)
-    starts = jnp.einsum("pji,pjk->pik", rotations[some], truth[some])
+    starts = jnp.einsum(
+        "pji,pjk->pik", rotations[some], truth[some], precision=_HIGHEST
+    )
     motion = starts[jnp.argmin(jax.lax.map(distance, starts))]
     for _ in range(_TURNS):
         motion = geometry.align_rotations(rotations, nearest(motion))
@@ -290,11 +298,5 @@ def summarise(errors: PoseErrors) -> dict[str, float]:
 
 
 def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shell of each frequency of ``rfftn`` (raveled), and how often it stands in all.
-
-    A column of the half space stands for itself and its mirror image, except those
-    that are their own: frequency 0 and, for an even n, n / 2.
-    """
-    half = half_lattice(n)[-1]
-    weight = np.where((half == 0) | (2 * half == n), 1.0, 2.0)
-    return np.rint(radii(n)).astype(np.int32).ravel(), weight[None, None]
+    """Shell of each frequency of ``rfftn`` (raveled), and how many it stands for."""
+    return np.rint(radii(n)).astype(np.int32).ravel(), multiplicity(n)[None, None]

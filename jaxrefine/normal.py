@@ -31,6 +31,8 @@ from jaxrefine.geometry import euler_to_matrix
 from jaxrefine.interpolate import RadialSeries
 from jaxrefine.spatial import Footprint
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 class TubeSamples(eqx.Module):
     """A lattice function read along viewing tubes: three padded cyclic copies.
@@ -225,7 +227,8 @@ def circulant_eigenvalues(kernel: Float[Array, "k k k"]) -> Float[Array, "n n g"
     """
     n = (kernel.shape[0] + 1) // 2
     fraction = 1.0 - jnp.abs(jnp.arange(-(n - 1), n, dtype=kernel.dtype)) / n
-    weighted = kernel * jnp.einsum("z,y,x->zyx", fraction, fraction, fraction)
+    share = jnp.einsum("z,y,x->zyx", *[fraction] * 3, precision=_HIGHEST)
+    weighted = kernel * share
     index = jnp.arange(-(n - 1), n) % n
     folded = jnp.zeros((n, n, n), kernel.dtype)
     folded = folded.at[jnp.ix_(index, index, index)].add(weighted)

@@ -275,7 +275,32 @@ def divide(
     subsets: Int[np.ndarray, " particles"] | None,
     mask: Float[Array, "_ _ _"] | None = None,
 ) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
-    """Deal the particles into sets and folds; also return a key for the search."""
+    """Deal the particles into sets and folds.
+
+    Parameters
+    ----------
+    particles, poses
+        All particles, and their given poses.
+    config
+        Parameters, which say whether there are half sets.
+    key
+        Deals the particles.
+    subsets
+        With half sets, the set of each particle, 1 or 2; dealt at random without it.
+    mask
+        From 0 in the solvent to 1, of the map's side ``n``.
+
+    Returns
+    -------
+    A key for the search, the particles of each set, by their places among all, and the
+    sets: one, or two half sets.
+
+    Raises
+    ------
+    InputError
+        If the mask is not of the map's side or not from 0 to 1, or `halves` refuses
+        the subsets.
+    """
     dealing, fold, draw = jax.random.split(key, 3)
     if mask is not None:
         mask = _checked_mask(mask, particles.image_size)
@@ -299,7 +324,22 @@ def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
 def halves(
     count: int, key: PRNGKeyArray, subsets: Int[np.ndarray, " particles"] | None
 ) -> list[Int[np.ndarray, " members"]]:
-    """Return the particles of two halves: given as 1 and 2, or dealt at random."""
+    """Return the particles of two halves: given as 1 and 2, or dealt at random.
+
+    Parameters
+    ----------
+    count
+        Number of particles.
+    key
+        Deals them, if they are not given.
+    subsets
+        The half of each particle, 1 or 2, or None.
+
+    Raises
+    ------
+    InputError
+        If there is not a 1 or a 2 for each particle, or one half has fewer than 4.
+    """
     if subsets is None:
         subsets = deal(count, key)
     if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
@@ -322,7 +362,21 @@ def take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
 
 
 def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, Volume]:
-    """Return poses and map in single precision; refuse what does not fit."""
+    """Return poses and map in single precision; refuse what does not fit.
+
+    Parameters
+    ----------
+    particles, poses
+        Images of side ``n``, 16 or more, and as many poses, radians and pixels.
+    volume
+        The map, of shape ``(n, n, n)``.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than 4 particles, images are too small, or images, poses and
+        map do not fit each other, or poses or map are not finite.
+    """
     count, n = len(particles), particles.image_size
     if count < FEWEST:
         raise InputError(f"at least {FEWEST} particles are wanted, not {count}")

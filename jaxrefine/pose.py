@@ -207,6 +207,19 @@ def backtrack(
 
     Steps 6 and 12 of Algorithm 3: plain decrease, no sufficient-decrease constant.
 
+    Parameters
+    ----------
+    cost
+        The function of a point.
+    start, value, gradient
+        The point to begin with, and the function's value and gradient there.
+    first_step
+        First step tried, in units of the point over the gradient.
+    eta
+        Factor in (0, 1) from one step to the next.
+    max_trials
+        Steps tried.
+
     Returns
     -------
     The new point (the old one if no trial succeeds), its cost, the number of trials.
@@ -234,6 +247,19 @@ def descend(
 
     The line searches leave the constant ``||g||^2 / 2`` out of the cost: in single
     precision the noise's energy would hide the changes that they look for.
+
+    Parameters
+    ----------
+    terms, particle
+        The map and the image, see `map_terms` and `particle`.
+    pose
+        Pose to begin with, radians and pixels.
+    config
+        Steps and loop lengths, of the pose's precision.
+
+    Returns
+    -------
+    The new pose, and the information of this particle.
     """
     energy = particle.energy
     particle = Particle(particle.filtered, jnp.zeros_like(energy))

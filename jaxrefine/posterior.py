@@ -27,6 +27,7 @@ from jaxrefine.tangent import Estimate, PoseUpdate, retract
 NEGLIGIBLE = 1e-2
 """Hypotheses less probable than this are not followed."""
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 _LEAST_CURVATURE = 0.1  # of that of Gauss and Newton
 _POINTS_AT_ONCE = 2**21  # slice samples in a batch of the search: 16 MiB of spectra
 
@@ -393,7 +394,23 @@ def weigh(
 ) -> tuple[Hypotheses, Int[Array, "p h"]]:
     """Rank the candidates of every particle and keep the best; see `hypotheses.merge`.
 
-    The weights of those that are kept add up to 1.
+    Parameters
+    ----------
+    rotations, shifts
+        Poses of ``h`` candidates of every particle, shifts in pixels.
+    evidence
+        Their posterior masses, logarithms; see `Polished`.
+    separation
+        Angle below which two of them are one, radians.
+    keep
+        How many to keep.
+    operators
+        Of the map's symmetry, if any.
+
+    Returns
+    -------
+    What is kept, the best first, with weights that add up to 1, and the places of all
+    candidates in that order.
     """
     ranked, order = jax.vmap(lambda r, t, e: merge(r, t, e, separation, operators))(
         rotations, shifts, evidence
@@ -429,12 +446,14 @@ def _curvature(
                 spectrum, view.disc, data, *place, transfer, view.weights
             )
             still = (1 - free) * jnp.diag(prior.information()) * step
-            return jnp.matmul(half.T, free * (slope + prior.gradient(*place)) + still)
+            slope = free * (slope + prior.gradient(*place)) + still
+            return jnp.matmul(half.T, slope, precision=_HIGHEST)
 
         slopes = jax.lax.map(gradient, steps)
         mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))
         whitened = (mean + mean.T) / 2
-        found = root @ whitened @ root.T
+        found = jnp.matmul(root, whitened, precision=_HIGHEST)
+        found = jnp.matmul(found, root.T, precision=_HIGHEST)
         sound = jnp.linalg.eigvalsh(whitened)[0] > _LEAST_CURVATURE
         return jnp.where(sound, found, information)
 

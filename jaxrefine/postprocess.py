@@ -166,6 +166,31 @@ def postprocess(
     )
 
 
+def low_pass(
+    volume: Volume, pixel_size_in_angstroms: float, resolution_in_angstroms: float
+) -> Volume:
+    """Take away what lies beyond a resolution, as `postprocess` does.
+
+    Parameters
+    ----------
+    volume
+        The map.
+    pixel_size_in_angstroms, resolution_in_angstroms
+        Edge of a voxel, and where the filter falls, as a cosine from a shell before
+        to a shell after.
+
+    Raises
+    ------
+    InputError
+        If a number is not positive and finite.
+    """
+    _check_number("The pixel size", pixel_size_in_angstroms)
+    _check_number("The low-pass", resolution_in_angstroms)
+    n = volume.shape[0]
+    cut_off = n * pixel_size_in_angstroms / resolution_in_angstroms
+    return _filtered(volume, _low_pass(radii(n), cut_off))
+
+
 def soft_mask(
     volume: Volume,
     pixel_size_in_angstroms: float,
@@ -206,8 +231,6 @@ def soft_mask(
         If the map is flat or not finite, no voxel is above the threshold, or a number
         is out of range.
     """
-    _check_number("The pixel size", pixel_size_in_angstroms)
-    _check_number("The low-pass", low_pass_in_angstroms)
     if min(extend, edge) < 0:
         raise InputError(
             f"The mask is to grow by {extend:g} and an edge of {edge:g} voxels; "
@@ -215,9 +238,9 @@ def soft_mask(
         )
     if not (jnp.isfinite(volume).all() and jnp.ptp(volume) > 0):
         raise InputError("A flat map or one that is not finite cannot make a mask.")
-    n = volume.shape[0]
-    cut_off = n * pixel_size_in_angstroms / low_pass_in_angstroms
-    smooth = np.asarray(_filtered(volume, _low_pass(radii(n), cut_off)))
+    smooth = np.asarray(
+        low_pass(volume, pixel_size_in_angstroms, low_pass_in_angstroms)
+    )
     level = _triangle_threshold(smooth) if threshold is None else threshold
     labelled: Any = ndimage.label(smooth > level)
     parts, count = labelled

@@ -70,7 +70,7 @@ class RefineState(eqx.Module):
     sets, members
         The sets that are refined by themselves, and which particles are in them.
     iteration, r_max
-        Outer iterations made, and the band limit of the next.
+        Outer iterations made, and the band limit of the next (of the last, at the end).
     pose_change, best_gold
         What the next iteration is compared with: the median change of the angles, in
         degrees (or of the shifts, in pixels, if the angles are fixed), and the best
@@ -156,8 +156,7 @@ class Reconstruction:
     volume
         The map.
     half_maps
-        Maps of two halves of the particles, each by itself, made with the ``tau`` that
-        was the best of those tried.
+        Maps of two halves of the particles, each by itself and not regularised.
     lam, tau
         Weight of the regulariser, absolute and in units of the noise.
     errors
@@ -191,7 +190,7 @@ class Result:
     volume
         The map.
     half_maps, fsc
-        With half sets, their maps and the correlation of these.
+        With half sets, their maps, not regularised, and the correlation of these.
     tau
         Weight of the regulariser.
     state
@@ -326,16 +325,16 @@ def _iterate(
         reports.append(report)
 
     last = sets[0].last
-    supported, scores = [], []
-    for one in new:
-        curve = one.fold_fsc[: last + 1]
-        supported.append(float(metrics.crossing(curve, _SUPPORTED)))
-        scores.append(float(jnp.mean(curve[1:])))
+    curves = [one.fold_fsc[: last + 1] for one in new]
+    supported = [float(metrics.crossing(curve, _SUPPORTED)) for curve in curves]
+    scores = [float(jnp.mean(curve[1:])) for curve in curves]
     gold = None
     if len(new) == 2:
         curve = half_sets.correlation(new[0], new[1], sets[0])
         gold = float(jnp.mean(curve[1 : last + 1]))
     grown = _next_band_limit(r_max, float(np.mean(supported)), sets[0])
+    if iteration + 1 == config.iterations:
+        grown = r_max  # error bars are measured where the poses were polished
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(report, name) for report in reports]))
@@ -429,8 +428,9 @@ def _conclude(
         new.append(final)
     volume, tau, half_maps, curve = maps[0].volume, maps[0].tau, None, None
     if len(sets) == 2:
-        half_maps = (np.asarray(maps[0].volume), np.asarray(maps[1].volume))
-        curve = np.asarray(metrics.fsc(maps[0].volume, maps[1].volume))
+        halves = [crossfit.least_squares(a + b) for a, b in sums]
+        half_maps = (np.asarray(halves[0]), np.asarray(halves[1]))
+        curve = np.asarray(metrics.fsc(*halves))
         tau = float(np.sqrt(maps[0].tau * maps[1].tau))
         both = [a + b for a, b in zip(*sums, strict=True)]
         joined = eqx.tree_at(lambda s: s.tau, new[0], jnp.asarray(tau, volume.dtype))
@@ -493,8 +493,7 @@ def reconstruct(
     state = map_update.assess(whole, map_update.update_maps(whole, state, data))
     sums = map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
     found, state = map_update.final_map(whole, state, sums)
-    # The first map is made of the particles that are not in the first fold.
-    second, first = (np.asarray(one.coefficients) for one in state.maps)
+    first, second = (np.asarray(crossfit.least_squares(one)) for one in sums)
     return Reconstruction(
         np.asarray(found.volume), (first, second), found.lam, found.tau, found.errors
     )

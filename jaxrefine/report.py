@@ -246,7 +246,7 @@ def _headlines(report: Report) -> Element:
 def resolution(report: Report, unit: str) -> str:
     """Return where the half maps' correlation falls below 0.143, in angstroms.
 
-    Beyond the last shell of slices, maps agree by their prior alone.
+    Beyond the last shell of slices nothing was measured.
     """
     last = (len(report.volume) - 1) // 2
     curve = jnp.asarray(report.half_set_fsc)[: last + 1]
@@ -266,7 +266,7 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
         resolution = _resolution(report)
         yield _figure(
             "Fourier shell correlation of the maps of the two half sets, which were "
-            "refined independently; no mask.",
+            "refined independently; no mask, and no regulariser.",
             "Curve of the half maps' Fourier shell correlation against the Fourier "
             f"shell. Resolution at {_THRESHOLD}: {resolution}.",
             plots.fsc_curves,

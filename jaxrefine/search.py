@@ -129,11 +129,13 @@ def explore(
     prior
         What is known of the pose.
     centres
-        Orientations to draw candidates about, ``count`` each.
+        Orientations to draw candidates about.
     shift, offsets
         Shifts to try: the offsets (pixels) from a shift.
     spread
         Standard deviation of the candidates about their centres, radians.
+    count
+        Candidates about each centre, itself among them.
     keep
         How many to return.
     separation

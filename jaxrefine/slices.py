@@ -26,6 +26,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxrefine import kbwf
 from jaxrefine._batching import map_over_particles, sum_over_batches
+from jaxrefine._complex import crossed, product, scaled
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -132,6 +133,11 @@ def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:
     .. math:: \hat g(\omega) = \sum_j g[j]\, e^{-2\pi i\, \omega\cdot j / m},
 
     ``j`` counted from the origin ``m // 2``.
+
+    Raises
+    ------
+    InputError
+        If the images are not of the disc's side.
     """
     if images.shape[-1] != disc.image_size:
         raise InputError(
@@ -149,8 +155,7 @@ def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
     # The column x = 0 holds both of a pair.
     edge = plane[:, :, 0]
     mirror = jnp.conj(jnp.roll(edge[:, ::-1], 1, axis=1))
-    rows = np.arange(m)
-    plane = plane.at[:, :, 0].set(jnp.where(rows > m // 2, mirror, edge))
+    plane = plane.at[:, :, 0].set(jnp.where(np.arange(m) > m // 2, mirror, edge))
     images = jnp.fft.irfft2(plane, s=(m, m))
     return jnp.fft.fftshift(images, axes=(-2, -1))
 
@@ -183,11 +188,6 @@ def _phases(disc: Disc, shift: Float[Array, "2"]) -> Complex[Array, "k"]:
     return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
-def _scaled(factor: Float[Array, "..."], values: Complex[Array, "..."]):
-    """Multiply complex numbers by real ones."""
-    return jax.lax.complex(factor * values.real, factor * values.imag)
-
-
 def _check(disc: Disc, spectrum: Spectrum) -> None:
     if spectrum.box != disc.image_size or spectrum.r_max < disc.r_max:
         raise InputError(
@@ -217,6 +217,12 @@ def project(
         Contrast transfer function of every particle on the disc; without it, 1.
     batch_size
         Particles at a time.
+
+    Raises
+    ------
+    InputError
+        If the spectrum is not that of a volume of the images' side up to the disc's
+        radius, or there is no particle.
     """
     _check(disc, spectrum)
 
@@ -224,7 +230,7 @@ def project(
         rotation, shift, transfer = particle
         values = spectrum(*_on_plane(disc, rotation)[0])
         gain = _gain(disc, transfer, values.real.dtype)
-        return _scaled(gain, values * _phases(disc, shift))
+        return scaled(gain, values * _phases(disc, shift))
 
     particles = (poses.rotations, poses.shifts, transfer)
     return map_over_particles(project_one, particles, batch_size)
@@ -261,6 +267,11 @@ def backproject(
         projection with one; divided by the noise's variance, for a weighted cost.
     batch_size
         Particles at a time.
+
+    Raises
+    ------
+    InputError
+        If there are not as many poses as images, or none of them.
     """
     if len(spectra) != len(poses.angles):
         raise InputError(
@@ -271,7 +282,7 @@ def backproject(
     def slice_of(particle):
         rotation, shift, spectrum, weights = particle
         factor = _gain(disc, weights, dtype) * disc.quadrature.astype(dtype)
-        values = _scaled(factor, spectrum * jnp.conj(_phases(disc, shift)))
+        values = scaled(factor, spectrum * jnp.conj(_phases(disc, shift)))
         return _on_plane(disc, rotation)[0], values
 
     particles = (poses.rotations, poses.shifts, spectra, weights)
@@ -328,7 +339,7 @@ def _insert(
 
     def insert_batch(some, new):
         points, values = jax.vmap(slice_of)(some)
-        values = _scaled(new[:, None].astype(values.real.dtype), values)
+        values = scaled(new[:, None].astype(values.real.dtype), values)
         x, y, z = (axis.reshape(-1) for axis in points)
         return insertion.adjoint((x, y, z), values.reshape(-1), *size)
 
@@ -364,9 +375,9 @@ def _residual(
     along = tuple(directions) if sloping else ()
     slices = spectrum.value_and_slopes(points, along)
     gain = _gain(disc, transfer, weights.dtype)
-    difference = _scaled(gain, slices[0]) - data * jnp.conj(_phases(disc, shift))
+    difference = scaled(gain, slices[0]) - data * jnp.conj(_phases(disc, shift))
     square = difference.real**2 + difference.imag**2
-    pull = _scaled(weights * gain, difference)
+    pull = scaled(weights * gain, difference)
     return _Residual(slices, gain, pull, jnp.sum(weights * square) / 2)
 
 
@@ -396,6 +407,12 @@ def cost(
     weights
         Weights ``w``; `Disc.quadrature` makes it the paper's cost of the band-limited
         image, over the noise's variance the negative log-likelihood.
+
+    Raises
+    ------
+    InputError
+        If the spectrum is not that of a volume of the images' side up to the disc's
+        radius.
     """
     return _residual(spectrum, disc, data, rotation, shift, transfer, weights).cost
 
@@ -418,12 +435,12 @@ def cost_and_gradient(
 
     with the slice's derivatives ``dn`` along the plane's normal and ``da`` about the
     beam, the model's are ``-omega_y dn``, ``omega_x dn``, ``da``, and by the shift
-    ``-2 pi i omega / m`` times itself. Parameters as for :func:`cost`.
+    ``-2 pi i omega / m`` times itself. Parameters and errors as for :func:`cost`.
     """
     now = _residual(spectrum, disc, data, rotation, shift, transfer, weights)
     points, normal, turning = _on_plane(disc, rotation)
     out, about = spectrum.slopes_along(now.pull, points, (normal, turning))
-    through = _crossed(now.pull, now.slices[0]) * (2 * math.pi / disc.image_size)
+    through = crossed(now.pull, now.slices[0]) * (2 * math.pi / disc.image_size)
     first, _ = _moments(disc, out.dtype)
     tilt, move = _dot(out, first), _dot(through, first)
     return now.cost, jnp.stack([-tilt[1], tilt[0], jnp.sum(about), move[0], move[1]])
@@ -442,8 +459,8 @@ def normal_equations(
 
     ``J`` are the derivatives of the residual ``r = S - y`` listed in
     :func:`cost_and_gradient`. They are three slices times monomials of ``omega``, and
-    so are their inner products sums of ten images times monomials. Parameters as for
-    :func:`cost`.
+    so are their inner products sums of ten images times monomials. Parameters and
+    errors as for :func:`cost`.
     """
     now = _residual(spectrum, disc, data, rotation, shift, transfer, weights, True)
     still, out, about = now.slices
@@ -451,17 +468,17 @@ def normal_equations(
     first, second = _moments(disc, weights.dtype)
     power = weights * now.gain**2
 
-    tilt = _dot(_product(now.pull, out), first)
-    turn = jnp.sum(_product(now.pull, about))
-    move = _dot(_crossed(now.pull, still), first) * step
+    tilt = _dot(product(now.pull, out), first)
+    turn = jnp.sum(product(now.pull, about))
+    move = _dot(crossed(now.pull, still), first) * step
     gradient = jnp.stack([-tilt[1], tilt[0], turn, move[0], move[1]])
 
-    tilt_tilt = _dot(power * _product(out, out), second)
-    tilt_turn = _dot(power * _product(out, about), first)
-    tilt_move = _dot(power * _crossed(out, still), second) * step
-    turn_turn = jnp.sum(power * _product(about, about))
-    turn_move = _dot(power * _crossed(about, still), first) * step
-    move_move = _dot(power * _product(still, still), second) * step**2
+    tilt_tilt = _dot(power * product(out, out), second)
+    tilt_turn = _dot(power * product(out, about), first)
+    tilt_move = _dot(power * crossed(out, still), second) * step
+    turn_turn = jnp.sum(power * product(about, about))
+    turn_move = _dot(power * crossed(about, still), first) * step
+    move_move = _dot(power * product(still, still), second) * step**2
     upper = [
         [tilt_tilt[2], -tilt_tilt[1], -tilt_turn[1], -tilt_move[1], -tilt_move[2]],
         [tilt_tilt[0], tilt_turn[0], tilt_move[0], tilt_move[1]],
@@ -471,16 +488,6 @@ def normal_equations(
     ]
     rows = [[upper[min(i, j)][abs(i - j)] for j in range(5)] for i in range(5)]
     return now.cost, gradient, jnp.stack([jnp.stack(row) for row in rows])
-
-
-def _product(a: Complex[Array, "k"], b: Complex[Array, "k"]) -> Float[Array, "k"]:
-    r"""Return :math:`\Re(\bar a b)`."""
-    return a.real * b.real + a.imag * b.imag
-
-
-def _crossed(a: Complex[Array, "k"], b: Complex[Array, "k"]) -> Float[Array, "k"]:
-    r"""Return :math:`\Re(-i \bar a b) = \Im(\bar a b)`."""
-    return a.real * b.imag - a.imag * b.real
 
 
 def _moments(disc: Disc, dtype) -> tuple[Float[Array, "k 2"], Float[Array, "k 3"]]:

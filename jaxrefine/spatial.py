@@ -25,7 +25,7 @@ from scipy.fft import next_fast_len
 from scipy.special import j0
 
 from jaxrefine import kbwf, tube
-from jaxrefine._batching import sum_over_particles
+from jaxrefine._batching import map_over_particles, sum_over_particles
 from jaxrefine._types import Image, Images, Volume
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
@@ -172,7 +172,7 @@ def project(
     Raises
     ------
     InputError
-        If the coefficients are not a cube.
+        If the coefficients are not a cube, or there is no particle.
     """
     n = _cubic_side(coefficients)
     dtype = coefficients.dtype
@@ -210,7 +210,7 @@ def project(
         blank = jnp.zeros((image_size, image_size), dtype)
         return jax.lax.scan(add_plane, blank, jnp.arange(n))[0]
 
-    return jax.lax.map(project_one, poses, batch_size=batch_size)
+    return map_over_particles(project_one, poses, batch_size)
 
 
 def _cubic_side(volume: Float[Array, "..."]) -> int:
@@ -295,7 +295,13 @@ class SplineFilter(eqx.Module):
     nodes_per_pixel: int = eqx.field(static=True)
 
     def __call__(self, image: Image) -> Spline2D:
-        """Return the continuous function of one image."""
+        """Return the continuous function of one image.
+
+        Raises
+        ------
+        InputError
+            If the image is not of the side that the filter was made for.
+        """
         if image.shape[-1] != self.image_size:
             raise InputError(
                 f"this filter wants images of side {self.image_size}, "
@@ -374,7 +380,7 @@ def backproject(
     Raises
     ------
     InputError
-        If there are not as many poses as images.
+        If there are not as many poses as images, or none of them.
     """
     if poses.angles.shape[0] != images.shape[0]:
         raise InputError(

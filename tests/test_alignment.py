@@ -48,6 +48,36 @@ def test_noise_moves_it_little(volume):
     assert jnp.linalg.norm(translation - TRANSLATION) < 0.1
 
 
+@pytest.mark.parametrize(("r_max", "level"), [(R, 0.3), (N // 2, 0.1)])
+def test_the_motion_is_a_minimum_over_all_frequencies(volume, r_max, level):
+    """Of the documented cost, over both of every pair, on maps that are noisy."""
+    noise = jax.random.normal(jax.random.key(3), (2, N, N, N))
+    noise = level * volume.std() * noise
+    first, second = volume + noise[0], volume + noise[1]
+    axis = np.fft.fftfreq(N, 1 / N)
+    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    places = np.nonzero(x**2 + y**2 + z**2 <= r_max**2)
+    lattice = jnp.asarray(np.stack([each[places] for each in (x, y, z)], axis=-1))
+    target = jnp.fft.fftn(jnp.fft.ifftshift(second))[places]
+    spectrum = Gridding().spectrum(first, r_max)
+    rotation, translation = align_maps(first, second, r_max)
+
+    @jax.jit
+    def cost(step):
+        turned = lattice @ (geometry.rotvec_to_matrix(step[:3]) @ rotation).T
+        angle = -2 * np.pi / N * lattice @ (translation + step[3:])
+        model = spectrum(*turned.T) * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
+        scale = jnp.vdot(model, target).real / jnp.vdot(model, model).real
+        gap = scale.astype(model.dtype) * model - target
+        return jnp.sum(gap.real**2 + gap.imag**2)
+
+    # How far it still is to the bottom along each axis, in radians and voxels.
+    for step in 1e-4 * jnp.eye(6):
+        before, here, after = (float(cost(k * step)) for k in (-1, 0, 1))
+        assert min(before, after) > here
+        assert abs(after - before) / (before - 2 * here + after) / 2 < 0.1
+
+
 @pytest.mark.slow
 def test_poses_go_along(volume):
     """Projections of the moved map at ``R G``, shifted back, are what they were."""

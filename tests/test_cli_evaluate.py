@@ -52,6 +52,22 @@ def noisy():
     return angles, shifts, metrics.summarise(metrics.pose_errors(*arrays))
 
 
+def test_shifts_are_compared_in_the_results_pixels(tmp_path, capsys):
+    """Of binned images, say; a table without a pixel size is taken as it is."""
+    paths, out = (tmp_path / "a.star", tmp_path / "b.star"), tmp_path / "errors.json"
+    names = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY"]
+    for sizes, factor in (((3.0, 1.5), 2.0), ((None, 1.5), 1.0)):
+        both = zip(paths, sizes, (SHIFTS / factor, SHIFTS), strict=True)
+        for path, size, shifts in both:
+            values = np.concatenate([np.rad2deg(ANGLES), -shifts], axis=1)
+            table = dict(zip(names, values.T, strict=True))
+            if size is not None:
+                table["rlnPixelSize"] = np.full(COUNT, size)
+            write_star(path, {"": table})
+        assert run(capsys, *paths, "--json", out)[0] == 0
+        assert json.loads(out.read_text())["shift_error_px_p95"] < 1e-3
+
+
 def test_a_table_is_not_written_over(tmp_path, capsys):
     paths = write(tmp_path / "a.star"), write(tmp_path / "b.star")
     before = [path.read_bytes() for path in paths]

@@ -1,13 +1,16 @@
 """``jaxrefine postprocess``: files and figures are the library's."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mrcfile
 import numpy as np
 import pytest
 
 from jaxrefine import cli
+from jaxrefine.cli._maps import read_pair
 from jaxrefine.io import read_mrc, write_mrc
 from jaxrefine.postprocess import GuinierFit, postprocess, soft_mask
 
@@ -126,6 +129,24 @@ def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, capsys):
     assert code == 0 and "not sharpened: From 10 A to the resolution of" in text
     content = json.loads((tmp_path / "out/postprocess.json").read_text())
     assert content["not_sharpened_because"] in text
+
+
+def test_an_unset_voxel_size_is_the_other_maps(maps, tmp_path, capsys):
+    """Of either map, here and for ``fsc``; without any it is 1 A."""
+    for half in (1, 2):
+        volume, _ = read_mrc(maps / f"half{half}.mrc")
+        write_mrc(tmp_path / f"half{half}.mrc", volume, VOXEL)
+        with mrcfile.open(tmp_path / f"half{half}.mrc", "r+") as mrc:
+            mrc.voxel_size = 0
+    for one, two, voxel in ((maps, tmp_path, VOXEL), (tmp_path, maps, VOXEL)):
+        pair = read_pair(one / "half1.mrc", two / "half2.mrc")
+        assert pair[2] == voxel
+    unset = [str(tmp_path / f"half{half}.mrc") for half in (1, 2)]
+    assert read_pair(*map(Path, unset))[2] == 1
+    assert cli.main(["fsc", str(maps / "half1.mrc"), unset[1]]) == 0
+    mixed = capsys.readouterr().out
+    assert cli.main(["fsc", *(str(maps / f"half{half}.mrc") for half in (1, 2))]) == 0
+    assert mixed == capsys.readouterr().out
 
 
 def test_bad_input_is_a_sentence(maps, tmp_path, capsys):

@@ -148,8 +148,26 @@ def test_folds_are_made_of_each_other(noisy):
     maps = noisy.solutions(tau)
     for found, other in zip(maps, noisy.sums[::-1], strict=True):
         data = crossfit.data_term(other)
-        alone, _ = crossfit.solve(data, other.peak, noisy.starts[0], tau, penalty, 10)
+        alone = crossfit.solve(data, other.peak, noisy.starts[0], tau, penalty, 10)
         np.testing.assert_array_equal(found.coefficients, alone.coefficients)
+
+
+def test_no_images_make_an_empty_map(noisy):
+    """Nor do they leave anything in the multipliers, whatever the start was."""
+    nothing = Sums.zero(N, jnp.float64)
+    start = jax.tree.map(lambda leaf: leaf + 1.0, noisy.starts[0])
+    one, other = crossfit.solve_all(
+        crossfit.folds([nothing, noisy.sums[1]]),
+        [start] * 2,
+        jnp.asarray(1.3),
+        tv.IsotropicTV(),
+        10,
+    )
+    assert float(jnp.max(one.coefficients)) > 0.1
+    for leaf in jax.tree.leaves(one):
+        assert np.isfinite(leaf).all()
+    for leaf in jax.tree.leaves(other):
+        np.testing.assert_array_equal(leaf, 0)
 
 
 # --- the volume update and its weight
@@ -240,8 +258,8 @@ def test_tau_serves_any_noise_and_number(noisy, noise, copies):
     )
     start, penalty = noisy.starts[0], tv.IsotropicTV()
     tau = jnp.asarray(1.3)
-    one, _ = crossfit.solve(first, peak, start, tau, penalty, 10)
-    other, _ = crossfit.solve(
+    one = crossfit.solve(first, peak, start, tau, penalty, 10)
+    other = crossfit.solve(
         crossfit.data_term(scaled),
         scaled.peak,
         start,

@@ -1,5 +1,6 @@
 """The interpolated spectrum against the direct sum, its adjoint, its derivative."""
 
+import functools
 import sys
 
 import jax
@@ -99,22 +100,19 @@ def test_adjoint(way, n, r_max):
     assert abs(left - right) < 1e-13 * scale
 
 
-def test_finufft_is_the_direct_sum_and_its_adjoint():
+def test_finufft_is_the_adjoint_of_the_direct_sum():
+    """And what Gridding makes of the same values, to its accuracy."""
     pytest.importorskip("jax_finufft")
-    way = Finufft(1e-9)
     for n, r_max in SIZES:
-        volume, points = draw(n, n, n), draw_points(r_max)
-        exact = direct(volume, points)
-        spectrum = way.spectrum(volume, r_max)
-        assert (spectrum.box, spectrum.r_max) == (n, r_max)
-        value = evaluate(spectrum, points)
-        assert relative(value, exact) < 1e-8
+        points = draw_points(r_max)
         values = draw_complex(len(points[0]), seed=3)
-        left = np.vdot(values, value).real
-        right = np.vdot(way.adjoint(points, values, n, r_max), volume)
-        # The same kernel both ways: adjoint beyond the tolerance.
-        scale = np.linalg.norm(values) * np.linalg.norm(exact)
-        assert abs(left - right) < 1e-12 * scale
+        k = np.arange(n) - n // 2
+        waves = [np.exp(2j * np.pi / n * np.outer(axis, k)) for axis in points]
+        exact = np.einsum("p,px,py,pz->zyx", values, *waves, optimize=True).real
+        inserted = Finufft(1e-9).adjoint(points, values, n, r_max)
+        assert relative(inserted, exact) < 1e-8
+        gridded = Gridding(5, 2.0).adjoint(points, values, n, r_max)
+        assert relative(gridded, np.asarray(inserted)) < ACCURACY[5, 2.0]
 
 
 @pytest.mark.parametrize("way", [Gridding(2, 2.0), Gridding(3, 1.5), Gridding(4, 1.75)])
@@ -208,6 +206,29 @@ def test_refusals(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_finufft", None)
     with pytest.raises(InputError, match="pip install jax-finufft"):
         Finufft()
+
+
+def test_a_grid_that_indices_cannot_reach():
+    """A 32-bit index reaches 2**31 samples; nothing is allocated to find out."""
+    way = Gridding()
+
+    def adjoint(n):
+        points = (jax.ShapeDtypeStruct((5,), jnp.float32),) * 3
+        values = jax.ShapeDtypeStruct((5,), jnp.complex64)
+        insert = functools.partial(way.adjoint, n=n, r_max=(n - 1) // 2)
+        return jax.eval_shape(insert, points, values)
+
+    def spectrum(n):
+        volume = jax.ShapeDtypeStruct((n, n, n), jnp.float32)
+        return jax.eval_shape(lambda v: way.spectrum(v, (n - 1) // 2), volume)
+
+    assert adjoint(900).shape == (900, 900, 900)
+    (samples,) = jax.tree.leaves(spectrum(900))
+    assert 2**30 < samples.size < 2**31
+    words = "^a box of side 928 up to 463 cycles per box wants a grid of 16.. x 16.. x"
+    for call in (adjoint, spectrum):
+        with pytest.raises(InputError, match=words):
+            call(928)
 
 
 def test_default_insertion_needs_no_package(monkeypatch):

@@ -161,6 +161,13 @@ def test_what_is_written_is_relions(path, tmp_path):
     np.testing.assert_array_equal(again.random_subset, file.random_subset)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_halves_of_which_one_is_empty_are_none(path, half):
+    """So are those of particles that were never split, all 0."""
+    save(path, alignments3D__split=("<u4", [half] * COUNT))
+    assert read_particles(path).random_subset is None
+
+
 def test_dark_protein_is_a_negative_scale(path):
     save(path, blob__sign=("<f4", [-1, 1, -1, 1, 1]))
     scale = read_particles(path).particles.ctf.scale
@@ -209,6 +216,18 @@ BAD = {
     "NaN": (
         {"alignments3D__pose": ("<f4", [[0, np.nan, 0]] * COUNT)},
         "field alignments3D/pose: a value is NaN",
+    ),
+    "beyond single precision": (
+        {"ctf__df1_A": ("<f8", [1e39] * COUNT)},
+        "field ctf/df1_A: a value is .* beyond single precision",
+    ),
+    "pixel": (
+        {"blob__psize_A": ("<f4", [1, 1, 0, 1, 1])},
+        "field blob/psize_A: positive numbers are wanted, not 0",
+    ),
+    "pixel of shifts": (
+        {"alignments3D__psize_A": ("<f4", [1, 1, 1, -2, 1])},
+        "field alignments3D/psize_A: positive numbers are wanted, not -2",
     ),
     "two numbers": (
         {"alignments3D__pose": ("<f4", [[0, 0]] * COUNT)},

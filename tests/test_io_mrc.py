@@ -1,7 +1,10 @@
 """MRC files: axes, voxel sizes, and one sentence for every bad file."""
 
 import bz2
+import errno
 import gzip
+import os
+import re
 from itertools import permutations
 
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import read_mrc, read_stack, write_mrc, write_stack
+from jaxrefine.io import new_stack, read_mrc, read_stack, write_mrc, write_stack
 
 
 def unique_volume(n=5):
@@ -156,6 +159,13 @@ def test_not_an_mrc_file(read, path, content):
 
 
 @BOTH
+def test_without_the_word_map(read, path):
+    """As very old programs write: what lacks is said."""
+    write_raw(path, unique_volume(), map=b"\0\0\0\0")
+    assert_one_sentence(read, path, "not an MRC file: its header lacks the word MAP")
+
+
+@BOTH
 @pytest.mark.parametrize("kept", [1024, 1030, 1024 + 124 * 4])
 def test_truncated(read, path, kept):
     write_raw(path, unique_volume())
@@ -201,7 +211,9 @@ def test_not_finite(read, path, bad):
 @BOTH
 def test_complex_or_anisotropic(read, path):
     write_raw(path, unique_volume().astype(np.complex64))
-    assert_one_sentence(read, path, "complex")
+    assert_one_sentence(read, path, "holds complex values")
+    write_raw(path, unique_volume(), mode=3)  # of 16-bit integers
+    assert_one_sentence(read, path, "holds complex values")
     write_raw(path, unique_volume(), voxel=(1.0, 1.1, 1.0))
     assert_one_sentence(read, path, "anisotropic voxel of 1 x 1.1")
 
@@ -221,6 +233,13 @@ def test_not_cubic(path):
     assert_one_sentence(read_mrc, path, "4 x 4; a cubic map is wanted")
     write_raw(path, np.zeros((2, 4, 4, 4), np.float32))
     assert_one_sentence(read_mrc, path, "2 x 4 x 4 x 4; a cubic map is wanted")
+
+
+def test_a_stack_of_one_volume_is_a_map(path):
+    write_raw(path, unique_volume()[None], ispg=401)
+    volume, voxel = read_mrc(path)
+    np.testing.assert_array_equal(volume, unique_volume())
+    assert voxel == 1.5
 
 
 def test_axes_that_cannot_be(path):
@@ -309,3 +328,24 @@ def test_a_long_extended_header_is_not_taken_at_its_word(read, path, order):
     content[92:96] = np.array([2**31 - 1], f"{order}i4").tobytes()
     path.write_bytes(content)
     assert_one_sentence(read, path, "is not an MRC file, or is damaged")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has none")
+def test_a_stack_has_its_room_before_it_is_filled(tmp_path):
+    """A file with holes would meet a full disk with a signal, not with a sentence."""
+    with new_stack(tmp_path / "a.mrcs", 5, 200, 1.0):
+        (temporary,) = tmp_path.iterdir()
+        status = temporary.stat()
+        assert 512 * status.st_blocks >= status.st_size > 5 * 4 * 200**2
+
+
+def test_a_stack_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
+    def full(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    path = tmp_path / "a.mrcs"
+    words = f"^Cannot write {re.escape(str(path))}: No space left on device.$"
+    with pytest.raises(InputError, match=words), new_stack(path, 3, 6, 2.5):
+        raise AssertionError("nothing is to be filled in")
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import mrcfile
 import numpy as np
@@ -305,6 +306,38 @@ def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
         read_particles(path, tmp_path / "absent")
 
 
+def test_a_pixel_size_of_the_particles_precedes_the_headers(tmp_path):
+    """Origins in Angstrom are in it, and written so."""
+    stack(tmp_path / "s.mrcs", 2, pixel=9.0)
+    path = tmp_path / "p.star"
+    columns = particle_columns(["1@s.mrcs", "2@s.mrcs"], rlnOriginXAngst=["3", "-6"])
+    for further in ({}, {"rlnPixelSize": ["9"] * 2}):
+        write_star(path, {"": columns | {"rlnImagePixelSize": ["1.5"] * 2} | further})
+        file = read_particles(path)
+        assert file.particles.pixel_size_in_angstroms == 1.5
+        np.testing.assert_array_equal(file.poses.shifts, [[-2, 0], [4, 0]])
+        poses = turned(file)
+        write_particles(path, file, poses)
+        assert {"rlnOriginX", "rlnOriginY"}.isdisjoint(read_star(path)[""])
+        again = read_particles(path).poses
+        np.testing.assert_allclose(again.shifts, poses.shifts, atol=1e-6)
+
+
+@pytest.mark.parametrize("mark", [":mrc", ":mrcs"])
+def test_a_format_after_the_name_is_kept(tmp_path, mark):
+    images = stack(tmp_path / "in/a.st", 2)
+    path = tmp_path / "in/p.star"
+    write_star(path, {"": particle_columns([f"2@a.st{mark}", "1@a.st"])})
+    file = read_particles(path)
+    np.testing.assert_array_equal(all_images(file), images[::-1])
+    write_particles(tmp_path / "q.star", file, file.poses)
+    table = read_star(tmp_path / "q.star")
+    assert table[""]["rlnImageName"] == [f"2@in/a.st{mark}", "1@in/a.st"]
+    plain = {"": {"rlnImageName": ["2@in/a.st", "1@in/a.st"]}}
+    names = [image_identities(each, tmp_path / "q.star") for each in (table, plain)]
+    assert names[0] == names[1]
+
+
 def test_without_poses(old_style, tmp_path):
     """Particles as extracted, even with an angle in the plane, have poses of zero."""
     path, images = old_style
@@ -573,6 +606,21 @@ def test_names_from_the_data_folder_become_absolute(tmp_path):
     )
 
 
+def test_a_folder_that_has_no_text_for_a_name(tmp_path):
+    """It can be read from, and named by a path that leaves it out."""
+    folder = tmp_path / os.fsdecode(b"f\xff")
+    images = stack(folder / "a.mrcs", 1)
+    write_star(folder / "p.star", {"": particle_columns(["1@a.mrcs"])})
+    file = read_particles(folder / "p.star")
+    (folder / "job").mkdir()
+    write_particles(folder / "job/p.star", file, file.poses)
+    found = read_particles(folder / "job/p.star")
+    np.testing.assert_array_equal(all_images(found), images)
+    with pytest.raises(InputError, match=r"Cannot write .*cannot hold .*f\\udcff/a"):
+        write_particles(tmp_path / "p.star", file, file.poses)
+    assert not (tmp_path / "p.star").exists()
+
+
 def test_all_stacks_are_found_from_one_folder(tmp_path, monkeypatch):
     """Of one beside the old table and one above, neither keeps a name of its own."""
     monkeypatch.chdir("/")
@@ -593,11 +641,12 @@ def test_all_stacks_are_found_from_one_folder(tmp_path, monkeypatch):
 
 def test_half_sets_are_looked_at_when_they_are_wanted(new_style):
     """Other columns are carried along, whatever they hold."""
-    for bad, words in (
-        ("None", "None"),
-        ("3", r"1 or 2 is wanted, not 3 \(particle 2"),
+    for halves, words in (
+        (["1", "None", "2"], "None"),
+        (["1", "3", "2"], r"1 or 2 is wanted, not '3' \(row 2\)"),
+        (["2", "2", "2"], "half sets want both 1 and 2, not 2 for all"),
     ):
-        change = {"rlnRandomSubset": ["1", bad, "2"]}
+        change = {"rlnRandomSubset": halves}
         file = read_particles(damaged(new_style, lambda t, _, c=change: t.update(c)))
         with pytest.raises(InputError, match=f"rlnRandomSubset.*{words}"):
             _ = file.random_subset
@@ -699,6 +748,19 @@ BAD_TABLES = {
         set_names("4@a.mrcs", "5@a.mrcs", "1@a.mrcs"),
         "names image 5 of .*a.mrcs, which has 4",
     ),
+    "absolute": (
+        set_names("1@/old/place/a.mrcs", *["1@a.mrcs"] * 2),
+        "names /old/place/a.mrcs, where there is no file; other folders are searched o",
+    ),
+    "long name": (set_names(f"1@{'a' * 300}", *["1@a.mrcs"] * 2), "names a*, which is"),
+    "no number but sections": (
+        set_names("a.mrcs", *["1@a.mrcs"] * 2),
+        "names a.mrcs as one image, which has 4 sections",
+    ),
+    "volumes": (
+        lambda _, groups: groups.update(rlnImageDimensionality=["2", "3"]),
+        "says rlnImageDimensionality 3: .*single particles are wanted",
+    ),
     "number zero": (set_names("0@a.mrcs", *["1@a.mrcs"] * 2), "'0@a.mrcs'; a number"),
     "no number": (set_names("x@a.mrcs", *["1@a.mrcs"] * 2), "'x@a.mrcs'; a number"),
     "no images": (drop("rlnImageName"), "lacks the column rlnImageName"),
@@ -707,7 +769,7 @@ BAD_TABLES = {
     "no defocus": (drop("rlnDefocusU"), "has rlnDefocusV but lacks rlnDefocusU"),
     "two boxes": (
         lambda _, groups: groups.update(rlnImageSize=["6", "8"]),
-        "rlnImageSize of 6, 8, but images of 6 pixels",
+        "an rlnImageSize of 6, 8, but images of 6 pixels",
     ),
     "another box": (
         lambda _, groups: groups.update(rlnImageSize=["8", "8"]),
@@ -731,7 +793,7 @@ BAD_TABLES = {
     ),
     "half a group": (
         lambda table, _: table.update(rlnOpticsGroup=["1", "1.5", "2"]),
-        "rlnOpticsGroup: whole numbers",
+        r"rlnOpticsGroup: a whole number is wanted, not '1.5' \(row 2\)",
     ),
     "huge number": (
         set_names(f"{'9' * 5000}@a.mrcs", *["1@a.mrcs"] * 2),
@@ -739,14 +801,14 @@ BAD_TABLES = {
     ),
     "beyond floats": (
         lambda table, groups: (
-            table.update(rlnOriginXAngst=["1e300"] * 3),
-            groups.update(rlnImagePixelSize=["1e-300"] * 2),
+            table.update(rlnOriginXAngst=["1e30"] * 3),
+            groups.update(rlnImagePixelSize=["1e-30"] * 2),
         ),
         "origins that are not finite",
     ),
     "defocus NaN": (
         lambda table, _: table.update(rlnDefocusU=["1", "nan", "2"]),
-        "rlnDefocusU: a value is NaN",
+        r"rlnDefocusU: a finite number .* is wanted, not 'nan' \(row 2\)",
     ),
     "no voltage": (drop("rlnVoltage"), "rlnVoltage"),
     "no contrast": (drop("rlnAmplitudeContrast"), "rlnAmplitudeContrast"),
@@ -765,13 +827,13 @@ BAD_TABLES = {
         "pixels of 1.5 to 1.9 A",
     ),
     "no name": (set_names("", *["1@a.mrcs"] * 2), "the image ''; a number from 1"),
-    "defocus beyond single precision": (
-        lambda table, _: table.update(rlnDefocusV=["1", "1e300", "2"]),
+    "endless CTF": (
+        lambda table, _: table.update(rlnCtfBfactor=["1", "-1e6", "2"]),
         "optics of particle 2 are out of range",
     ),
     "endless scale": (
         lambda table, _: table.update(rlnCtfScalefactor=["1", "1", "1e39"]),
-        "optics of particle 3 are out of range",
+        r"rlnCtfScalefactor: .*single precision is wanted, not '1e39' \(row 3\)",
     ),
     "not a number": (
         lambda table, _: table.update(rlnDefocusU=["1", "x", "2"]),
@@ -788,6 +850,38 @@ def test_a_bad_table_is_a_sentence(new_style, bad):
         read_particles(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and message.endswith(".")
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("size", ["1e39", "-1e300", "3e38"])
+@pytest.mark.parametrize(
+    "name", ["rlnAngleRot", "rlnOriginXAngst", "rlnDefocusU", "rlnVoltage"]
+)
+def test_numbers_that_overflow_are_a_sentence(new_style, name, size, x64):
+    """Warnings are errors here, in which 3e38 must not end either."""
+    path = damaged(new_style, lambda t, _: t.update({name: ["1", size, "2"]}))
+    with jax.enable_x64(x64):
+        if size == "3e38":
+            assert np.isfinite(read_particles(path).poses.shifts).all()
+            return
+        with pytest.raises(InputError, match=rf"{name}: .*'{size}' \(row 2\)"):
+            read_particles(path)
+
+
+def test_two_dimensional_stacks_of_tomograms_are_a_sentence(new_style):
+    """A file of RELION 5 says so in a block of its own; unused groups do not count."""
+    path, _ = new_style
+    blocks = read_star(path)
+    blocks["optics"]["rlnImageDimensionality"] = ["2", "3"]
+    blocks["particles"]["rlnOpticsGroup"] = ["1", "1", "1"]
+    for said in ("0", "1"):
+        general = Pairs(rlnTomoSubTomosAre2DStacks=[said])
+        write_star(path, {"general": general} | blocks)
+        if said == "0":
+            assert len(read_particles(path)) == 3
+    words = "says rlnTomoSubTomosAre2DStacks: .*; single particles are wanted"
+    with pytest.raises(InputError, match=words):
+        read_particles(path)
 
 
 def truncate(path):

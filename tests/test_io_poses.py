@@ -77,11 +77,16 @@ def test_each_particle_has_the_pixel_of_its_optics_group(path):
     np.testing.assert_array_equal(read_poses(path)[1], [[0, -3], [0, -4]])
 
 
-@pytest.mark.parametrize("bad", ["zero", "nan", "inf"])
+@pytest.mark.parametrize(
+    "bad", ["zero", "nan", "inf", "1e39", "-1e300", "1_0", "\u0661", "1" * 400, ""]
+)
 def test_values_that_are_not_numbers(path, bad):
+    """Nor are Python's and other alphabets' numbers, nor those beyond float32."""
     pose_file(path, rlnOriginX=["1", bad])
-    with pytest.raises(InputError, match="column rlnOriginX: .*(zero|NaN or infinite)"):
+    words = rf"{path}, column rlnOriginX: .*not '{bad[:9]}.*\(row 2\)\.$"
+    with pytest.raises(InputError, match=words) as caught:
         read_poses(path)
+    assert len(str(caught.value)) < len(str(path)) + 120
 
 
 OPTICS = {"rlnOpticsGroup": ["1"], "rlnImagePixelSize": ["2"]}
@@ -90,15 +95,22 @@ OPTICS = {"rlnOpticsGroup": ["1"], "rlnImagePixelSize": ["2"]}
 @pytest.mark.parametrize(
     ("optics", "group", "words"),
     [
-        (None, {}, "no optics block"),
-        ({"rlnOpticsGroup": ["1"]}, {}, "no optics block with .*rlnImagePixelSize"),
+        (None, {}, "no pixel size; rlnImagePixelSize is wanted"),
+        ({"rlnOpticsGroup": ["1"]}, {}, "no pixel size; rlnImagePixelSize is wanted"),
         (OPTICS, {}, "gives the particles no rlnOpticsGroup"),
         (OPTICS, {"rlnOpticsGroup": ["1", "7"]}, "no optics group 7"),
         (
             OPTICS | {"rlnImagePixelSize": ["0"]},
             {"rlnOpticsGroup": ["1", "1"]},
-            "not positive",
+            r"pixels of 0 A \(particle 1\); a positive number",
         ),
+        (
+            OPTICS | {"rlnImagePixelSize": ["1e-40"]},
+            {"rlnOpticsGroup": ["1", "1"]},
+            "pixels of 1e-40 A .* in single precision",
+        ),
+        (None, {"rlnPixelSize": ["1", "-2"]}, r"pixels of -2 A \(particle 2\)"),
+        (None, {"rlnPixelSize": ["1e-38", "1e-38"]}, "pixels of 1e-38 A"),
     ],
 )
 def test_origins_in_angstroms_need_the_pixel_size(path, optics, group, words):
@@ -108,6 +120,14 @@ def test_origins_in_angstroms_need_the_pixel_size(path, optics, group, words):
     write_star(path, blocks)
     with pytest.raises(InputError, match=words):
         read_poses(path)
+
+
+@pytest.mark.parametrize("optics", [{}, {"optics": OPTICS}])
+def test_a_pixel_size_of_the_particle_precedes_its_groups(path, optics):
+    own = {"rlnImagePixelSize": ["1.5", "3"], "rlnOpticsGroup": ["1", "1"]}
+    blocks = read_star(pose_file(path, rlnOriginXAngst=["3", "3"], **own))
+    write_star(path, optics | {"particles": blocks["images"]})
+    np.testing.assert_array_equal(read_poses(path)[1], [[-2, 0], [-1, 0]])
 
 
 def test_missing_angles_are_named(path):

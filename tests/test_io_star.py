@@ -1,5 +1,7 @@
 """STAR files of several writers: quotes, comments, and rows that do not fit."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
@@ -103,6 +105,9 @@ def test_round_trip_of_awkward_values(path):
         "particles": {
             "rlnA": ["", " ", "a\tb", "#", "_a", "loop_", "data_x", '"', "'", "a#b"],
             "rlnB": ["'a", '"a"', "a'b c", 'a"b c', ";", "é", "1", "-", "data_", "''"],
+            "both": [f"{a}x{b}" for a in ("a\" b' ", "\" '\t") for b in "'\" \\_#"][
+                :10
+            ],
         },
         "one": {"rlnA": ["_a", "data_x", "loop_", "", "#", "x"]},
         "empty": {"rlnA": [], "rlnB": []},
@@ -112,6 +117,47 @@ def test_round_trip_of_awkward_values(path):
     }
     write_star(path, blocks)
     assert_same(read_star(path), blocks)
+
+
+def test_a_quote_after_a_bell_does_not_close(path):
+    """RELION's mark, which it leaves out of the value, in quotes of either kind."""
+    text = """data_\nloop_\n_a\n_b\n_c\n"say "hi\a" now" 'it\a' 's' x\ay\n"""
+    path.write_text(text)
+    blocks = {"": {"a": ['say "hi" now'], "b": ["it' 's"], "c": ["x\ay"]}}
+    assert read_star(path) == blocks
+    write_star(path, blocks | {"both": {"d": ["5\" by 3' wide"]}})
+    assert '"5\a" by 3\' wide"' in path.read_text()
+
+
+def test_the_second_of_two_columns_may_be_missing(path):
+    path.write_text("data_\nloop_\n_a\n_b\nfn_mtf\nnr_mpi 3\n'x y'  # a remark\n")
+    blocks = read_star(path)
+    assert blocks == {"": {"a": ["fn_mtf", "nr_mpi", "x y"], "b": ["", "3", ""]}}
+    write_star(path, blocks)
+    assert read_star(path) == blocks
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1, 2.5, "three", None),
+        [0.1 + 0.2, 1e-300, -1e22],
+        np.array([1 / 3, 1e300]),
+        np.array([0.1, 3e38], np.float32),
+        np.arange(3, dtype=np.uint8),
+        np.array(["two words", ""]),
+        jnp.array([1 / 3, 2.0]),
+        [np.float64(1 / 3), np.int32(7)],
+    ],
+    ids=str,
+)
+def test_values_are_written_as_their_text(path, values):
+    """Numbers exactly: in their own type they are the same again."""
+    write_star(path, {"x": {"a": values, "b": list(values)}})
+    table = read_star(path)["x"]
+    assert table["a"] == table["b"] == [str(value) for value in values]
+    for text, value in zip(table["a"], values, strict=True):
+        assert not hasattr(value, "dtype") or value.dtype.type(text) == value
 
 
 def test_written_as_relion_does(path):
@@ -135,7 +181,7 @@ def test_written_as_relion_does(path):
         (b"data_\nhello\n", "line 2: loop_ or one name and one value"),
         (b"data_\n_a 1 2\n", "line 2: loop_ or one name and one value"),
         (b"data_\n_a\n", "line 2: loop_ or one name and one value"),
-        (b"data_\nloop_\n_a\n_b\n1 2\n\n1\n", "line 7: the row has 1 values for 2"),
+        (b"data_\nloop_\n_a\n_b\n_c\n1\n", "line 6: the row has 1 values for 3"),
         (b"data_\nloop_\n_a\n_b\n1 2 3\n", "line 5: the row has 3 values for 2"),
         (b'data_\nloop_\n_a\n_b\n1 "x y\n', "line 5: the row has 3 values for 2"),
         (b"data_\nloop_\n1 2 3\n", "line 3: the row has 3 values for 0"),
@@ -161,6 +207,10 @@ def test_missing_file_and_folder(path):
         read_star(path)
     with pytest.raises(InputError, match="is a folder"):
         read_star(path.parent)
+    with pytest.raises(InputError, match="Cannot read .*[Nn]ame too long"):
+        read_star(path.with_name("a" * 300))
+    with pytest.raises(InputError, match="Cannot write .*[Nn]ame too long"):
+        write_star(path.with_name("a" * 300), {"": {}})
 
 
 @pytest.mark.parametrize(
@@ -168,16 +218,41 @@ def test_missing_file_and_folder(path):
     [
         ({"a": ["1"], "b": []}, "columns of different lengths"),
         (Pairs(a=["1", "2"]), "columns of different lengths"),
-        ({"a": ["two\nlines"]}, "cannot be quoted"),
-        ({"a": ["both \" and ' here"]}, "cannot be quoted"),
+        (
+            {"a": ["b", "two\nlines"]},
+            r"column 'a': .* cannot hold the value 'two\\nlin",
+        ),
+        ({"a": ["a bell \a in quotes"]}, "cannot hold the value 'a bell"),
+        ({"a": ["a\0b"]}, "cannot hold the value"),
+        ({"a": ["folder\udcff"]}, r"cannot hold the value 'folder\\udcff'"),
+        ({"a": "word"}, "block 'x', column 'a': a list of values is wanted, not one s"),
+        (Pairs(a="word"), "a list of values is wanted, not one str"),
+        ({"a": b"word"}, "not one bytes"),
+        ({"a": np.array(1.5)}, r"not an array of shape \(\)"),
+        ({"a": np.zeros((2, 1))}, r"not an array of shape \(2, 1\)"),
+        ({"a b": ["1"]}, "names of text without blanks"),
+        ({"": ["1"]}, "names of text without blanks"),
+        ({"a\n": ["1"]}, "names of text without blanks"),
     ],
 )
 def test_a_refused_write_leaves_the_old_file(path, table, words):
     write_star(path, {"a": {"b": ["1"]}})
     before = path.read_bytes()
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as caught:
         write_star(path, {"x": table})
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and message.endswith(".")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [({}, "one block at least"), ({"x y": {"a": ["1"]}}, "block 'x y': names of")],
+)
+def test_blocks_that_could_not_be_read_back(path, blocks, words):
+    with pytest.raises(InputError, match=words):
+        write_star(path, blocks)
+    assert not path.exists()
 
 
 def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):

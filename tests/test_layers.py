@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
     {"_types", "errors"},
-    {"_batching", "_bessel", "_fourier", "_window", "interpolate"},
+    {"_batching", "_bessel", "_complex", "_fourier", "_window", "interpolate"},
     {"kbwf", "geometry", "ctf", "tv", "tube", "gridding", "resample", "symmetry"},
     {"spatial", "slices", "metrics", "particles"},
     {"normal", "simulate", "alignment", "background", "postprocess"},

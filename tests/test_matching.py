@@ -278,3 +278,14 @@ def test_what_does_not_fit_is_refused(volume):
     ):
         with pytest.raises(InputError, match=words):
             matching.match(particles, reference, config)
+
+
+@pytest.mark.parametrize("m", [16, 17])
+def test_the_background_is_what_lies_outside_of_the_inscribed_circle(m):
+    """A pixel on the circle, or within it, is none of it."""
+    points = matching._rings(3, 8)
+    for y, x in ((0, -8), (0, 8 - (m % 2 == 0)), (-5, 5)):
+        image = jnp.zeros((1, m, m), jnp.float32).at[0, y + m // 2, x + m // 2].set(1.0)
+        found = matching._image_spectra(image, points)[0]
+        angle = -2 * np.pi / m * (np.asarray(points) @ np.array([x, y]))
+        np.testing.assert_allclose(found, np.exp(1j * angle), atol=1e-5)

@@ -165,6 +165,25 @@ def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
     assert 1 / 1.4 <= oracle.tau / tried <= 1.4
 
 
+def test_half_maps_agree_as_far_as_they_are_right():
+    """Rosenthal and Henderson (J. Mol. Biol. 333, 2003): if they share but the signal,
+    their correlation F tells that of their mean with the truth, sqrt(2 F / (1 + F)).
+    """
+    truth = simulate.phantom(jax.random.key(1), 24)
+    data = simulate.make_dataset(
+        jax.random.key(11), truth, 400, max_shift=1.0, max_angle_error=0.0, snr_db=-5.0
+    )
+    images = np.asarray(data.images, np.float32)
+    made = refine.reconstruct(Particles(images), data.truth, key=KEY)
+    first, second = map(jnp.asarray, made.half_maps)
+    shared = np.asarray(metrics.fsc(first, second))
+    right = np.asarray(metrics.fsc((first + second) / 2, truth.astype(first.dtype)))
+    some = shared > 0.2
+    assert 6 < some.sum() < 10  # they do not agree everywhere
+    told = np.sqrt(2 * shared[some] / (1 + shared[some]))
+    np.testing.assert_allclose(told, right[some], atol=0.05)
+
+
 def test_the_background_does_not_matter(scene, oracle):
     """An offset of every image says nothing, be it zero mean or many sigmas."""
     some = scene.real
@@ -495,6 +514,24 @@ def test_images_of_nothing_at_all(scene):
     assert np.isfinite(result.covariances).all()
 
 
+@pytest.mark.parametrize("which", ["all", "a fold"])
+def test_no_map_is_made_of_what_is_undetermined(scene, which, monkeypatch):
+    """If it is everything, the map is empty; nothing in the result is NaN."""
+    noise = np.random.default_rng(6).normal(size=scene.images.shape)
+    chosen = np.ones(P, bool)
+    if which == "a fold":
+        sets = divide(Particles(scene.images), scene.initial, STILL, KEY, None)[2]
+        chosen = sets[0].fold == 0
+    monkeypatch.setattr(pose_update, "undetermined", lambda state: chosen)
+    result = scene.refine(STILL, images=noise.astype(np.float32))
+    for leaf in jax.tree.leaves(outcome(result)):
+        assert not np.isnan(leaf).any()
+    # A fold's map is made from the other one, and that of fold 1 from none at all.
+    first, second = (one.coefficients for one in result.state.sets[0].maps)
+    assert not np.any(second)
+    assert np.any(first) == np.any(result.volume) == (which == "a fold")
+
+
 def test_the_wide_search_keeps_all_that_is_known(scene, run, monkeypatch):
     """The second pass is about the candidates found and every current hypothesis."""
     (state,) = run[1][1][0].sets
@@ -532,6 +569,23 @@ def test_the_band_limit_marches(scene):
     assert all(info.search_r_max <= info.r_max for info in seen)
     assert scene.errors(result.poses)["angle_error_deg_median"] < 8
     assert_identical(outcome(scene.refine(config)), outcome(result))
+
+
+def test_error_bars_are_those_of_the_last_band(scene):
+    """A run that is stopped while the band grows, and one that is taken up again."""
+    config = dataclasses.replace(STILL, first_r_max=4, iterations=2, tau=1.0)
+    seen = []
+    result = scene.refine(config, callback=lambda *each: seen.append(each))
+    (before, first), (after, second) = seen
+    assert first.r_max < int(before.r_max) == second.r_max == int(after.r_max)
+    (whole,) = divide(Particles(scene.images), scene.initial, config, KEY, None)[2]
+    (state,) = after.sets
+    supported = float(metrics.crossing(state.fold_fsc[: LAST + 1], 0.5))
+    assert refine._next_band_limit(second.r_max, supported, whole) > second.r_max
+    bars = np.linalg.inv(pose_update.measure_information(whole, state, second.r_max))
+    some = ~result.undetermined
+    np.testing.assert_array_equal(result.covariances[some], bars[some])
+    assert_identical(outcome(scene.refine(config, state=before)), outcome(result))
 
 
 # --- masks

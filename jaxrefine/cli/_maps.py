@@ -14,23 +14,26 @@ _SAME_VOXEL = 1e-3
 def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Read two maps on one grid, and its voxel size in angstroms.
 
+    A voxel size that is not given is the other's; if neither is, it is 1.
+
     Raises
     ------
     InputError
         If they are not on one grid.
     """
-    (a, voxel), (b, other) = io.read_mrc(first), io.read_mrc(second)
+    a, b = io.read_mrc(first)[0], io.read_mrc(second)[0]
     if a.shape != b.shape:
         raise InputError(
             f"The maps want the same size, not {a.shape[0]}^3 ({first}) and "
             f"{b.shape[0]}^3 ({second})."
         )
-    if abs(voxel - other) > _SAME_VOXEL * voxel:
+    voxel, other = io.voxel_size(first), io.voxel_size(second)
+    if voxel and other and abs(voxel - other) > _SAME_VOXEL * voxel:
         raise InputError(
             f"The maps want the same voxel size, not {voxel:g} A ({first}) and "
             f"{other:g} A ({second})."
         )
-    return a, b, voxel
+    return a, b, voxel or other or 1.0
 
 
 def read_mask(path: Path, side: int, of: Path) -> np.ndarray:

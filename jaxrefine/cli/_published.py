@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, kbwf, paper, progress, spatial
+from jaxrefine.background import outside
 from jaxrefine.cli._folder import RunFolder
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
@@ -52,9 +53,7 @@ def _noise(source: io.ParticleFile) -> float:
     """Return the standard deviation of the pixels outside of the inscribed circle."""
     count, m = min(len(source), _MEASURED), source.particles.image_size
     images, _ = source.particles.batch(np.arange(count))
-    axis = np.arange(m) - m // 2
-    outside = axis**2 + axis[:, None] ** 2 > (m // 2) ** 2
-    return float(np.std(np.asarray(images, np.float64)[:, outside]))
+    return float(np.std(np.asarray(images, np.float64)[:, outside(m, float(m))]))
 
 
 def run(

@@ -48,15 +48,19 @@ def run(options: argparse.Namespace) -> None:
         io.poses_on_one_grid(table, path)
         for table, path in zip(tables, paths, strict=True)
     )
-    for path, (angles, _) in zip(paths, (result, truth), strict=True):
+    for path, (angles, *_) in zip(paths, (result, truth), strict=True):
         if not len(angles):
             raise InputError(f"{path} holds no particles.")
+    in_angstroms, wanted = truth[2], result[2]
+    true_shifts = truth[1]
+    if in_angstroms is not None and wanted is not None:  # the result may be binned
+        true_shifts = true_shifts * (in_angstroms / wanted)
     places, matched_by = _match(tables, paths, len(result[0]), len(truth[0]))
     errors = metrics.pose_errors(
         jnp.asarray(result[0]),
         jnp.asarray(result[1]),
         jnp.asarray(truth[0][places]),
-        jnp.asarray(truth[1][places]),
+        jnp.asarray(true_shifts[places]),
         operators,
     )
     summary = metrics.summarise(errors)

@@ -21,12 +21,17 @@ def existing_file(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        If nothing is there, or something other than a file.
+        If nothing is there, or something other than a file, or if the system refuses
+        to look.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
+    if is_folder:
         raise InputError(f"{path} is a folder; a file is wanted.")
-    if not path.is_file():
+    if not is_file:
         raise InputError(f"{path} does not exist.")
     return path
 
@@ -77,6 +82,17 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
             temporary.unlink(missing_ok=True)
 
 
+def reserve(path: Path) -> None:
+    """Give a file the room on the disk that it says it has, on systems that can.
+
+    A full disk is an ``OSError`` here. When a file with holes is filled in through a
+    memory map, it is a signal that ends the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
 def check_writable(path: Path) -> None:
     """Try whether a file can be written, and leave nothing behind.
 
@@ -91,8 +107,8 @@ def check_writable(path: Path) -> None:
 
 
 def _refuse_special(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "not a regular file"
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "not a regular file"
         raise InputError(f"Cannot write {path}: it is {kind}.")
 
 

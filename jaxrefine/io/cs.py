@@ -17,7 +17,9 @@ from jaxtyping import Float64
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import matrix_to_euler, rotvec_to_matrix
 from jaxrefine.io._atomic import existing_file
-from jaxrefine.io.star import Table, fixed, pose_columns
+from jaxrefine.io.columns import fixed, is_single
+from jaxrefine.io.poses import pose_columns
+from jaxrefine.io.star import Table
 
 _LARGEST_HEADER = 100_000  # bytes
 _DAMAGE = (
@@ -51,11 +53,12 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
 
     Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
-    ``alignments3D``, and ``alignments3D/split`` is ``rlnRandomSubset`` less one; both
-    may be missing. Particles that share ``ctf/exp_group_id``, voltage, spherical
-    aberration, amplitude contrast, pixel and box are an optics group. Images in which
-    protein is dark (``blob/sign`` of -1) get a negative ``rlnCtfScalefactor``. Beam
-    tilt, higher aberrations, 2-D alignments and several classes are ignored.
+    ``alignments3D``, and ``alignments3D/split`` is ``rlnRandomSubset`` less one, unless
+    all particles have the same; both may be missing. Particles that share
+    ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel and
+    box are an optics group. Images in which protein is dark (``blob/sign`` of -1) get a
+    negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations, 2-D alignments and
+    several classes are ignored.
 
     Parameters
     ----------
@@ -71,13 +74,14 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     ------
     InputError
         If the file is missing or damaged, lacks a field that is needed or has one of
-        another type, or if protein is dark and there is no CTF to say so.
+        another type, if a number is not finite in single precision or a pixel size not
+        positive, or if protein is dark and there is no CTF to say so.
     """
     path = existing_file(path)
     fields = _load(path)
     stacks = _paths(fields, "blob/path", path)
     numbers = _numbers(fields, "blob/idx", path)
-    pixels = _numbers(fields, "blob/psize_A", path)
+    pixels = _pixel_sizes(fields, "blob/psize_A", path)
     micrographs = stacks
     if "location/micrograph_path" in fields:
         micrographs = _paths(fields, "location/micrograph_path", path)
@@ -94,7 +98,8 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     }
     if "alignments3D/split" in fields:
         split = _numbers(fields, "alignments3D/split", path)
-        particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
+        if len(np.unique(split)) > 1:  # else no half sets were made
+            particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
     return {"optics": optics, "particles": particles}
 
 
@@ -133,9 +138,23 @@ def _numbers(
         raise InputError(f"{path}, field {name}: {width or 1} numbers are wanted.")
     with np.errstate(invalid="ignore"):
         numbers = field.astype(np.float64)
-    if not np.isfinite(numbers).all():
-        raise InputError(f"{path}, field {name}: a value is NaN or infinite.")
+    if not is_single(numbers).all():
+        raise InputError(
+            f"{path}, field {name}: a value is NaN, infinite or beyond single "
+            "precision."
+        )
     return numbers
+
+
+def _pixel_sizes(
+    fields: dict[str, np.ndarray], name: str, path: Path
+) -> Float64[np.ndarray, " particles"]:
+    sizes = _numbers(fields, name, path)
+    if not (sizes > 0).all():
+        raise InputError(
+            f"{path}, field {name}: positive numbers are wanted, not {sizes.min():g}."
+        )
+    return sizes
 
 
 def _paths(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
@@ -188,7 +207,7 @@ def _poses(fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path) -> Tab
     vectors = _numbers(fields, "alignments3D/pose", path, 3)
     angles = matrix_to_euler(rotvec_to_matrix(jnp.asarray(-vectors)))
     if "alignments3D/psize_A" in fields:
-        pixels = _numbers(fields, "alignments3D/psize_A", path)
+        pixels = _pixel_sizes(fields, "alignments3D/psize_A", path)
     shifts = -_numbers(fields, "alignments3D/shift", path, 2) * pixels[:, None]
     return pose_columns(angles, shifts, 1.0)
 

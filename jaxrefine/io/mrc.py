@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from mrcfile import utils as mrcfile_utils
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file
+from jaxrefine.io._atomic import atomic_path, existing_file, reserve
 
 _ISOTROPY = 1e-3
 _COMPLEX_MODES = (3, 4)
@@ -52,6 +52,8 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     """
     path = existing_file(path)
     data, axes, voxel = _read(path)
+    if data.ndim == 4 and len(data) == 1:  # a stack of volumes, of one
+        data = data[0]
     if data.ndim != 3 or len(set(data.shape)) != 1:
         shape = " x ".join(map(str, data.shape))
         raise InputError(f"{path} holds an array of {shape}; a cubic map is wanted.")
@@ -189,13 +191,23 @@ def new_stack(
     The file appears at `path` at the end, or not at all if the body raises. The
     header's statistics are marked as not computed.
 
+    Parameters
+    ----------
+    path
+        The file, usually ``.mrcs``.
+    count, image_size
+        Number of images, and their side in pixels.
+    pixel_size_in_angstroms
+        Edge of a pixel.
+
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If the file cannot be written, or the disk has no room for it.
     """
     shape = (count, image_size, image_size)
     with atomic_path(path) as temporary, mrcfile.new_mmap(temporary, shape, 2) as mrc:
+        reserve(temporary)
         mrc.set_image_stack()
         mrc.voxel_size = pixel_size_in_angstroms
         mrc.reset_header_stats()
@@ -228,11 +240,13 @@ def _header(path: Path) -> tuple[Any, np.dtype, int]:
             mrcfile.open(path, permissive=True, header_only=True) as mrc,
         ):
             header: Any = mrc.header
+        if int(header.mode) in _COMPLEX_MODES:
+            raise InputError(f"{path} holds complex values; a real array is wanted.")
         dtype = mrcfile_utils.data_dtype_from_header(header)
+    except InputError:
+        raise
     except _DAMAGE:
         raise InputError(f"{path} is not an MRC file, or is damaged.") from None
-    if int(header.mode) in _COMPLEX_MODES:
-        raise InputError(f"{path} holds complex values; a real array is wanted.")
     offset = header.nbytes + int(header.nsymbt)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
     wanted, has = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
@@ -279,11 +293,12 @@ def _require_square_images(
 
 
 def _require_start(path: Path) -> None:
-    """Raise ``ValueError`` if a file does not begin as an MRC file.
+    """Raise if a file does not begin as an MRC file.
 
-    It has the word ``MAP``, and in the byte order in which its mode is small an
-    extended header that is not longer than the file. To be asked before `mrcfile`,
-    which takes from any bytes how much to allocate.
+    It has the word ``MAP``, or this is an ``InputError``; and in the byte order in
+    which its mode is small an extended header that is not longer than the file, or this
+    is a ``ValueError``. To be asked before `mrcfile`, which takes from any bytes how
+    much to allocate.
     """
     with open(path, "rb") as file:
         start = file.read(_WORD_MAP.stop)
@@ -292,12 +307,14 @@ def _require_start(path: Path) -> None:
         with _DECOMPRESSORS[start[:2]](path, "rb") as file:
             start = file.read(_WORD_MAP.stop)
         longest = math.inf
+    if start[_WORD_MAP] != b"MAP":
+        raise InputError(f"{path} is not an MRC file: its header lacks the word MAP.")
     lengths = [
         int.from_bytes(start[_NSYMBT], order)
         for order in _BYTE_ORDERS
         if int.from_bytes(start[_MODE], order) < 2**16
     ]
-    if start[_WORD_MAP] != b"MAP" or min(lengths, default=0) > longest:
+    if min(lengths, default=0) > longest:
         raise ValueError
 
 

@@ -3,7 +3,7 @@
 A table is RELION's, or is told in RELION's words by :mod:`jaxrefine.io.cs`.
 
 The origins, which are minus our shifts, and their units are converted here and in
-:mod:`jaxrefine.io.star` alone.
+:mod:`jaxrefine.io.poses` alone.
 """
 
 import os
@@ -12,38 +12,37 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from jaxrefine.background import LARGEST_STEP, Resampled
 from jaxrefine.ctf import CTF, is_finite
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.columns import (
+    fixed,
+    numbers,
+    of_each,
+    of_each_if_any,
+    particle_block,
+    particle_table,
+    pixel_sizes_if_any,
+    require,
+    whole_numbers,
+)
 from jaxrefine.io.cs import read_cs
+from jaxrefine.io.poses import pose_columns, poses_on_one_grid
 from jaxrefine.io.stacks import (
-    folders_above,
     locate,
+    names_from,
     open_images,
     search_folders,
     split_name,
 )
-from jaxrefine.io.star import (
-    Table,
-    fixed,
-    numbers,
-    of_optics_group,
-    particle_block,
-    particle_table,
-    pixel_sizes_if_any,
-    pose_columns,
-    poses_on_one_grid,
-    read_star,
-    whole_numbers,
-    write_star,
-)
+from jaxrefine.io.star import Table, Values, read_star, write_star
 from jaxrefine.particles import Particles
 
 _VIEW = {"rlnAngleRot", "rlnAngleTilt"}
@@ -100,17 +99,18 @@ class ParticleFile:
         Raises
         ------
         InputError
-            If there is another value.
+            If there is another value, or one of the two alone.
         """
         table = particle_table(self.blocks, self.path)
         if "rlnRandomSubset" not in table:
             return None
         subset = whole_numbers(table, "rlnRandomSubset", self.path)
-        other = np.flatnonzero((subset != 1) & (subset != 2))
-        if len(other):
+        good = (subset == 1) | (subset == 2)
+        require(good, table, "rlnRandomSubset", self.path, "1 or 2")
+        if len(set(subset)) == 1:
             raise InputError(
-                f"{self.path}, column rlnRandomSubset: 1 or 2 is wanted, not "
-                f"{subset[other[0]]} (particle {other[0] + 1})."
+                f"{self.path}, column rlnRandomSubset: half sets want both 1 and 2, "
+                f"not {subset[0]} for all particles."
             )
         return subset
 
@@ -127,8 +127,8 @@ def read_blocks(path: str | Path) -> dict[str, Table]:
 def read_particles(path: str | Path, datadir: str | Path | None = None) -> ParticleFile:
     """Read a table of particles; the images stay where they are.
 
-    The pixel size is ``rlnImagePixelSize`` of the optics groups, ``rlnPixelSize``,
-    ``rlnDetectorPixelSize`` over ``rlnMagnification``, or that of the first stack.
+    The pixel size is ``rlnImagePixelSize``, ``rlnPixelSize``, ``rlnDetectorPixelSize``
+    over ``rlnMagnification``, or that of the first stack.
     Where there are several, images are brought to the largest as they are read. The
     optics are read if there is a column ``rlnDefocusU``; columns of the particles take
     precedence over those of their optics group. Beam tilt and higher aberrations are
@@ -148,7 +148,8 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     InputError
         If the file is not a table of particles with images, if a stack is missing,
         damaged or too short, if images differ in size, or pixels by more than 25 %, if
-        there are some but not all columns of poses or of optics, or if the images are
+        there are some but not all columns of poses or of optics, if a number is not one
+        in single precision, if the particles are of tomograms, or if the images are
         multiplied by their CTF or its sign.
     """
     path = Path(path)
@@ -158,12 +159,13 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         raise InputError(f"{path} holds no particles.")
     if "rlnImageName" not in table:
         raise InputError(f"{path} lacks the column rlnImageName.")
+    _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
     has_poses = not _VIEW.isdisjoint(table)
     angles, shifts = np.zeros((count, 3)), np.zeros((count, 2))
     if has_poses:
-        angles, shifts = poses_on_one_grid(blocks, path)
+        angles, shifts, _ = poses_on_one_grid(blocks, path)
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
     ctf = _ctf(blocks, table, path)
@@ -205,13 +207,13 @@ def write_particles(
     path: str | Path,
     particle_file: ParticleFile,
     poses: Poses,
-    extra: Mapping[str, Sequence[Any] | Array | np.ndarray] | None = None,
+    extra: Mapping[str, Values] | None = None,
 ) -> None:
     """Write a table that was read, with other poses and further columns.
 
     The file is RELION's, whatever was read. Blocks, columns and their order are kept.
-    Origins are written in Angstrom if optics groups give the pixel size and in pixels
-    if not, and also in the other unit if the file has that. Numbers of poses that are
+    Origins are written in Angstrom if ``rlnImagePixelSize`` is given and in pixels if
+    not, and also in the other unit if the file has that. Numbers of poses that are
     as they were read stay as they stand in the file. So do the names of stacks if from
     one folder, that of the new file or one above, all of them are found. Otherwise,
     stacks that were found beside the old file are named by their path from the new
@@ -238,7 +240,7 @@ def write_particles(
     blocks = dict(particle_file.blocks)
     name = particle_block(blocks, particle_file.path)
     table = copy(blocks[name])
-    columns: dict[str, Sequence[Any] | Array | np.ndarray] = {
+    columns: dict[str, Values] = {
         **_poses_in_style(blocks, table, particle_file, poses),
         **(extra or {}),
     }
@@ -260,10 +262,9 @@ def write_particles(
                 )
             ]
         table[column] = texts
-    renamed = _names_from(path, particle_file)
+    renamed = names_from(path, particle_file.path, particle_file.stacks)
     table["rlnImageName"] = [
-        image[: image.find("@") + 1] + renamed[split_name(image, path)[1]]
-        for image in table["rlnImageName"]
+        _renamed(image, path, renamed) for image in table["rlnImageName"]
     ]
     blocks[name] = table
     write_star(path, blocks)
@@ -374,7 +375,7 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
         else:
             leaves[leaf] = default
     for name, leaf in _GROUP_OPTICS.items():
-        leaves[leaf] = jnp.asarray(_of_each(blocks, table, name, path))
+        leaves[leaf] = jnp.asarray(of_each(blocks, table, name, path))
     contrast = leaves["amplitude_contrast"]
     if not bool(((contrast >= 0) & (contrast <= 1)).all()):
         raise InputError(f"{path}, column rlnAmplitudeContrast: 0 to 1 is wanted.")
@@ -393,20 +394,29 @@ def _require_finite(ctf: CTF, pixel: float, path: Path) -> None:
         )
 
 
-def _of_each(
-    blocks: dict[str, Table], table: Table, name: str, path: Path
-) -> Float[np.ndarray, " particles"]:
-    """Return a number of each particle, from its own row or its optics group's."""
-    if name in table:
-        return numbers(table, name, path)
-    return of_optics_group(blocks, table, name, path)
+def _require_single_particles(
+    blocks: dict[str, Table], table: Table, path: Path
+) -> None:
+    """Raise if a table says that its images are those of particles in tomograms."""
+    stacked, name = blocks.get("general", {}), "rlnTomoSubTomosAre2DStacks"
+    if name in stacked and numbers(stacked, name, path).any():
+        raise InputError(
+            f"{path} says {name}: its images are tilt series of particles in "
+            "tomograms; single particles are wanted."
+        )
+    dimensions = of_each_if_any(blocks, table, "rlnImageDimensionality", path)
+    if dimensions is not None and (dimensions != 2).any():
+        raise InputError(
+            f"{path} says rlnImageDimensionality {dimensions[dimensions != 2][0]:g}: "
+            "its images are not of two dimensions; single particles are wanted."
+        )
 
 
 def _require_raw_images(blocks: dict[str, Table], table: Table, path: Path) -> None:
     """Raise if a table says that something was done to its images' CTF."""
     for name, done in _PREPARED.items():
-        said = name in table or name in blocks.get("optics", {})
-        if said and _of_each(blocks, table, name, path).any():
+        said = of_each_if_any(blocks, table, name, path)
+        if said is not None and said.any():
             raise InputError(
                 f"{path} says {name}: its images are {done}; images as they were "
                 "extracted are wanted."
@@ -414,14 +424,12 @@ def _require_raw_images(blocks: dict[str, Table], table: Table, path: Path) -> N
 
 
 def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) -> None:
-    """Raise if the optics groups have another box than the images."""
-    if "rlnImageSize" not in blocks.get("optics", {}):
-        return
-    sizes = of_optics_group(blocks, table, "rlnImageSize", path)
-    if (sizes != size).any():
+    """Raise if a table says another box than the images have."""
+    sizes = of_each_if_any(blocks, table, "rlnImageSize", path)
+    if sizes is not None and (sizes != size).any():
         said = ", ".join(f"{each:g}" for each in np.unique(sizes))
         raise InputError(
-            f"{path} has optics groups with an rlnImageSize of {said}, but images of "
+            f"{path} has particles with an rlnImageSize of {said}, but images of "
             f"{size} pixels; one size is wanted."
         )
 
@@ -447,7 +455,7 @@ def _poses_in_style(
     """Return the columns of poses, with origins in the units that a table wants."""
     pixel = particle_file.particles.pixel_size_in_angstroms
     angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts, np.float64)
-    in_angstroms = "rlnImagePixelSize" in blocks.get("optics", {})
+    in_angstroms = "rlnImagePixelSize" in table.keys() | blocks.get("optics", {})
     columns: Table = {}
     for unit in (pixel, None):
         suffix = "" if unit is None else "Angst"
@@ -458,38 +466,15 @@ def _poses_in_style(
     return columns
 
 
-def _texts(values: Sequence[Any] | Array | np.ndarray) -> list[str]:
+def _renamed(image: str, path: Path, names: Mapping[str, str]) -> str:
+    """Return an image's name with another for its stack, and all else as it was."""
+    start, stack = image.find("@") + 1, split_name(image, path)[1]
+    return image[:start] + names[stack] + image[start + len(stack) :]
+
+
+def _texts(values: Values) -> list[str]:
     """Return values as they stand in a column."""
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.floating):
         return fixed(array.astype(np.float64))
     return [str(value) for value in array.tolist()]
-
-
-def _names_from(table: Path, particle_file: ParticleFile) -> dict[str, str]:
-    """Return the names of the stacks in a table that lies elsewhere than the old one.
-
-    There is one folder from which all of them are found.
-    """
-    stacks, old_folder = particle_file.stacks, particle_file.path.parent
-    folders = [table.parent, *folders_above(table)]
-    again = {stack: locate(stack, folders) for stack in stacks}
-    if all(path and path.samefile(stacks[stack]) for stack, path in again.items()):
-        for folder in folders:
-            if all(_same(folder / stack, found) for stack, found in stacks.items()):
-                return {stack: stack for stack in stacks}
-
-    def rename(stack: str, found: Path) -> str:
-        if os.path.isabs(stack):
-            return stack
-        absolute = os.path.abspath(found)
-        if _same(old_folder / stack, found):
-            relative = os.path.relpath(absolute, os.path.abspath(table.parent))
-            return relative if _same(table.parent / relative, found) else absolute
-        return absolute
-
-    return {stack: rename(stack, found) for stack, found in stacks.items()}
-
-
-def _same(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)

@@ -1,7 +1,7 @@
 """Images that a table names, ``000001@stack.mrcs``, read when they are asked for."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,9 @@ from jaxtyping import Float32, Int
 
 from jaxrefine.errors import InputError
 from jaxrefine.io.mrc import map_stack
+from jaxrefine.io.star import quoted
 
+_FORMATS = (":mrcs", ":mrc")  # by which RELION may tell how a stack is to be read
 _OPEN_FILES = 16
 _DIGITS = 18  # of a number that a 64-bit integer holds
 
@@ -102,8 +104,9 @@ def open_images(
     Raises
     ------
     InputError
-        If a stack is missing, damaged or has fewer images than the table names, or if
-        the images are of different sizes.
+        If a stack is missing, damaged or has fewer images than the table names, if an
+        image without a number is a stack or a volume, or if the images are of different
+        sizes.
     """
     parts = [split_name(name, table) for name in names]
     places = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in parts))}
@@ -111,10 +114,16 @@ def open_images(
     index = np.array([number - 1 for number, _ in parts])
     highest = np.zeros(len(places), np.int64)
     np.maximum.at(highest, file, index)
+    bare = {split_name(name, table)[1] for name in names if "@" not in name}
     folders = search_folders(table, datadir)
     found, size, pixel = {}, 0, None
     for stack, place in places.items():
         path = locate(stack, folders)
+        if path is None and os.path.isabs(stack):
+            raise InputError(
+                f"{table} names {stack}, where there is no file; other folders are "
+                "searched only for stacks whose path is relative."
+            )
         if path is None:
             further = "" if datadir is None else f", nor in {datadir}"
             raise InputError(
@@ -123,6 +132,12 @@ def open_images(
             )
         found[stack] = path
         images, its_pixel = map_stack(path)
+        if stack in bare and len(images) > 1:
+            raise InputError(
+                f"{table} names {stack} as one image, which has {len(images)} "
+                "sections; single particles are wanted, of a stack with their number "
+                "and @."
+            )
         if highest[place] >= len(images):
             raise InputError(
                 f"{table} names image {highest[place] + 1} of {path}, which has "
@@ -140,10 +155,27 @@ def open_images(
 
 
 def split_name(name: str, table: str | Path) -> tuple[int, str]:
-    """Return the number, from 1, and the stack of an image's name."""
+    """Return the number, from 1, and the stack of an image's name.
+
+    RELION's mark of a format after the stack, ``:mrcs``, is left out.
+
+    Parameters
+    ----------
+    name
+        ``000001@stack.mrcs``, or ``image.mrc`` alone, which is number 1.
+    table
+        The table that has the name, for the sentence.
+
+    Raises
+    ------
+    InputError
+        If the name is neither.
+    """
     number, at, stack = name.partition("@")
-    if not at and name:
-        return 1, name
+    if not at:
+        number, stack = "1", name
+    for mark in _FORMATS:
+        stack = stack.removesuffix(mark)
     whole = number.isascii() and number.isdigit() and len(number) <= _DIGITS
     if not (whole and int(number) >= 1 and stack):
         raise InputError(
@@ -166,7 +198,7 @@ def search_folders(table: Path, datadir: str | Path | None = None) -> list[Path]
     """
     given = [] if datadir is None else [Path(datadir)]
     for folder in given:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"{folder} is not a folder to look for stacks in.")
     return [*given, table.parent, Path(), *folders_above(table)]
 
@@ -180,8 +212,54 @@ def locate(stack: str, folders: Sequence[Path]) -> Path | None:
     """Return the path of a stack, in the first folder that has it."""
     for folder in folders:
         path = folder / stack
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path's, False for names that are too long
             # As the system does: the folder above a link's is that of its target.
             above = ".." in path.parts
             return Path(os.path.realpath(path.parent)) / path.name if above else path
     return None
+
+
+def names_from(
+    table: Path, old_table: Path, stacks: Mapping[str, Path]
+) -> dict[str, str]:
+    """Return the names of the stacks in a table that lies elsewhere than the old one.
+
+    There is one folder from which all of them are found.
+
+    Parameters
+    ----------
+    table, old_table
+        The tables.
+    stacks
+        The path of each stack, by its name in the old table.
+
+    Raises
+    ------
+    InputError
+        If a name is no text that a STAR file can hold.
+    """
+    folders = [table.parent, *folders_above(table)]
+    again = {stack: locate(stack, folders) for stack in stacks}
+    if all(path and path.samefile(stacks[stack]) for stack, path in again.items()):
+        for folder in folders:
+            if all(_same(folder / stack, found) for stack, found in stacks.items()):
+                return {stack: stack for stack in stacks}
+
+    def rename(stack: str, found: Path) -> str:
+        if os.path.isabs(stack):
+            return stack
+        absolute = os.path.abspath(found)
+        if _same(old_table.parent / stack, found):
+            relative = os.path.relpath(absolute, os.path.abspath(table.parent))
+            return relative if _same(table.parent / relative, found) else absolute
+        return absolute
+
+    renamed = {stack: rename(stack, found) for stack, found in stacks.items()}
+    for name in renamed.values():
+        quoted(name, f"Cannot write {table}")
+    return renamed
+
+
+def _same(path: Path, other: Path) -> bool:
+    there = os.path.exists(path) and os.path.exists(other)
+    return there and os.path.samefile(path, other)

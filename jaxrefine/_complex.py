@@ -1,0 +1,21 @@
+"""Products of complex numbers, real part by real part: no type is promoted."""
+
+import jax
+from jaxtyping import Array, Complex, Float
+
+
+def scaled(
+    factor: Float[Array, "..."], values: Complex[Array, "..."]
+) -> Complex[Array, "..."]:
+    """Multiply complex numbers by real ones."""
+    return jax.lax.complex(factor * values.real, factor * values.imag)
+
+
+def product(a: Complex[Array, "*k"], b: Complex[Array, "*k"]) -> Float[Array, "*k"]:
+    r"""Return :math:`\Re(\bar a b)`."""
+    return a.real * b.real + a.imag * b.imag
+
+
+def crossed(a: Complex[Array, "*k"], b: Complex[Array, "*k"]) -> Float[Array, "*k"]:
+    r"""Return :math:`\Re(-i \bar a b) = \Im(\bar a b)`."""
+    return a.real * b.imag - a.imag * b.real
