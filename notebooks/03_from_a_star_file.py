@@ -169,7 +169,8 @@ plt.show()
 # ## Back to a STAR file
 #
 # Every column that was read is kept; the poses are replaced, and columns added: the
-# half of each particle and two error bars. Any program of the field reads the file.
+# half of each particle and two error bars. Any program of the field reads the file, and
+# the half maps beside it.
 
 # %%
 variances = np.diagonal(result.covariances, axis1=1, axis2=2)
@@ -181,6 +182,9 @@ columns = {
     "jaxrefineShiftStd": shift_std,
 }
 io.write_particles("refined.star", source, result.poses, columns)
+for name, half in (("half1.mrc", half1), ("half2.mrc", half2)):
+    io.write_mrc(name, np.asarray(half), pixel)
+run("postprocess half1.mrc half2.mrc --out postprocessed")
 
 again = io.read_particles("refined.star")
 turned = geometry.geodesic_distance(again.poses.rotations, result.poses.rotations)
