@@ -11,7 +11,6 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 ``fig01_...py`` to ``fig08_...py`` draw the pictures.
 """
 
-import math
 import sys
 from typing import Any
 
@@ -39,6 +38,9 @@ KEYS = (
     "relion_limit_min",
 )
 """What the configuration must say."""
+
+
+_LOW_PASS = 60.0  # angstroms, of the map that auto-refine starts with: RELION's own
 
 
 def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
@@ -85,9 +87,7 @@ def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    # The period at which the blurred map has fallen to 1 / e.
-    period = math.sqrt(2) * math.pi * config["initial_blur"]
-    return methods.relion_methods(config, period)
+    return methods.relion_methods(config, _LOW_PASS)
 
 
 FAMILIES = {

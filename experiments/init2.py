@@ -57,9 +57,9 @@ def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
 
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
-    low_pass = config["auto_refine_low_pass"] / case.voxel_size_in_angstroms
+    del case
     most = config["relion_most_poses"] or None
-    return methods.relion_methods(config, low_pass, most)
+    return methods.relion_methods(config, config["auto_refine_low_pass"], most)
 
 
 FAMILIES = {"engine": engine, "relion": by_relion}

@@ -203,7 +203,7 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
 
 
 def relion_methods(
-    config: dict[str, Any], low_pass_in_voxels: float, most_poses: int | None = None
+    config: dict[str, Any], low_pass_in_angstroms: float, most_poses: int | None = None
 ) -> dict[str, Method]:
     """Return RELION's programs for an initial map of this resolution."""
     if not relion.available():
@@ -213,7 +213,7 @@ def relion_methods(
     limit = 60 * config["relion_limit_min"]
     if limit > 0:
         chosen["RELION auto-refine"] = relion_refinement(
-            low_pass_in_voxels,
+            low_pass_in_angstroms,
             config["max_shift"] > 0,
             limit,
             config["seed"],
@@ -237,7 +237,7 @@ def relion_reconstruction(start: Start) -> Method:
 
 
 def relion_refinement(
-    initial_low_pass_in_voxels: float,
+    low_pass_in_angstroms: float,
     shifts: bool,
     limit_s: float,
     seed: int,
@@ -252,7 +252,6 @@ def relion_refinement(
     def run(case: Case, record: Record) -> Outcome:
         voxel = case.voxel_size_in_angstroms
         box = case.truth.shape[0] * voxel
-        low_pass_in_angstroms = initial_low_pass_in_voxels * voxel
         star = _relion_particles(case, record.folder, case.dataset.initial)
 
         record.resume(jnp.zeros((), jnp.int32))  # RELION keeps its own state
