@@ -21,7 +21,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, whole: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the gold-standard FSC of two sets' maps, in one frame.
+    """Return the FSC of two sets' maps, in one frame.
+
+    The maps are regularised, and agree beyond what the images say: this tells whether
+    an iteration was worth it. What the resolution is `refine.Result.fsc` tells.
 
     Parameters
     ----------
