@@ -150,17 +150,9 @@ def _simulate(
 
 
 def _progress(bars: Bars, iterations: int) -> relion.Callback:
-    """Return what shows RELION's ab-initio iterations, of this call or carried on."""
-    advance = None
-
-    def show(now: relion.Refined) -> None:
-        nonlocal advance
-        if advance is None:
-            done = now.iterations - 1
-            advance = bars.next("RELION, ab initio", iterations, done)
-        advance(None, now.report)
-
-    return show
+    """Return what shows how far RELION's ab-initio run is; it tells now and then."""
+    advance = bars.next("RELION, ab initio", iterations)
+    return lambda now: advance(None, {"iteration": now.iterations, **now.report})
 
 
 def _in_the_frame_of(

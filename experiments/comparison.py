@@ -245,7 +245,7 @@ def _entry(
     case: Case, outcome: Outcome, volume: np.ndarray, history: list, wall_s: float
 ) -> dict[str, Any]:
     """Return what ``metrics.json`` holds of a method."""
-    entry = {
+    return {
         **measure(volume, outcome.poses, case.truth, case.dataset.truth),
         "wall_s": wall_s,
         "remark": outcome.remark,
@@ -253,11 +253,6 @@ def _entry(
         "history": history,
         **harness.commit(),
     }
-    if outcome.half_maps is not None:
-        entry["half_map_fsc"] = _rounded(
-            metrics.fsc(*map(jnp.asarray, outcome.half_maps))
-        )
-    return entry
 
 
 def measure(

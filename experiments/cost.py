@@ -135,7 +135,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
         )
 
     finest = config["matching_step_deg"]
-    same, finer = (
+    same, scaled = (
         MatchConfig(
             angle_step_in_degrees=step, max_shift=config["max_shift"], r_max=last
         )
@@ -145,7 +145,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
     calls = {
         "projection matching": lambda: match(particles, truth, same).poses,
         "projection matching, steps as 1/n": lambda: (
-            match(particles, truth, finer).poses
+            match(particles, truth, scaled).poses
         ),
         "spatial, cost": in_space(pose.particle_cost),
         "spatial, cost and gradient": in_space(pose.particle_cost_and_gradient),

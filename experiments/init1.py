@@ -36,11 +36,9 @@ KEYS = (
     "matching_rounds",
     "matching_step_deg",
     "relion_limit_min",
+    "auto_refine_low_pass",
 )
 """What the configuration must say."""
-
-
-_LOW_PASS = 60.0  # angstroms, of the map that auto-refine starts with: RELION's own
 
 
 def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
@@ -87,7 +85,7 @@ def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    return methods.relion_methods(config, _LOW_PASS)
+    return methods.relion_methods(config, config["auto_refine_low_pass"])
 
 
 FAMILIES = {

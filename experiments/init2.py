@@ -2,10 +2,10 @@
 
 Half of the particles each are refined by themselves, starting from a map and poses that
 RELION made ab initio (by projection matching where RELION is not installed), with the
-translations at zero. The half maps are combined, masked and filtered by their
-correlation. Beside that, the poses are first found anew by global matching with the
-initial map ("joint, matched first"), for those of RELION's that are too far off for a
-local refinement.
+translations at zero. The map of all particles is masked, and what lies beyond the
+resolution of the half maps is taken away. Beside that, the poses are first found anew
+by global matching with the initial map ("joint, matched first"), for those of RELION's
+that are too far off for a local refinement.
 
     python experiments/init2.py configs/hjc_init2.toml --preset small --volume MAP.mrc
 

@@ -47,7 +47,7 @@ FOLDS = 2
 """Number of folds: two, whose maps are independent of each other."""
 
 _UNMEASURED = 1e-3  # of the mean eigenvalue: what least squares take for nothing
-_TOLERANCE, _STEPS = 1e-4, 20
+_TOLERANCE = 1e-4
 
 _ALIKE = 32.0
 """Frequencies that the common shape of the groups' noise counts for in a shell."""
@@ -162,25 +162,28 @@ def solve(
 
 
 @eqx.filter_jit
-def least_squares(sums: Sums) -> Volume:
+def least_squares(sums: Sums, iterations: int = 20) -> Volume:
     r"""Make a map of some images without a regulariser, as other programs' half maps.
 
-    :math:`(H^T H + \epsilon w[0])\,c = H^T g` by conjugate gradients from zero, where
-    what no image has measured stays. Maps of different images then share the signal
-    alone, as a Fourier shell correlation between them takes for granted: regularised
-    ones agree beyond it, since their prior fills in alike.
+    Some conjugate gradients on :math:`(H^T H + \epsilon w[0])\,c = H^T g`, from zero,
+    where what no image has measured stays; they end before frequencies that few images
+    have measured are solved for. Maps of different images then share the signal alone,
+    as a Fourier shell correlation between them takes for granted: regularised ones
+    agree beyond it, since their prior fills in alike.
 
     Parameters
     ----------
     sums
         Of the images, whitened.
+    iterations
+        Of the conjugate gradients, at most.
     """
     data, small = data_term(sums), _UNMEASURED * sums.peak
     found, _ = cg(
         lambda c: normal.apply_normal(data.transfer, c) + small * c,
         data.backprojection,
         tol=_TOLERANCE,
-        maxiter=_STEPS,
+        maxiter=iterations,
         M=normal.circulant_inverse(data.preconditioner, jnp.zeros_like(small), small),
     )
     return jnp.where(sums.peak > 0, found, 0.0)

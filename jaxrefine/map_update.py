@@ -1,7 +1,8 @@
 r"""The volume side of an outer iteration, for one set of particles.
 
 `start` makes the state, `sum_up` inserts the images, `update_maps` makes the folds'
-maps, `assess` measures what they are worth, `final_map` makes one of all particles.
+maps, `assess` measures what they are worth, `choose_tau` and `final_map` make one of
+all particles.
 """
 
 from dataclasses import dataclass
@@ -283,20 +284,17 @@ class FinalMap:
         The map.
     lam, tau
         Weight of the regulariser, absolute and in units of the noise.
-    errors
-        Errors of prediction that ``tau`` was chosen by, if it was.
     """
 
     volume: Volume
     lam: float
     tau: float
-    errors: dict[float, float]
 
 
-def final_map(
+def choose_tau(
     whole: ParticleSet, state: SetState, sums: list[crossfit.Sums]
-) -> tuple[FinalMap, SetState]:
-    """Choose the regulariser's weight, and make one map of all particles.
+) -> tuple[SetState, dict[float, float]]:
+    """Choose the regulariser's weight by cross-validation, unless it is given.
 
     Parameters
     ----------
@@ -309,26 +307,24 @@ def final_map(
 
     Returns
     -------
-    The map, and the state with the folds' maps and the weight that were chosen.
+    The state with the folds' maps and the weight that were chosen, and the errors of
+    prediction that they were chosen by, if they were.
     """
-    config, errors = whole.config, {}
-    if config.tau is None:
-        tau, maps, errors = crossfit.cross_validate(
-            crossfit.folds(sums),
-            state.maps,
-            state.tau,
-            config.regulariser,
-            config.admm_iterations,
-        )
-        state = eqx.tree_at(lambda s: (s.maps, s.tau), state, (maps, tau))
-    return map_at(config, sums, state, errors), state
+    config = whole.config
+    if config.tau is not None:
+        return state, {}
+    tau, maps, errors = crossfit.cross_validate(
+        crossfit.folds(sums),
+        state.maps,
+        state.tau,
+        config.regulariser,
+        config.admm_iterations,
+    )
+    return eqx.tree_at(lambda s: (s.maps, s.tau), state, (maps, tau)), errors
 
 
-def map_at(
-    config: RefineConfig,
-    sums: list[crossfit.Sums],
-    state: SetState,
-    errors: dict[float, float] | None = None,
+def final_map(
+    config: RefineConfig, sums: list[crossfit.Sums], state: SetState
 ) -> FinalMap:
     """Make one map of all folds, starting between theirs, at the state's ``tau``.
 
@@ -340,8 +336,6 @@ def map_at(
         The sums of both folds; of no images the map is empty.
     state
         The folds' maps to start from, and the weight of the regulariser.
-    errors
-        Errors of prediction to pass on.
     """
     total = sums[0] + sums[1]
     data = crossfit.data_term(total)
@@ -356,4 +350,4 @@ def map_at(
             config.admm_iterations,
         )
     lam = float(state.tau * jnp.sqrt(total.peak))
-    return FinalMap(solution.coefficients, lam, float(state.tau), errors or {})
+    return FinalMap(solution.coefficients, lam, float(state.tau))

@@ -53,6 +53,6 @@ class Bars:
                 if name in row
             }
             bar.set_postfix(shown, refresh=False)
-            bar.update()
+            bar.update(row.get("iteration", bar.n + 1) - bar.n)
 
         return advance

@@ -58,7 +58,7 @@ __all__ = [
 _SUPPORTED = 0.5  # correlation of the folds' maps up to where poses are compared
 _SETTLED = 0.3  # poses have settled that change by less of their error bars
 _SLOW = 0.75  # or by more of what they changed before
-_STALLED = 2e-3  # growth of the gold-standard correlation that is worth an iteration
+_STALLED = 2e-3  # growth of the half sets' correlation that is worth an iteration
 
 
 @final
@@ -126,7 +126,7 @@ class RefineInfo:
     fold_score
         Mean correlation of the folds' maps.
     gold_score
-        Mean correlation of the half sets' maps; None without half sets.
+        Mean correlation of the half sets' regularised maps; None without half sets.
     """
 
     iteration: int
@@ -406,7 +406,7 @@ def _conclude(
     information = np.zeros((count, 5, 5), angles.dtype)
     evidence = np.zeros(count, angles.dtype)
     silent = np.zeros(count, bool)
-    sums, maps, new = [], [], []
+    sums, new = [], []
     for one, some, found in zip(sets, members, state.sets, strict=True):
         old = half_sets.turned(found, state.sets[0], one) if new else found
         nothing = pose_update.undetermined(old)
@@ -422,28 +422,26 @@ def _conclude(
         evidence[some] = old.evidence
         silent[some] = nothing
         part = map_update.sum_up(one, old.hypotheses, old.noise, moved)
-        made, final = map_update.final_map(one, old, part)
         sums.append(part)
-        maps.append(made)
-        new.append(final)
-    volume, tau, half_maps, curve = maps[0].volume, maps[0].tau, None, None
+        new.append(map_update.choose_tau(one, old, part)[0])
+    every, joined, half_maps, curve = sums[0], new[0], None, None
     if len(sets) == 2:
         halves = [crossfit.least_squares(a + b) for a, b in sums]
         half_maps = (np.asarray(halves[0]), np.asarray(halves[1]))
         curve = np.asarray(metrics.fsc(*halves))
-        tau = float(np.sqrt(maps[0].tau * maps[1].tau))
-        both = [a + b for a, b in zip(*sums, strict=True)]
-        joined = eqx.tree_at(lambda s: s.tau, new[0], jnp.asarray(tau, volume.dtype))
-        volume = map_update.map_at(sets[0].config, both, joined).volume
+        every = [a + b for a, b in zip(*sums, strict=True)]
+        tau = jnp.sqrt(new[0].tau * new[1].tau)
+        joined = eqx.tree_at(lambda s: s.tau, new[0], tau)
+    made = map_update.final_map(config, every, joined)
     return Result(
         Poses(jnp.asarray(angles), jnp.asarray(shifts)),
         np.linalg.inv(information) * np.repeat([config.turns, config.moves], [3, 2]),
         evidence,
         silent,
-        np.asarray(volume),
+        np.asarray(made.volume),
         half_maps,
         curve,
-        tau,
+        made.tau,
         eqx.tree_at(lambda s: s.sets, state, tuple(new)),
     )
 
@@ -492,8 +490,9 @@ def reconstruct(
     )
     state = map_update.assess(whole, map_update.update_maps(whole, state, data))
     sums = map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
-    found, state = map_update.final_map(whole, state, sums)
+    state, errors = map_update.choose_tau(whole, state, sums)
+    found = map_update.final_map(config, sums, state)
     first, second = (np.asarray(crossfit.least_squares(one)) for one in sums)
     return Reconstruction(
-        np.asarray(found.volume), (first, second), found.lam, found.tau, found.errors
+        np.asarray(found.volume), (first, second), found.lam, found.tau, errors
     )

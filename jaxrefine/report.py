@@ -42,7 +42,7 @@ _HEADINGS = {
     "shift_change_in_pixels": "median move (pixels)",
     "tau": "tau of each set",
     "fold_score": "mean FSC of the folds",
-    "gold_score": "mean FSC of the half sets",
+    "gold_score": "mean FSC of the half sets' regularised maps",
     "cg_residual": "residual of the last CG",
     "angle_moves": "accepted steps of the angles",
     "shift_moves": "accepted steps of the shifts",

@@ -526,3 +526,19 @@ def test_small_groups_have_the_common_shape_at_their_level():
     )
     assert (better < 0.7 * worse).all()
     assert np.abs(np.mean(found, axis=0)[few, inner] - 1).max() < 0.15
+
+
+def test_least_squares_solve_the_normal_equations(images):
+    """Those of the definition, if they have the time; of no images the map is empty."""
+    sums = images.sums()
+    small = crossfit._UNMEASURED * float(sums.peak)
+
+    def residual(c):
+        c = np.asarray(c).ravel()
+        misfit = images.both * (images.matrix @ c - np.asarray(images.spectra))
+        pull = np.einsum("pkn,pk->n", images.matrix.conj(), misfit).real + small * c
+        return np.linalg.norm(pull) / np.linalg.norm(np.asarray(sums.backprojection))
+
+    soon, late = (crossfit.least_squares(sums, k) for k in (20, 500))
+    assert residual(late) < 3e-3 < residual(soon) < 0.3
+    assert not jnp.any(crossfit.least_squares(Sums.zero(N, jnp.float64)))

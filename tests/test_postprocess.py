@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from jaxrefine import metrics, simulate
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc, read_star, write_mrc
-from jaxrefine.postprocess import GuinierFit, postprocess, soft_mask
+from jaxrefine.postprocess import GuinierFit, low_pass, postprocess, soft_mask
 
 N, VOXEL = 32, 2.5
 BOX = N * VOXEL
@@ -414,3 +414,19 @@ def test_the_filtered_map_is_relions(case, b_factor):
         ours = np.asarray(ours)
         assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99999
         assert np.vdot(theirs, ours) / np.vdot(ours, ours) == pytest.approx(1, abs=1e-3)
+
+
+def test_low_pass_keeps_what_is_below_and_nothing_beyond():
+    volume = jnp.asarray(np.random.default_rng(0).normal(size=(N, N, N)))
+    shell = 5
+    found = low_pass(volume, VOXEL, N * VOXEL / shell)
+    before, after = (np.fft.rfftn(np.asarray(one)) for one in (volume, found))
+    axis = np.fft.fftfreq(N, 1 / N)
+    radius = np.sqrt(
+        axis[:, None, None] ** 2 + axis[:, None] ** 2 + np.arange(N // 2 + 1) ** 2
+    )
+    inside, beyond = radius <= shell - 1, radius >= shell + 1
+    np.testing.assert_allclose(after[inside], before[inside], rtol=1e-4)
+    assert np.abs(after[beyond]).max() < 1e-4 * np.abs(before).max()
+    at = np.isclose(radius, shell)
+    np.testing.assert_allclose(after[at], before[at] / 2, rtol=1e-4)

@@ -17,6 +17,7 @@ from jaxrefine import (
     refine,
     simulate,
     slices,
+    tv,
 )
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import (
@@ -404,6 +405,12 @@ def test_half_sets_have_maps_and_a_correlation(scene, halves):
     np.testing.assert_array_equal(result.fsc, curve)
     assert 0.3 < np.mean(result.fsc[1:8]) < 1
     assert scene.fsc(result.volume) > max(scene.fsc(first), scene.fsc(second))
+    # They have no regulariser, unlike the maps that the poses were compared with.
+    smooth, rough = (
+        float(jnp.sum(jnp.linalg.norm(tv.gradient(jnp.asarray(volume)), axis=0)))
+        for volume in (result.state.sets[0].mean_map, first)
+    )
+    assert rough > 1.5 * smooth
     assert result.tau == pytest.approx(0.9, rel=1e-6)
     for info in seen:
         assert len(info.tau) == 2 and 0 < info.gold_score < 1

@@ -22,7 +22,8 @@ def add(commands) -> None:
     command = commands.add_parser(
         "evaluate",
         help="compare poses with the true ones, up to a rigid motion",
-        description="Tables are RELION's or cryoSPARC's (.cs).",
+        description="Tables are RELION's or cryoSPARC's (.cs). Shifts are compared in "
+        "the pixels of RESULT, or as they stand if a table gives no pixel size.",
     )
     command.add_argument("result", type=Path, metavar="RESULT.star")
     command.add_argument("truth", type=Path, metavar="TRUTH.star")

@@ -29,7 +29,7 @@ def add(commands) -> None:
         "--half-sets",
         action="store_true",
         help="write maps of two halves of the particles, too: MAP_half1.mrc and "
-        "MAP_half2.mrc",
+        "MAP_half2.mrc, which are not regularised",
     )
     option("--seed", type=int, default=0, help="deals the particles into halves")
     option("--batch-size", type=int, help="particles computed at once")

@@ -224,14 +224,17 @@ def names_from(
 ) -> dict[str, str]:
     """Return the names of the stacks in a table that lies elsewhere than the old one.
 
-    There is one folder from which all of them are found.
-
     Parameters
     ----------
     table, old_table
         The tables.
     stacks
         The path of each stack, by its name in the old table.
+
+    Returns
+    -------
+    The new name of each, by its name in the old table. From one folder, that of the new
+    table or one above, all of them are found.
 
     Raises
     ------
