@@ -108,7 +108,7 @@ result = refine.refine(
     subsets=subsets,
     callback=lambda state, info: print(
         f"iteration {info.iteration}: {info.r_max} cycles per box, "
-        f"FSC of the half sets {info.gold_score:.3f}"
+        f"FSC of the half sets' regularised maps {info.gold_score:.3f}"
     ),
 )
 assert result.half_maps is not None  # they are there with half sets
