@@ -60,8 +60,8 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
     ------
     InputError
         If the file or the map cannot be used, if the map's voxels are of another size
-        than the configuration's (1 A counts as not given), if a required key is missing, or if ``--set`` names an
-        unknown key or gives a value of another type.
+        than the configuration's (1 A counts as not given), if a required key is
+        missing, or if ``--set`` names an unknown key or gives a value of another type.
     """
     path = options.config
     if not path.exists():
