@@ -212,7 +212,7 @@ def test_tables(pages):
     heads, cells = page.all("th"), page.all("td")
     names = "iteration|band limit (cycles per box)|band limit of the search (cycles "
     names += "per box)|damping of each polishing step|median turn (degrees)|tau of "
-    names += "each set|mean FSC of the half sets"
+    names += "each set|mean FSC of the half sets' regularised maps"
     assert heads[:7] == names.split("|")
     assert cells[:7] == ["1", "7", "7", "0.1, 0.01235", "3.142", "1, –", "–"]
     assert cells[14:21] == ["3", "20", "0", "0.1, 0.01235", "3.142", "1, –", "0.8"]
