@@ -56,8 +56,6 @@ class Outcome:
     ----------
     volume, poses
         The map, and the poses that it was made at.
-    half_maps
-        Maps of two halves of the particles, where there are such.
     processed
         The map after post-processing, where that is part of the method.
     remark
@@ -71,7 +69,6 @@ class Outcome:
 
     volume: np.ndarray
     poses: Poses
-    half_maps: tuple[np.ndarray, np.ndarray] | None = None
     processed: np.ndarray | None = None
     remark: str = ""
     wall_s: float | None = None
@@ -209,7 +206,7 @@ def compare(
     with Bars() as bars:
         for name, method in methods.items():
             folder = out / "work" / slug(name)
-            if results.get(name, {"finished": False}).get("finished", True):
+            if name in results and results[name].get("finished", True):
                 (folder / "state.eqx").unlink(missing_ok=True)
                 continue
             folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    return methods.relion_methods(config, config["auto_refine_low_pass"])
+    return methods.relion_methods(config)
 
 
 FAMILIES = {

@@ -58,8 +58,7 @@ def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
 def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    most = config["relion_most_poses"] or None
-    return methods.relion_methods(config, config["auto_refine_low_pass"], most)
+    return methods.relion_methods(config, config["relion_most_poses"] or None)
 
 
 FAMILIES = {"engine": engine, "relion": by_relion}

@@ -51,7 +51,7 @@ def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
         record.expect(1)
         made = refine.reconstruct(particles_of(case), poses, key=key)
         record.add(made.volume, poses)
-        return Outcome(made.volume, poses, made.half_maps, remark=remark)
+        return Outcome(made.volume, poses, remark=remark)
 
     return run
 
@@ -83,7 +83,7 @@ def refinement(
         processed = None
         if done.half_maps is not None:
             processed = _post_processed(case, done.volume, done.half_maps, key)
-        return Outcome(done.volume, done.poses, done.half_maps, processed)
+        return Outcome(done.volume, done.poses, processed)
 
     return run
 
@@ -203,9 +203,9 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
 
 
 def relion_methods(
-    config: dict[str, Any], low_pass_in_angstroms: float, most_poses: int | None = None
+    config: dict[str, Any], most_poses: int | None = None
 ) -> dict[str, Method]:
-    """Return RELION's programs for an initial map of this resolution."""
+    """Return RELION's programs, where they are installed."""
     if not relion.available():
         print("RELION is not installed; its results are left out.", file=sys.stderr)
         return {}
@@ -213,7 +213,7 @@ def relion_methods(
     limit = 60 * config["relion_limit_min"]
     if limit > 0:
         chosen["RELION auto-refine"] = relion_refinement(
-            low_pass_in_angstroms,
+            config["auto_refine_low_pass"],
             config["max_shift"] > 0,
             limit,
             config["seed"],
@@ -291,13 +291,7 @@ def relion_refinement(
         if not found.finished:
             remark += ", not converged: stopped by a time limit"
         return Outcome(
-            mean,
-            found.poses,
-            found.half_maps,
-            processed,
-            remark,
-            found.wall_s,
-            found.finished,
+            mean, found.poses, processed, remark, found.wall_s, found.finished
         )
 
     return run

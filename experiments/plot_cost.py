@@ -50,8 +50,8 @@ def draw(run: Path) -> Figure:
         f"{config['snr_db']:g} dB, seed {config['seed']}; all frequencies below "
         f"Nyquist. Projection matching: steps of {config['matching_step_deg']:g} "
         f"degrees (1/n: at n = {max(sizes)}), shifts up to {config['max_shift']:g} px. "
-        f"Algorithm 3: three steps, "
-        f"with {trials} trials in a line search on average. LM: three steps."
+        f"Algorithm 3: three steps, with {trials} trials in a line search on average. "
+        "LM: three steps."
     )
     figure = plots.captioned_figure(9.6, 5.6, text)
     axes = figure.subplots()

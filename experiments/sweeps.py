@@ -111,7 +111,7 @@ def from_true_map(seed: int) -> Method:
             "shift_error_px_rms": _rms(np.asarray(errors.shift_in_pixels)),
         }
         record.add(made.volume, poses, **bound, **attained)
-        return Outcome(made.volume, poses, made.half_maps)
+        return Outcome(made.volume, poses)
 
     return run
 

@@ -258,14 +258,10 @@ def cross_validate(
 
     Parameters
     ----------
-    data
-        The data terms of both folds.
-    starts
-        For each fold, map and multipliers to start from.
+    data, starts, regulariser, iterations
+        As for `solve_all`.
     tau
         Weight to begin with, in units of the noise.
-    regulariser, iterations
-        As for `solve`.
     trials
         Weights to try; one more if the first step was the wrong way.
     factor

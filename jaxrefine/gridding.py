@@ -319,15 +319,9 @@ class Gridding(eqx.Module):
             Frequencies ``xi``, cycles per box, none beyond ``r_max``.
         values
             What to insert there.
-        n
-            Side of the volume.
-        r_max
-            Largest frequency, from 1 to ``n // 2``.
-
-        Raises
-        ------
-        InputError
-            If ``r_max`` is out of range, or the grid has too many samples.
+        n, r_max
+            Side of the volume, and the largest frequency, as for `spectrum`; errors
+            are raised as there.
         """
         lattice = self._lattice(n, r_max)
         index, places, side = lattice.locate(points)

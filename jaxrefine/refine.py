@@ -21,6 +21,7 @@ of all particles. The images are visited in batches, from wherever they are kept
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import equinox as eqx
@@ -155,8 +156,8 @@ class Reconstruction:
     ----------
     volume
         The map.
-    half_maps
-        Maps of two halves of the particles, each by itself and not regularised.
+    sums
+        What the map was made of, for the two halves of the particles.
     lam, tau
         Weight of the regulariser, absolute and in units of the noise.
     errors
@@ -164,10 +165,15 @@ class Reconstruction:
     """
 
     volume: Float[np.ndarray, "n n n"]
-    half_maps: tuple[np.ndarray, np.ndarray]
+    sums: list[crossfit.Sums]
     lam: float
     tau: float
     errors: dict[float, float]
+
+    @cached_property
+    def half_maps(self) -> list[np.ndarray]:
+        """Maps of the halves by themselves, not regularised, made when asked for."""
+        return [np.asarray(crossfit.least_squares(one)) for one in self.sums]
 
 
 @final
@@ -485,14 +491,10 @@ def reconstruct(
         whole = replace(whole, fold=fold)
     state = map_update.start(whole, poses, volume)
     everyone = np.ones(len(particles), bool)
-    data = crossfit.folds(
-        map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
-    )
-    state = map_update.assess(whole, map_update.update_maps(whole, state, data))
+    sums = map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
+    state = map_update.update_maps(whole, state, crossfit.folds(sums))
+    state = map_update.assess(whole, state)
     sums = map_update.sum_up(whole, state.hypotheses, state.noise, everyone)
     state, errors = map_update.choose_tau(whole, state, sums)
     found = map_update.final_map(config, sums, state)
-    first, second = (np.asarray(crossfit.least_squares(one)) for one in sums)
-    return Reconstruction(
-        np.asarray(found.volume), (first, second), found.lam, found.tau, errors
-    )
+    return Reconstruction(np.asarray(found.volume), sums, found.lam, found.tau, errors)

@@ -52,15 +52,14 @@ def run(options: argparse.Namespace) -> None:
     for path, (angles, *_) in zip(paths, (result, truth), strict=True):
         if not len(angles):
             raise InputError(f"{path} holds no particles.")
-    in_angstroms, wanted = truth[2], result[2]
-    true_shifts = truth[1]
-    if in_angstroms is not None and wanted is not None:  # the result may be binned
-        true_shifts = true_shifts * (in_angstroms / wanted)
-    places, matched_by = _match(tables, paths, len(result[0]), len(truth[0]))
+    (angles, shifts, pixel), (true_angles, true_shifts, true_pixel) = result, truth
+    if pixel is not None and true_pixel is not None:  # the result may be binned
+        true_shifts = true_shifts * (true_pixel / pixel)
+    places, matched_by = _match(tables, paths, len(angles), len(true_angles))
     errors = metrics.pose_errors(
-        jnp.asarray(result[0]),
-        jnp.asarray(result[1]),
-        jnp.asarray(truth[0][places]),
+        jnp.asarray(angles),
+        jnp.asarray(shifts),
+        jnp.asarray(true_angles[places]),
         jnp.asarray(true_shifts[places]),
         operators,
     )

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> None:
         source.particles, source.poses, config, key=key, subsets=subsets
     )
     pixel = source.particles.pixel_size_in_angstroms
-    maps = (result.volume, *result.half_maps)
-    for path, volume in zip(written, maps, strict=False):
+    maps = [result.volume, *(result.half_maps if options.half_sets else ())]
+    for path, volume in zip(written, maps, strict=True):
         io.write_mrc(path, volume, pixel)
     names = ", ".join(str(path) for path in written)
     print(f"{len(source)} particles, lambda {result.lam:.4g}: {names}")

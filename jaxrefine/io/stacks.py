@@ -114,7 +114,8 @@ def open_images(
     index = np.array([number - 1 for number, _ in parts])
     highest = np.zeros(len(places), np.int64)
     np.maximum.at(highest, file, index)
-    bare = {split_name(name, table)[1] for name in names if "@" not in name}
+    named = zip(names, parts, strict=True)
+    bare = {stack for name, (_, stack) in named if "@" not in name}
     folders = search_folders(table, datadir)
     found, size, pixel = {}, 0, None
     for stack, place in places.items():
