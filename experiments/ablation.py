@@ -5,8 +5,11 @@ From the same start as Init-1, the joint refinement is run as it is and less one
 - no multi-start: the initial poses are polished, and no others are searched for;
 - no marching: all frequencies below Nyquist from the first iteration on, in the widest
   search too;
-- gradient descent: three steps on the poses (the paper's ``K_GD``) in the place of
-  three of Levenberg and Marquardt, scaled by the curvature of each coordinate;
+- the paper's descent: Algorithm 3's steps in the place of those of Levenberg and
+  Marquardt: down the gradient by the angles, then by the shift, each with a line search
+  by factors of a quarter, three times (``K_GD``); the cost is the engine's;
+- scaled descent: three steps down the gradient, scaled by the curvature of each
+  coordinate, without a line search;
 - one hypothesis: the best candidate of each search alone is followed;
 - no SNR weighting: poses are compared with the maps as they are, whose shells are
   otherwise weighted by how far the other fold's images bear them out. The engine has no
@@ -20,11 +23,12 @@ prints a table, and stores it with curves and maps in the run directory.
 
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 from unittest.mock import patch
 
 import cases
 import comparison
+import equinox as eqx
 import harness
 import init1
 import jax
@@ -32,10 +36,13 @@ import jax.numpy as jnp
 import methods
 import optax
 from comparison import Case, Method, Outcome, Record
+from jaxtyping import Array, Float
 
 from jaxrefine import crossfit
+from jaxrefine.paper import released_preset
+from jaxrefine.pose import backtrack
 from jaxrefine.refine import RefineConfig
-from jaxrefine.tangent import Descent
+from jaxrefine.tangent import Constraint, Descent, Estimate, Objective, retract
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 
@@ -43,23 +50,99 @@ KEYS = (*cases.KEYS, "methods")
 """What the configuration must say."""
 
 
-def reduced(size: int) -> dict[str, RefineConfig]:
-    """Return the engine's parameters less one part, for images of a side."""
+@final
+class PaperDescent(eqx.Module):
+    """A pose update with the steps of Algorithm 3, on whatever cost it is given.
+
+    The angles move by a rotation vector, so that there is no chart to leave.
+
+    Parameters
+    ----------
+    angle_step, shift_step
+        First trial steps of every line search, in inverse units of the cost.
+    eta
+        Factor by which a rejected step shrinks.
+    iterations
+        Steps of the angles and of the shift, ``K_GD``.
+    max_trials
+        Steps tried in one line search.
+    """
+
+    angle_step: float = eqx.field(static=True)
+    shift_step: float = eqx.field(static=True)
+    eta: float = eqx.field(static=True, default=0.25)
+    iterations: int = eqx.field(static=True, default=3)
+    max_trials: int = eqx.field(static=True, default=10)
+
+    def minimise(
+        self,
+        objective: Objective,
+        rotation: Float[Array, "3 3"],
+        shift: Float[Array, "2"],
+        constraint: Constraint,
+    ) -> Estimate:
+        """Improve one pose."""
+        dtype = rotation.dtype
+        parts = (
+            (jnp.array([1, 1, 1, 0, 0], dtype), self.angle_step),
+            (jnp.array([0, 0, 0, 1, 1], dtype), self.shift_step),
+        )
+
+        def descend(pose, _):
+            lower = jnp.zeros((), bool)
+            for part, first in parts:
+                rotation, shift = pose
+
+                def move(step, rotation=rotation, shift=shift):
+                    return constraint(*retract(rotation, shift, step))
+
+                cost, gradient, _ = objective(rotation, shift)
+                step, value, _ = backtrack(
+                    lambda step, move=move: objective(*move(step))[0],
+                    jnp.zeros(5, dtype),
+                    cost,
+                    part * gradient,
+                    jnp.asarray(first, dtype),
+                    jnp.asarray(self.eta, dtype),
+                    self.max_trials,
+                )
+                pose, lower = move(step), lower | (value < cost)
+            return pose, lower
+
+        start = constraint(rotation, shift)
+        pose, accepted = jax.lax.scan(descend, start, None, self.iterations)
+        none = jnp.zeros(self.iterations, dtype)
+        return Estimate(*pose, *objective(*pose)[::2], none, accepted)
+
+
+def paper_descent(sigma: float) -> PaperDescent:
+    """Return the released code's first steps, in units of the engine's cost.
+
+    It is the paper's over the variance of the noise.
+    """
+    released = released_preset()
+    first = released.angle_step.first, released.shift_step.first
+    return PaperDescent(*(float(step) * sigma**2 for step in first))
+
+
+def reduced(size: int, sigma: float) -> dict[str, RefineConfig]:
+    """Return the engine's parameters less one part, for images of a side and noise."""
     full = RefineConfig()
     return {
         "no multi-start": replace(full, multi_start=()),
         "no marching": replace(full, first_r_max=(size - 1) // 2),
-        "gradient descent": replace(full, update=Descent(optax.sgd(0.5), 3)),
+        "the paper's descent": replace(full, update=paper_descent(sigma)),
+        "scaled descent": replace(full, update=Descent(optax.sgd(0.5), 3)),
         "one hypothesis": replace(full, hypotheses=1),
     }
 
 
 def without(config: dict[str, Any], case: Case) -> dict[str, Method]:
     """Return the joint refinement less one part."""
-    seed = config["seed"]
+    seed, sigma = config["seed"], float(case.dataset.sigma)
     chosen = {
         name: methods.refinement(settings, seed)
-        for name, settings in reduced(len(case.truth)).items()
+        for name, settings in reduced(len(case.truth), sigma).items()
     }
     full = methods.refinement(RefineConfig(), seed)
     return {**chosen, "no SNR weighting": unweighted(full)}

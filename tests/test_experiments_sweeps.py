@@ -4,15 +4,20 @@ import importlib
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxrefine import kbwf, pose, simulate, spatial
+from jaxrefine.geometry import Poses, matrix_to_euler
 from jaxrefine.io import write_json
 from jaxrefine.refine import RefineConfig
+from jaxrefine.tangent import retract
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -165,7 +170,7 @@ def test_bad_input_is_one_sentence(study, words, sentence, tmp_path, capsys):
 def test_each_ablation_changes_one_thing(study):
     full = RefineConfig()
     changes = []
-    for settings in study.load("ablation").reduced(46).values():
+    for settings in study.load("ablation").reduced(46, 1.0).values():
         changed = [
             field.name
             for field in fields(RefineConfig)
@@ -173,8 +178,54 @@ def test_each_ablation_changes_one_thing(study):
         ]
         assert len(changed) == 1
         changes += changed
-    assert changes == ["multi_start", "first_r_max", "update", "hypotheses"]
-    assert study.load("ablation").reduced(46)["no marching"].first_r_max == 22
+    assert changes == ["multi_start", "first_r_max", "update", "update", "hypotheses"]
+    assert study.load("ablation").reduced(46, 1.0)["no marching"].first_r_max == 22
+
+
+def test_the_papers_descent_is_that_of_algorithm_3(study):
+    """On the cost (34) in units of the noise, shifts take the steps of `descend`.
+
+    Angles are other coordinates there; they are only to lower the cost further.
+    """
+    n, sigma = 16, 0.2
+    truth = simulate.phantom(jax.random.key(0), n)
+    dataset = simulate.make_dataset(
+        jax.random.key(1), truth, 1, max_shift=1.0, max_angle_error=0.1, snr_db=10.0
+    )
+    basis = kbwf.KBWF()
+    footprint = spatial.footprint(basis)
+    terms = pose.map_terms(footprint, kbwf.expand(basis, truth))
+    image_filter = spatial.spline_filter(footprint, n)
+    particle = pose.particle(image_filter, dataset.images[0])
+    particle = pose.Particle(particle.filtered, jnp.zeros_like(particle.energy))
+    start = jax.tree.map(lambda leaf: leaf[0], dataset.initial)
+
+    def cost(rotation, shift):
+        at = Poses(matrix_to_euler(rotation), shift)
+        return pose.particle_cost(terms, particle, at) / sigma**2
+
+    def objective(rotation, shift):
+        def moved(step):
+            return cost(*retract(rotation, shift, step))
+
+        nothing = jnp.zeros(5, shift.dtype)
+        return moved(nothing), jax.grad(moved)(nothing), jnp.diag(nothing)
+
+    ablation = study.load("ablation")
+    both = ablation.paper_descent(sigma)
+    shifts = replace(both, angle_step=0.0)
+    found, better = (
+        update.minimise(objective, start.rotations, start.shifts, lambda *here: here)
+        for update in (shifts, both)
+    )
+    dtype = start.shifts.dtype
+    steps = pose.PoseConfig(*jnp.array([0.0, 2e-3, 0.25], dtype))
+    wanted, info = pose.descend(terms, particle, start, steps)
+    assert info.shift_moves.all() and found.accepted.all()
+    np.testing.assert_allclose(found.rotation, start.rotations, atol=1e-6)
+    np.testing.assert_allclose(found.shift, wanted.shifts, atol=1e-5)
+    np.testing.assert_allclose(found.cost * sigma**2, info.cost, rtol=1e-5)
+    assert better.cost < found.cost and better.accepted.all()
 
 
 @pytest.mark.slow
@@ -189,7 +240,7 @@ def test_ablation_runs_and_marches_only_where_it_can(study, tmp_path):
         patch.setattr(
             ablation,
             "reduced",
-            lambda size: {name: reduced(size)[name] for name in some},
+            lambda *given: {name: reduced(*given)[name] for name in some},
         )
         assert study.run("ablation", *words) == 0
     results = read(out)
