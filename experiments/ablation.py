@@ -111,8 +111,9 @@ class PaperDescent(eqx.Module):
 
         start = constraint(rotation, shift)
         pose, accepted = jax.lax.scan(descend, start, None, self.iterations)
-        none = jnp.zeros(self.iterations, dtype)
-        return Estimate(*pose, *objective(*pose)[::2], none, accepted)
+        (rotation, shift), none = pose, jnp.zeros(self.iterations, dtype)
+        cost, _, information = objective(rotation, shift)
+        return Estimate(rotation, shift, cost, information, none, accepted)
 
 
 def paper_descent(sigma: float) -> PaperDescent:
@@ -121,8 +122,8 @@ def paper_descent(sigma: float) -> PaperDescent:
     It is the paper's over the variance of the noise.
     """
     released = released_preset()
-    first = released.angle_step.first, released.shift_step.first
-    return PaperDescent(*(float(step) * sigma**2 for step in first))
+    angle_step, shift_step = released.angle_step.first, released.shift_step.first
+    return PaperDescent(float(angle_step) * sigma**2, float(shift_step) * sigma**2)
 
 
 def reduced(size: int, sigma: float) -> dict[str, RefineConfig]:

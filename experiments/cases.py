@@ -95,7 +95,6 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
                 iterations=tuple(config["ab_initio_iterations"]),
                 resolutions=tuple(config["ab_initio_resolutions"]),
                 most_poses=config["relion_most_poses"] or None,
-                threads=2,
                 callback=_progress(bars, sum(config["ab_initio_iterations"])),
             )
         if not found.finished:

@@ -176,7 +176,11 @@ def run(
     out = harness.open_run(options, config)
     if not harness.finished(out):
         harness.write_provenance(out)
-        case = prepare(config, options.volume, out)
+        try:
+            case = prepare(config, options.volume, out)
+        except InputError:
+            harness.give_back(out)
+            raise
         found = [families[name](config, case) for name in config["methods"]]
         chosen = {name: method for each in found for name, method in each.items()}
         text = table(compare(out, case, chosen), config)

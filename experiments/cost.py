@@ -21,7 +21,6 @@ round, which compiles, is told apart. ``metrics.json`` also holds the exponents 
 ``n**k`` that fit the times best. ``plot_cost.py`` draws it.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import available_cores
 
 from jaxrefine import io, kbwf, normal, pose, posterior, simulate, slices, spatial
 from jaxrefine._batching import map_over_particles
@@ -210,13 +210,6 @@ def exponents(points: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def available_threads() -> int | None:
-    """Return how many threads this process may run at once, where it can tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 def table(results: dict[str, Any]) -> str:
     """Return the times as a Markdown table, in milliseconds."""
     points, slopes = results["points"], results["exponents"]
@@ -253,7 +246,7 @@ def main() -> None:
             points.append(point(size, config))
             results = {
                 "device": jax.devices()[0].device_kind,
-                "threads": available_threads(),
+                "threads": available_cores(),
                 "points": points,
             }
             io.write_json(out / "metrics.json", results)

@@ -13,6 +13,8 @@ carried on.
 import argparse
 import hashlib
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,18 @@ HERE = Path(__file__).resolve().parent
 _LIMIT = "_limit_min"  # how the names of time limits end
 _SAME_VOXEL = 0.01  # relative difference of sizes that are given in five digits
 _UNSET = 1.0  # what many programs write as voxel size, whatever it is
+
+_POSITIVE = (
+    "voxel_size_in_angstroms",
+    "batch_size",
+    "paper_iterations",
+    "released_iterations",
+    "matching_rounds",
+    "matching_step_deg",
+    "auto_refine_low_pass",
+)
+_SEEDS = 2**31 - 1  # RELION takes no more
+_LENGTHS = {"ab_initio_iterations": 3, "ab_initio_resolutions": 2}
 
 
 def parse(description: str | None, presets: Sequence[str]) -> argparse.Namespace:
@@ -61,7 +75,8 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
     InputError
         If the file or the map cannot be used, if the map's voxels are of another size
         than the configuration's (1 A counts as not given), if a required key is
-        missing, or if ``--set`` names an unknown key or gives a value of another type.
+        missing, if ``--set`` names an unknown key or gives a value of another type, or
+        if a value is out of range.
     """
     path = options.config
     if not path.exists():
@@ -97,6 +112,7 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
             raise InputError(
                 f"--set {override} wants a value of the type of {example}."
             ) from None
+    _check(config)
     config["config"] = path.stem
     config["preset"] = options.preset
     if options.volume is None:
@@ -115,6 +131,22 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
         config["map"] = options.volume.name
         config["map_sha256"] = hashlib.sha256(options.volume.read_bytes()).hexdigest()
     return config
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse, in a sentence, what no study can work with."""
+    for key in _POSITIVE:
+        value = config.get(key, 1)
+        if not 0 < value < math.inf:
+            raise InputError(f"{key} is {value}; a positive number is wanted.")
+    if not 0 <= config["seed"] < _SEEDS:
+        raise InputError(f"seed is {config['seed']}; 0 to {_SEEDS - 1} is wanted.")
+    for key, length in _LENGTHS.items():
+        if len(config.get(key, range(length))) != length:
+            raise InputError(f"{key} is {config[key]}; {length} numbers are wanted.")
+    for key in (key for key in config if key.endswith("_values")):
+        if not config[key]:
+            raise InputError(f"{key} is empty; one value at least is wanted.")
 
 
 def _as_type_of(old: Any, new: Any) -> Any:
@@ -156,6 +188,13 @@ def open_run(options: argparse.Namespace, config: dict) -> Path:
     return out
 
 
+def give_back(out: Path) -> None:
+    """Remove a run directory that holds no more than its configuration."""
+    made = {path.name for path in out.rglob("*") if path.is_file()}
+    if made <= {"config.json", "provenance.json"}:
+        shutil.rmtree(out)
+
+
 def folder(options: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Return the run directory of a configuration, which need not exist."""
     name = options.volume.stem if options.volume else "phantom"
@@ -168,7 +207,7 @@ def stored_config(
 ) -> dict[str, Any]:
     """Return the configuration that the run directory holds; nothing if it is new."""
     path = folder(options, config) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return io.read_json(path) if path.exists() else {}
 
 
 def _but_limits(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +287,7 @@ def finished(out: Path) -> bool:
 def read_metrics(out: Path) -> dict:
     """Return what the run has measured so far, by method, with NaN for null."""
     path = out / "metrics.json"
-    return _with_nans(json.loads(path.read_text())) if path.exists() else {}
+    return _with_nans(io.read_json(path)) if path.exists() else {}
 
 
 def _with_nans(content: Any) -> Any:

@@ -61,8 +61,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     text = (
         f"{captions.pop()} Each row varies one of these. FSC with the true map, the "
         "rigid motion that the poses leave free undone; r_c, where it falls to 0.5, of "
-        "maps as they stand. True map: the poses found in it at the known noise, and "
-        "our map of these. Bound: median over particles, for Gaussian errors."
+        "maps as they stand. The engine is told how large the errors of the angles may "
+        "be. True map: optima in it, at the known noise, nearest to the true poses, "
+        "and our map of these. Bound: median over particles, for Gaussian errors."
     )
     figure = plots.captioned_figure(3.6 * len(PANELS), 3.1 * len(runs) + 1, text)
     grid = figure.subplots(len(runs), len(PANELS), squeeze=False)

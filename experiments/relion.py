@@ -21,7 +21,8 @@ from typing import final
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
+from machine import available_cores
 from relion_program import complete, mpirun, run
 
 from jaxrefine import io
@@ -66,9 +67,9 @@ class Refined:
     report
         What RELION says of the iteration: resolution, angular step and, but for the
         last iteration of `auto_refine`, estimated accuracies and changes of the poses.
-    half_maps, subsets
-        The maps of the two halves, unregularised at the end, and the half, 1 or 2, of
-        each particle; None where the particles are not halved.
+    half_maps
+        The maps of the two halves, unregularised at the end; None where the particles
+        are not halved.
     """
 
     volume: Float32[np.ndarray, "n n n"]
@@ -78,7 +79,6 @@ class Refined:
     finished: bool
     report: dict[str, float]
     half_maps: tuple[np.ndarray, np.ndarray] | None = None
-    subsets: Int[np.ndarray, " particles"] | None = None
 
 
 Callback = Callable[[Refined], None]
@@ -104,25 +104,16 @@ def write_particles(
     images: Float[Array | np.ndarray, "particles m m"],
     poses: Poses,
     pixel_size_in_angstroms: float,
-    ctf: CTF | None = None,
 ) -> Path:
     """Write ``particles.star`` and ``particles.mrcs``; return the former's path.
 
-    Raises `InputError` if a file cannot be written, or the particles do not share one
-    voltage, spherical aberration and amplitude contrast.
+    The images have no CTF. Raises `InputError` if a file cannot be written.
     """
-    group = CTF(0.0, 0.0)
-    if ctf is not None:
-        shared = [ctf.voltage, ctf.spherical_aberration, ctf.amplitude_contrast]
-        if np.ptp(np.asarray(shared), axis=1).any():
-            raise InputError(
-                "The particles differ in more of their optics than defocus."
-            )
-        group = jax.tree.map(lambda leaf: leaf[0], ctf)
     star, pixel = folder / "particles.star", pixel_size_in_angstroms
     names = [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)]
     io.write_stack(star.with_suffix(".mrcs"), images, pixel)
-    io.write_new_particles(star, poses, names, images.shape[1], pixel, group, ctf)
+    optics = CTF(0.0, 0.0)
+    io.write_new_particles(star, poses, names, images.shape[1], pixel, optics)
     return star
 
 
@@ -132,10 +123,8 @@ def reconstruct(folder: Path, star: Path) -> Float32[np.ndarray, "n n n"]:
     Raises `InputError` if the file is not in the folder, or RELION fails or takes more
     than an hour.
     """
-    data = _open(folder, star)
-    options = ["--i", star.name, "--o", "reconstruct.mrc"]
-    options += ["--ctf"] * (data.particles.ctf is not None)
-    complete(folder, "reconstruct", options)
+    _open(folder, star)
+    complete(folder, "reconstruct", ["--i", star.name, "--o", "reconstruct.mrc"])
     return io.read_mrc(folder / "reconstruct.mrc")[0]
 
 
@@ -169,20 +158,17 @@ def ab_initio(
     diameter_in_angstroms: float,
     seed: int,
     limit_s: float,
-    symmetry: str = "C1",
     iterations: tuple[int, int, int] = (50, 200, 50),
     resolutions: tuple[float, float] = (35.0, 15.0),
     most_poses: int | None = None,
-    threads: int = 1,
     callback: Callback | None = None,
 ) -> Refined:
     """Make a first map and poses from the images alone, by stochastic gradients.
 
     RELION's "3D initial model" with one class; the file's angles are not used. A
     particle's pose is from the last iteration that drew it; the final ones draw 500.
-    RELION 3.1 as it is usually built ignores CTFs here. Raises `InputError` if the file
-    is not in the folder, the folder holds a run of other inputs, there is no iteration
-    yet at the time limit, or RELION fails.
+    Raises `InputError` if the file is not in the folder, the folder holds a run of
+    other inputs, there is no iteration yet at the time limit, or RELION fails.
 
     Parameters
     ----------
@@ -194,8 +180,6 @@ def ab_initio(
         Of RELION's random numbers, from 0 (RELION's own, for which 0 is none, plus 1).
     limit_s
         Seconds that all calls together may take; see `Refined.finished`.
-    symmetry, threads
-        Point group, and how many threads to use.
     iterations
         How many at the first resolution, between, and at the last one.
     resolutions
@@ -212,16 +196,16 @@ def ab_initio(
     pixel = data.particles.pixel_size_in_angstroms
     coarse, fine = (max(resolution, 2 * pixel) for resolution in resolutions)
     initial, between, last = iterations
-    first = f"""--sgd --denovo_3dref --K 1 --sym {symmetry} --sgd_write_iter 10
+    first = f"""--sgd --denovo_3dref --K 1 --sym C1 --sgd_write_iter 10
         --sgd_ini_iter {initial} --sgd_inbetween_iter {between} --sgd_fin_iter {last}
         --sgd_ini_resol {coarse:g} --sgd_fin_resol {fine:g}
         --sgd_ini_subset 100 --sgd_fin_subset 500
         --healpix_order 1 --offset_range 6 --offset_step {2 * _HALVING}
         {_SHARED} --random_seed {seed + 1}"""
     always = _always(diameter_in_angstroms, most_poses)
-    program = ["relion_refine", "--j", str(threads)]
+    program = ["relion_refine", "--j", str(available_cores())]
     job = _Job(folder, "ab_initio", data, program, first, always)
-    return _refine(job, _digest(star.read_bytes()), limit_s, callback)
+    return _refine(job, _digest(data), limit_s, callback)
 
 
 def auto_refine(
@@ -237,15 +221,14 @@ def auto_refine(
     limit_s: float,
     healpix_order: int = 2,
     most_poses: int | None = None,
-    processes: int = 3,
-    threads: int = 1,
     callback: Callback | None = None,
 ) -> Refined:
     """Refine the maps of two halves of the particles, and their poses.
 
     RELION's "3D auto-refine". It searches all orientations, whatever the angles of the
-    file; the file's shifts are where its search for shifts begins. Raises `InputError`
-    where `ab_initio` does.
+    file; the file's shifts are where its search for shifts begins. One process leads,
+    and one for each half has a half of the cores. Raises `InputError` where `ab_initio`
+    does.
 
     Parameters
     ----------
@@ -261,8 +244,6 @@ def auto_refine(
     healpix_order
         Of the first angular search, whose finest step is 30 degrees over
         ``2**healpix_order``. Searches are local from order 4.
-    processes, threads
-        One process leads; the others, an even number, use so many threads each.
     callback
         Called after each iteration but the last one, which uses all frequencies; when a
         run is carried on, first with the last state again.
@@ -274,14 +255,14 @@ def auto_refine(
         --auto_local_healpix_order 4 --offset_range {offset_range:g}
         --offset_step {_HALVING * offset_step:g} {_SHARED} --random_seed {seed + 1}"""
     always = _always(diameter_in_angstroms, most_poses)
-    program = [*mpirun(processes), "relion_refine_mpi", "--j", str(threads)]
+    threads = max(1, available_cores() // 2)
+    program = [*mpirun(3), "relion_refine_mpi", "--j", str(threads)]
     job = _Job(folder, "auto_refine", data, program, first, always, halves=True)
     start = np.asarray(reference, np.float32)
     if not job.state_path.exists():
         pixel = data.particles.pixel_size_in_angstroms
         io.write_mrc(folder / "auto_refine_reference.mrc", start, pixel)
-    inputs = _digest(star.read_bytes(), start.tobytes())
-    return _refine(job, inputs, limit_s, callback)
+    return _refine(job, _digest(data, start.tobytes()), limit_s, callback)
 
 
 def _open(folder: Path, star: Path) -> io.ParticleFile:
@@ -296,14 +277,17 @@ def _always(diameter_in_angstroms: float, most_poses: int | None) -> str:
     return options if most_poses is None else f"{options} --maxsig {most_poses}"
 
 
-def _digest(*contents: bytes) -> str:
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+def _digest(data: io.ParticleFile, more: bytes = b"") -> str:
+    """Return what tells a table, its images and something more from others."""
+    digest = hashlib.sha256(more)
+    for path in (data.path, *data.stacks.values()):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def poses_in_order(
-    path: Path, order: io.ParticleFile
-) -> tuple[Poses, Int[np.ndarray, " particles"] | None]:
-    """Read poses, and halves if there are, in the order of another file's particles.
+def poses_in_order(path: Path, order: io.ParticleFile) -> Poses:
+    """Read poses in the order of another file's particles.
 
     RELION may sort its particles; they are told by the names of their images. Raises
     `InputError` if the files do not hold the same particles.
@@ -316,8 +300,7 @@ def poses_in_order(
         raise InputError(f"{path} and {order.path} do not hold the same particles.")
     place = {name: i for i, name in enumerate(names)}
     rows = np.array([place[name] for name in wanted])
-    poses = jax.tree.map(lambda leaf: leaf[rows], found.poses)
-    return poses, None if found.random_subset is None else found.random_subset[rows]
+    return jax.tree.map(lambda leaf: leaf[rows], found.poses)
 
 
 # --- refinements, which can be interrupted
@@ -374,7 +357,7 @@ class _Job:
         def file(name: str) -> Path:
             return self.folder / f"{state.prefix}_{name}"
 
-        poses, subsets = poses_in_order(file("data.star"), self.data)
+        poses = poses_in_order(file("data.star"), self.data)
         split = self.halves and not state.finished
         half_maps = None
         if self.halves:
@@ -393,7 +376,7 @@ class _Job:
         report = {k: value for k, value in report.items() if value != _NO_ESTIMATE}
         report["angle_step_in_degrees"] = float(said["rlnPsiStep"][0]) / _HALVING
         done = state.iterations, state.wall_s, state.finished
-        return Refined(volume, poses, *done, report, half_maps, subsets)
+        return Refined(volume, poses, *done, report, half_maps)
 
 
 def _refine(
@@ -422,7 +405,6 @@ def _carry_on(
     """Run RELION from the last state; keep and return the new one."""
     root = job.name
     start = ["--i", job.data.path.name, *job.first.split()]
-    start += ["--ctf"] * (job.data.particles.ctf is not None)
     if state.prefix is not None:
         root = f"{job.name}_ct{state.iterations}"
         start = ["--continue", f"{state.prefix}_optimiser.star"]

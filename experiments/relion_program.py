@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from machine import available_cores
+
 from jaxrefine.errors import InputError
 
 _POLL_S = 0.2  # between two looks at what a program has written
@@ -20,7 +22,7 @@ _SHORT_S = 3600.0  # enough for a program that does not iterate
 
 def mpirun(processes: int) -> list[str]:
     """Return the launcher; Open MPI wants to be told of root and of few cores."""
-    scarce = processes > len(os.sched_getaffinity(0)) // 2  # a core may count twice
+    scarce = processes > available_cores() // 2  # a core may count twice
     as_root = ["--allow-run-as-root"] * (os.geteuid() == 0)
     return ["mpirun", "-n", str(processes), *as_root, *["--oversubscribe"] * scarce]
 

@@ -179,12 +179,12 @@ def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
         for value in config[f"{axis}_values"]:
             folder = out / "points" / f"{axis}={value:g}"
             here = config | {axis: value, "methods": ["sweep"]}
-            comparison.run(
-                argparse.Namespace(volume=options.volume, out=folder),
-                here,
-                cases.init1,
-                {"sweep": family},
-            )
+            inner = argparse.Namespace(volume=options.volume, out=folder)
+            try:
+                comparison.run(inner, here, cases.init1, {"sweep": family})
+            except InputError:
+                harness.give_back(out)
+                raise
             points.append(summary(value, harness.read_metrics(folder)))
             io.write_json(out / "metrics.json", {"axis": axis, "points": points})
         (out / "table.md").write_text(
@@ -225,6 +225,8 @@ def table(axis: str, points: list[dict[str, Any]], config: Mapping[str, Any]) ->
             for name, r in point["methods"].items()
         ]
     said = f"{harness.caption(config)} Of these, {axis} varies."
+    if axis == "max_angle_error":
+        said += " The engine is told how large it may be."
     return "\n".join([*rows, "", said])
 
 

@@ -29,7 +29,9 @@ from jaxrefine.geometry import (
     mirror,
 )
 from jaxrefine.io import write_json, write_mrc
+from jaxrefine.matching import MatchConfig
 from jaxrefine.metrics import fsc
+from jaxrefine.refine import RefineConfig
 from jaxrefine.simulate import phantom
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -323,6 +325,75 @@ def test_more_time_carries_on_what_a_limit_stopped(init1, harness, tmp_path):
     assert io.read_json(path / "config.json")["relion_limit_min"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["projection matching", "joint, matched first"])
+def test_an_interrupted_method_resumes_to_the_same_numbers(
+    init1, harness, tmp_path, monkeypatch, name
+):
+    """Stopped after its first iteration, with the checkpoint written."""
+    comparison, methods = init1.comparison, init1.methods
+    config = harness.resolve(options(overrides=["particles=32"]), init1.KEYS)
+    case = init1.cases.init1(config, None, tmp_path)
+    matching = MatchConfig(angle_step_in_degrees=30.0, max_shift=2.0)
+    settings = RefineConfig(half_sets=True, iterations=3, multi_start=())
+    method = {
+        "projection matching": methods.projection_matching(matching, 2, seed=0),
+        "joint, matched first": methods.refinement(settings, 0, matching),
+    }[name]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        out.mkdir()
+    comparison.compare(whole, case, {name: method})
+
+    save = io.save_checkpoint
+
+    def stopping(path, *content):
+        save(path, *content)
+        if path.name == "state.eqx":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(io, "save_checkpoint", stopping)
+        comparison.compare(broken, case, {name: method})
+    assert not (broken / "metrics.json").exists()
+    comparison.compare(broken, case, {name: method})
+    assert timeless(broken) == timeless(whole)
+    assert len(timeless(whole)[name]["history"]) >= 2
+
+
+def test_iterations_of_relions_are_told_once(init1, harness, tmp_path, monkeypatch):
+    """A run that is carried on tells its last iteration again."""
+    comparison, methods, relion = init1.comparison, init1.methods, init1.methods.relion
+    config = harness.resolve(options(overrides=["particles=4"]), init1.KEYS)
+    case = init1.cases.init1(config, None, tmp_path)
+    truth, poses = np.asarray(case.truth, np.float32), case.dataset.truth
+
+    def state(number, finished=False):
+        halves = (truth, truth)
+        return relion.Refined(truth, poses, number, 60.0, finished, {}, halves)
+
+    def refine(numbers, end):
+        def auto_refine(*_, callback, **__):
+            for number in numbers:
+                callback(state(number))
+            if not end:
+                raise KeyboardInterrupt
+            return state(4, finished=True)
+
+        return auto_refine
+
+    monkeypatch.setattr(relion, "postprocess", lambda folder, half1, *_: half1)
+    chosen = {"by RELION": methods.relion_refinement(40.0, True, 100.0, seed=0)}
+    monkeypatch.setattr(relion, "auto_refine", refine([1, 2], end=False))
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare(tmp_path, case, chosen)
+    monkeypatch.setattr(relion, "auto_refine", refine([2, 3], end=True))
+    found = comparison.compare(tmp_path, case, chosen)["by RELION"]
+    assert [row["relion_iteration"] for row in found["history"]] == [1, 2, 3]
+    assert [row["iteration"] for row in found["history"]] == [1, 2, 3]
+    assert found["remark"] == "4 iterations, 1 minutes, from 40 Å"
+
+
 def test_a_run_of_init2_keeps_its_start(init1, tmp_path, monkeypatch):
     """Should RELION be installed, or removed, before it is carried on."""
     init2, starts = importlib.import_module("init2"), []
@@ -355,6 +426,64 @@ def test_set_keeps_the_types(init1, harness):
     assert isinstance(config["snr_db"], float) and isinstance(config["particles"], int)
     with pytest.raises(InputError, match="particles=true wants"):
         harness.resolve(options(overrides=["particles=true"]), init1.KEYS)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("seed=-1", "seed is -1; 0 to"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808; 0 to"),
+        ("matching_rounds=0", "matching_rounds is 0; a positive number"),
+        ("voxel_size_in_angstroms=0.0", "voxel_size_in_angstroms is 0.0; a positive"),
+        ("voxel_size_in_angstroms=nan", "voxel_size_in_angstroms is nan; a positive"),
+        ("matching_step_deg=inf", "matching_step_deg is inf; a positive"),
+    ],
+)
+def test_what_no_study_can_work_with_is_refused(init1, harness, word, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        harness.resolve(options(overrides=[word]), init1.KEYS)
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "sentence"),
+    [
+        ("hjc_init2", "ab_initio_iterations=[1, 2]", "[1, 2]; 3 numbers"),
+        ("hjc_init2", "ab_initio_resolutions=[35.0]", "[35.0]; 2 numbers"),
+        ("sweeps", "snr_db_values=[]", "snr_db_values is empty"),
+    ],
+)
+def test_lists_that_cannot_be_are_refused(harness, config, word, sentence):
+    chosen = options(config=Path(f"configs/{config}.toml"), overrides=[word])
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        harness.resolve(chosen, ["seed"])
+
+
+def test_what_cannot_begin_leaves_its_folder_free(init1, harness, tmp_path):
+    """The corrected command may have the same one; a run in it is not touched."""
+    path, family = tmp_path / "run", {"some": lambda config, case: {}}
+
+    def study(*overrides):
+        chosen = options(out=path, overrides=["methods=['some']", *overrides])
+        config = harness.resolve(chosen, init1.KEYS)
+        init1.comparison.run(chosen, config, init1.cases.init1, family)
+
+    with pytest.raises(InputError, match="0 particles"):
+        study("particles=0")
+    assert not path.exists()
+    study("particles=4")
+    harness.give_back(path)
+    assert (path / "metrics.json").exists() or (path / "done").exists()
+
+
+def test_files_of_a_run_that_are_not_json_are_named(init1, harness, tmp_path):
+    config = harness.resolve(options(), init1.KEYS)
+    for name, read in (
+        ("metrics.json", lambda: harness.read_metrics(tmp_path)),
+        ("config.json", lambda: harness.open_run(options(out=tmp_path), config)),
+    ):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(InputError, match=f"{name} is not JSON"):
+            read()
 
 
 def test_a_configuration_that_cannot_be_read(init1, harness, tmp_path):
@@ -480,12 +609,15 @@ def test_the_table(init1, harness, tmp_path):
     assert again == text
 
 
-def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS.parent / "benchmarks")
-    benchmarks = importlib.import_module("run")
-    assert benchmarks.available_cores() >= 1
+@pytest.mark.parametrize(
+    ("folder", "module"), [("benchmarks", "run"), ("experiments", "machine")]
+)
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch, folder, module):
+    monkeypatch.syspath_prepend(EXPERIMENTS.parent / folder)
+    counting = importlib.import_module(module)
+    assert counting.available_cores() >= 1
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert benchmarks.available_cores() == os.cpu_count()
+    assert counting.available_cores() == os.cpu_count()
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

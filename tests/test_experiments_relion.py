@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from jaxrefine import io, simulate
-from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 
@@ -33,6 +32,7 @@ def load(name):
     return module
 
 
+load("machine")
 relion_program = load("relion_program")
 relion = load("relion")
 needs_relion = pytest.mark.skipif(
@@ -67,29 +67,18 @@ def correlation(a, b) -> float:
 def test_rows_are_told_by_name(tmp_path, star, data):
     order = np.random.default_rng(0).permutation(COUNT)
     blocks = io.read_star(star)
-    table = blocks["particles"] | {
-        "rlnRandomSubset": [str(1 + i % 2) for i in range(COUNT)]
-    }
+    table = blocks["particles"]
     shuffled = {name: [column[i] for i in order] for name, column in table.items()}
     io.write_star(tmp_path / "data.star", blocks | {"particles": shuffled})
     original = io.read_particles(star)
-    poses, subsets = relion.poses_in_order(tmp_path / "data.star", original)
+    poses = relion.poses_in_order(tmp_path / "data.star", original)
     np.testing.assert_allclose(poses.angles, data.truth.angles, atol=1e-6)
     np.testing.assert_allclose(poses.shifts, data.truth.shifts, atol=1e-6)
-    np.testing.assert_array_equal(subsets, 1 + np.arange(COUNT) % 2)
 
     fewer = {name: column[1:] for name, column in shuffled.items()}
     io.write_star(tmp_path / "data.star", blocks | {"particles": fewer})
     with pytest.raises(InputError, match="same particles"):
         relion.poses_in_order(tmp_path / "data.star", original)
-
-
-def test_particles_of_several_microscopes_are_refused(tmp_path, data):
-    defocus = jnp.linspace(1e4, 3e4, COUNT)
-    ctf = CTF(defocus, defocus, voltage=jnp.linspace(200.0, 300.0, COUNT))
-    with pytest.raises(InputError, match="optics"):
-        relion.write_particles(tmp_path, data.images, data.truth, PIXEL, ctf)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_elsewhere_is_refused(tmp_path, star):
@@ -214,6 +203,10 @@ def test_a_run_stops_at_its_limit_and_is_resumed(star, fake, data, truth):
 
     with pytest.raises(InputError, match="other inputs"):
         ab_initio(star, 30.0, seed=1)
+    images = star.with_suffix(".mrcs")
+    io.write_stack(images, -io.read_stack(images)[0], PIXEL)
+    with pytest.raises(InputError, match="other inputs"):
+        ab_initio(star, 30.0)
 
 
 def test_an_error_is_told_in_relions_words(star, fake):
@@ -238,21 +231,15 @@ def at_low_resolution(a, b) -> tuple[float, float]:
 
 
 @needs_relion
-@pytest.mark.parametrize("with_ctf", [False, True])
-def test_true_poses_reconstruct_the_truth(tmp_path, data, truth, with_ctf):
-    """Angles, shifts, defoci and the scale of maps mean the same to RELION."""
-    images, ctf = data.images, None
-    if with_ctf:
-        defocus = jnp.linspace(1e4, 3e4, COUNT, dtype=jnp.float32)
-        ctf = CTF(defocus, defocus)
-        images = apply_ctf(ctf, images, PIXEL)
-    star = relion.write_particles(tmp_path, images, data.truth, PIXEL, ctf)
+def test_true_poses_reconstruct_the_truth(tmp_path, data, truth):
+    """Angles, shifts and the scale of maps mean the same to RELION."""
+    star = relion.write_particles(tmp_path, data.images, data.truth, PIXEL)
     agreement, scale = at_low_resolution(relion.reconstruct(tmp_path, star), truth)
     assert agreement > 0.99
     assert scale == pytest.approx(1, abs=0.02)
 
     mirrored = Poses(data.truth.angles, -data.truth.shifts)
-    star = relion.write_particles(tmp_path, images, mirrored, PIXEL, ctf)
+    star = relion.write_particles(tmp_path, data.images, mirrored, PIXEL)
     assert at_low_resolution(relion.reconstruct(tmp_path, star), truth)[0] < 0.95
 
 
@@ -326,8 +313,6 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, monkeyp
     assert [state.iterations for state in seen] == [1, 1]
     assert (done.iterations, done.finished) == (2, True)
     assert seen[0].wall_s < done.wall_s
-    assert set(done.subsets) == {1, 2}
-    np.testing.assert_array_equal(done.subsets, seen[0].subsets)
     assert done.report["angle_step_in_degrees"] == 15
 
     def agreement(poses):
