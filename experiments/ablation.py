@@ -7,7 +7,9 @@ From the same start as Init-1, the joint refinement is run as it is and less one
   search too;
 - the paper's descent: Algorithm 3's steps in the place of those of Levenberg and
   Marquardt: down the gradient by the angles, then by the shift, each with a line search
-  by factors of a quarter, three times (``K_GD``); the cost is the engine's;
+  by factors of a quarter, three times (``K_GD``); the cost is the engine's, and the
+  first steps are those of the first iteration of the authors' released code, since the
+  paper's own hardly move a pose in any units that we know of;
 - scaled descent: three steps down the gradient, scaled by the curvature of each
   coordinate, without a line search;
 - one hypothesis: the best candidate of each search alone is followed;
@@ -117,9 +119,10 @@ class PaperDescent(eqx.Module):
 
 
 def paper_descent(sigma: float) -> PaperDescent:
-    """Return the released code's first steps, in units of the engine's cost.
+    """Return the first steps of the released code's first iteration.
 
-    It is the paper's over the variance of the noise.
+    In units of the engine's cost, which is the paper's over the variance of the noise
+    where that is white, but for frequencies beyond the band limit and the prior.
     """
     released = released_preset()
     angle_step, shift_step = released.angle_step.first, released.shift_step.first

@@ -178,10 +178,10 @@ def run(
         harness.write_provenance(out)
         try:
             case = prepare(config, options.volume, out)
+            found = [families[name](config, case) for name in config["methods"]]
         except InputError:
             harness.give_back(out)
             raise
-        found = [families[name](config, case) for name in config["methods"]]
         chosen = {name: method for each in found for name, method in each.items()}
         text = table(compare(out, case, chosen), config)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")

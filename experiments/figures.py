@@ -137,9 +137,10 @@ def open_run(folder: Path) -> Run:
             f"The run in {folder} is not finished; its command resumes it."
         )
     lacking = (folder / "done").read_text(encoding="utf-8").strip()
-    if "relion" in config.get("methods", []) and config["relion_limit_min"] == 0:
-        lacking += " RELION's auto-refine was given no time, and is left out."
-    return Run(folder, config, harness.read_metrics(folder), lacking.strip())
+    results = harness.read_metrics(folder)
+    if "RELION, true poses" in results and "RELION auto-refine" not in results:
+        lacking = "RELION's auto-refine was given no time, and is left out."
+    return Run(folder, config, results, lacking)
 
 
 def main(description: str | None, draw: Callable[[list[Run]], Figure]) -> int:

@@ -14,12 +14,12 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -92,6 +92,7 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
     presets = config.pop("preset", {})
     if options.preset not in presets:
         raise InputError(f"{path} has no preset {options.preset}.")
+    plain = dict(config)
     config |= presets[options.preset]
     missing = [key for key in required if key not in config]
     if missing:
@@ -106,7 +107,8 @@ def resolve(options: argparse.Namespace, required: Sequence[str]) -> dict:
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"--set {override} is not KEY=VALUE.") from error
         try:
-            config[key] = _as_type_of(config[key], given)
+            # A preset's empty list does not say what it may hold.
+            config[key] = _as_type_of(config[key] or plain[key], given)
         except TypeError:
             example = json.dumps(config[key])
             raise InputError(
@@ -137,10 +139,17 @@ def _check(config: Mapping[str, Any]) -> None:
     """Refuse, in a sentence, what no study can work with."""
     for key in _POSITIVE:
         value = config.get(key, 1)
-        if not 0 < value < math.inf:
+        if not value > 0:
             raise InputError(f"{key} is {value}; a positive number is wanted.")
     if not 0 <= config["seed"] < _SEEDS:
         raise InputError(f"seed is {config['seed']}; 0 to {_SEEDS - 1} is wanted.")
+    for key, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(x) for x in numbers if isinstance(x, float)):
+            raise InputError(f"{key} is {value}; what is finite is wanted.")
+    if any(scale <= 0 for scale in config.get("paper_step_scales", ())):
+        scales = config["paper_step_scales"]
+        raise InputError(f"paper_step_scales is {scales}; positive ones are wanted.")
     for key, length in _LENGTHS.items():
         if len(config.get(key, range(length))) != length:
             raise InputError(f"{key} is {config[key]}; {length} numbers are wanted.")
@@ -190,9 +199,12 @@ def open_run(options: argparse.Namespace, config: dict) -> Path:
 
 def give_back(out: Path) -> None:
     """Remove a run directory that holds no more than its configuration."""
-    made = {path.name for path in out.rglob("*") if path.is_file()}
-    if made <= {"config.json", "provenance.json"}:
-        shutil.rmtree(out)
+    own = [out / "config.json", out / "provenance.json"]
+    if set(out.iterdir()) <= set(own):
+        for path in own:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            out.rmdir()
 
 
 def folder(options: argparse.Namespace, config: Mapping[str, Any]) -> Path:

@@ -41,7 +41,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     text = (
         "FSC with the true map, the rigid motion that the poses leave free undone. "
         "Times include the compilation of what no bar above has used, and all of it "
-        "for no SNR weighting, which is another program."
+        "for no SNR weighting, which is another program. The paper's descent has the "
+        "first steps of its authors' released code."
     )
     captions = " ".join(harness.caption(run.config) for run in runs)
     figure = plots.captioned_figure(13.0, 3.2 * len(runs) + 0.9, f"{text} {captions}")

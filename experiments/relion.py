@@ -278,11 +278,13 @@ def _always(diameter_in_angstroms: float, most_poses: int | None) -> str:
 
 
 def _digest(data: io.ParticleFile, more: bytes = b"") -> str:
-    """Return what tells a table, its images and something more from others."""
-    digest = hashlib.sha256(more)
-    for path in (data.path, *data.stacks.values()):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    """Return what tells a table, its images and something more from others.
+
+    The images' values count, since the files say when they were written.
+    """
+    digest = hashlib.sha256(data.path.read_bytes() + more)
+    for path in data.stacks.values():
+        digest.update(io.read_stack(path)[0].tobytes())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ what ``plot_sweeps.py`` draws.
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import cases
@@ -183,6 +184,8 @@ def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
             try:
                 comparison.run(inner, here, cases.init1, {"sweep": family})
             except InputError:
+                with suppress(OSError):
+                    folder.parent.rmdir()
                 harness.give_back(out)
                 raise
             points.append(summary(value, harness.read_metrics(folder)))

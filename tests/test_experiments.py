@@ -436,7 +436,10 @@ def test_set_keeps_the_types(init1, harness):
         ("matching_rounds=0", "matching_rounds is 0; a positive number"),
         ("voxel_size_in_angstroms=0.0", "voxel_size_in_angstroms is 0.0; a positive"),
         ("voxel_size_in_angstroms=nan", "voxel_size_in_angstroms is nan; a positive"),
-        ("matching_step_deg=inf", "matching_step_deg is inf; a positive"),
+        ("matching_step_deg=inf", "matching_step_deg is inf; what is finite"),
+        ("initial_blur=nan", "initial_blur is nan; what is finite"),
+        ("paper_step_scales=[1.0, inf]", "[1.0, inf]; what is finite"),
+        ("paper_step_scales=[0]", "[0.0]; positive ones"),
     ],
 )
 def test_what_no_study_can_work_with_is_refused(init1, harness, word, sentence):
@@ -447,13 +450,15 @@ def test_what_no_study_can_work_with_is_refused(init1, harness, word, sentence):
 @pytest.mark.parametrize(
     ("config", "word", "sentence"),
     [
+        ("hjc_init1", "paper_step_scales=['a']", "a value of the type of []"),
         ("hjc_init2", "ab_initio_iterations=[1, 2]", "[1, 2]; 3 numbers"),
         ("hjc_init2", "ab_initio_resolutions=[35.0]", "[35.0]; 2 numbers"),
         ("sweeps", "snr_db_values=[]", "snr_db_values is empty"),
     ],
 )
 def test_lists_that_cannot_be_are_refused(harness, config, word, sentence):
-    chosen = options(config=Path(f"configs/{config}.toml"), overrides=[word])
+    path = Path(f"configs/{config}.toml")
+    chosen = options(config=path, preset="cpu", overrides=[word])
     with pytest.raises(InputError, match=re.escape(sentence)):
         harness.resolve(chosen, ["seed"])
 
@@ -470,9 +475,13 @@ def test_what_cannot_begin_leaves_its_folder_free(init1, harness, tmp_path):
     with pytest.raises(InputError, match="0 particles"):
         study("particles=0")
     assert not path.exists()
+    path.symlink_to(tmp_path / "there")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="0 particles"):
+        study("particles=0")
     study("particles=4")
     harness.give_back(path)
-    assert (path / "metrics.json").exists() or (path / "done").exists()
+    assert {"config.json", "done", "maps"} <= {file.name for file in path.iterdir()}
 
 
 def test_files_of_a_run_that_are_not_json_are_named(init1, harness, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxrefine import kbwf, pose, simulate, spatial
-from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine import kbwf, pose, posterior, simulate, spatial
+from jaxrefine.geometry import Poses, geodesic_distance, matrix_to_euler
+from jaxrefine.gridding import Gridding
+from jaxrefine.hypotheses import prior
 from jaxrefine.io import write_json
 from jaxrefine.refine import RefineConfig
-from jaxrefine.tangent import retract
+from jaxrefine.tangent import LevenbergMarquardt, retract
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -150,6 +153,10 @@ def test_the_bound_knows_what_is_confounded(study):
     ("words", "sentence"),
     [
         (["sweeps", "--set", "axis='noise'"], "axis wants one of snr_db, particles"),
+        (
+            ["sweeps", "--set", "axis='particles'", "--set", "particles_values=[0]"],
+            "0 particles were asked for",
+        ),
         (["cost", "--volume", "map.mrc"], "Maps are of every size here"),
         (["cost", "--set", "sizes=[16]"], "Two sizes and one repetition are wanted"),
     ],
@@ -226,6 +233,40 @@ def test_the_papers_descent_is_that_of_algorithm_3(study):
     np.testing.assert_allclose(found.shift, wanted.shifts, atol=1e-5)
     np.testing.assert_allclose(found.cost * sigma**2, info.cost, rtol=1e-5)
     assert better.cost < found.cost and better.accepted.all()
+
+
+def test_the_papers_descent_keeps_to_what_is_allowed(study, tmp_path):
+    """In the engine's polish: it makes poses more probable, within their bounds."""
+    ablation, chosen = study.load("ablation"), Path("configs/ablation.toml")
+    words = dict(config=chosen, preset="smoke", volume=None, overrides=[])
+    config = study.load("harness").resolve(Namespace(**words), ablation.KEYS)
+    case = study.load("cases").init1(config, None, tmp_path)
+    particles, poses = study.load("methods").particles_of(case), case.dataset.initial
+    poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), poses)
+    last, sigma = (particles.image_size - 1) // 2, float(case.dataset.sigma)
+    noise = jnp.full(last + 2, (sigma * particles.image_size) ** 2, jnp.float32)
+    spectrum = Gridding().spectrum(case.truth.astype(jnp.float32), last)
+    rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
+
+    def polish(update):
+        return posterior.polish(
+            particles,
+            np.arange(len(particles)),
+            spectrum,
+            posterior.view(particles, last, noise),
+            prior(poses, 1.0, 10.0, 0.05, 0.2),
+            rotations,
+            shifts,
+            update,
+            len(particles),
+        )
+
+    found, start = polish(ablation.paper_descent(sigma)), polish(LevenbergMarquardt(0))
+    assert np.all(found.evidence >= start.evidence - 1.0)
+    assert np.mean(found.evidence - start.evidence) > 1.0
+    turned = geodesic_distance(jnp.asarray(found.rotations), poses.rotations)
+    moved = np.linalg.norm(found.shifts - shifts, axis=-1)
+    assert 0.01 < turned.max() < 0.0501 and 0.05 < moved.max() < 0.2001
 
 
 @pytest.mark.slow
