@@ -119,7 +119,7 @@ class PaperDescent(eqx.Module):
 
 
 def paper_descent(sigma: float) -> PaperDescent:
-    """Return the first steps of the released code's first iteration.
+    """Return the descent with the first steps of the released code's first iteration.
 
     In units of the engine's cost, which is the paper's over the variance of the noise
     where that is white, but for frequencies beyond the band limit and the prior.
