@@ -243,7 +243,11 @@ def main() -> None:
         harness.write_provenance(out)
         points = results.get("points", [])
         for size in config["sizes"][len(points) :]:
-            points.append(point(size, config))
+            try:
+                points.append(point(size, config))
+            except InputError:
+                harness.give_back(out)
+                raise
             results = {
                 "device": jax.devices()[0].device_kind,
                 "threads": available_cores(),

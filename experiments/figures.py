@@ -352,6 +352,8 @@ def maps(
         )
     bands = [choose(run) if choose else columns(run, names) for run in runs]
     samples = [run.images() if images else () for run in runs]
+    if any(len(some) for some in samples):
+        text += " Left: samples of the noisy images."
     # Cells; a map's panel takes 2 x 2, an image's one.
     high = 2 * (len(planes) + surfaces)
     left = [-(-len(some) // high) for some in samples]
@@ -434,5 +436,6 @@ def _caption(runs: Sequence[Run], methods: Sequence[str], text: str) -> str:
             if remark and remark not in remarks.values():
                 remarks[name.removesuffix(", post-processed")] = remark
         lines += [f"{name}: {remark}." for name, remark in remarks.items()]
-        lines += [run.lacking] if run.lacking else []
+        if run.lacking and any(name.startswith("RELION") for name in methods):
+            lines.append(run.lacking)
     return " ".join(lines)

@@ -52,15 +52,24 @@ _LENGTHS = {"ab_initio_iterations": 3, "ab_initio_resolutions": 2}
 
 def parse(description: str | None, presets: Sequence[str]) -> argparse.Namespace:
     """Read the command line that all studies share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, help="TOML file, e.g. configs/X.toml")
-    parser.add_argument("--preset", choices=presets, default=presets[0])
+    parser.add_argument(
+        "--preset", choices=presets, default=presets[0], help="default: %(default)s"
+    )
     parser.add_argument(
         "--volume", type=Path, help="true map (MRC); the built-in phantom if left out"
     )
     parser.add_argument("--out", type=Path, help="run directory (default: runs/...)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="another value of a key of the file, in TOML; may be repeated",
     )
     return parser.parse_args()
 

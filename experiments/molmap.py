@@ -143,7 +143,9 @@ def _in_box(
 
 def main() -> None:
     """Write the map of a model."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("model", type=Path, help="PDB or mmCIF file")
     option("--resolution", type=float, required=True, metavar="A", help="Angstrom")
