@@ -242,7 +242,8 @@ def main() -> None:
     if not harness.finished(out):
         harness.write_provenance(out)
         points = results.get("points", [])
-        for size in config["sizes"][len(points) :]:
+        # From the smallest, so that a size that is too small leaves nothing behind.
+        for size in sorted(config["sizes"])[len(points) :]:
             try:
                 points.append(point(size, config))
             except InputError:

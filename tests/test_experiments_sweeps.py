@@ -159,7 +159,7 @@ def test_the_bound_knows_what_is_confounded(study):
         ),
         (["cost", "--volume", "map.mrc"], "Maps are of every size here"),
         (["cost", "--set", "sizes=[16]"], "Two sizes and one repetition are wanted"),
-        (["cost", "--set", "sizes=[8, 16]"], "box is 8 voxels; at least 16 is wanted"),
+        (["cost", "--set", "sizes=[16, 8]"], "box is 8 voxels; at least 16 is wanted"),
     ],
 )
 def test_bad_input_is_one_sentence(study, words, sentence, tmp_path, capsys):
