@@ -176,12 +176,9 @@ def run(
     out = harness.open_run(options, config)
     if not harness.finished(out):
         harness.write_provenance(out)
-        try:
+        with harness.claimed(out):
             case = prepare(config, options.volume, out)
             found = [families[name](config, case) for name in config["methods"]]
-        except InputError:
-            harness.give_back(out)
-            raise
         chosen = {name: method for each in found for name, method in each.items()}
         text = table(compare(out, case, chosen), config)
         (out / "table.md").write_text(text + "\n", encoding="utf-8")

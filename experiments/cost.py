@@ -244,11 +244,8 @@ def main() -> None:
         points = results.get("points", [])
         # From the smallest, so that a size that is too small leaves nothing behind.
         for size in sorted(config["sizes"])[len(points) :]:
-            try:
+            with harness.claimed(out):
                 points.append(point(size, config))
-            except InputError:
-                harness.give_back(out)
-                raise
             results = {
                 "device": jax.devices()[0].device_kind,
                 "threads": available_cores(),

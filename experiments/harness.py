@@ -18,8 +18,8 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -204,6 +204,16 @@ def open_run(options: argparse.Namespace, config: dict) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         io.write_json(stored, config)
     return out
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Give a run directory back if what it was opened for is refused."""
+    try:
+        yield
+    except InputError:
+        give_back(out)
+        raise
 
 
 def give_back(out: Path) -> None:

@@ -16,7 +16,6 @@ what ``plot_sweeps.py`` draws.
 import argparse
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import cases
@@ -181,13 +180,8 @@ def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
             folder = out / "points" / f"{axis}={value:g}"
             here = config | {axis: value, "methods": ["sweep"]}
             inner = argparse.Namespace(volume=options.volume, out=folder)
-            try:
+            with harness.claimed(out), harness.claimed(folder.parent):
                 comparison.run(inner, here, cases.init1, {"sweep": family})
-            except InputError:
-                with suppress(OSError):
-                    folder.parent.rmdir()
-                harness.give_back(out)
-                raise
             points.append(summary(value, harness.read_metrics(folder)))
             io.write_json(out / "metrics.json", {"axis": axis, "points": points})
         (out / "table.md").write_text(
