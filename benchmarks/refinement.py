@@ -174,9 +174,9 @@ def mean_fsc(a: np.ndarray, b: np.ndarray) -> float:
     """Return the mean FSC over the shells 1 to n / 2."""
     import jax.numpy as jnp
 
-    from jaxrefine import metrics
+    from jaxrefine.maps.fsc import fsc, mean_fsc
 
-    return float(metrics.mean_fsc(metrics.fsc(jnp.asarray(a), jnp.asarray(b))))
+    return float(mean_fsc(fsc(jnp.asarray(a), jnp.asarray(b))))
 
 
 def joint(path: Path) -> dict[str, Any]:
@@ -185,9 +185,10 @@ def joint(path: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxrefine import metrics, refine
+    from jaxrefine import evaluation
+    from jaxrefine.data.particles import Particles
     from jaxrefine.geometry import Poses
-    from jaxrefine.particles import Particles
+    from jaxrefine.refinement import loop
 
     with np.load(path) as file:
         data = {name: file[name] for name in file.files}
@@ -195,7 +196,7 @@ def joint(path: Path) -> dict[str, Any]:
     poses = Poses(jnp.asarray(data["start"]), jnp.zeros((len(images), 2), jnp.float32))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     rows = []
-    result = refine.refine(
+    result = loop.refine(
         Particles(images),
         poses,
         jnp.asarray(data["initial"]),
@@ -203,7 +204,7 @@ def joint(path: Path) -> dict[str, Any]:
         callback=lambda state, info: rows.append(info.row()),
     )
     wall = time.perf_counter() - begin
-    errors = metrics.pose_errors(
+    errors = evaluation.pose_errors(
         result.poses.angles,
         result.poses.shifts,
         jnp.asarray(data["angles"]),
@@ -213,7 +214,7 @@ def joint(path: Path) -> dict[str, Any]:
         "mean_fsc": mean_fsc(result.volume, data["volume"]),
         "tau": result.tau,
         "undetermined": int(result.undetermined.sum()),
-        **metrics.summarise(errors),
+        **evaluation.summarise(errors),
         "r_max": [row["r_max"] for row in rows],
         "wall_s": wall,
         "images_mib": images.nbytes / 2**20,
@@ -227,13 +228,13 @@ def oracle(data: dict[str, np.ndarray]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxrefine import refine
+    from jaxrefine.data.particles import Particles
     from jaxrefine.geometry import Poses
-    from jaxrefine.particles import Particles
+    from jaxrefine.refinement import loop
 
     poses = Poses(jnp.asarray(data["angles"]), jnp.asarray(data["shifts"]))
     begin = time.perf_counter()
-    made = refine.reconstruct(Particles(data["images"]), poses, key=jax.random.key(1))
+    made = loop.reconstruct(Particles(data["images"]), poses, key=jax.random.key(1))
     return {
         "mean_fsc": mean_fsc(made.volume, data["volume"]),
         "tau": made.tau,
@@ -246,22 +247,23 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
     """Polish the true poses against the true map; compare with the Cramer-Rao bound."""
     import jax.numpy as jnp
 
-    from jaxrefine import posterior
+    from jaxrefine.data import observation
+    from jaxrefine.data.particles import Particles
     from jaxrefine.geometry import Poses, matrix_to_rotvec
-    from jaxrefine.gridding import Gridding
-    from jaxrefine.hypotheses import prior
-    from jaxrefine.particles import Particles
-    from jaxrefine.tangent import LevenbergMarquardt
+    from jaxrefine.operators.gridding import Gridding
+    from jaxrefine.poses import polish, uncertainty
+    from jaxrefine.poses.prior import priors_about
+    from jaxrefine.poses.solvers import LevenbergMarquardt
 
     particles = Particles(data["images"])
     n, last = particles.image_size, (particles.image_size - 1) // 2
     truth = Poses(jnp.asarray(data["angles"]), jnp.asarray(data["shifts"]))
     noise = jnp.full(n // 2 + 1, data["sigma"] ** 2 * n**2, jnp.float32)
     spectrum = Gridding().spectrum(jnp.asarray(data["volume"]), last)
-    view = posterior.view(particles, last, noise)
-    known = prior(truth, 10.0, 1000.0, np.pi, 1000.0)
+    view = observation.view(particles, last, noise)
+    known = priors_about(truth, 10.0, 1000.0, np.pi, 1000.0)
     everyone = np.arange(len(particles))
-    done = posterior.polish(
+    done = polish.polish_poses(
         particles,
         everyone,
         spectrum,
@@ -273,7 +275,7 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
         256,
     )
     pose = done.rotations, done.shifts, done.information
-    curvature = posterior.curvature(
+    curvature = uncertainty.mean_curvature(
         particles, everyone, spectrum, view, known, *pose, 256
     )
     turned = np.einsum("pij,pkj->pik", done.rotations, np.asarray(truth.rotations))

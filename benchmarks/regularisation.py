@@ -22,11 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from refinement import Case, mean_fsc, simulate
 
-from jaxrefine import admm, crossfit, map_update
+from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
-from jaxrefine.particle_set import RefineConfig, particle_set
-from jaxrefine.particles import Particles
-from jaxrefine.tv import IsotropicTV
+from jaxrefine.maps import admm, folds
+from jaxrefine.maps.sums import Sums, data_term
+from jaxrefine.maps.sums import solve as solve_map
+from jaxrefine.maps.tv import IsotropicTV
+from jaxrefine.refinement import map_step
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import particle_set
 
 CASES = [
     Case("hjc_46.mrc", 46, 500, 0.0),
@@ -43,19 +47,19 @@ TAUS = 1.25 ** np.arange(-6, 7)
 ROUNDS, ITERATIONS = 4, 10
 
 
-def solve(sums: crossfit.Sums, start: admm.ADMMState, tau: float) -> admm.ADMMState:
+def solve(sums: Sums, start: admm.ADMMState, tau: float) -> admm.ADMMState:
     """Make a map, to convergence for our purpose."""
-    data = crossfit.data_term(sums)
+    data = data_term(sums)
     for _ in range(ROUNDS):
-        start = crossfit.solve(
+        start = solve_map(
             data, sums.peak, start, jnp.float32(tau), IsotropicTV(), ITERATIONS
         )
     return start
 
 
-def misfit(sums: crossfit.Sums, volume: jax.Array) -> float:
+def misfit(sums: Sums, volume: jax.Array) -> float:
     """Return ``1/2 ||g - H c||^2 - 1/2 ||g||^2`` in units of the noise."""
-    return float(crossfit.prediction_error(crossfit.data_term(sums), volume))
+    return float(folds.prediction_error(data_term(sums), volume))
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:
@@ -69,8 +73,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     def sums_of(images: np.ndarray):
         particles = Particles(images)
         whole = particle_set(particles, poses, jax.random.key(1), RefineConfig())
-        state = map_update.start(whole, poses, jnp.zeros((n,) * 3, jnp.float32))
-        return map_update.sum_up(whole, state.hypotheses, noise, everyone)
+        state = map_step.start(whole, poses, jnp.zeros((n,) * 3, jnp.float32))
+        return map_step.sum_up(whole, state.hypotheses, noise, everyone)
 
     first, second = sums_of(data["images"])
     both = first + second
@@ -95,7 +99,7 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
         name: [] for name in ("fsc", "cross-validation", "SURE", "discrepancy")
     }
     epsilon = 0.1
-    shaken = crossfit.Sums(both.kernel, both.backprojection + epsilon * ripple)
+    shaken = Sums(both.kernel, both.backprojection + epsilon * ripple)
     for tau in TAUS[::-1]:
         parts = (both, shaken, first, second)
         starts = [

@@ -16,7 +16,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jaxrefine import geometry, kbwf, normal, pose, spatial
+from jaxrefine import geometry
+from jaxrefine.operators import kbwf, normal, spatial
+from jaxrefine.paper import algorithm3
 
 ROUNDS = 25
 
@@ -68,14 +70,14 @@ def pose_update(n: int, particles: int) -> dict[str, float]:
         geometry.equidistributed_angles(keys[1], particles),
         jnp.zeros((particles, 2)),
     )
-    terms = pose.map_terms(psi, jax.random.normal(keys[2], (n, n, n)))
+    terms = algorithm3.map_terms(psi, jax.random.normal(keys[2], (n, n, n)))
 
     def batched(function):
         @eqx.filter_jit
         def evaluate(terms, images, poses):
             def one(image_and_pose):
                 image, where = image_and_pose
-                return function(terms, pose.particle(image_filter, image), where)
+                return function(terms, algorithm3.particle(image_filter, image), where)
 
             return jax.lax.map(one, (images, poses), batch_size=8)
 
@@ -83,8 +85,8 @@ def pose_update(n: int, particles: int) -> dict[str, float]:
 
     typical = seconds(
         {
-            "cost_s": batched(pose.particle_cost),
-            "cost_and_gradient_s": batched(pose.particle_cost_and_gradient),
+            "cost_s": batched(algorithm3.particle_cost),
+            "cost_and_gradient_s": batched(algorithm3.particle_cost_and_gradient),
         }
     )
     return {name: value / particles for name, value in typical.items()}

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import geometry, simulate, slices
+from jaxrefine import geometry, simulate
 from jaxrefine._batching import map_over_particles
-from jaxrefine.gridding import Finufft, Gridding
+from jaxrefine.operators import slices
+from jaxrefine.operators.gridding import Finufft, Gridding
+from jaxrefine.poses import likelihood
 
 SIDE, PARTICLES, ROUNDS = 64, 1000, 7
 R_MAX = int(0.9 * SIDE / 2)
@@ -164,9 +166,9 @@ def fastest(calls: dict) -> dict[str, float]:
 def measure(problem: Problem) -> list[dict]:
     """Measure every way."""
     drivers = {
-        "cost": batched(slices.cost),
-        "cost+gradient": batched(slices.cost_and_gradient),
-        "normal equations": batched(slices.normal_equations),
+        "cost": batched(likelihood.cost),
+        "cost+gradient": batched(likelihood.cost_and_gradient),
+        "normal equations": batched(likelihood.normal_equations),
     }
     rows = []
     for width, oversampling in GRIDDINGS:

@@ -40,11 +40,11 @@ import optax
 from comparison import Case, Method, Outcome, Record
 from jaxtyping import Array, Float
 
-from jaxrefine import crossfit
-from jaxrefine.paper import released_preset
-from jaxrefine.pose import backtrack
-from jaxrefine.refine import RefineConfig
-from jaxrefine.tangent import Constraint, Descent, Estimate, Objective, retract
+from jaxrefine.maps.noise import ShellSums
+from jaxrefine.paper.algorithm3 import backtrack
+from jaxrefine.paper.presets import released_preset
+from jaxrefine.poses.solvers import Constraint, Descent, Estimate, Objective, retract
+from jaxrefine.refinement.config import RefineConfig
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 
@@ -159,7 +159,7 @@ def unweighted(method: Method) -> Method:
     def run(case: Case, record: Record) -> Outcome:
         # What was compiled before has the weights in it, and what is now has not.
         jax.clear_caches()
-        with patch.object(crossfit.ShellSums, "gain", ones):
+        with patch.object(ShellSums, "gain", ones):
             outcome = method(case, record)
         jax.clear_caches()
         return outcome

@@ -13,7 +13,7 @@ from comparison import Case
 
 from jaxrefine import io, simulate
 from jaxrefine._types import Volume
-from jaxrefine.alignment import align_maps, move_map
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import (
     Poses,
@@ -22,9 +22,9 @@ from jaxrefine.geometry import (
     matrix_to_euler,
     mirror,
 )
-from jaxrefine.matching import MatchConfig, match
-from jaxrefine.particles import Particles
-from jaxrefine.progress import Bars
+from jaxrefine.maps.align import align_maps, move_map
+from jaxrefine.poses.matching import MatchConfig, match
+from jaxrefine.runs.progress import Bars
 
 _PLACED_BY = 4  # cycles per box: where the map is, to some voxels
 _HIGHEST = jax.lax.Precision.HIGHEST

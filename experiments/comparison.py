@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, study
+from jaxrefine import evaluation, io
 from jaxrefine._types import Volume
 from jaxrefine.demo import rc_text
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.progress import Bars
+from jaxrefine.maps.fsc import fsc
+from jaxrefine.runs.progress import Bars
 from jaxrefine.simulate import Dataset
 
 _SHOWN = 4  # images that are kept for the figures
@@ -124,14 +125,14 @@ class Record:
         """Measure an iteration, keep its map and, if there is one, the state."""
         case, number = self.case, len(self.history) + 1
         truth = case.dataset.truth
-        curve = metrics.fsc(jnp.asarray(volume, case.truth.dtype), case.truth)
-        errors = metrics.pose_errors(
+        curve = fsc(jnp.asarray(volume, case.truth.dtype), case.truth)
+        errors = evaluation.pose_errors(
             poses.angles, poses.shifts, truth.angles, truth.shifts
         )
         row = {
             "iteration": number,
-            **study.resolution_row(curve),
-            **metrics.summarise(errors),
+            **evaluation.resolution_row(curve),
+            **evaluation.summarise(errors),
             **numbers,
             "elapsed_s": self.elapsed_s,
         }
@@ -257,7 +258,7 @@ def measure(
     volume: np.ndarray, poses: Poses, truth: Volume, true_poses: Poses
 ) -> dict[str, Any]:
     """Return how far a map and its poses are from the true ones."""
-    found = study.assess(volume, poses, truth, true_poses)
+    found = evaluation.assess(volume, poses, truth, true_poses)
     return {
         **found.row(),
         "fsc": _rounded(found.curve),
@@ -276,7 +277,7 @@ def difference_densities(poses: Poses, truth: Poses) -> dict[str, Any]:
     Densities are per degree and per pixel, of all particles, including those outside of
     the bins, whose fraction is given too.
     """
-    angles, shifts = metrics.pose_differences(
+    angles, shifts = evaluation.pose_differences(
         poses.angles, poses.shifts, truth.angles, truth.shifts
     )
     found = {}

@@ -34,14 +34,18 @@ import jax.numpy as jnp
 import numpy as np
 from machine import available_cores
 
-from jaxrefine import io, kbwf, normal, pose, posterior, simulate, slices, spatial
+from jaxrefine import io, simulate
 from jaxrefine._batching import map_over_particles
+from jaxrefine.data import observation
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
-from jaxrefine.gridding import Gridding
-from jaxrefine.hypotheses import prior
-from jaxrefine.matching import MatchConfig, match
-from jaxrefine.particles import Particles
-from jaxrefine.tangent import LevenbergMarquardt
+from jaxrefine.operators import kbwf, normal, spatial
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.paper import algorithm3
+from jaxrefine.poses import likelihood
+from jaxrefine.poses.matching import MatchConfig, match
+from jaxrefine.poses.prior import priors_about
+from jaxrefine.poses.solvers import LevenbergMarquardt
 
 PRESETS = ("smoke", "cpu")
 
@@ -87,7 +91,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, size)
     coefficients = kbwf.expand(basis, truth)
-    terms = pose.map_terms(footprint, coefficients)
+    terms = algorithm3.map_terms(footprint, coefficients)
     transfer = normal.transfer(normal.kernel(footprint, poses.angles, size))
 
     def in_space(function):
@@ -95,39 +99,41 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
         def evaluate(terms, images, poses):
             def one(particle):
                 image, where = particle
-                return function(terms, pose.particle(image_filter, image), where)
+                return function(terms, algorithm3.particle(image_filter, image), where)
 
             return map_over_particles(one, (images, poses), _BATCH)
 
         return lambda: evaluate(terms, images, poses)
 
-    steps = pose.PoseConfig(*_FIRST_STEPS)
+    steps = algorithm3.PoseConfig(*_FIRST_STEPS)
 
     def descend():
-        return pose.run(poses, images, coefficients, footprint, image_filter, steps)
+        return algorithm3.run(
+            poses, images, coefficients, footprint, image_filter, steps
+        )
 
     particles = Particles(np.asarray(images))
     everyone = np.arange(len(particles))
     noise = jnp.full(size // 2 + 1, (dataset.sigma * size) ** 2, truth.dtype)
-    view = posterior.view(particles, last, noise)
+    view = observation.view(particles, last, noise)
     spectrum = Gridding().spectrum(truth, last)
 
     @eqx.filter_jit
     def slice_gradients(spectrum, view, images, poses):
         def one(data, rotation, shift):
-            return slices.cost_and_gradient(
+            return likelihood.cost_and_gradient(
                 spectrum, view.disc, data, rotation, shift, None, view.weights
             )
 
         return jax.vmap(one)(view.spectra(images, None), poses.rotations, poses.shifts)
 
     def polish(steps: int):
-        return posterior.polish(
+        return polish.polish_poses(
             particles,
             everyone,
             Gridding().spectrum(truth, last),
             view,
-            prior(poses, 1.0, 10.0, np.pi, 10.0),
+            priors_about(poses, 1.0, 10.0, np.pi, 10.0),
             np.asarray(poses.rotations),
             np.asarray(poses.shifts),
             LevenbergMarquardt(steps),
@@ -147,8 +153,8 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
         "projection matching, steps as 1/n": lambda: (
             match(particles, truth, scaled).poses
         ),
-        "spatial, cost": in_space(pose.particle_cost),
-        "spatial, cost and gradient": in_space(pose.particle_cost_and_gradient),
+        "spatial, cost": in_space(algorithm3.particle_cost),
+        "spatial, cost and gradient": in_space(algorithm3.particle_cost_and_gradient),
         "spatial, Algorithm 3": descend,
         "slices, cost and gradient": lambda: slice_gradients(
             spectrum, view, images, poses

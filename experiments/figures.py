@@ -21,9 +21,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxrefine import io, plots
+from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.plots import TEXT_SIZE
+from jaxrefine.report import plots
+from jaxrefine.report.plots import TEXT_SIZE
 
 STYLES: dict[str, plots.Style] = {
     "oracle": ("black", "-"),

@@ -21,9 +21,9 @@ import methods
 from comparison import Case, Method
 from methods import initial_poses, true_poses
 
-from jaxrefine.matching import MatchConfig
-from jaxrefine.paper import paper_preset, released_preset
-from jaxrefine.refine import RefineConfig
+from jaxrefine.paper.presets import paper_preset, released_preset
+from jaxrefine.poses.matching import MatchConfig
+from jaxrefine.refinement.config import RefineConfig
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 

@@ -23,8 +23,8 @@ import methods
 from comparison import Case, Method
 from methods import initial_poses, true_poses
 
-from jaxrefine.matching import MatchConfig
-from jaxrefine.refine import RefineConfig
+from jaxrefine.poses.matching import MatchConfig
+from jaxrefine.refinement.config import RefineConfig
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 

@@ -12,12 +12,18 @@ import numpy as np
 import relion
 from comparison import Case, Method, Outcome, Record
 
-from jaxrefine import io, kbwf, paper, refine, spatial
+from jaxrefine import io
 from jaxrefine._types import Volume
+from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
-from jaxrefine.matching import MatchConfig, match
-from jaxrefine.particles import Particles
-from jaxrefine.postprocess import low_pass, postprocess, soft_mask
+from jaxrefine.maps.filters import low_pass
+from jaxrefine.maps.mask import soft_mask
+from jaxrefine.maps.postprocess import postprocess
+from jaxrefine.operators import kbwf, spatial
+from jaxrefine.paper import algorithm1
+from jaxrefine.poses.matching import MatchConfig, match
+from jaxrefine.refinement import loop
+from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.simulate import Dataset
 
 Start = Callable[[Dataset], Poses]
@@ -49,7 +55,7 @@ def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
     def run(case: Case, record: Record) -> Outcome:
         poses, key = start(case.dataset), jax.random.key(seed)
         record.expect(1)
-        made = refine.reconstruct(particles_of(case), poses, key=key)
+        made = loop.reconstruct(particles_of(case), poses, key=key)
         record.add(made.volume, poses)
         return Outcome(made.volume, poses, remark=remark)
 
@@ -57,7 +63,7 @@ def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
 
 
 def refinement(
-    config: refine.RefineConfig, seed: int, matching: MatchConfig | None = None
+    config: RefineConfig, seed: int, matching: MatchConfig | None = None
 ) -> Method:
     """Refine poses and map jointly by the engine.
 
@@ -73,13 +79,13 @@ def refinement(
             poses = match(particles, case.initial_map, matching).poses
             io.save_checkpoint(kept, poses, {})
         what = (particles, poses, case.initial_map, config)
-        state = record.resume(refine.init(*what, key=key))
+        state = record.resume(loop.init(*what, key=key))
         record.expect(config.iterations)
 
-        def keep(state: refine.RefineState, info: refine.RefineInfo) -> None:
+        def keep(state: loop.RefineState, info: loop.RefineInfo) -> None:
             record.add(state.volume, state.poses, state, **info.row())
 
-        done = refine.refine(*what, key=key, state=state, callback=keep)
+        done = loop.refine(*what, key=key, state=state, callback=keep)
         processed = None
         if done.half_maps is not None:
             processed = _post_processed(case, done.volume, done.half_maps, key)
@@ -111,7 +117,7 @@ def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:
 # --- the paper's algorithm
 
 
-def spatial_reconstruction(settings: paper.RefineConfig, start: Start) -> Method:
+def spatial_reconstruction(settings: algorithm1.RefineConfig, start: Start) -> Method:
     """Run the volume updates of Algorithm 1 alone."""
 
     def run(case: Case, record: Record) -> Outcome:
@@ -119,18 +125,18 @@ def spatial_reconstruction(settings: paper.RefineConfig, start: Start) -> Method
         problem, state = _problem(case, poses, basis)
         record.expect(settings.iterations)
 
-        def keep(state: paper.RefineState, info) -> None:
+        def keep(state: algorithm1.RefineState, info) -> None:
             volume = kbwf.evaluate(basis, state.volume.coefficients)
             record.add(volume, poses, objective=float(info.objective[-1]))
 
-        state = paper.reconstruct(state, problem, settings, keep)
+        state = algorithm1.reconstruct(state, problem, settings, keep)
         volume = kbwf.evaluate(basis, state.volume.coefficients)
         return Outcome(np.asarray(volume), poses)
 
     return run
 
 
-def spatial_refinement(settings: paper.RefineConfig) -> Method:
+def spatial_refinement(settings: algorithm1.RefineConfig) -> Method:
     """Run Algorithm 1."""
 
     def run(case: Case, record: Record) -> Outcome:
@@ -139,7 +145,7 @@ def spatial_refinement(settings: paper.RefineConfig) -> Method:
         state = record.resume(fresh)
         record.expect(settings.iterations)
 
-        def keep(state: paper.RefineState, info: paper.RefineInfo) -> None:
+        def keep(state: algorithm1.RefineState, info: algorithm1.RefineInfo) -> None:
             volume = kbwf.evaluate(basis, state.volume.coefficients)
             moves = {
                 "angle_moves": float(info.pose.angle_moves.mean()),
@@ -148,28 +154,32 @@ def spatial_refinement(settings: paper.RefineConfig) -> Method:
             }
             record.add(volume, state.poses, state, **moves)
 
-        state = paper.refine(state, problem, settings, keep)
+        state = algorithm1.refine(state, problem, settings, keep)
         volume = kbwf.evaluate(basis, state.volume.coefficients)
         return Outcome(np.asarray(volume), state.poses)
 
     return run
 
 
-def with_step_scale(settings: paper.RefineConfig, scale: float) -> paper.RefineConfig:
+def with_step_scale(
+    settings: algorithm1.RefineConfig, scale: float
+) -> algorithm1.RefineConfig:
     """Multiply the steps of a preset."""
     steps = (settings.angle_step, settings.shift_step)
-    scaled = tuple(paper.Schedule(float(step.first) * scale) for step in steps)
+    scaled = tuple(algorithm1.Schedule(float(step.first) * scale) for step in steps)
     return eqx.tree_at(lambda c: (c.angle_step, c.shift_step), settings, scaled)
 
 
 def _problem(
     case: Case, poses: Poses, basis: kbwf.KBWF
-) -> tuple[paper.Problem, paper.RefineState]:
+) -> tuple[algorithm1.Problem, algorithm1.RefineState]:
     """Tabulate the imaging model, and expand the initial map."""
     images = case.dataset.images
     psi = spatial.footprint(basis)
-    problem = paper.Problem(images, psi, spatial.spline_filter(psi, images.shape[-1]))
-    return problem, paper.init(poses, kbwf.expand(basis, case.initial_map))
+    problem = algorithm1.Problem(
+        images, psi, spatial.spline_filter(psi, images.shape[-1])
+    )
+    return problem, algorithm1.init(poses, kbwf.expand(basis, case.initial_map))
 
 
 # --- the baselines
@@ -188,7 +198,7 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
         while len(record.history) < rounds:
             found = match(particles, volume, settings)
             poses = found.poses
-            made = refine.reconstruct(particles, poses, key=key)
+            made = loop.reconstruct(particles, poses, key=key)
             volume = jnp.asarray(made.volume)
             used = {"step_deg": found.step_in_degrees, "r_max": found.r_max}
             record.add(volume, poses, (volume, poses), **used)

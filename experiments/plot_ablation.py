@@ -11,7 +11,7 @@ import harness
 from figures import STYLES, Run
 from matplotlib.figure import Figure
 
-from jaxrefine import plots
+from jaxrefine.report import plots
 
 PANELS = {
     "mean_fsc_aligned": ("mean FSC", "%.3f"),

@@ -11,8 +11,9 @@ import harness
 from cost import NORMAL_OPERATOR
 from matplotlib.figure import Figure
 
-from jaxrefine import io, plots
+from jaxrefine import io
 from jaxrefine.errors import InputError
+from jaxrefine.report import plots
 
 LOOKS = {
     "projection matching": ("#8C564B", "-"),

@@ -13,8 +13,8 @@ from figures import STYLES, Run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from jaxrefine import plots
 from jaxrefine.errors import InputError
+from jaxrefine.report import plots
 
 LABELS = {
     "snr_db": "SNR per pixel (dB)",

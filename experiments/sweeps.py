@@ -29,12 +29,16 @@ from comparison import Case, Method, Outcome, Record
 from jaxtyping import Float
 from methods import initial_poses, true_poses
 
-from jaxrefine import io, metrics, posterior, refine
+from jaxrefine import evaluation, io
+from jaxrefine.data import observation
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, matrix_to_euler
-from jaxrefine.gridding import Gridding
-from jaxrefine.hypotheses import prior
-from jaxrefine.tangent import LevenbergMarquardt, PoseUpdate
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.poses.polish import Polished, polish_poses
+from jaxrefine.poses.prior import priors_about
+from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
+from jaxrefine.refinement import loop
+from jaxrefine.refinement.config import RefineConfig
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 
@@ -75,8 +79,8 @@ def family(config: dict[str, Any], case: Case) -> dict[str, Method]:
     del case
     seed = config["seed"]
     # How well the poses are known is what the engine takes for granted at 0.7 rad.
-    spread = refine.RefineConfig().angle_spread * config["max_angle_error"] / 0.7
-    settings = refine.RefineConfig(angle_spread=spread)
+    spread = RefineConfig().angle_spread * config["max_angle_error"] / 0.7
+    settings = RefineConfig(angle_spread=spread)
     return {
         "oracle": methods.reconstruction(true_poses, seed),
         "unrefined": methods.reconstruction(initial_poses, seed),
@@ -99,11 +103,11 @@ def from_true_map(seed: int) -> Method:
             matrix_to_euler(jnp.asarray(found.rotations)), jnp.asarray(found.shifts)
         )
         key, particles = jax.random.key(seed), methods.particles_of(case)
-        made = refine.reconstruct(particles, poses, key=key)
+        made = loop.reconstruct(particles, poses, key=key)
         # No step is made: this is the information at the true poses.
         bound = cramer_rao(polish(case, LevenbergMarquardt(0)).information)
         truth = case.dataset.truth
-        errors = metrics.pose_errors(
+        errors = evaluation.pose_errors(
             poses.angles, poses.shifts, truth.angles, truth.shifts
         )
         attained = {
@@ -116,19 +120,19 @@ def from_true_map(seed: int) -> Method:
     return run
 
 
-def polish(case: Case, update: PoseUpdate) -> posterior.Polished:
+def polish(case: Case, update: PoseUpdate) -> Polished:
     """Take the true poses to their optima in the true map, at the known noise."""
     particles, truth = methods.particles_of(case), case.dataset.truth
     m = particles.image_size
     last = (m - 1) // 2
     poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), truth)
     noise = jnp.full(m // 2 + 1, (float(case.dataset.sigma) * m) ** 2, jnp.float32)
-    return posterior.polish(
+    return polish_poses(
         particles,
         np.arange(len(particles)),
         Gridding().spectrum(case.truth.astype(jnp.float32), last),
-        posterior.view(particles, last, noise),
-        prior(poses, _FLAT, _FLAT, np.pi, _FLAT),
+        observation.view(particles, last, noise),
+        priors_about(poses, _FLAT, _FLAT, np.pi, _FLAT),
         np.asarray(poses.rotations),
         np.asarray(poses.shifts),
         update,

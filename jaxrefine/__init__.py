@@ -1,42 +1,23 @@
 """Joint refinement of poses and density map for single-particle cryo-EM, in JAX.
 
-Pure functions on small frozen pytrees, one module per concept, lowest layer first:
+Three functions do the work, on data that fit together:
 
-- :mod:`~jaxrefine.kbwf` the basis, :mod:`~jaxrefine.geometry` the poses,
-  :mod:`~jaxrefine.tv` the prior, :mod:`~jaxrefine.ctf` the optics;
-- :mod:`~jaxrefine.spatial` and :mod:`~jaxrefine.slices` the two projectors,
-  :mod:`~jaxrefine.normal` the normal operator, :mod:`~jaxrefine.admm` the map;
-- :mod:`~jaxrefine.pose` the paper's pose update, :mod:`~jaxrefine.paper` its
-  Algorithm 1;
-- :mod:`~jaxrefine.search`, :mod:`~jaxrefine.tangent` and :mod:`~jaxrefine.crossfit`
-  production's pose and volume updates, :mod:`~jaxrefine.refine` the joint refinement;
-- :mod:`~jaxrefine.matching` projection matching, :mod:`~jaxrefine.postprocess` masks,
-  gold-standard FSC and sharpening;
-- :mod:`~jaxrefine.simulate` and :mod:`~jaxrefine.metrics` synthetic data and figures
-  of merit, :mod:`~jaxrefine.io` files.
+- :func:`refine` refines poses and map jointly, :func:`reconstruct` makes a map of
+  particles at given poses, and :func:`match` finds poses by projection matching;
+- :class:`Particles` are images with their optics (:class:`CTF`), :class:`Poses` their
+  orientations and shifts, :class:`RefineConfig` the parameters, :class:`Result` what a
+  refinement returns, and :class:`InputError` what is raised for bad input.
 
-Importing the package changes no configuration and opens no device.
+The packages are named after what they hold: ``operators`` (the basis, H, its adjoint,
+H^T H), ``data`` (images), ``maps`` (the map at fixed poses), ``poses`` (the poses at a
+fixed map), ``refinement`` (both in turns), ``paper`` (the published algorithm,
+literally), ``simulate`` and ``evaluation`` (synthetic data, and errors against a truth)
+and ``io`` (files).
+
+Importing the package changes no configuration and opens no device. Its parts are
+imported when they are first used.
 """
 
-from jaxrefine import admm as admm
-from jaxrefine import ctf as ctf
-from jaxrefine import geometry as geometry
-from jaxrefine import io as io
-from jaxrefine import kbwf as kbwf
-from jaxrefine import matching as matching
-from jaxrefine import metrics as metrics
-from jaxrefine import normal as normal
-from jaxrefine import paper as paper
-from jaxrefine import pose as pose
-from jaxrefine import postprocess as postprocess
-from jaxrefine import refine as refine
-from jaxrefine import simulate as simulate
-from jaxrefine import slices as slices
-from jaxrefine import spatial as spatial
-from jaxrefine import tangent as tangent
-from jaxrefine import tv as tv
-from jaxrefine.errors import InputError as InputError
-from jaxrefine.geometry import Poses as Poses
-from jaxrefine.kbwf import KBWF as KBWF
-from jaxrefine.particles import Particles as Particles
-from jaxrefine.refine import RefineConfig as RefineConfig
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,5 @@
 """The demonstration: simulate the built-in phantom, refine it, show what came of it."""
 
-import platform
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, plots, progress, refine, simulate, study
+from jaxrefine import evaluation, io, simulate
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
-from jaxrefine.particles import Particles
-from jaxrefine.refine import RefineConfig
+from jaxrefine.maps.fsc import fsc
+from jaxrefine.refinement import loop
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.report import plots
+from jaxrefine.runs import progress
+from jaxrefine.runs.provenance import peak_rss_mib
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,13 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     )
     with progress.Bars() as bars:
         advance = bars.next("oracle", 1)
-        oracle = refine.reconstruct(particles, dataset.truth, settings, key=key)
+        oracle = loop.reconstruct(particles, dataset.truth, settings, key=key)
         advance(None, {})
         advance = bars.next("unrefined", 1)
-        unrefined = refine.reconstruct(particles, dataset.initial, settings, key=key)
+        unrefined = loop.reconstruct(particles, dataset.initial, settings, key=key)
         advance(None, {})
         advance = bars.next("joint", settings.iterations)
-        joint = refine.refine(
+        joint = loop.refine(
             particles,
             dataset.initial,
             initial_map,
@@ -113,7 +117,7 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     for name, volume in maps.items():
         io.write_mrc(out / f"{name}.mrc", volume, 1.0)
     found = {
-        name: study.assess(volume, poses[name], truth, dataset.truth)
+        name: evaluation.assess(volume, poses[name], truth, dataset.truth)
         for name, volume in volumes.items()
     }
     errors = {name: one.errors for name, one in found.items()}
@@ -161,7 +165,7 @@ def _check(config: DemoConfig, out: Path) -> None:
 
 
 def _summarise(
-    found: dict[str, study.Assessment],
+    found: dict[str, evaluation.Assessment],
 ) -> dict[str, Any]:
     """Gather the figures of merit under their documented names."""
     summary: dict[str, Any] = {}
@@ -189,7 +193,7 @@ def _draw(config: DemoConfig, images, maps, errors, out: Path) -> None:
     plots.orthogonal_slices(out / "slices.png", maps, caption)
     truth = jnp.asarray(maps["truth"])
     curves = {
-        name: np.asarray(metrics.fsc(jnp.asarray(volume), truth))
+        name: np.asarray(fsc(jnp.asarray(volume), truth))
         for name, volume in maps.items()
         if name != "truth"
     }
@@ -204,16 +208,6 @@ def _draw(config: DemoConfig, images, maps, errors, out: Path) -> None:
             "joint": np.asarray(getattr(errors["joint"], member)),
         }
         plots.error_histograms(out / file, shown, unit, caption)
-
-
-def peak_rss_mib() -> float | None:
-    """Return the most memory this process has held, in MiB, where Python can tell."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def report(summary: dict) -> str:

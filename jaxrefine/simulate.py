@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from jaxrefine import kbwf, spatial
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.operators import kbwf, spatial
 
 # The phantom's plan. Its unit is about 65 Angstrom: the helix is that of B-DNA, whose
 # radius is 10 and turn 10.5 base pairs of 3.4. A domain is a centre and a radius.

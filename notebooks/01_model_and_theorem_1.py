@@ -30,19 +30,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
-from jaxrefine import (
-    KBWF,
-    Poses,
-    geometry,
-    kbwf,
-    normal,
-    pose,
-    simulate,
-    slices,
-    spatial,
-    tangent,
-)
-from jaxrefine.gridding import Gridding
+from jaxrefine import KBWF, Poses, geometry, simulate
+from jaxrefine.operators import kbwf, normal, slices, spatial
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.paper import algorithm3
+from jaxrefine.poses import likelihood, solvers
 
 plt.rcParams["figure.dpi"] = 80
 N = 32  # voxels along the box
@@ -164,17 +156,19 @@ for first, end in ((0, 5), (5, 10), (10, last + 1)):
 # %%
 sigma = simulate.noise_std(by_space, snr_db=0.0)
 noisy = simulate.add_noise(noise_key, by_space, sigma)
-terms = pose.map_terms(psi, c)  # of the map, for all particles
-particle = pose.particle(spatial.spline_filter(psi, N), noisy[1])  # of one image
+terms = algorithm3.map_terms(psi, c)  # of the map, for all particles
+particle = algorithm3.particle(spatial.spline_filter(psi, N), noisy[1])  # of one image
 true_pose = Poses(poses.angles[1], poses.shifts[1])
 here = Poses(
     true_pose.angles + jnp.array([0.2, -0.1, 0.15]),
     true_pose.shifts + jnp.array([1.0, -0.5]),
 )
 
-theorem_1 = jax.jit(pose.particle_cost_and_gradient)
+theorem_1 = jax.jit(algorithm3.particle_cost_and_gradient)
 cost, explicit = theorem_1(terms, particle, here)
-automatic = jax.jit(jax.grad(pose.particle_cost, argnums=2))(terms, particle, here)
+automatic = jax.jit(jax.grad(algorithm3.particle_cost, argnums=2))(
+    terms, particle, here
+)
 print("     Theorem 1     jax.grad")
 for name, ours, its in zip(
     ("rot", "tilt", "psi", "x", "y"),
@@ -258,7 +252,7 @@ for panel, r_max in zip(axes, limits, strict=True):
     def cost_at(pose, model=model, few=few, image=image):
         """Return the cost from frequencies up to the limit."""
         rotation, shift = pose.rotations, pose.shifts
-        return slices.cost(model, few, image, rotation, shift, None, few.quadrature)
+        return likelihood.cost(model, few, image, rotation, shift, None, few.quadrature)
 
     draw(panel, degrees, scan(cost_at, degrees, turned))
     panel.set(title=f"up to {r_max} cycles per box", xlabel="rot, off by (degrees)")
@@ -277,12 +271,12 @@ starts = geometry.euler_to_matrix(true_pose.angles + errors)
 
 @eqx.filter_jit
 def descend(model, few, image, starts):
-    """Descend from rotations and the true shift; return `tangent.Estimate`s."""
+    """Descend from rotations and the true shift; return `solvers.Estimate`s."""
     weights = few.quadrature / sigma**2
-    update = tangent.LevenbergMarquardt(iterations=12)
+    update = solvers.LevenbergMarquardt(iterations=12)
 
     def objective(rotation, shift):
-        return slices.normal_equations(
+        return likelihood.normal_equations(
             model, few, image, rotation, shift, None, weights
         )
 

@@ -15,7 +15,7 @@
 # # Joint refinement, step by step
 #
 # Poses that are wrong by up to 40 degrees, a blurred map, noisy images:
-# `refine.refine` takes all three to the end. This notebook watches it do so, and then
+# `loop.refine` takes all three to the end. This notebook watches it do so, and then
 # replaces two of its parts: the prior of the map and the way a pose is improved.
 
 # %%
@@ -28,7 +28,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jaxrefine import Particles, RefineConfig, metrics, refine, simulate, tangent
+from jaxrefine import Particles, RefineConfig, evaluation, simulate
+from jaxrefine.maps.fsc import fsc, mean_fsc
+from jaxrefine.poses import solvers
+from jaxrefine.refinement import loop
 
 plt.rcParams["figure.dpi"] = 80
 N = 32  # voxels along the box
@@ -72,7 +75,7 @@ plt.show()
 def pose_errors(poses):
     """Return the errors of poses, up to a rigid motion."""
     true = data.truth
-    return metrics.pose_errors(poses.angles, poses.shifts, true.angles, true.shifts)
+    return evaluation.pose_errors(poses.angles, poses.shifts, true.angles, true.shifts)
 
 
 history = [("start", initial_map, pose_errors(data.initial))]
@@ -87,7 +90,7 @@ def watch(state, info):
 
 
 config = RefineConfig(first_r_max=8, search_r_max=8)
-result = refine.refine(
+result = loop.refine(
     particles, data.initial, initial_map, config, key=key, callback=watch
 )
 
@@ -140,16 +143,16 @@ plt.show()
 # ## How good is the map?
 #
 # The yardsticks are maps of the same images from the true poses (the oracle) and from
-# the poses that we began with. `refine.reconstruct` is the volume update alone.
+# the poses that we began with. `loop.reconstruct` is the volume update alone.
 
 # %%
-oracle = refine.reconstruct(particles, data.truth, config, key=key)
-unrefined = refine.reconstruct(particles, data.initial, config, key=key)
+oracle = loop.reconstruct(particles, data.truth, config, key=key)
+unrefined = loop.reconstruct(particles, data.initial, config, key=key)
 
 
-def fsc(volume):
+def correlation(volume):
     """Return the Fourier shell correlation with the true map."""
-    return metrics.fsc(jnp.asarray(volume), truth)
+    return fsc(jnp.asarray(volume), truth)
 
 
 figure, panel = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -159,8 +162,8 @@ for name, volume, style in (
     ("unrefined", unrefined.volume, "C1"),
     ("initial map", initial_map, "0.6"),
 ):
-    curve = fsc(volume)
-    label = f"{name}, mean {float(metrics.mean_fsc(curve)):.3f}"
+    curve = correlation(volume)
+    label = f"{name}, mean {float(mean_fsc(curve)):.3f}"
     panel.plot(curve, style, label=label)
 panel.axhline(0.5, color="0.8", lw=1)
 panel.set(xlabel="shell", ylabel="FSC with the truth", xlim=(0, N // 2))
@@ -200,36 +203,34 @@ class Smoothness(eqx.Module):
 # ## A pose update of your own
 #
 # A pose update is any object with `minimise`, which gets the cost, its gradient and
-# $J^T J$ in the tangent space of the pose. `tangent.Descent` makes one of any
+# $J^T J$ in the tangent space of the pose. `solvers.Descent` makes one of any
 # transformation of `optax`: here Adam takes the place of Levenberg-Marquardt.
 
 # %%
-adam = tangent.Descent(optax.adam(0.5), iterations=10)
+adam = solvers.Descent(optax.adam(0.5), iterations=10)
 variants = {
     "quadratic prior": replace(config, regulariser=Smoothness(0.05)),
     "Adam": replace(config, update=adam),
 }
 results = {"as it comes": result}
 for name, variant in variants.items():
-    results[name] = refine.refine(
-        particles, data.initial, initial_map, variant, key=key
-    )
-smooth_oracle = refine.reconstruct(
+    results[name] = loop.refine(particles, data.initial, initial_map, variant, key=key)
+smooth_oracle = loop.reconstruct(
     particles, data.truth, variants["quadratic prior"], key=key
 )
 
 # %%
 print(f"{'':>23}  mean FSC     tau  median error  within 10 degrees  iterations")
 for name, one in results.items():
-    summary = metrics.summarise(pose_errors(one.poses))
+    summary = evaluation.summarise(pose_errors(one.poses))
     print(
-        f"{name:>23}  {float(metrics.mean_fsc(fsc(one.volume))):8.3f}  {one.tau:6.2f}  "
+        f"{name:>23}  {float(mean_fsc(correlation(one.volume))):8.3f}  {one.tau:6.2f}  "
         f"{summary['angle_error_deg_median']:12.2f}  "
         f"{100 * summary['fraction_within_10_deg']:15.1f} %  "
         f"{int(one.state.iteration):10d}"
     )
 for name, one in (("TV", oracle), ("quadratic", smooth_oracle)):
-    score = float(metrics.mean_fsc(fsc(one.volume)))
+    score = float(mean_fsc(correlation(one.volume)))
     print(f"{name + ', true poses':>23}  {score:8.3f}  {one.tau:6.2f}")
 
 # %% [markdown]

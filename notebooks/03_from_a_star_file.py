@@ -30,17 +30,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from jaxrefine import (
-    RefineConfig,
-    cli,
-    geometry,
-    io,
-    metrics,
-    postprocess,
-    refine,
-    simulate,
-    study,
-)
+from jaxrefine import RefineConfig, cli, evaluation, geometry, io, simulate
+from jaxrefine.maps.mask import soft_mask
+from jaxrefine.maps.postprocess import postprocess
+from jaxrefine.refinement import loop
 
 plt.rcParams["figure.dpi"] = 80
 home, folder = os.getcwd(), tempfile.TemporaryDirectory()
@@ -99,7 +92,7 @@ plt.show()
 # %%
 subsets = 1 + np.arange(len(source)) % 2
 config = RefineConfig(half_sets=True, first_r_max=8, search_r_max=8)
-result = refine.refine(
+result = loop.refine(
     particles,
     source.poses,
     jnp.asarray(start),
@@ -121,8 +114,8 @@ half1, half2 = (jnp.asarray(half) for half in result.half_maps)
 # is measured with half maps of random phases, and taken out.
 
 # %%
-mask = postprocess.soft_mask((half1 + half2) / 2, pixel, extend=1, edge=3)
-final = postprocess.postprocess(half1, half2, mask, pixel, key=jax.random.key(2))
+mask = soft_mask((half1 + half2) / 2, pixel, extend=1, edge=3)
+final = postprocess(half1, half2, mask, pixel, key=jax.random.key(2))
 print(f"half maps agree to {final.resolution_in_angstroms:.1f} A, FSC 0.143")
 print(f"(two pixels are {2 * pixel:.1f} A); the mask fills {float(mask.mean()):.0%}")
 
@@ -144,8 +137,8 @@ plt.show()
 figure, panel = plt.subplots(figsize=(7.5, 4), layout="constrained")
 mean = (half1 + half2) / 2
 # The half maps share a frame, the truth has its own: their motion is undone.
-against_truth = study.assess(mean, result.poses, phantom, truth)
-regularised = study.assess(result.volume, result.poses, phantom, truth)
+against_truth = evaluation.assess(mean, result.poses, phantom, truth)
+regularised = evaluation.assess(result.volume, result.poses, phantom, truth)
 for name, curve, style in (
     ("half maps", final.fsc_unmasked, "C0"),
     ("half maps, masked", final.fsc_masked, "C1:"),
@@ -209,7 +202,7 @@ run("evaluate refined.star data/truth.star")
 
 # %%
 poses = result.poses
-motion = metrics.align_poses(poses.angles, poses.shifts, truth.angles, truth.shifts)
+motion = evaluation.align_poses(poses.angles, poses.shifts, truth.angles, truth.shifts)
 aligned, translation = np.asarray(motion.aligned), np.asarray(motion.translation)
 turn = np.asarray(truth.rotations) @ aligned.swapaxes(1, 2)
 move = np.asarray(truth.shifts - poses.shifts) + aligned[:, :2] @ translation

@@ -37,7 +37,7 @@ def test_the_library_example_uses_what_there_is():
 
     section = README.split("## As a library")[1].split("## ")[0]
     for field in re.findall(r"result\.([a-z_]+)", section):
-        assert field in jaxrefine.refine.Result.__annotations__, field
+        assert field in jaxrefine.refinement.loop.Result.__annotations__, field
     for name in re.findall(r"`([a-z_]+)`", section):
         modules = (jaxrefine.RefineConfig.__annotations__, ["optax"])
         assert any(name in module for module in modules), name

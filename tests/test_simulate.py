@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import geometry, kbwf, simulate
+from jaxrefine import geometry, simulate
 from jaxrefine.ctf import gaussian_psf
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.operators import kbwf
 
 KEY = jax.random.key(0)
 SIZES = [31, 32, 48]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from jaxrefine import hypotheses, symmetry
+from jaxrefine import symmetry
 from jaxrefine.errors import InputError
+from jaxrefine.poses import hypotheses
 
 ORDERS = {
     **{"C1": 1, "C2": 2, "C5": 5, "C99": 99, "D1": 2, "D2": 4, "D7": 14, "T": 12},

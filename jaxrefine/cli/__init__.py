@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from jaxrefine import memory
 from jaxrefine.cli import (
     demo,
     evaluate,
@@ -24,6 +23,7 @@ from jaxrefine.cli import (
     simulate,
 )
 from jaxrefine.errors import InputError
+from jaxrefine.refinement import memory
 
 _COMMANDS = (demo, simulate, match, refine, reconstruct, postprocess, fsc, evaluate)
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.background import Masked, Normalised, Resampled
+from jaxrefine.data.particles import Particles
+from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
-from jaxrefine.particles import Particles
-from jaxrefine.postprocess import check_mask
-from jaxrefine.resample import resample
+from jaxrefine.maps.mask import check_mask
+from jaxrefine.operators.resample import resample
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.postprocess import check_mask
+from jaxrefine.maps.mask import check_mask
 
 _SAME_VOXEL = 1e-3
 

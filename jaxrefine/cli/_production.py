@@ -1,4 +1,4 @@
-"""The default engine of ``jaxrefine refine``: :mod:`jaxrefine.refine`."""
+"""The default engine of ``jaxrefine refine``: :mod:`jaxrefine.refinement.loop`."""
 
 import argparse
 import math
@@ -10,22 +10,23 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxrefine import io, memory, progress, refine
-from jaxrefine.cli._folder import RunFolder
+from jaxrefine import io
 from jaxrefine.cli._images import box_of, shell
 from jaxrefine.cli._outcome import Outcome
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.particle_set import deal
-from jaxrefine.particles import Particles
+from jaxrefine.refinement import loop, memory
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import deal
+from jaxrefine.runs import progress
+from jaxrefine.runs.folder import RunFolder
 
 # Standard deviations of each component, uniform in a ball and in a disc of radius 1.
 _IN_BALL, _IN_DISC = 1 / math.sqrt(5), 1 / 2
 
 
-def configure(
-    options: argparse.Namespace, source: io.ParticleFile
-) -> refine.RefineConfig:
+def configure(options: argparse.Namespace, source: io.ParticleFile) -> RefineConfig:
     """Return the parameters that the options ask for.
 
     Without priors a largest change says how well the poses are known: they are taken to
@@ -55,7 +56,7 @@ def configure(
     if options.max_angle is not None:
         chosen["max_angle"] = math.radians(options.max_angle)
         spread = _IN_BALL * chosen["max_angle"]
-        chosen["angle_spread"] = min(spread, refine.RefineConfig().angle_spread)
+        chosen["angle_spread"] = min(spread, RefineConfig().angle_spread)
     if options.max_shift is not None:
         chosen["max_shift"] = options.max_shift
         chosen["shift_spread"] = _IN_DISC * options.max_shift
@@ -66,7 +67,7 @@ def configure(
         chosen.setdefault(
             "max_shift", min(3 * options.prior_shift, source.particles.image_size / 2)
         )
-    return refine.RefineConfig(**chosen)
+    return RefineConfig(**chosen)
 
 
 def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str,
     A particle of another size than by default is first compared, and searched for, at
     as many cycles per diameter.
     """
-    default, chosen = refine.RefineConfig(), {}
+    default, chosen = RefineConfig(), {}
     box, last = box_of(particles), (particles.image_size - 1) // 2
     if options.particle_diameter is not None:
         chosen["diameter"] = options.particle_diameter / box
@@ -101,7 +102,7 @@ def run(
     source: io.ParticleFile,
     volume: jax.Array,
     mask: jax.Array | None,
-    config: refine.RefineConfig,
+    config: RefineConfig,
     folder: RunFolder,
     bars: progress.Bars,
 ) -> Outcome:
@@ -115,9 +116,7 @@ def run(
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
     what = (source.particles, source.poses, volume, config)
-    state = folder.resume(
-        lambda: refine.init(*what, key=key, subsets=subsets, mask=mask)
-    )
+    state = folder.resume(lambda: loop.init(*what, key=key, subsets=subsets, mask=mask))
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
@@ -129,7 +128,7 @@ def run(
         advance(new, row)
 
     def attempt(batch_size: int) -> Any:
-        return refine.refine(
+        return loop.refine(
             *what[:3],
             replace(config, batch_size=batch_size),
             key=key,
@@ -169,7 +168,7 @@ def run(
 
 
 def _plan(
-    options: argparse.Namespace, source: io.ParticleFile, config: refine.RefineConfig
+    options: argparse.Namespace, source: io.ParticleFile, config: RefineConfig
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()

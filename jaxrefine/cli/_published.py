@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, kbwf, paper, progress, spatial
-from jaxrefine.background import outside
-from jaxrefine.cli._folder import RunFolder
+from jaxrefine import io
 from jaxrefine.cli._outcome import Outcome
+from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
+from jaxrefine.operators import kbwf, spatial
+from jaxrefine.paper import algorithm1, presets
+from jaxrefine.runs import progress
+from jaxrefine.runs.folder import RunFolder
 
 _BATCH_SIZE = 8
 _MEASURED = 500  # images, for the noise
@@ -19,7 +22,7 @@ _MEASURED = 500  # images, for the noise
 
 def configure(
     options: argparse.Namespace, source: io.ParticleFile
-) -> paper.RefineConfig:
+) -> algorithm1.RefineConfig:
     """Return the preset, at the noise level of the images.
 
     Raises
@@ -45,8 +48,8 @@ def configure(
     if options.iterations is not None:
         chosen["iterations"] = options.iterations
     if options.preset == "paper":
-        return paper.paper_preset(_noise(source), **chosen)
-    return paper.released_preset(**chosen)
+        return presets.paper_preset(_noise(source), **chosen)
+    return presets.released_preset(**chosen)
 
 
 def _noise(source: io.ParticleFile) -> float:
@@ -61,7 +64,7 @@ def run(
     source: io.ParticleFile,
     volume: jax.Array,
     mask: jax.Array | None,
-    config: paper.RefineConfig,
+    config: algorithm1.RefineConfig,
     folder: RunFolder,
     bars: progress.Bars,
 ) -> Outcome:
@@ -72,12 +75,12 @@ def run(
     images, _ = source.particles.batch(np.arange(len(source)))
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, source.particles.image_size)
-    problem = paper.Problem(images, footprint, image_filter)
-    start = paper.init(source.poses, kbwf.expand(basis, volume))
+    problem = algorithm1.Problem(images, footprint, image_filter)
+    start = algorithm1.init(source.poses, kbwf.expand(basis, volume))
     state = folder.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
-    def record(state: paper.RefineState, info: paper.RefineInfo) -> None:
+    def record(state: algorithm1.RefineState, info: algorithm1.RefineInfo) -> None:
         row = {
             "iteration": int(state.iteration),
             "objective": float(info.volume.objective[-1]),
@@ -89,6 +92,6 @@ def run(
         folder.record(state, row)
         advance(state, row)
 
-    state = paper.refine(state, problem, config, record)
+    state = algorithm1.refine(state, problem, config, record)
     refined = kbwf.evaluate(basis, state.volume.coefficients)
     return Outcome(state.poses, np.asarray(refined))

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, symmetry
+from jaxrefine import evaluation, io, symmetry
 from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
 
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace) -> None:
     if pixel is not None and true_pixel is not None:  # the result may be binned
         true_shifts = true_shifts * (true_pixel / pixel)
     places, matched_by = _match(tables, paths, len(angles), len(true_angles))
-    errors = metrics.pose_errors(
+    errors = evaluation.pose_errors(
         jnp.asarray(angles),
         jnp.asarray(shifts),
         jnp.asarray(true_angles[places]),
         jnp.asarray(true_shifts[places]),
         operators,
     )
-    summary = metrics.summarise(errors)
+    summary = evaluation.summarise(errors)
     content = {"particles": len(places), "matched_by": matched_by, **summary}
     if options.json is not None:
         io.write_json(options.json, content)

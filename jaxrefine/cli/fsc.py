@@ -6,10 +6,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, metrics, plots
+from jaxrefine import io
 from jaxrefine.cli._maps import read_mask, read_pair
 from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
+from jaxrefine.maps.fsc import crossing, fsc, mean_fsc, resolution_in_angstroms
+from jaxrefine.report import plots
 
 
 def add(commands) -> None:
@@ -46,13 +48,11 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"{path} is zero {where}; there is nothing to compare.")
     n = a.shape[0]
     masking = None if mask is None else jnp.asarray(mask)
-    correlation = metrics.fsc(jnp.asarray(a), jnp.asarray(b), masking)
+    correlation = fsc(jnp.asarray(a), jnp.asarray(b), masking)
     curve = np.asarray(correlation)
     resolutions = {
         str(threshold): float(
-            metrics.resolution_in_angstroms(
-                metrics.crossing(correlation, threshold), n, voxel
-            )
+            resolution_in_angstroms(crossing(correlation, threshold), n, voxel)
         )
         for threshold in (0.5, 0.143)
     }
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         content = {
             "fsc": curve.tolist(),
-            "mean_fsc": float(metrics.mean_fsc(correlation)),
+            "mean_fsc": float(mean_fsc(correlation)),
             "resolution_in_angstroms": resolutions,
             "reaches_nyquist": reaches_nyquist,
             "voxel_size_in_angstroms": voxel,

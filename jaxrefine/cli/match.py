@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrefine import io, matching, progress
+from jaxrefine import io
 from jaxrefine.cli import _images
 from jaxrefine.cli._outputs import check_output, check_writable
+from jaxrefine.poses import matching
+from jaxrefine.runs import progress
 
 
 def add(commands) -> None:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, plots
-from jaxrefine.cli._folder import RunFolder, file_digest
+from jaxrefine import io
 from jaxrefine.cli._maps import read_mask, read_pair
 from jaxrefine.errors import InputError
-from jaxrefine.postprocess import GuinierFit, Postprocessed, postprocess, soft_mask
+from jaxrefine.maps.mask import soft_mask
+from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
+from jaxrefine.report import plots
+from jaxrefine.runs.folder import RunFolder, file_digest
 
 
 def add(commands) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import jax
 
-from jaxrefine import io, refine
+from jaxrefine import io
 from jaxrefine.cli import _images
 from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
+from jaxrefine.refinement import loop
+from jaxrefine.refinement.config import RefineConfig
 
 
 def add(commands) -> None:
@@ -54,14 +56,14 @@ def run(options: argparse.Namespace) -> None:
             f"--seed wants a value from 0 to 2^31 - 1, not {options.seed}."
         )
     chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    config = refine.RefineConfig(symmetry=options.symmetry, **chosen)
+    config = RefineConfig(symmetry=options.symmetry, **chosen)
     source = _images.read(options, with_poses=True)
     for path in written:
         check_output(path, source.path, *source.stacks.values())
 
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None
-    result = refine.reconstruct(
+    result = loop.reconstruct(
         source.particles, source.poses, config, key=key, subsets=subsets
     )
     pixel = source.particles.pixel_size_in_angstroms

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrefine import io, progress, report
+from jaxrefine import io
 from jaxrefine.cli import _images, _production, _published
-from jaxrefine.cli._folder import RunFolder, file_digest
 from jaxrefine.cli._outcome import Outcome
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.report import html
+from jaxrefine.runs import progress
+from jaxrefine.runs.folder import RunFolder, file_digest
 
 _ENGINES = {"default": _production, "paper": _published, "released": _published}
 _RESULTS = {"map": "map.mrc", "halves": ("half1.mrc", "half2.mrc")}
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     _write(options.out, source, outcome)
     settings = _describe(config)
     told = _report(options, source, volume, settings, outcome, folder)
-    report.write(options.out / "report.html", told)
+    html.write(options.out / "report.html", told)
     folder.finish({"config": settings, **outcome.report})
     print(_sentence(options.out, told))
 
@@ -204,10 +206,10 @@ def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
     io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
 
 
-def _sentence(out: Path, told: report.Report) -> str:
+def _sentence(out: Path, told: html.Report) -> str:
     text = f"{len(told.poses.angles)} particles and a map are in {out}"
     if told.half_set_fsc is not None:
-        text += f"; the half maps agree to {report.resolution(told, 'A')}, FSC 0.143"
+        text += f"; the half maps agree to {html.resolution(told, 'A')}, FSC 0.143"
     if told.undetermined is not None and told.undetermined.any():
         count = int(told.undetermined.sum())
         text += f"; {count} show no particle, and are not in the map"
@@ -221,12 +223,12 @@ def _report(
     settings: dict[str, Any],
     outcome: Outcome,
     folder: RunFolder,
-) -> report.Report:
+) -> html.Report:
     """Gather what the report says."""
     columns, curve = outcome.columns, outcome.report.get("half_set_fsc")
     folds = outcome.report.get("fold_fsc")
     undetermined = columns.get("jaxrefineUndetermined")
-    return report.Report(
+    return html.Report(
         title=f"Refinement of {options.particles.name}",
         command=options.command_line,
         pixel_size_in_angstroms=source.particles.pixel_size_in_angstroms,

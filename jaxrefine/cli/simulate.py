@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io, progress, simulate
-from jaxrefine.cli._folder import RunFolder, file_digest
+from jaxrefine import io, simulate
 from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, equidistributed_angles
-from jaxrefine.resample import fourier_crop
+from jaxrefine.operators.resample import fourier_crop
+from jaxrefine.runs import progress
+from jaxrefine.runs.folder import RunFolder, file_digest
 
 _DEFOCUS = (8e3, 22e3)  # Angstrom
 _ASTIGMATISM = 1e3  # Angstrom, largest difference of the two defoci

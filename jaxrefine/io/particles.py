@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxrefine.background import LARGEST_STEP, Resampled
 from jaxrefine.ctf import CTF, is_finite
+from jaxrefine.data.particles import Particles
+from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.io.columns import (
@@ -43,7 +44,6 @@ from jaxrefine.io.stacks import (
     split_name,
 )
 from jaxrefine.io.star import Table, Values, read_star, write_star
-from jaxrefine.particles import Particles
 
 _VIEW = {"rlnAngleRot", "rlnAngleTilt"}
 _PREPARED = {
@@ -70,7 +70,7 @@ class ParticleFile:
         The poses: radians, and shifts in pixels of `particles`.
     pixel_sizes
         Of each image in its stack, in Angstrom. Where optics groups differ, the images
-        of `particles` are brought to the largest (`background.Resampled`).
+        of `particles` are brought to the largest (`preprocess.Resampled`).
     has_poses
         Whether the file has them: if it has neither ``rlnAngleRot`` nor
         ``rlnAngleTilt``, all poses are zero.

@@ -1,0 +1,50 @@
+from . import (
+    data,
+    evaluation,
+    geometry,
+    io,
+    maps,
+    operators,
+    paper,
+    poses,
+    refinement,
+    simulate,
+    symmetry,
+)
+from ._version import __version__
+from .ctf import CTF
+from .data.particles import Particles
+from .errors import InputError
+from .geometry import Poses
+from .operators.kbwf import KBWF
+from .poses.matching import Match, MatchConfig, match
+from .refinement.config import RefineConfig
+from .refinement.loop import Reconstruction, Result, reconstruct, refine
+
+__all__ = [
+    "CTF",
+    "KBWF",
+    "InputError",
+    "Match",
+    "MatchConfig",
+    "Particles",
+    "Poses",
+    "Reconstruction",
+    "RefineConfig",
+    "Result",
+    "__version__",
+    "data",
+    "evaluation",
+    "geometry",
+    "io",
+    "maps",
+    "match",
+    "operators",
+    "paper",
+    "poses",
+    "reconstruct",
+    "refine",
+    "refinement",
+    "simulate",
+    "symmetry",
+]

@@ -1,0 +1,117 @@
+"""Images as they are compared with maps: whitened spectra on a disc of frequencies.
+
+Particles are visited in batches from wherever their images are kept. The result of a
+particle depends neither on the batch that it is in nor on the size of the batches (but
+for rounding).
+"""
+
+from collections.abc import Iterator
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, Int
+
+from jaxrefine._types import Images
+from jaxrefine.ctf import CTF
+from jaxrefine.data.particles import Particles
+from jaxrefine.operators import slices
+from jaxrefine.operators.slices import Disc
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@final
+class View(eqx.Module):
+    r"""How images are compared with maps: a band limit and the noise there.
+
+    All groups of particles are seen with one noise, of the least power :math:`N` of
+    all in each shell: the spectra of a group whose noise has the power :math:`N_g` and
+    its transfer functions are multiplied by :math:`\sqrt{N / N_g}`, which leaves the
+    likelihood as it is.
+
+    Attributes
+    ----------
+    disc
+        Frequencies that are compared.
+    weights
+        Multiplicity over the power of the noise; zero at the origin, since an image's
+        mean says much about the background, and in shells without power.
+    inverse_noise
+        One over the power of the noise in a *pixel*: its power in the spectrum over
+        the number of pixels. Zero where the weights are.
+    factor
+        What each group's spectra and transfer functions are multiplied by; None if
+        there is one group.
+    frequencies_in_inverse_angstroms
+        Frequencies of the disc, for the optics.
+    """
+
+    disc: Disc
+    weights: Float[Array, "k"]
+    inverse_noise: Float[Array, "k"]
+    factor: Float[Array, "groups k"] | None
+    frequencies_in_inverse_angstroms: Float[Array, "k 2"]
+
+    def spectra(
+        self, images: Images, group: Int[Array, "particles"] | None
+    ) -> Complex[Array, "particles k"]:
+        """Return the images' spectra on the disc, at the common noise."""
+        spectra = slices.image_spectra(images, self.disc)
+        if self.factor is None:
+            return spectra
+        return spectra * self.factor[group].astype(spectra.dtype)
+
+    def transfer(
+        self, ctf: CTF | None, group: Int[Array, "particles"] | None
+    ) -> Float[Array, "particles k"] | None:
+        """Return the particles' transfer functions on the disc, at the common noise."""
+        factor = None if self.factor is None else self.factor[group]
+        if ctf is None:
+            return factor
+        values = jax.vmap(lambda one: one(self.frequencies_in_inverse_angstroms))(ctf)
+        return values if factor is None else values * factor
+
+
+def relative_precision(
+    noise: Float[Array, "groups shells"],
+) -> Float[Array, "groups shells"]:
+    """Return one over each group's noise, in units of the least of all in a shell.
+
+    From 0, of infinite noise, to 1; also 1 where the noise of all groups is infinite.
+    """
+    least = jnp.min(noise, axis=0, keepdims=True)
+    return jnp.where(noise > least, least / noise, 1.0)
+
+
+def view(
+    particles: Particles, r_max: int, noise: Float[Array, "*groups shells"]
+) -> View:
+    """Compare up to ``r_max`` cycles per box, with the noise's power in each shell.
+
+    The power is that of every group, or one for all particles.
+    """
+    m = particles.image_size
+    disc = slices.disc(m, r_max)
+    noise = jnp.atleast_2d(noise)
+    power = jnp.min(noise, axis=0)[disc.shells]
+    inverse = jnp.where((disc.shells > 0) & (power < jnp.inf), m**2 / power, 0.0)
+    weights = disc.multiplicity.astype(noise.dtype) * inverse / m**2
+    factor = None
+    if len(noise) > 1:
+        factor = jnp.sqrt(relative_precision(noise))[:, disc.shells]
+    frequencies = disc.frequencies.astype(noise.dtype)
+    physical = frequencies / (m * particles.pixel_size_in_angstroms)
+    return View(disc, weights, inverse, factor, physical)
+
+
+def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
+    """Cut indices into batches of one size, the last one filled up by repetition.
+
+    Yields the batch and how many of it are new.
+    """
+    for first in range(0, len(indices), size):
+        part = indices[first : first + size]
+        yield np.resize(part, size), len(part)

@@ -1,0 +1,260 @@
+r"""Algorithm 2: the density map at fixed poses, by ADMM.
+
+.. math:: \min_c \tfrac12\|g - H c\|^2 + \lambda R(L c)
+   \quad\text{split as}\quad u = L c \qquad\text{(eqs. 11, 12)}
+
+with the augmented Lagrangian (26), and optionally :math:`c \ge 0` through a second
+split :math:`v = c`. One iteration is
+
+.. math::
+   u &\leftarrow \mathrm{prox}_{\lambda R/\rho}(L c + \tilde u/\rho) \\
+   c &\leftarrow \text{solve } (H^T H + \rho L^T L)\, c
+        = H^T g + \rho L^T (u - \tilde u/\rho) \qquad (30) \\
+   \tilde u &\leftarrow \tilde u + \rho\,(L c - u)
+
+The printed eq. (28) has ``prox(L c - u~/rho)``; minimising (27) gives the plus sign
+used here, with which (30) agrees.
+
+The multipliers are part of the state, so they persist when the data term changes
+between outer iterations of the joint refinement.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
+from jaxtyping import Array, Float
+
+from jaxrefine._types import Images, Scalar, VectorField, Volume
+from jaxrefine.geometry import Poses
+from jaxrefine.maps import tv
+from jaxrefine.operators import normal
+from jaxrefine.operators.spatial import Footprint, ImageFilter, backproject
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class DataTerm(eqx.Module):
+    r"""The quadratic :math:`\tfrac12\|g - Hc\|^2` at fixed poses.
+
+    Attributes
+    ----------
+    transfer
+        Transfer of the kernel ``w(Theta)``, eq. (32).
+    preconditioner
+        Eigenvalues of a circulant approximation of the normal operator.
+    backprojection
+        ``H^T g``, eq. (33).
+    energy
+        ``||g||^2 / 2``.
+    """
+
+    transfer: Float[Array, "f f h"]
+    preconditioner: Float[Array, "n n g"]
+    backprojection: Volume
+    energy: Scalar
+
+    def value(self, coefficients: Volume, normal_coefficients: Volume) -> Scalar:
+        """Return the data term, given ``c`` and ``H^T H c``."""
+        return (
+            0.5 * jnp.vdot(coefficients, normal_coefficients, precision=_HIGHEST)
+            - jnp.vdot(coefficients, self.backprojection, precision=_HIGHEST)
+            + self.energy
+        )
+
+
+@eqx.filter_jit
+def data_term(
+    footprint: Footprint,
+    image_filter: ImageFilter,
+    images: Images,
+    poses: Poses,
+    n: int,
+    batch_size: int = 8,
+) -> DataTerm:
+    """Gather all that the volume update needs to know of the particles.
+
+    One pass over the images; see :func:`jaxrefine.operators.normal.kernel` and
+    :func:`jaxrefine.operators.spatial.backproject`.
+    """
+    kernel = normal.kernel(footprint, poses.angles, n)
+    return DataTerm(
+        normal.transfer(kernel),
+        normal.circulant_eigenvalues(kernel),
+        backproject(image_filter, images, poses, n, batch_size),
+        0.5 * jnp.sum(images**2),
+    )
+
+
+class ADMMConfig(eqx.Module):
+    """Parameters of the volume update.
+
+    Numbers a sweep varies are traced; loop lengths are static.
+
+    Parameters
+    ----------
+    lam
+        Weight ``lambda`` of the regulariser.
+    rho
+        Penalty of the split ``u = L c``.
+    rho_nonnegative
+        Penalty of the split ``v = c >= 0``; None leaves the sign free.
+    iterations
+        ADMM iterations, the paper's ``K_ADMM``.
+    cg_iterations
+        Most conjugate-gradient iterations in each.
+    cg_tolerance
+        Relative residual at which the conjugate gradients stop.
+    """
+
+    lam: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    rho: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    rho_nonnegative: Float[Array, ""] | None = eqx.field(
+        default=None, converter=lambda v: None if v is None else jnp.asarray(v)
+    )
+    iterations: int = eqx.field(static=True, default=5)
+    cg_iterations: int = eqx.field(static=True, default=20)
+    cg_tolerance: float = eqx.field(static=True, default=1e-4)
+
+
+class ADMMState(eqx.Module):
+    """What the next iteration needs: the coefficients and the multipliers."""
+
+    coefficients: Volume
+    dual: VectorField
+    dual_nonnegative: Volume
+
+
+class ADMMInfo(eqx.Module):
+    """What a human wants to know of each iteration (leading axis: iterations).
+
+    Attributes
+    ----------
+    objective
+        The joint cost (10) at the new coefficients.
+    data_term, regularisation
+        Its two parts, ``1/2 ||g - H c||^2`` and ``lambda R(L c)``.
+    primal_residual, dual_residual
+        ``||L c - u||`` and ``rho ||L^T (u - u_before)||``, Boyd et al. 2011, 3.3.
+    nonnegativity_residual
+        ``||c - v||``, zero without the constraint.
+    cg_residual
+        Relative residual of (30) after the conjugate gradients.
+    """
+
+    objective: Float[Array, "..."]
+    data_term: Float[Array, "..."]
+    regularisation: Float[Array, "..."]
+    primal_residual: Float[Array, "..."]
+    dual_residual: Float[Array, "..."]
+    nonnegativity_residual: Float[Array, "..."]
+    cg_residual: Float[Array, "..."]
+
+
+def init(coefficients: Volume) -> ADMMState:
+    """Start from given coefficients, with zero multipliers."""
+    zero = jnp.zeros_like(coefficients)
+    return ADMMState(coefficients, jnp.stack([zero] * 3), zero)
+
+
+def _split(state: ADMMState, config: ADMMConfig, regulariser: tv.Regulariser):
+    """Minimise (26) over the auxiliary variables: eq. (28) with the right sign."""
+    field = tv.gradient(state.coefficients) + state.dual / config.rho
+    u = regulariser.prox(field, config.lam / config.rho)
+    if config.rho_nonnegative is None:
+        return u, jnp.zeros_like(state.coefficients)
+    shifted = state.coefficients + state.dual_nonnegative / config.rho_nonnegative
+    return u, jnp.maximum(shifted, 0.0)
+
+
+def step(
+    state: ADMMState,
+    data: DataTerm,
+    config: ADMMConfig,
+    regulariser: tv.Regulariser,
+) -> tuple[ADMMState, ADMMInfo]:
+    """Make one iteration of Algorithm 2.
+
+    Parameters
+    ----------
+    state
+        Coefficients of side ``n``, and multipliers.
+    data
+        The data term.
+    config
+        Weight and penalties, of the coefficients' precision.
+    regulariser
+        Prior on the map's gradient.
+
+    Returns
+    -------
+    The new state, and the information of this iteration.
+    """
+    rho, rho_v = config.rho, config.rho_nonnegative
+    nonnegative = rho_v is not None
+    if rho_v is None:
+        rho_v = jnp.zeros_like(rho)
+    u, v = _split(state, config, regulariser)
+
+    def normal_equations(c: Volume) -> Volume:
+        smooth = rho * tv.gradient_adjoint(tv.gradient(c))
+        return normal.apply_normal(data.transfer, c) + smooth + rho_v * c
+
+    right = data.backprojection + tv.gradient_adjoint(rho * u - state.dual)
+    if nonnegative:
+        right = right + rho_v * v - state.dual_nonnegative
+    precondition = normal.circulant_inverse(data.preconditioner, rho, rho_v)
+    c, _ = cg(
+        normal_equations,
+        right,
+        x0=state.coefficients,
+        tol=config.cg_tolerance,
+        maxiter=config.cg_iterations,
+        M=precondition,
+    )
+    normal_c = normal.apply_normal(data.transfer, c)
+    slack = tv.gradient(c) - u
+    smooth = rho * tv.gradient_adjoint(tv.gradient(c))
+    residual = right - normal_c - smooth - rho_v * c
+    new = ADMMState(
+        c,
+        state.dual + rho * slack,
+        state.dual_nonnegative + rho_v * (c - v),
+    )
+    after, _ = _split(new, config, regulariser)
+    value = data.value(c, normal_c)
+    penalty = config.lam * regulariser.value(tv.gradient(c))
+    norm, zero = jnp.linalg.norm, jnp.zeros_like(value)
+    info = ADMMInfo(
+        objective=value + penalty,
+        data_term=value,
+        regularisation=penalty,
+        primal_residual=norm(slack.ravel()),
+        dual_residual=rho * norm(tv.gradient_adjoint(after - u).ravel()),
+        nonnegativity_residual=norm((c - v).ravel()) if nonnegative else zero,
+        cg_residual=norm(residual.ravel())
+        / jnp.maximum(norm(right.ravel()), jnp.finfo(right.dtype).tiny),
+    )
+    return new, info
+
+
+@eqx.filter_jit
+def run(
+    state: ADMMState,
+    data: DataTerm,
+    config: ADMMConfig,
+    regulariser: tv.Regulariser,
+) -> tuple[ADMMState, ADMMInfo]:
+    """Make ``config.iterations`` iterations of Algorithm 2.
+
+    Returns
+    -------
+    The final state, and the information of every iteration, stacked.
+    """
+    dtype = state.coefficients.dtype
+    config = jax.tree.map(lambda leaf: leaf.astype(dtype), config)
+
+    def body(state, _):
+        return step(state, data, config, regulariser)
+
+    return jax.lax.scan(body, state, None, length=config.iterations)

@@ -1,0 +1,391 @@
+r"""The spatial projector: the paper's imaging model, evaluated literally.
+
+.. math:: (H(\theta, t)\,c)[m] = \sum_k c[k]\, \psi(m - M_\theta k - t),
+   \qquad \psi = h * P(\varphi) \qquad\text{(eqs. 4-6)}
+
+Projecting gathers, for every pixel, the voxels in the tube behind it;
+back-projecting gathers, for every voxel, the pixels under its footprint. The weights
+are the same numbers, so the two are adjoint to rounding.
+
+The back-projection is eq. (33): sampling the *continuous* function
+:math:`g * \psi^\vee` at :math:`M k + t`. That function is made from an image by an
+image filter: :class:`PixelFilter` sums the footprint over pixels (exact),
+:class:`SplineFilter` precomputes it on a fine grid, as the paper proposes (fast).
+"""
+
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.fft import next_fast_len
+from scipy.special import j0
+
+from jaxrefine._batching import map_over_particles, sum_over_particles
+from jaxrefine._types import Image, Images, Volume
+from jaxrefine.ctf import IsotropicPSF
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses, projection_matrix
+from jaxrefine.operators import _tube, kbwf
+from jaxrefine.operators._radial import RadialSeries, radial_series
+from jaxrefine.operators._spline import Spline2D, spline_prefilter
+
+
+class Footprint(eqx.Module):
+    r"""What one basis function leaves on the detector.
+
+    Attributes
+    ----------
+    profile
+        :math:`\psi = h * P(\varphi)`, eq. (4).
+    autocorrelation
+        :math:`\psi * \psi^\vee`, the kernel of eqs. (32) and (35).
+    """
+
+    profile: RadialSeries
+    autocorrelation: RadialSeries
+
+
+def footprint(
+    basis: kbwf.KBWF, psf: IsotropicPSF | None = None, tolerance: float = 1e-8
+) -> Footprint:
+    r"""Tabulate a basis function's footprint and its autocorrelation.
+
+    Without a PSF the footprint is the closed form (23). What has none is a Hankel
+    transform of the closed-form spectrum,
+    :math:`f(r) = \frac1{2\pi} \int \hat f(\omega) J_0(\omega r)\, \omega\, d\omega`,
+    by Gauss-Legendre quadrature in double precision.
+
+    Parameters
+    ----------
+    basis
+        The window of the reconstruction.
+    psf
+        Optional isotropic point-spread function ``h``.
+    tolerance
+        Relative accuracy of the series that hold the two functions.
+
+    Raises
+    ------
+    InputError
+        If the PSF is not negligible at its stated radius.
+    """
+    radius = basis.radius + (psf.radius if psf is not None else 0.0)
+    # From the frequency alpha / a on the spectrum is a small oscillating tail, falling
+    # with the power m + 2; what is cut off here is below 1e-10 of the peak.
+    limit = 10 * max(basis.taper, 20.0) / basis.radius
+    omega, weights = _quadrature(limit, periods=limit * 2 * radius / (2 * np.pi))
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        spectrum = np.asarray(kbwf.fourier_transform(basis, jnp.asarray(omega)))
+    if psf is not None:
+        spectrum = spectrum * psf.transfer(omega)
+
+    def hankel(values: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        kernel = j0(np.multiply.outer(radii, omega))
+        return kernel @ (values * omega * weights) / (2 * np.pi)
+
+    def closed_form(radii: np.ndarray) -> np.ndarray:
+        points = np.stack([radii, np.zeros_like(radii)], axis=-1)
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            return np.asarray(kbwf.xray_transform(basis, jnp.asarray(points)))
+
+    profile = closed_form if psf is None else lambda r: hankel(spectrum, r)
+    centre, edge = profile(np.array([0.0, radius]))
+    if abs(edge) > 1e-4 * abs(centre):
+        raise InputError(
+            "the PSF wants a larger radius: at the edge of the footprint, "
+            f"{radius:g} pixels, there is still {abs(edge / centre):.1e} of its centre"
+        )
+    return Footprint(
+        radial_series(profile, radius, tolerance),
+        radial_series(lambda r: hankel(spectrum**2, r), 2 * radius, tolerance),
+    )
+
+
+def _quadrature(limit: float, periods: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights on ``[0, limit]`` for integrands with so many periods.
+
+    Gauss-Legendre with 32 nodes in each of as many panels as there are four periods
+    (the Bessel function's and, at most as many, the PSF's own), at least 25.
+    """
+    panels = max(25, int(np.ceil(periods / 2)))
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    edges = np.linspace(0.0, limit, panels + 1)
+    half = np.diff(edges)[:, None] / 2
+    return (edges[:-1, None] + half * (nodes + 1)).ravel(), (half * weights).ravel()
+
+
+def centred_axis(size: int, dtype) -> Float[Array, "size"]:
+    """Coordinates of the samples of an axis, zero at ``size // 2``."""
+    return jnp.arange(size, dtype=dtype) - size // 2
+
+
+def lattice_points(pose: Poses, n: int) -> tuple[Float[Array, "n n n"], ...]:
+    """Return the image points ``M k + t`` of every voxel ``k``, as x and y."""
+    k = centred_axis(n, pose.angles.dtype)
+    x, y = _tube.project_lattice(
+        projection_matrix(pose.angles),
+        k[None, None, :],
+        k[None, :, None],
+        k[:, None, None],
+    )
+    return x + pose.shifts[0], y + pose.shifts[1]
+
+
+@eqx.filter_jit
+def project(
+    footprint: Footprint,
+    coefficients: Volume,
+    poses: Poses,
+    image_size: int,
+    batch_size: int = 8,
+) -> Images:
+    r"""Project a map: ``H(Theta, T) c``, eqs. (4)-(8).
+
+    .. math:: g_p[m] = \sum_k c[k]\,\psi(m - M_{\theta_p} k - t_p)
+
+    Parameters
+    ----------
+    footprint
+        The footprint ``psi``.
+    coefficients
+        Coefficients ``c`` of the map.
+    poses
+        Poses of the particles, ``P`` in number.
+    image_size
+        Side of the images in pixels.
+    batch_size
+        Particles at a time; the memory of one is about ``image_size**2`` windows of
+        ``(sqrt(8) r)**2`` values.
+
+    Returns
+    -------
+    Images of shape ``(P, image_size, image_size)``.
+
+    Raises
+    ------
+    InputError
+        If the coefficients are not a cube, or there is no particle.
+    """
+    n = _cubic_side(coefficients)
+    dtype = coefficients.dtype
+    radius = footprint.profile.radius
+    side = _tube.window_size(radius)
+    copies = jnp.pad(
+        _tube.cyclic_copies(coefficients), ((0, 0), (0, 0), (side, side), (side, side))
+    )
+    pixel = centred_axis(image_size, dtype)
+    largest = n + side
+
+    def project_one(pose: Poses) -> Image:
+        line = _tube.viewing_line(pose.rotations)
+        x, y = jnp.broadcast_arrays(
+            pixel[None, :] - pose.shifts[0], pixel[:, None] - pose.shifts[1]
+        )
+
+        def add_plane(image, index):
+            w = index.astype(dtype) - n // 2
+            corner = _tube.window_corner(line, x, y, w, radius)
+            u, v = (jnp.clip(c + n // 2 + side, 0, largest) for c in corner)
+            slab = copies[line.axis, index]
+            windows = _windows(slab, v, u, side)
+            at_u, at_v = (
+                _tube.window_span(first - n // 2 - side, side, dtype)
+                for first in (u, v)
+            )
+            px, py = _tube.project_lattice(
+                line.projection, at_u[..., None, :], at_v[..., :, None], w
+            )
+            weights = footprint.profile(
+                (px - x[..., None, None]) ** 2 + (py - y[..., None, None]) ** 2
+            )
+            return image + jnp.sum(windows * weights, axis=(-2, -1)), None
+
+        blank = jnp.zeros((image_size, image_size), dtype)
+        return jax.lax.scan(add_plane, blank, jnp.arange(n))[0]
+
+    return map_over_particles(project_one, poses, batch_size)
+
+
+def _cubic_side(volume: Float[Array, "..."]) -> int:
+    """Return the side of a cubic volume; refuse any other."""
+    if volume.ndim != 3 or len(set(volume.shape)) != 1:
+        raise InputError(f"a volume wants shape (n, n, n), not {volume.shape}")
+    return volume.shape[0]
+
+
+def _windows(array: Float[Array, "h w"], row, column, side: int):
+    """Gather square windows of an array, given their corners of any shape."""
+    gather = jnp.vectorize(
+        lambda r, c: jax.lax.dynamic_slice(array, (r, c), (side, side)),
+        signature="(),()->(s,s)",
+    )
+    return gather(row, column)
+
+
+class PixelSum(eqx.Module):
+    r"""The function :math:`(g * \psi^\vee)(y) = \sum_m g[m]\,\psi(m - y)`, exactly."""
+
+    padded: Image
+    profile: RadialSeries
+
+    def __call__(self, x: Float[Array, "..."], y: Float[Array, "..."]):
+        """Evaluate at points given by their coordinates in pixels."""
+        pixels, dx, dy = self._neighbours(x, y)
+        return jnp.sum(pixels * self.profile(dx**2 + dy**2), axis=(-2, -1))
+
+    def value_and_gradient(self, x: Float[Array, "..."], y: Float[Array, "..."]):
+        """Evaluate the function and its derivatives with respect to x and y."""
+        pixels, dx, dy = self._neighbours(x, y)
+        squared = dx**2 + dy**2
+        slope = -2.0 * pixels * self.profile.slope(squared)
+        return (
+            jnp.sum(pixels * self.profile(squared), axis=(-2, -1)),
+            jnp.sum(slope * dx, axis=(-2, -1)),
+            jnp.sum(slope * dy, axis=(-2, -1)),
+        )
+
+    def _neighbours(self, x, y):
+        """Gather the pixels around points, and their offsets from the points."""
+        side = _pixel_window(self.profile.radius)
+        centre = (self.padded.shape[0] - 2 * side) // 2 + side
+
+        def start(position):
+            first = jnp.ceil(position - self.profile.radius).astype(jnp.int32) + centre
+            first = jnp.clip(first, 0, self.padded.shape[0] - side)
+            span = _tube.window_span(first - centre, side, x.dtype)
+            return first, span - position[..., None]
+
+        (column, dx), (row, dy) = start(x), start(y)
+        pixels = _windows(self.padded, row, column, side)
+        return pixels, dx[..., None, :], dy[..., :, None]
+
+
+def _pixel_window(radius: float) -> int:
+    """Return the number of pixels an interval of length ``2 radius`` can hold."""
+    return math.floor(2 * radius) + 1
+
+
+class PixelFilter(eqx.Module):
+    """The exact image filter: sums the footprint over the pixels it covers."""
+
+    footprint: Footprint
+
+    def __call__(self, image: Image) -> PixelSum:
+        """Return the continuous function of one image."""
+        side = _pixel_window(self.footprint.profile.radius)
+        return PixelSum(jnp.pad(image, side), self.footprint.profile)
+
+
+class SplineFilter(eqx.Module):
+    """The fast image filter: the filtered image as a cubic spline on a finer grid.
+
+    Made by :func:`spline_filter`. The value's error falls with the fourth power of
+    the grid's spacing.
+    """
+
+    response: Float[Array, "grid half"]
+    image_size: int = eqx.field(static=True)
+    nodes_per_pixel: int = eqx.field(static=True)
+
+    def __call__(self, image: Image) -> Spline2D:
+        """Return the continuous function of one image.
+
+        Raises
+        ------
+        InputError
+            If the image is not of the side that the filter was made for.
+        """
+        if image.shape[-1] != self.image_size:
+            raise InputError(
+                f"this filter wants images of side {self.image_size}, "
+                f"not {image.shape[-1]}"
+            )
+        grid = self.response.shape[0]
+        origin = grid // 2
+        nodes = origin + self.nodes_per_pixel * (
+            np.arange(self.image_size) - self.image_size // 2
+        )
+        comb = jnp.zeros((grid, grid), image.dtype).at[np.ix_(nodes, nodes)].set(image)
+        spectrum = jnp.fft.rfft2(comb)
+        spectrum = spectrum * self.response.astype(spectrum.dtype)
+        coefficients = jnp.fft.irfft2(spectrum, s=(grid, grid))
+        return Spline2D(coefficients, self.nodes_per_pixel, origin)
+
+
+ImageFilter = Callable[[Image], PixelSum | Spline2D]
+"""Makes the continuous function ``g * psi~`` of an image."""
+
+
+@eqx.filter_jit
+def spline_filter(
+    footprint: Footprint, image_size: int, nodes_per_pixel: int = 2
+) -> SplineFilter:
+    """Precompute the response that turns an image into its filtered spline.
+
+    Parameters
+    ----------
+    footprint
+        The footprint ``psi``.
+    image_size
+        Side of the images in pixels.
+    nodes_per_pixel
+        Nodes of the grid per pixel. With the paper's window, 2 gives a relative error
+        of 1e-3 and 4 of 5e-5 for white noise, the roughest image there is.
+    """
+    margin = math.ceil(footprint.profile.radius) + 4
+    least = nodes_per_pixel * (image_size + 2 * margin)
+    grid = 2 * next_fast_len(-(-least // 2), real=True)  # pyright: ignore
+    offset = centred_axis(grid, footprint.profile.coefficients.dtype) / nodes_per_pixel
+    samples = footprint.profile(offset[None, :] ** 2 + offset[:, None] ** 2)
+    prefilter = spline_prefilter(grid, offset.dtype)
+    spectrum = jnp.fft.rfft2(jnp.fft.ifftshift(samples)).real
+    response = spectrum / (prefilter[:, None] * prefilter[None, : grid // 2 + 1])
+    return SplineFilter(response, image_size, nodes_per_pixel)
+
+
+@eqx.filter_jit
+def backproject(
+    image_filter: ImageFilter,
+    images: Images,
+    poses: Poses,
+    n: int,
+    batch_size: int = 8,
+) -> Volume:
+    r"""Back-project images: ``H(Theta, T)^T g``, eq. (33).
+
+    .. math:: (H^T g)[k] = \sum_p (g_p * \psi^\vee)(M_{\theta_p} k + t_p)
+
+    With a :class:`PixelFilter` this is the adjoint of :func:`project` to rounding.
+
+    Parameters
+    ----------
+    image_filter
+        Makes the continuous function of each image.
+    images
+        Images of shape ``(P, m, m)``.
+    poses
+        Poses of the particles.
+    n
+        Side of the volume in voxels.
+    batch_size
+        Particles at a time.
+
+    Raises
+    ------
+    InputError
+        If there are not as many poses as images, or none of them.
+    """
+    if poses.angles.shape[0] != images.shape[0]:
+        raise InputError(
+            f"{images.shape[0]} images want as many poses, not {poses.angles.shape[0]}"
+        )
+
+    def backproject_one(particle) -> Volume:
+        image, pose = particle
+        return image_filter(image)(*lattice_points(pose, n))
+
+    return sum_over_particles(backproject_one, (images, poses), batch_size)

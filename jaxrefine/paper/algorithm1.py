@@ -1,0 +1,319 @@
+r"""Algorithm 1: the joint refinement of map and poses.
+
+.. math:: \min_{c,\Theta,T}\; \tfrac12 \|g - H(\Theta, T)\,c\|^2 + \lambda R(L c)
+   \qquad\text{(eqs. 9, 10)}
+
+by alternating a volume update (:mod:`jaxrefine.maps.admm`) with a pose update
+(:mod:`jaxrefine.paper.algorithm3`).
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.maps import admm, tv
+from jaxrefine.operators.spatial import Footprint, ImageFilter
+from jaxrefine.paper import algorithm3
+
+
+class Schedule(eqx.Module):
+    """A number that goes geometrically from ``first`` to ``last``.
+
+    Parameters
+    ----------
+    first, last
+        Values in the first and in the last outer iteration, not negative. Leaving
+        ``last`` out makes a constant.
+    """
+
+    first: Float[Array, ""]
+    last: Float[Array, ""]
+
+    def __init__(self, first: float | Scalar, last: float | Scalar | None = None):
+        self.first = jnp.asarray(first)
+        self.last = jnp.asarray(first if last is None else last)
+
+    def __call__(self, iteration: Int[Array, ""], count: int) -> Scalar:
+        """Return the value in iteration ``iteration`` (from 0) of ``count``."""
+        position = iteration.astype(self.first.dtype) / max(count - 1, 1)
+        between = self.first ** (1.0 - position) * self.last**position
+        return jnp.where(self.first == self.last, self.first, between)
+
+
+class RefineConfig(eqx.Module):
+    """Parameters of the joint refinement.
+
+    Parameters
+    ----------
+    lam, rho
+        Weight of the regulariser and penalty of its split, per outer iteration.
+    angle_step, shift_step
+        First trial steps of the pose update, per outer iteration.
+    regulariser
+        Prior on the gradient of the coefficients.
+    rho_nonnegative
+        Penalty of the constraint ``c >= 0``; None leaves the sign free. With it every
+        volume update ends by clipping what is left of negative coefficients.
+    eta
+        Factor by which a rejected pose step shrinks.
+    iterations
+        Outer iterations.
+    admm_iterations, cg_iterations, cg_tolerance
+        Inner iterations of the volume update, and where the innermost stop.
+    pose_iterations, max_trials
+        Inner iterations of the pose update, and steps tried in a line search.
+    poses_first
+        Whether an outer iteration begins with the poses.
+    keep_duals
+        Whether the multipliers persist from one outer iteration to the next.
+    batch_size
+        Particles at a time.
+    """
+
+    lam: Schedule
+    rho: Schedule
+    angle_step: Schedule
+    shift_step: Schedule
+    regulariser: tv.Regulariser = tv.IsotropicTV()
+    rho_nonnegative: float | None = None
+    eta: float = 0.25
+    iterations: int = eqx.field(static=True, default=20)
+    admm_iterations: int = eqx.field(static=True, default=5)
+    cg_iterations: int = eqx.field(static=True, default=20)
+    cg_tolerance: float = eqx.field(static=True, default=1e-4)
+    pose_iterations: int = eqx.field(static=True, default=3)
+    max_trials: int = eqx.field(static=True, default=10)
+    poses_first: bool = eqx.field(static=True, default=False)
+    keep_duals: bool = eqx.field(static=True, default=True)
+    batch_size: int = eqx.field(static=True, default=8)
+
+    def volume_update(self, iteration: Int[Array, ""]) -> admm.ADMMConfig:
+        """Return the parameters of the volume update in an outer iteration."""
+        return admm.ADMMConfig(
+            self.lam(iteration, self.iterations),
+            self.rho(iteration, self.iterations),
+            self.rho_nonnegative,
+            iterations=self.admm_iterations,
+            cg_iterations=self.cg_iterations,
+            cg_tolerance=self.cg_tolerance,
+        )
+
+    def pose_update(self, iteration: Int[Array, ""]) -> algorithm3.PoseConfig:
+        """Return the parameters of the pose update in an outer iteration."""
+        return algorithm3.PoseConfig(
+            self.angle_step(iteration, self.iterations),
+            self.shift_step(iteration, self.iterations),
+            self.eta,
+            iterations=self.pose_iterations,
+            max_trials=self.max_trials,
+            batch_size=self.batch_size,
+        )
+
+
+class RefineState(eqx.Module):
+    """What the next outer iteration needs; all that a checkpoint must hold."""
+
+    poses: Poses
+    volume: admm.ADMMState
+    iteration: Int[Array, ""]
+
+
+class RefineInfo(eqx.Module):
+    """What a human wants to know of an outer iteration."""
+
+    volume: admm.ADMMInfo
+    pose: algorithm3.PoseInfo
+
+
+class Problem(eqx.Module):
+    """The data and the imaging model, fixed during a refinement.
+
+    Parameters
+    ----------
+    images
+        Images of shape ``(P, m, m)``.
+    footprint, image_filter
+        The imaging model, see :mod:`jaxrefine.operators.spatial`.
+    """
+
+    images: Images
+    footprint: Footprint
+    image_filter: ImageFilter
+
+
+def init(poses: Poses, coefficients: Volume) -> RefineState:
+    """Start from given poses and coefficients, in the coefficients' precision."""
+    poses = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), poses)
+    return RefineState(poses, admm.init(coefficients), jnp.zeros((), jnp.int32))
+
+
+def update_volume(
+    state: RefineState, problem: Problem, config: RefineConfig
+) -> tuple[RefineState, admm.ADMMInfo]:
+    """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
+    return _update_volume(state, _data_term(state, problem, config), config)
+
+
+def _data_term(
+    state: RefineState, problem: Problem, config: RefineConfig
+) -> admm.DataTerm:
+    return admm.data_term(
+        problem.footprint,
+        problem.image_filter,
+        problem.images,
+        state.poses,
+        state.volume.coefficients.shape[0],
+        config.batch_size,
+    )
+
+
+def _update_volume(
+    state: RefineState, data: admm.DataTerm, config: RefineConfig
+) -> tuple[RefineState, admm.ADMMInfo]:
+    settings = config.volume_update(state.iteration)
+    start = state.volume
+    if not config.keep_duals:
+        start = admm.init(start.coefficients)
+    volume, info = admm.run(start, data, settings, config.regulariser)
+    if config.rho_nonnegative is not None:
+        feasible = jnp.maximum(volume.coefficients, 0.0)
+        volume = eqx.tree_at(lambda v: v.coefficients, volume, feasible)
+    return eqx.tree_at(lambda s: s.volume, state, volume), info
+
+
+def update_poses(
+    state: RefineState, problem: Problem, config: RefineConfig
+) -> tuple[RefineState, algorithm3.PoseInfo]:
+    """Line 4 of Algorithm 1: Algorithm 3 at the current map."""
+    poses, info = algorithm3.run(
+        state.poses,
+        problem.images,
+        state.volume.coefficients,
+        problem.footprint,
+        problem.image_filter,
+        config.pose_update(state.iteration),
+    )
+    return eqx.tree_at(lambda s: s.poses, state, poses), info
+
+
+def step(
+    state: RefineState, problem: Problem, config: RefineConfig
+) -> tuple[RefineState, RefineInfo]:
+    """Make one outer iteration of Algorithm 1.
+
+    Parameters
+    ----------
+    state
+        Poses, coefficients and multipliers so far.
+    problem
+        The data and the imaging model.
+    config
+        Parameters; its schedules are read at ``state.iteration``.
+    """
+    if config.poses_first:
+        state, pose_info = update_poses(state, problem, config)
+        state, volume_info = update_volume(state, problem, config)
+    else:
+        state, volume_info = update_volume(state, problem, config)
+        state, pose_info = update_poses(state, problem, config)
+    state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
+    return state, RefineInfo(volume_info, pose_info)
+
+
+Callback = Callable[[RefineState, RefineInfo], None]
+"""Called after every outer iteration: progress, metrics, checkpoints."""
+
+
+def refine(
+    state: RefineState,
+    problem: Problem,
+    config: RefineConfig,
+    callback: Callback | None = None,
+) -> RefineState:
+    """Run Algorithm 1 from a state to the last outer iteration.
+
+    A state saved by a callback and passed in again continues where it was saved, with
+    the same result as an uninterrupted run.
+
+    Parameters
+    ----------
+    state
+        From :func:`init`, or a saved one.
+    problem
+        The data and the imaging model.
+    config
+        Parameters, for instance :func:`released_preset`.
+    callback
+        Called with the state and its information after every outer iteration.
+
+    Raises
+    ------
+    InputError
+        If images, poses and volume do not fit each other, or are not finite.
+    """
+    _check(state, problem)
+    for _ in range(int(state.iteration), config.iterations):
+        state, info = step(state, problem, config)
+        if callback is not None:
+            callback(state, info)
+    return state
+
+
+def reconstruct(
+    state: RefineState,
+    problem: Problem,
+    config: RefineConfig,
+    callback: Callable[[RefineState, admm.ADMMInfo], None] | None = None,
+) -> RefineState:
+    """Run the volume updates of Algorithm 1 alone, with the poses kept.
+
+    The same schedules and the same number of iterations as :func:`refine`, so that
+    results from known or unrefined poses compare with refined ones. The images are
+    visited once.
+    """
+    _check(state, problem)
+    data = _data_term(state, problem, config)
+    for _ in range(int(state.iteration), config.iterations):
+        state, info = _update_volume(state, data, config)
+        state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
+        if callback is not None:
+            callback(state, info)
+    return state
+
+
+def _check(state: RefineState, problem: Problem) -> None:
+    """Refuse data that do not fit each other, in a sentence."""
+    images, poses, c = problem.images, state.poses, state.volume.coefficients
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[0]:
+        raise InputError(f"images want shape (particles, m, m), not {images.shape}")
+    if poses.angles.shape != (images.shape[0], 3):
+        raise InputError(
+            f"{images.shape[0]} images want angles of shape ({images.shape[0]}, 3), "
+            f"not {poses.angles.shape}"
+        )
+    if poses.shifts.shape != (images.shape[0], 2):
+        raise InputError(
+            f"{images.shape[0]} images want shifts of shape ({images.shape[0]}, 2), "
+            f"not {poses.shifts.shape}"
+        )
+    if c.ndim != 3 or len(set(c.shape)) != 1:
+        raise InputError(f"coefficients want shape (n, n, n), not {c.shape}")
+    for name, array in (
+        ("images", images),
+        ("angles", poses.angles),
+        ("shifts", poses.shifts),
+        ("coefficients", c),
+    ):
+        if array.dtype != c.dtype:
+            raise InputError(
+                f"{name} want the coefficients' type {c.dtype}, not {array.dtype}"
+            )
+        bad = int(jnp.sum(~jnp.isfinite(array)))
+        if bad:
+            raise InputError(f"{name} must be finite, but {bad} of them are not")

@@ -1,0 +1,339 @@
+r"""Algorithm 3: the poses at a fixed map, by semi-coordinate-wise gradient descent.
+
+The cost of one particle, eqs. (15) and (34), is
+
+.. math:: J_p(\theta, t) = \tfrac12 c^T (w(\theta) * c)
+   - \sum_k c[k]\,(g_p * \psi^\vee)(M_\theta k + t) + \tfrac12 \|g_p\|^2 .
+
+The first term is a sum over a tube of the map's autocorrelation, computed once per map
+(:mod:`jaxrefine.operators.normal`), so no 3-D convolution is made per particle. Both
+terms depend on the angles through :math:`M_\theta` alone: their derivatives with
+respect to the six entries of ``M``, contracted with
+:math:`\partial M/\partial\theta_i`, are Theorem 1.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrefine._batching import map_over_particles
+from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.geometry import Poses, projection_jacobian
+from jaxrefine.operators import normal
+from jaxrefine.operators._radial import RadialSeries
+from jaxrefine.operators._spline import Spline2D
+from jaxrefine.operators.spatial import (
+    Footprint,
+    ImageFilter,
+    PixelSum,
+    centred_axis,
+    lattice_points,
+)
+
+
+class MapTerms(eqx.Module):
+    r"""What the pose costs need to know of the map.
+
+    Attributes
+    ----------
+    moments
+        The coefficients ``c`` and their products with the coordinates x, y and z.
+    autocorrelation
+        :math:`c * c^\vee`, ready for sums over viewing tubes.
+    kernel
+        :math:`\psi * \psi^\vee`, the function that is summed over the tube.
+    """
+
+    moments: Float[Array, "4 n n n"]
+    autocorrelation: normal.TubeSamples
+    kernel: RadialSeries
+
+
+def map_terms(footprint: Footprint, coefficients: Volume) -> MapTerms:
+    """Prepare a map for any number of pose costs."""
+    kernel = footprint.autocorrelation
+    samples = normal.tube_samples(normal.autocorrelation(coefficients), kernel.radius)
+    k = centred_axis(coefficients.shape[0], coefficients.dtype)
+    moments = jnp.stack(
+        [
+            coefficients,
+            coefficients * k[None, None, :],
+            coefficients * k[None, :, None],
+            coefficients * k[:, None, None],
+        ]
+    )
+    return MapTerms(moments, samples, kernel)
+
+
+class Particle(eqx.Module):
+    r"""What the pose costs need to know of one image.
+
+    Attributes
+    ----------
+    filtered
+        The continuous function :math:`g * \psi^\vee`.
+    energy
+        :math:`\|g\|^2 / 2`.
+    """
+
+    filtered: PixelSum | Spline2D
+    energy: Scalar
+
+
+def particle(image_filter: ImageFilter, image: Float[Array, "m m"]) -> Particle:
+    """Prepare an image for any number of pose costs."""
+    return Particle(image_filter(image), 0.5 * jnp.sum(image**2))
+
+
+def _correlation(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
+    """Return ``c^T H(theta, t)^T g``, the middle term of eq. (34)."""
+    points = lattice_points(pose, terms.moments.shape[-1])
+    value = particle.filtered(*points)
+    return jnp.vdot(terms.moments[0], value, precision=jax.lax.Precision.HIGHEST)
+
+
+def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: Poses):
+    """Return the middle term of (34) and its derivatives with respect to M and t."""
+    points = lattice_points(pose, terms.moments.shape[-1])
+    value, *slopes = particle.filtered.value_and_gradient(*points)
+    moments = terms.moments.reshape(4, -1)
+    highest = jax.lax.Precision.HIGHEST
+    by_both = jnp.stack(
+        [jnp.matmul(moments, slope.ravel(), precision=highest) for slope in slopes]
+    )
+    linear = jnp.vdot(terms.moments[0], value, precision=highest)
+    return linear, by_both[:, 1:], by_both[:, 0]
+
+
+def particle_cost(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
+    """Return ``J_p(theta, t)``, eq. (34), of one particle."""
+    quadratic = normal.sum_over_tube(
+        terms.autocorrelation, terms.kernel, pose.rotations
+    )
+    return 0.5 * quadratic - _correlation(terms, particle, pose) + particle.energy
+
+
+def particle_cost_and_gradient(
+    terms: MapTerms, particle: Particle, pose: Poses
+) -> tuple[Scalar, Poses]:
+    r"""Return ``J_p`` and its explicit gradient, Theorem 1, eqs. (18)-(22).
+
+    .. math:: \frac{\partial J_p}{\partial\theta_i} = \sum_k
+       \Big(\frac{\partial M}{\partial\theta_i} k\Big)^T \Big[\tfrac12
+       (c * c^\vee)[k]\, \nabla(\psi * \psi^\vee)(M k)
+       - c[k]\, \nabla(g_p * \psi^\vee)(M k + t)\Big], \quad
+       \frac{\partial J_p}{\partial t} = -\sum_k c[k]\,
+       \nabla(g_p * \psi^\vee)(M k + t)
+
+    It is the exact gradient of :func:`particle_cost`, whatever the accuracy of the
+    series and splines that both are evaluated with.
+
+    Returns
+    -------
+    The cost, and a :class:`~jaxrefine.geometry.Poses` that holds the derivatives with
+    respect to (rot, tilt, psi) and to (x, y).
+    """
+    quadratic, quadratic_by_matrix = normal.sum_over_tube_and_gradient(
+        terms.autocorrelation, terms.kernel, pose.rotations
+    )
+    linear, linear_by_matrix, by_shift = _correlation_and_gradient(
+        terms, particle, pose
+    )
+    by_matrix = 0.5 * quadratic_by_matrix - linear_by_matrix
+    by_angles = jnp.sum(projection_jacobian(pose.angles) * by_matrix[None], (1, 2))
+    cost = 0.5 * quadratic - linear + particle.energy
+    return cost, Poses(by_angles, -by_shift)
+
+
+class PoseConfig(eqx.Module):
+    """Parameters of Algorithm 3.
+
+    Parameters
+    ----------
+    angle_step, shift_step
+        First trial steps ``alpha_theta`` and ``alpha_t`` of every line search. They
+        carry the inverse units of the cost: images scaled by ``s`` want steps scaled
+        by ``1 / s**2``.
+    eta
+        Factor in (0, 1) by which a rejected step shrinks.
+    iterations
+        Gradient steps on the angles and on the shifts, the paper's ``K_GD``.
+    max_trials
+        Steps tried in one line search before the particle stays where it is.
+    batch_size
+        Particles at a time.
+    """
+
+    angle_step: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    shift_step: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    eta: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=0.25)
+    iterations: int = eqx.field(static=True, default=3)
+    max_trials: int = eqx.field(static=True, default=10)
+    batch_size: int = eqx.field(static=True, default=8)
+
+
+class PoseInfo(eqx.Module):
+    """What a human wants to know of each particle's update.
+
+    Attributes
+    ----------
+    cost_before, cost
+        ``J_p`` before and after.
+    angle_moves, shift_moves
+        Whether each line search found a lower cost.
+    angle_trials, shift_trials
+        How many steps each tried.
+    """
+
+    cost_before: Float[Array, "*particles"]
+    cost: Float[Array, "*particles"]
+    angle_moves: Bool[Array, "*particles k"]
+    shift_moves: Bool[Array, "*particles k"]
+    angle_trials: Int[Array, "*particles k"]
+    shift_trials: Int[Array, "*particles k"]
+
+
+def backtrack(
+    cost: Callable[[Float[Array, "d"]], Scalar],
+    start: Float[Array, "d"],
+    value: Scalar,
+    gradient: Float[Array, "d"],
+    first_step: Scalar,
+    eta: Scalar,
+    max_trials: int,
+) -> tuple[Float[Array, "d"], Scalar, Int[Array, ""]]:
+    """Take the first of the steps ``first_step * eta**j`` that lowers the cost.
+
+    Steps 6 and 12 of Algorithm 3: plain decrease, no sufficient-decrease constant.
+
+    Parameters
+    ----------
+    cost
+        The function of a point.
+    start, value, gradient
+        The point to begin with, and the function's value and gradient there.
+    first_step
+        First step tried, in units of the point over the gradient.
+    eta
+        Factor in (0, 1) from one step to the next.
+    max_trials
+        Steps tried.
+
+    Returns
+    -------
+    The new point (the old one if no trial succeeds), its cost, the number of trials.
+    """
+
+    def searching(carry):
+        _, trial_value, _, trials = carry
+        return ~(trial_value < value) & (trials < max_trials)
+
+    def shrink(carry):
+        _, _, step, trials = carry
+        point = start - step * gradient
+        return point, cost(point), eta * step, trials + 1
+
+    begin = (start, value, first_step, jnp.zeros((), jnp.int32))
+    point, trial_value, _, trials = jax.lax.while_loop(searching, shrink, begin)
+    lower = trial_value < value
+    return jnp.where(lower, point, start), jnp.where(lower, trial_value, value), trials
+
+
+def descend(
+    terms: MapTerms, particle: Particle, pose: Poses, config: PoseConfig
+) -> tuple[Poses, PoseInfo]:
+    """Refine one pose by Algorithm 3: the angles, then the shift, ``K_GD`` times.
+
+    The line searches leave the constant ``||g||^2 / 2`` out of the cost: in single
+    precision the noise's energy would hide the changes that they look for.
+
+    Parameters
+    ----------
+    terms, particle
+        The map and the image, see `map_terms` and `particle`.
+    pose
+        Pose to begin with, radians and pixels.
+    config
+        Steps and loop lengths, of the pose's precision.
+
+    Returns
+    -------
+    The new pose, and the information of this particle.
+    """
+    energy = particle.energy
+    particle = Particle(particle.filtered, jnp.zeros_like(energy))
+
+    def move(pose: Poses, _):
+        before, gradient = particle_cost_and_gradient(terms, particle, pose)
+        angles, value, angle_trials = backtrack(
+            lambda angles: particle_cost(terms, particle, Poses(angles, pose.shifts)),
+            pose.angles,
+            before,
+            gradient.angles,
+            config.angle_step,
+            config.eta,
+            config.max_trials,
+        )
+        # The quadratic term does not depend on the shift, eq. (21).
+        turned = Poses(angles, pose.shifts)
+        linear, _, by_shift = _correlation_and_gradient(terms, particle, turned)
+        shifts, shifted, shift_trials = backtrack(
+            lambda shifts: -_correlation(terms, particle, Poses(angles, shifts)),
+            pose.shifts,
+            -linear,
+            -by_shift,
+            config.shift_step,
+            config.eta,
+            config.max_trials,
+        )
+        after = value + (shifted + linear)
+        moves = value < before, shifted < -linear
+        history = (before, after, *moves, angle_trials, shift_trials)
+        return Poses(angles, shifts), history
+
+    pose, (before, after, *searches) = jax.lax.scan(
+        move, pose, None, length=config.iterations
+    )
+    return pose, PoseInfo(before[0] + energy, after[-1] + energy, *searches)
+
+
+@eqx.filter_jit
+def run(
+    poses: Poses,
+    images: Images,
+    coefficients: Volume,
+    footprint: Footprint,
+    image_filter: ImageFilter,
+    config: PoseConfig,
+) -> tuple[Poses, PoseInfo]:
+    """Refine all poses against a map, ``config.batch_size`` particles at a time.
+
+    Parameters
+    ----------
+    poses
+        Current poses.
+    images
+        Images of shape ``(P, m, m)``.
+    coefficients
+        Coefficients of the map.
+    footprint, image_filter
+        The imaging model, see :mod:`jaxrefine.operators.spatial`.
+    config
+        Steps and loop lengths.
+
+    Returns
+    -------
+    The new poses, none of which has a higher cost than before (to rounding), and the
+    information of every particle.
+    """
+    terms = map_terms(footprint, coefficients)
+    config = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), config)
+
+    def refine_one(image_and_pose):
+        image, pose = image_and_pose
+        return descend(terms, particle(image_filter, image), pose, config)
+
+    return map_over_particles(refine_one, (images, poses), config.batch_size)

@@ -1,0 +1,100 @@
+"""A few weighted candidate poses for each particle.
+
+At low resolution a noisy image fits several orientations. The candidates that fit are
+kept side by side, weighted by their posterior probability, until the data decide.
+"""
+
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrefine._types import Scalar
+from jaxrefine.geometry import (
+    Poses,
+    matrix_to_euler,
+)
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@final
+class Hypotheses(eqx.Module):
+    """Weighted candidate poses of every particle, the most probable one first.
+
+    Attributes
+    ----------
+    rotations, shifts
+        ``H`` poses of each particle.
+    log_weights
+        Logarithms of their posterior probabilities, minus infinity for an empty place.
+    """
+
+    rotations: Float[Array, "*particles h 3 3"]
+    shifts: Float[Array, "*particles h 2"]
+    log_weights: Float[Array, "*particles h"]
+
+    @property
+    def weights(self) -> Float[Array, "*particles h"]:
+        """The posterior probabilities; they add up to 1."""
+        return jnp.exp(self.log_weights)
+
+    def best(self) -> Poses:
+        """Return the most probable pose of every particle."""
+        angles = matrix_to_euler(self.rotations[..., 0, :, :])
+        return Poses(angles, self.shifts[..., 0, :])
+
+
+def certain(poses: Poses, count: int) -> Hypotheses:
+    """Return hypotheses that believe in one pose each, with ``count`` places."""
+    rotations = jnp.repeat(poses.rotations[:, None], count, axis=1)
+    shifts = jnp.repeat(poses.shifts[:, None], count, axis=1)
+    empty = jnp.full((len(poses.angles), count), -jnp.inf, poses.angles.dtype)
+    return Hypotheses(rotations, shifts, empty.at[:, 0].set(0.0))
+
+
+def merge(
+    rotations: Float[Array, "h 3 3"],
+    shifts: Float[Array, "h 2"],
+    evidence: Float[Array, "h"],
+    separation: Scalar,
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
+) -> tuple[Hypotheses, Int[Array, "h"]]:
+    """Rank one particle's candidates, counting those that coincide once.
+
+    Parameters
+    ----------
+    rotations, shifts
+        Polished candidates.
+    evidence
+        Logarithms of their unnormalised posterior masses.
+    separation
+        Candidates nearer than this angle (radians) are one.
+    operators
+        Of the map's symmetry, if any, which makes ``R`` and ``R S`` one, too.
+
+    Returns
+    -------
+    The ranked hypotheses, and the order in which the candidates are in them.
+    """
+    copies = rotations[:, None]
+    if operators is not None:
+        group = jnp.asarray(operators, rotations.dtype)
+        copies = jnp.einsum("jab,sbc->jsac", rotations, group, precision=_HIGHEST)
+    cosine = jnp.einsum("iab,jsab->ijs", rotations, copies, precision=_HIGHEST)
+    near = 3.0 - jnp.max(cosine, axis=-1) < separation**2
+    count = evidence.shape[0]
+    first = jnp.arange(count)
+    above = (evidence[:, None] > evidence[None]) | (
+        (evidence[:, None] == evidence[None]) & (first[:, None] < first[None])
+    )
+    repeated = jnp.any(near & above, axis=0)
+    evidence = jnp.where(repeated, -jnp.inf, evidence)
+    order = jnp.argsort(-evidence)
+    # Relative to the first, so that rounding does not grow with the evidence.
+    ranked = evidence[order] - jnp.max(evidence)
+    ranked = ranked - jax.nn.logsumexp(ranked)
+    return Hypotheses(rotations[order], shifts[order], ranked), order

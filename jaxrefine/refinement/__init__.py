@@ -1,0 +1,10 @@
+"""The joint refinement: poses and map in turns, for production."""
+
+from jaxrefine.refinement import config as config
+from jaxrefine.refinement import half_sets as half_sets
+from jaxrefine.refinement import loop as loop
+from jaxrefine.refinement import map_step as map_step
+from jaxrefine.refinement import memory as memory
+from jaxrefine.refinement import pose_step as pose_step
+from jaxrefine.refinement import sets as sets
+from jaxrefine.refinement import state as state

@@ -1,0 +1,359 @@
+r"""The volume side of an outer iteration, for one set of particles.
+
+`start` makes the state, `sum_up` inserts the images, `update_maps` makes the folds'
+maps, `assess` measures what they are worth, `choose_tau` and `final_map` make one of
+all particles.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrefine._types import Volume
+from jaxrefine.data import observation
+from jaxrefine.data.observation import View
+from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine.maps import admm, folds
+from jaxrefine.maps.filters import filter_shells
+from jaxrefine.maps.folds import FOLDS
+from jaxrefine.maps.fsc import fsc
+from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
+from jaxrefine.maps.sums import Sums, data_term, insert, solve
+from jaxrefine.poses.hypotheses import Hypotheses, certain
+from jaxrefine.poses.polish import NEGLIGIBLE
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import ParticleSet
+from jaxrefine.refinement.state import SetState
+
+_SAMPLE = 2000  # particles that scale and noise are measured from
+_FEWEST = 200  # particles of a group, of those
+_EMPTY, _QUIET = (
+    1e-10,
+    1e-2,
+)  # no data, of the fullest shell; least noise, of the median
+_FAINTEST = 1e-6  # of the fullest shell: the least noise to begin with
+_FINAL_ROUNDS = 3
+_ROUND = 512
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
+    """Begin with a map of unknown scale, and with noise as strong as it is far out.
+
+    Of the map only what lies below the first band limit is used. The noise is taken to
+    be white at first, with the power of a group's images in the last quarter of their
+    shells; groups of no or empty images get the largest of these. The map is scaled
+    such that its projections have the power of the images beyond that in the first
+    three shells, which does not need the poses.
+    """
+    count = len(whole.particles)
+    hypotheses = certain(poses, whole.config.hypotheses)
+    shells = whole.particles.image_size // 2 + 1
+    one = jnp.ones(shells, volume.dtype)
+    volume = filter_shells(volume, _up_to(whole.config.first_r_max, one))
+    sums = _measure(whole, hypotheses, [volume] * FOLDS)
+    power = sums.data / jnp.maximum(sums.count, 1.0)
+    outer = jnp.mean(power[:, 3 * whole.last // 4 : whole.last + 1], axis=1)
+    level = jnp.maximum(outer, _FAINTEST * jnp.max(power[:, 1:], axis=1))
+    largest = jnp.max(level)
+    level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
+    noise = jnp.repeat(level[:, None], shells, axis=1)
+    few = slice(1, 4)
+    signal = jnp.sum((sums.data - noise * sums.count)[:, few])
+    model = jnp.sum(sums.model[:, few])
+    model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
+    scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
+    return SetState(
+        hypotheses,
+        information=jnp.zeros((count, 5, 5), volume.dtype),
+        evidence=jnp.zeros(count, volume.dtype),
+        maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
+        gain=one,
+        noise=noise / whole.particles.noise_share,
+        tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
+        fold_fsc=one,
+    )
+
+
+def _up_to(r_max: int, one: Float[Array, "shells"]) -> Float[Array, "shells"]:
+    """Return a gain of 1 up to a shell and 0 beyond, with a cosine edge of 3 shells."""
+    beyond = jnp.clip((jnp.arange(len(one)) - r_max) / 3, 0.0, 1.0)
+    return one * 0.5 * (1 + jnp.cos(jnp.pi * beyond.astype(one.dtype)))
+
+
+@eqx.filter_jit
+def _insert(
+    insertion, view: View, images, ctf, group, rotations, shifts, weights, operators
+) -> Sums:
+    """Insert images at all the poses that the symmetry makes equivalent."""
+    operators = jnp.asarray(operators, rotations.dtype)
+    turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
+    spectra, shifts, transfer, weights = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
+        (
+            view.spectra(images, group),
+            shifts,
+            view.transfer(ctf, group),
+            weights,
+        ),
+    )
+    return insert(
+        insertion,
+        view.disc,
+        spectra,
+        Poses(matrix_to_euler(turned.reshape(-1, 3, 3)), shifts),
+        transfer,
+        weights[:, None] * view.inverse_noise[None],
+    )
+
+
+def sum_up(
+    whole: ParticleSet,
+    hypotheses: Hypotheses,
+    noise: Float[Array, "*groups shells"],
+    included: Bool[np.ndarray, " particles"],
+) -> list[Sums]:
+    """Sum up the images of each fold at all their hypotheses, by their weights.
+
+    A hypothesis is inserted once for each operator of the symmetry.
+
+    Parameters
+    ----------
+    whole, hypotheses
+        The particles, and their poses with weights.
+    noise
+        Power of the noise by shell, of each group or one for all.
+    included
+        Which particles to sum up.
+
+    Returns
+    -------
+    The sums of each fold's own images.
+    """
+    n = whole.particles.image_size
+    everything = observation.view(whole.particles, whole.last, noise)
+    # Enough slices at a time to outweigh the FFT of the kernel's grid.
+    size = max(_ROUND, n**3 * 2 // len(everything.disc.shells))
+    operators = whole.config.operators
+    size = max(1, size // len(operators))
+    weights = np.asarray(hypotheses.weights) * included[:, None]
+    weights = np.where(weights > NEGLIGIBLE, weights, 0.0)
+    sums = []
+    for fold in range(FOLDS):
+        members = whole.members(fold)
+        owners, column = np.nonzero(weights[members])
+        owners = members[owners]
+        total = Sums.zero(n, noise.dtype)
+        places = np.arange(len(owners))
+        for batch, new in observation.batches(places, _rounded(len(owners), size)):
+            owner, place = owners[batch], column[batch]
+            images, ctf = whole.particles.batch(owner)
+            weight = np.where(np.arange(len(batch)) < new, weights[owner, place], 0.0)
+            total = total + _insert(
+                whole.insertion,
+                everything,
+                images,
+                ctf,
+                whole.particles.group_of(owner),
+                hypotheses.rotations[owner, place],
+                hypotheses.shifts[owner, place],
+                jnp.asarray(weight, noise.dtype),
+                operators,
+            )
+        sums.append(total)
+    return sums
+
+
+def _rounded(count: int, largest: int) -> int:
+    """Return a batch size for so many, one of few so that few programs are compiled."""
+    return min(max(1, -(-count // _ROUND)) * _ROUND, largest)
+
+
+@eqx.filter_jit
+def _compare(spectrum, view: View, images, ctf, poses, included):
+    return shell_sums(
+        spectrum,
+        view.disc,
+        view.spectra(images, None),
+        poses,
+        view.transfer(ctf, None),
+        included,
+    )
+
+
+def _measure(whole: ParticleSet, hypotheses: Hypotheses, maps) -> ShellSums:
+    """Compare images with the masked maps that they are not in, at their best poses."""
+    particles, dtype = whole.particles, maps[0].dtype
+    plain = jnp.ones(particles.image_size // 2 + 1, dtype)
+    full = observation.view(particles, whole.last, plain)
+    groups = np.arange(particles.groups)[:, None]
+    poses = hypotheses.best()
+    total = None
+    for fold in range(FOLDS):
+        members = whole.members(fold)
+        group = particles.group_of(members)
+        share = max(_SAMPLE // len(groups), _FEWEST) // FOLDS
+        members = np.concatenate([_some(members[group == g], share) for g in groups])
+        size = min(whole.config.batch_size, len(members))
+        volume = whole.masked(maps[fold])
+        spectrum = whole.config.interpolation.spectrum(volume, whole.last)
+        for batch, new in observation.batches(members, size):
+            images, ctf = particles.batch(batch)
+            included = (particles.group_of(batch) == groups) & (np.arange(size) < new)
+            part = _compare(
+                spectrum,
+                full,
+                images,
+                ctf,
+                Poses(poses.angles[batch], poses.shifts[batch]),
+                jnp.asarray(included, dtype),
+            )
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _some(members: Int[np.ndarray, " members"], most: int) -> Int[np.ndarray, " some"]:
+    """Return so many of the members, evenly spaced."""
+    count = min(len(members), most)
+    return members[np.linspace(0, len(members) - 1, count).astype(int)]
+
+
+def update_maps(whole: ParticleSet, state: SetState, data: folds.Folds) -> SetState:
+    """Make the folds' maps, each from the other fold.
+
+    Parameters
+    ----------
+    whole
+        The parameters of the particles.
+    state
+        The maps and multipliers to start from, and ``tau``.
+    data
+        The data terms of the folds, see `sum_up` and `folds.folds`.
+    """
+    config = whole.config
+    maps = folds.solve_all(
+        data, state.maps, state.tau, config.regulariser, config.admm_iterations
+    )
+    return eqx.tree_at(lambda s: s.maps, state, maps)
+
+
+def assess(whole: ParticleSet, state: SetState) -> SetState:
+    """Measure scale and noise from the images, and the correlation of the maps.
+
+    The scale is common to all groups. The power of the noise, which is taken for what
+    it is within the circle if the images are masked, is infinite in shells that
+    a group's images are empty in; a group of no or empty images keeps what it has.
+
+    Parameters
+    ----------
+    whole
+        The particles, a sample of which is compared with the maps.
+    state
+        Their poses, the folds' maps, and the noise that groups are weighed by.
+    """
+    volumes = [one.coefficients for one in state.maps]
+    sums = _measure(whole, state.hypotheses, volumes)
+    gain = sums.pooled(observation.relative_precision(state.noise)).gain
+    # A shell that the images are empty in says nothing, however small its residual.
+    data, inside = sums.data / jnp.maximum(sums.count, 1.0), slice(1, whole.last + 1)
+    fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
+    empty = data <= _EMPTY * fullest
+    residual, count = (
+        jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
+    )
+    power = noise_power(residual, count) / whole.particles.noise_share
+    median = jnp.nanmedian(
+        jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
+    )
+    power = jnp.where(empty, jnp.inf, jnp.maximum(power, _QUIET * median))
+    measured = (fullest > 0) & (jnp.arange(data.shape[1])[None] <= whole.last)
+    noise = jnp.where(measured, power, state.noise)
+    return eqx.tree_at(
+        lambda s: (s.gain, s.noise, s.fold_fsc),
+        state,
+        (gain, noise, fsc(*volumes)),
+    )
+
+
+@final
+@dataclass(frozen=True)
+class FinalMap:
+    """A map of all particles of a set.
+
+    Attributes
+    ----------
+    volume
+        The map.
+    lam, tau
+        Weight of the regulariser, absolute and in units of the noise.
+    """
+
+    volume: Volume
+    lam: float
+    tau: float
+
+
+def choose_tau(
+    whole: ParticleSet, state: SetState, sums: list[Sums]
+) -> tuple[SetState, dict[float, float]]:
+    """Choose the regulariser's weight by cross-validation, unless it is given.
+
+    Parameters
+    ----------
+    whole
+        The parameters of the particles, which may give the weight.
+    state
+        The folds' maps to start from, and the weight to begin with.
+    sums
+        The sums of both folds, see `sum_up`.
+
+    Returns
+    -------
+    The state with the folds' maps and the weight that were chosen, and the errors of
+    prediction that they were chosen by, if they were.
+    """
+    config = whole.config
+    if config.tau is not None:
+        return state, {}
+    tau, maps, errors = folds.cross_validate(
+        folds.folds(sums),
+        state.maps,
+        state.tau,
+        config.regulariser,
+        config.admm_iterations,
+    )
+    return eqx.tree_at(lambda s: (s.maps, s.tau), state, (maps, tau)), errors
+
+
+def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalMap:
+    """Make one map of all folds, starting between theirs, at the state's ``tau``.
+
+    Parameters
+    ----------
+    config
+        The regulariser, and how many iterations are made.
+    sums
+        The sums of both folds; of no images the map is empty.
+    state
+        The folds' maps to start from, and the weight of the regulariser.
+    """
+    total = sums[0] + sums[1]
+    data = data_term(total)
+    solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
+    for _ in range(_FINAL_ROUNDS):
+        solution = solve(
+            data,
+            total.peak,
+            solution,
+            state.tau,
+            config.regulariser,
+            config.admm_iterations,
+        )
+    lam = float(state.tau * jnp.sqrt(total.peak))
+    return FinalMap(solution.coefficients, lam, float(state.tau))

@@ -1,0 +1,265 @@
+r"""How much memory a refinement will want, and what to do when it is not there.
+
+The estimate is a count of the arrays that live at once, of the engine of
+:mod:`jaxrefine.refinement.loop`. Of the two halves of an outer iteration the larger one
+decides:
+
+- the pose update holds, for each particle of a batch, about 85 bytes for each frequency
+  that it is compared in, whatever the number of particles;
+- the volume update holds sums, their transforms and temporary arrays, all of which are
+  multiples of ``n**3``, whatever the batch.
+
+The multiples are the compiler's own (``memory_analysis`` of the compiled programs on a
+CPU, n = 32 and 64, JAX 0.10); finufft's is measured. On a CPU the compiled programs
+themselves come on top, as a constant that was fitted to measured peaks: those of n from
+32 to 90 are within 12 % of the estimates. On accelerators none of this has been
+checked. Images are read from where they are kept, and not counted.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, final
+
+import jax
+
+from jaxrefine.errors import InputError
+from jaxrefine.operators import normal, slices
+from jaxrefine.operators.gridding import Finufft, default_insertion
+from jaxrefine.refinement.config import RefineConfig
+
+_T = TypeVar("_T")
+
+LEAST_BATCH = 16
+"""Particles at a time, fewer than which would save nothing."""
+
+_GIB = 2**30
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+_MEMORY = Path("/proc/meminfo")
+_RECLAIMABLE = ("active_file", "inactive_file")  # files that were read
+_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_PROGRAMS = 1200 * 2**20  # JAX with all compiled programs, on a CPU: fitted
+
+# Arrays of n**3 single-precision numbers.
+_STATE = 20  # maps and multipliers of two folds, before and after
+_REFERENCE = 20  # a fold's filtered map and its oversampled spectrum, being made
+_SUMS = 18  # kernels and back-projections of two folds
+_INSERTED = 27  # the same of one fold, a running sum, and what is added to it
+_FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
+_GRIDDING = 45  # the same, over the cube of the oversampling
+_DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
+
+# Bytes.
+_POLISHED = 85  # a frequency of a particle whose pose is polished
+_PIXEL = 12  # of its image, on the host, on the device and transformed
+_SEARCH = 44 * 2**20  # a batch of the search, whose size it finds by itself
+_INSERTED_SAMPLE = 80  # a sample of an inserted slice
+_HYPOTHESIS = 400  # a hypothesis of a particle, before and after
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """How a refinement will go about its work.
+
+    Attributes
+    ----------
+    particles, image_size, half_sets
+        What will be refined: how many, of which side in pixels, in halves or not.
+    r_max
+        First and largest band limit of the poses, cycles per box.
+    device
+        Kind of the default device.
+    batch_size
+        Particles at a time.
+    estimated_bytes, available_bytes
+        Memory that it will want at most, and that there is; None if unknown.
+    """
+
+    particles: int
+    image_size: int
+    half_sets: bool
+    r_max: tuple[int, int]
+    device: str
+    batch_size: int
+    estimated_bytes: int
+    available_bytes: int | None
+
+    def describe(self) -> str:
+        """Return the plan as lines for a reader."""
+        n, (first, last) = self.image_size, self.r_max
+        halves = ", in two half sets" if self.half_sets else ""
+        free = self.available_bytes
+        there = "" if free is None else f" of {free / _GIB:.1f} GiB that are free"
+        return "\n".join(
+            [
+                f"{self.particles} particles of {n} x {n} pixels{halves}",
+                f"poses compared up to {first} cycles per box at first, to {last} at "
+                "most",
+                f"{self.batch_size} particles at a time on {self.device}",
+                f"about {self.estimated_bytes / _GIB:.1f} GiB of memory{there}",
+            ]
+        )
+
+
+def available_bytes() -> int | None:
+    """Return how much memory the default device has to give; None if it is not known.
+
+    On a CPU, what the system has available (Linux), and no more than the job's or
+    container's limit leaves (cgroup v2); else, what JAX may take of the device's own.
+    """
+    if jax.default_backend() != "cpu":
+        return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
+    sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    found = [int(size) * 1024 for size in sizes] + _left_by_groups()
+    return min(found, default=None)
+
+
+def _left_by_groups() -> list[int]:
+    """Return what the limits of this process's control groups leave of memory."""
+    left = []
+    with suppress(OSError):
+        own = _GROUP.read_text().strip().rpartition("::/")[2]
+        here = _GROUPS / own
+        for folder in (here, *here.parents):
+            if not folder.is_relative_to(_GROUPS):
+                break
+            with suppress(OSError, ValueError):  # no limit, or no such file
+                limit = int((folder / "memory.max").read_text())
+                used = int((folder / "memory.current").read_text())
+                stat = (folder / "memory.stat").read_text().split()
+                cached = (stat.index(name) + 1 for name in _RECLAIMABLE)
+                used -= sum(int(stat[place]) for place in cached)
+                left.append(max(limit - used, 0))
+    return left
+
+
+def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int:
+    """Estimate the most memory that a refinement holds, without the images.
+
+    On an accelerator it is the device's memory.
+
+    Parameters
+    ----------
+    particles
+        How many.
+    image_size
+        Their side in pixels.
+    config
+        Parameters of the refinement.
+    """
+    sets = 2 if config.half_sets else 1
+    cube = 4 * (normal.padded_size(image_size) // 2) ** 3
+    points = len(slices.disc(image_size, (image_size - 1) // 2).shells)
+    insertion = config.insertion or default_insertion()
+    if isinstance(insertion, Finufft):
+        grid = _FINUFFT
+    else:
+        grid = _GRIDDING * insertion.oversampling**3
+    inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
+    per_particle = _POLISHED * points + _PIXEL * image_size**2
+    batch = min(config.batch_size, particles)
+    pose = _REFERENCE * cube + max(_SEARCH, batch * per_particle)
+    volume = max(_DATA_TERMS * cube, (_INSERTED + grid) * cube + inserted)
+    held = (_STATE * sets + _SUMS * (sets - 1)) * cube
+    held += _HYPOTHESIS * (config.hypotheses + 1) * particles
+    programs = _PROGRAMS if jax.default_backend() == "cpu" else 0
+    return int(programs + held + max(pose, volume))
+
+
+def plan(
+    particles: int,
+    image_size: int,
+    config: RefineConfig,
+    available_bytes: int | None,
+) -> Plan:
+    """Choose the largest batch with which a refinement fits into memory.
+
+    It is the one asked for, but no more than there are particles, or else a power of
+    two, from `LEAST_BATCH`.
+
+    Parameters
+    ----------
+    particles, image_size, config
+        As for :func:`estimate_bytes`.
+    available_bytes
+        Memory that there is, see :func:`available_bytes`; None for no limit.
+
+    Raises
+    ------
+    InputError
+        If not even the smallest batch fits.
+    """
+    limit = math.inf if available_bytes is None else available_bytes
+    size = min(config.batch_size, particles)
+    while (wanted := estimate_bytes(particles, image_size, config)) > limit:
+        if size <= LEAST_BATCH:
+            raise InputError(
+                f"{particles} images of side {image_size} want {wanted / _GIB:.1f} GiB "
+                f"of memory, {size} at a time, but {limit / _GIB:.1f} GiB are free."
+            )
+        size = 2 ** ((size - 1).bit_length() - 1)
+        config = replace(config, batch_size=size)
+    last = config.max_r_max or (image_size - 1) // 2
+    return Plan(
+        particles,
+        image_size,
+        config.half_sets,
+        (slices.bucket(config.first_r_max, image_size), last),
+        jax.devices()[0].device_kind,
+        size,
+        wanted,
+        available_bytes,
+    )
+
+
+def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
+    """Return a plan with another batch, and what that wants, whether it fits or not."""
+    wanted = estimate_bytes(
+        plan.particles, plan.image_size, replace(config, batch_size=batch_size)
+    )
+    return replace(plan, batch_size=batch_size, estimated_bytes=wanted)
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that the host or the device has no memory left."""
+    return isinstance(error, MemoryError) or _EXHAUSTED in str(error)
+
+
+def retry_on_out_of_memory(
+    function: Callable[[int], _T], batch_size: int, say: Callable[[str], None]
+) -> _T:
+    """Call a function of the batch size, with half of it whenever memory runs out.
+
+    Parameters
+    ----------
+    function
+        What to call; it should carry on where it failed.
+    batch_size
+        Particles at a time, at first.
+    say
+        Called with a sentence before every further attempt.
+
+    Raises
+    ------
+    InputError
+        If memory runs out with `LEAST_BATCH` particles at a time, or fewer.
+    """
+    while True:
+        try:
+            return function(batch_size)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            if batch_size <= LEAST_BATCH:
+                raise InputError(
+                    f"The memory does not suffice even for {batch_size} particles at a "
+                    "time."
+                ) from error
+        # Only here, out of the handler, are the failed attempt's arrays given back.
+        half = max(batch_size // 2, LEAST_BATCH)
+        say(f"Out of memory with {batch_size} particles at a time; trying {half}.")
+        batch_size = half

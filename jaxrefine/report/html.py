@@ -1,0 +1,488 @@
+"""The report of a refinement: one HTML file that needs nothing else.
+
+Pictures are inside of it, and nothing is loaded from elsewhere. The page is an element
+tree before it is text, so that whatever a file is called, its name stays text.
+"""
+
+import base64
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, final
+from xml.etree.ElementTree import Element, indent, tostring
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxrefine.geometry import Poses
+from jaxrefine.io._atomic import atomic_path
+from jaxrefine.maps.fsc import crossing
+from jaxrefine.report import plots
+
+Row = Mapping[str, Any]
+"""Numbers, lists of numbers and None, by name."""
+
+_THRESHOLD = 0.143
+_PER_CELL = 4  # particles in a cell of the viewing directions, at least, if uniform
+_CYCLES = "cycles per box"
+_INCHES, _DPI = (5.4, 3.6), 160
+_ROT_TICKS, _TILT_TICKS = range(-180, 181, 60), (0, 30, 60, 90, 120, 150, 180)
+
+_HEADINGS = {
+    "r_max": f"band limit ({_CYCLES})",
+    "search_r_max": f"band limit of the search ({_CYCLES})",
+    "searched": "particles searched for",
+    "decided": "fraction with one hypothesis left",
+    "damping": "damping of each polishing step",
+    "angle_change_in_degrees": "median turn (degrees)",
+    "shift_change_in_pixels": "median move (pixels)",
+    "tau": "tau of each set",
+    "fold_score": "mean FSC of the folds",
+    "gold_score": "mean FSC of the half sets' regularised maps",
+    "cg_residual": "residual of the last CG",
+    "angle_moves": "accepted steps of the angles",
+    "shift_moves": "accepted steps of the shifts",
+    "elapsed_s": "time (s)",
+}
+_UNITS = {
+    "angle_spread": "rad",
+    "max_angle": "rad",
+    "shift_spread": "px",
+    "max_shift": "px",
+    "first_r_max": _CYCLES,
+    "search_r_max": _CYCLES,
+    "max_r_max": _CYCLES,
+    "diameter": "of the box",
+}
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f7; --quiet: #57606a }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a4048; --soft: #1d2126; --quiet: #a3acb7 }
+  html { background: #121417; color: #e6e8eb }
+}
+* { box-sizing: border-box }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.25 }
+h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
+code { font-family: ui-monospace, monospace; font-size: .9em }
+dl { display: grid; gap: .75rem; margin: 0;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)) }
+dl > div { background: var(--soft); border-radius: .5rem; padding: .5rem .75rem }
+dt, figcaption { color: var(--quiet); font-size: .875rem }
+dd { margin: 0; font-weight: 600 }
+section > div { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
+figure { margin: 0; break-inside: avoid }
+img { display: block; width: 100%; height: auto; padding: .4rem; background: white;
+  border: 1px solid var(--line); border-radius: .5rem }
+section > div[role] { display: block; overflow-x: auto; margin-top: 1rem }
+table { border-collapse: collapse; font-size: .875rem }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
+  border-bottom: 1px solid var(--line); overflow-wrap: normal }
+tbody th { font-weight: normal; color: var(--quiet) }
+[role] td { font-variant-numeric: tabular-nums }
+@media print {
+  :root { color-scheme: light; --line: #d0d4da; --soft: #fff; --quiet: #333 }
+  html { background: white; color: black }
+  body { max-width: none; padding: 0; font-size: .8rem }
+  section > div { grid-template-columns: 1fr 1fr }
+  section > div[role] { overflow: visible }
+  [role] table { font-size: .6rem }
+  [role] :is(th, td) { padding: .15rem .25rem }
+  tr { break-inside: avoid }
+  h2 { break-after: avoid }
+}
+"""
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """What a report says; what is None or empty is left out of it.
+
+    Attributes
+    ----------
+    title
+        Of the page.
+    command
+        The command line of the run.
+    pixel_size_in_angstroms
+        Of the images and the maps.
+    poses
+        As they were refined.
+    angle_change_in_degrees, shift_change_in_pixels
+        How far each pose has moved from the given one.
+    initial_map, volume
+        As it was given, and refined; their scales may differ.
+    rows
+        A row of ``metrics.jsonl`` for every outer iteration.
+    settings
+        The resolved parameters by name.
+    versions, device
+        What the run was made with.
+    wall_s
+        Its wall time in seconds.
+    peak_rss_mib, peak_device_mib
+        The most memory it has held, in MiB, on the host and on the device.
+    half_set_fsc
+        Correlation of the maps of the half sets at the shells 0, ..., n // 2.
+    fold_fsc
+        Without half sets, that of the maps of the two folds of all particles.
+    angle_std_in_degrees, shift_std_in_pixels
+        Expected errors of the poses.
+    undetermined
+        Particles whose poses were not determined. The pictures leave them out.
+    """
+
+    title: str
+    command: str
+    pixel_size_in_angstroms: float
+    poses: Poses
+    angle_change_in_degrees: Float[np.ndarray, " particles"]
+    shift_change_in_pixels: Float[np.ndarray, " particles"]
+    initial_map: Float[np.ndarray, "n n n"]
+    volume: Float[np.ndarray, "n n n"]
+    rows: Sequence[Row]
+    settings: Row
+    versions: Mapping[str, str]
+    device: str
+    wall_s: float
+    peak_rss_mib: float | None = None
+    peak_device_mib: float | None = None
+    half_set_fsc: Float[np.ndarray, " shells"] | None = None
+    fold_fsc: Float[np.ndarray, " shells"] | None = None
+    angle_std_in_degrees: Float[np.ndarray, " particles"] | None = None
+    shift_std_in_pixels: Float[np.ndarray, " particles"] | None = None
+    undetermined: Bool[np.ndarray, " particles"] | None = None
+
+    @property
+    def box_in_angstroms(self) -> float:
+        """Side of the box."""
+        return len(self.volume) * self.pixel_size_in_angstroms
+
+    @property
+    def determined(self) -> Bool[np.ndarray, " particles"]:
+        """The particles that the pictures show."""
+        if self.undetermined is None:
+            return np.ones(len(self.poses.angles), bool)
+        return ~self.undetermined
+
+
+def write(path: str | Path, report: Report) -> None:
+    """Write a report as one HTML file, whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If the system refuses to write there.
+    """
+    head = [
+        _element("meta", charset="utf-8"),
+        _element(
+            "meta", name="viewport", content="width=device-width, initial-scale=1"
+        ),
+        _element("title", report.title),
+        _element("style", _STYLE),
+    ]
+    sections = (
+        _element("section", [_element("h2", heading), *content])
+        for heading, content in _sections(report)
+        if content
+    )
+    body = [_element("h1", report.title), _element("main", sections)]
+    page = _element("html", [_element("head", head), _element("body", body)], lang="en")
+    indent(page, " ")
+    text = "<!DOCTYPE html>\n" + tostring(page, "unicode", "html")
+    with atomic_path(path) as temporary:
+        # File names may hold what is not text.
+        temporary.write_text(text, "utf-8", "replace")
+
+
+def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
+    """Yield headings and what stands below them, if anything."""
+    yield "Result", [_headlines(report)]
+    yield "Resolution", _grid(_resolution_pictures(report))
+    yield "Map", _grid(_map_pictures(report))
+    yield "Poses", _grid(_pose_pictures(report))
+    yield "Iterations", _grid(_band_pictures(report)) + _iteration_table(report.rows)
+    yield "Settings", _pairs(_setting_texts(report.settings))
+    yield "Command", [_element("p", [_element("code", report.command)])]
+    yield "Made with", _pairs({**report.versions, "device": report.device})
+
+
+def _headlines(report: Report) -> Element:
+    """Return the figures that matter most, with their names."""
+    count, n = len(report.poses.angles), len(report.volume)
+    figures = {
+        "Particles": f"{count}",
+        "Box": f"{n} px, {report.box_in_angstroms:.4g} Å",
+        "Pixel size": f"{report.pixel_size_in_angstroms:.4g} Å",
+        f"Resolution, FSC {_THRESHOLD}": _resolution(report),
+        "Outer iterations": f"{len(report.rows)}",
+        "Wall time (h:min:s)": f"{timedelta(seconds=round(report.wall_s))}",
+    }
+    if report.undetermined is not None:
+        lost = int(report.undetermined.sum())
+        figures["Undetermined particles"] = f"{lost} ({100 * lost / count:.3g} %)"
+    for where, peak in (
+        ("", report.peak_rss_mib),
+        (", device", report.peak_device_mib),
+    ):
+        if peak is not None:
+            figures[f"Peak memory{where}"] = f"{peak:.0f} MiB"
+    cards = (
+        _element("div", [_element("dt", name), _element("dd", value)])
+        for name, value in figures.items()
+    )
+    return _element("dl", cards)
+
+
+def resolution(report: Report, unit: str) -> str:
+    """Return where the half maps' correlation falls below 0.143, in angstroms.
+
+    Beyond the last shell of slices nothing was measured.
+    """
+    last = (len(report.volume) - 1) // 2
+    curve = jnp.asarray(report.half_set_fsc)[: last + 1]
+    radius = float(crossing(curve, _THRESHOLD))
+    better = " or better" if radius >= last else ""
+    return f"{report.box_in_angstroms / radius:.2f} {unit}{better}"
+
+
+def _resolution(report: Report) -> str:
+    if report.half_set_fsc is None:
+        return "no half sets"
+    return resolution(report, "Å")
+
+
+def _resolution_pictures(report: Report) -> Iterator[Element]:
+    if report.half_set_fsc is not None:
+        resolution = _resolution(report)
+        yield _figure(
+            "Fourier shell correlation of the maps of the two half sets, which were "
+            "refined independently; no mask, and no regulariser.",
+            "Curve of the half maps' Fourier shell correlation against the Fourier "
+            f"shell. Resolution at {_THRESHOLD}: {resolution}.",
+            plots.fsc_curves,
+            {"half maps": report.half_set_fsc},
+            len(report.volume),
+            report.pixel_size_in_angstroms,
+            "",
+        )
+    elif report.fold_fsc is not None:
+        yield _figure(
+            "Fourier shell correlation of the maps of the two folds in the last "
+            "iteration; no mask. Their poses were refined against each other: this is "
+            "no gold standard, which wants --half-sets.",
+            "Curve of the folds' Fourier shell correlation against the Fourier shell.",
+            plots.fsc_curves,
+            {"folds": report.fold_fsc},
+            len(report.volume),
+            report.pixel_size_in_angstroms,
+            "",
+        )
+
+
+def _map_pictures(report: Report) -> Iterator[Element]:
+    for name, volume in (("refined", report.volume), ("initial", report.initial_map)):
+        yield _figure(
+            f"The {name} map: its central slices, on a grey scale of its own.",
+            f"Central xy, xz and yz slices of the {name} map.",
+            plots.orthogonal_slices,
+            {name: volume},
+            "",
+        )
+
+
+def _pose_pictures(report: Report) -> Iterator[Element]:
+    shown = report.determined
+    if not shown.any():
+        return
+    yield _figure(
+        f"Orientation distribution: where {shown.sum()} particles are seen from. Cells "
+        "are of equal solid angle.",
+        f"Map of the viewing directions (rot, tilt) of {shown.sum()} particles: their "
+        "density relative to a uniform one.",
+        _draw_views,
+        np.asarray(report.poses.rotations)[shown, 2],
+    )
+    for values, what, unit in (
+        (report.angle_change_in_degrees, "turn from the given orientation", "degrees"),
+        (report.shift_change_in_pixels, "move from the given position", "pixels"),
+        (report.angle_std_in_degrees, "error bar of the orientation", "degrees"),
+        (report.shift_std_in_pixels, "error bar of the position", "pixels"),
+    ):
+        if values is not None:
+            finite = shown & np.isfinite(values)
+            if finite.any():
+                yield _histogram(np.asarray(values)[finite], what, unit)
+
+
+def _histogram(values: Float[np.ndarray, " shown"], what: str, unit: str) -> Element:
+    return _figure(
+        f"{what.capitalize()}, {len(values)} particles.",
+        f"Histogram of the {what}: median {np.median(values):.3g} {unit}, 90 % up to "
+        f"{np.percentile(values, 90):.3g} {unit}.",
+        plots.error_histograms,
+        {"particles": values},
+        f"{what} ({unit})",
+        "",
+        float(f"{np.percentile(values, 99):.2g}"),
+    )
+
+
+def _band_pictures(report: Report) -> Iterator[Element]:
+    used = [row for row in report.rows if "r_max" in row]
+    if used:
+        yield _figure(
+            "The shells in use. A search that did not take place has no step.",
+            "Steps of the band limits over the outer iterations, from "
+            f"{used[0]['r_max']} to {used[-1]['r_max']} {_CYCLES}.",
+            _draw_bands,
+            used,
+            report.box_in_angstroms,
+        )
+
+
+def _iteration_table(rows: Sequence[Row]) -> list[Element]:
+    """Return a table that scrolls by itself, of the columns that hold something."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    if not names:
+        return []
+    titles = [_HEADINGS.get(name, name) for name in names]
+    head = _element("tr", [_element("th", title, scope="col") for title in titles])
+    body = [
+        _element("tr", [_element("td", _text(row.get(name))) for name in names])
+        for row in rows
+    ]
+    table = _element("table", [_element("thead", [head]), _element("tbody", body)])
+    label = {"role": "region", "tabindex": "0", "aria-label": "Outer iterations"}
+    return [_element("div", [table], **label)]
+
+
+def _pairs(texts: Mapping[str, str]) -> list[Element]:
+    """Return a table of names and what they are, if there are any."""
+    rows = [
+        _element("tr", [_element("th", name, scope="row"), _element("td", text)])
+        for name, text in texts.items()
+    ]
+    return [_element("table", [_element("tbody", rows)])] if rows else []
+
+
+def _setting_texts(settings: Row) -> dict[str, str]:
+    def text(name: str, value: Any) -> str:
+        known = name in _UNITS and value is not None
+        return f"{_text(value)} {_UNITS[name]}" if known else _text(value)
+
+    return {name: text(name, value) for name, value in settings.items()}
+
+
+def _text(value: Any) -> str:
+    """Return a number, a list of them, None or anything else as a cell has it."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return str(value)
+
+
+def _draw_views(path: Path, directions: Float[np.ndarray, "shown 3"]) -> None:
+    """Draw the density of unit vectors over the sphere."""
+    density, heights, longitudes = _view_density(directions)
+    figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.pcolormesh(longitudes, heights, density, vmin=0)
+    axes.set_xticks(np.deg2rad(_ROT_TICKS), [f"{rot}°" for rot in _ROT_TICKS])
+    axes.set_yticks(
+        np.cos(np.deg2rad(_TILT_TICKS)), [f"{tilt}°" for tilt in _TILT_TICKS]
+    )
+    axes.set(xlabel="rot", ylabel="tilt, equal solid angles")
+    bar = figure.colorbar(shown)
+    bar.set_label("particles, relative to uniform")
+    figure.savefig(path, format="png")
+
+
+def _view_density(
+    directions: Float[np.ndarray, "shown 3"],
+) -> tuple[
+    Float[np.ndarray, "rows columns"],
+    Float[np.ndarray, " rows+1"],
+    Float[np.ndarray, " columns+1"],
+]:
+    """Return how full cells of one area are, with mean 1, and their edges.
+
+    The cells are equal steps of the longitude and, by Archimedes, of the height z.
+    """
+    x, y, z = np.asarray(directions, np.float64).T
+    rows = int(np.clip(np.sqrt(len(x) / _PER_CELL / 2), 4, 18))
+    longitudes = np.linspace(-np.pi, np.pi, 2 * rows + 1)
+    heights = np.linspace(-1, 1, rows + 1)
+    count, *_ = np.histogram2d(
+        np.clip(z, -1, 1), np.arctan2(y, x), (heights, longitudes)
+    )
+    return count / count.mean(), heights, longitudes
+
+
+def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> None:
+    """Draw the band limits as steps, with their periods on the right."""
+    figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    edges = [rows[0]["iteration"] - 0.5, *(row["iteration"] + 0.5 for row in rows)]
+    for name, label, colour, dash in (
+        ("r_max", "poses", "#0072B2", "-"),
+        ("search_r_max", "search", "#D55E00", "--"),
+    ):
+        limits = np.array([row[name] or np.nan for row in rows], float)
+        axes.stairs(
+            limits, edges, baseline=None, color=colour, ls=dash, lw=2, label=label
+        )
+    axes.set(xlabel="outer iteration", ylabel=f"band limit ({_CYCLES})")
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    shells = [shell for shell in axes.get_yticks() if shell > 0]
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(shells, [f"{box_in_angstroms / shell:.3g}" for shell in shells])
+    right.set_ylabel("resolution (Å)")
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+def _figure(
+    caption: str, description: str, draw: Callable[..., None], *arguments: Any
+) -> Element:
+    """Return what ``draw(path, *arguments)`` draws, with its caption."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        draw(path, *arguments)
+        data = base64.b64encode(path.read_bytes()).decode()
+    image = _element("img", src=f"data:image/png;base64,{data}", alt=description)
+    return _element("figure", [image, _element("figcaption", caption)])
+
+
+def _grid(pictures: Iterable[Element]) -> list[Element]:
+    """Return pictures side by side, if there are any."""
+    shown = list(pictures)
+    return [_element("div", shown)] if shown else []
+
+
+def _element(
+    tag: str, inside: str | Iterable[Element] = (), **attributes: str
+) -> Element:
+    """Return an element that holds a text or other elements."""
+    element = Element(tag, attributes)
+    if isinstance(inside, str):
+        element.text = inside
+    else:
+        element.extend(list(inside))
+    return element

@@ -1,0 +1,334 @@
+"""Pictures for reports: slices, resolution curves, pose errors, particles.
+
+A function that takes a path writes one PNG there, whatever its suffix. The others are
+what such pictures are made of. Figures are made without pyplot, so that no backend is
+chosen and no global state is touched.
+"""
+
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from scipy import ndimage
+
+from jaxrefine.maps.fsc import resolution_in_angstroms
+
+Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
+"""Maps by name."""
+
+Curves = Mapping[str, Float[Array | np.ndarray, " shells"]]
+"""Fourier shell correlations by name."""
+
+Errors = Mapping[str, Float[Array | np.ndarray, " particles"]]
+"""Errors of the particles' poses by name."""
+
+Style = tuple[str, Any]
+"""A curve's colour and its dashes, as Matplotlib has them."""
+
+# Okabe and Ito's colours, which the colour-blind tell apart, darkest first.
+_COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00")
+_DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+
+TEXT_SIZE = 11
+"""Of labels, in points."""
+
+_DPI = 120
+_CHARACTERS_PER_INCH = 12
+_BINS = 50
+
+
+def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
+    """Draw the central slices of maps, a row for each, on one grey scale.
+
+    The columns are the planes through the origin ``n // 2``: xy, xz and yz. The scale
+    runs from the 1st to the 99.8th percentile of all slices.
+    """
+    rows = [central_slices(np.asarray(volume)) for volume in volumes.values()]
+    low, high = np.percentile(np.array(rows), (1, 99.8))
+    figure = captioned_figure(7.6, 2.15 * len(rows) + 0.75, caption)
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes_row, name, slices in zip(grid, volumes, rows, strict=True):
+        axes_row[0].set_ylabel(
+            textwrap.fill(name, 20), size=TEXT_SIZE + 1, fontweight="bold"
+        )
+        for axes, picture in zip(axes_row, slices, strict=True):
+            shown = show_picture(axes, picture, low, high)
+    for axes, plane in zip(grid[0], ("xy", "xz", "yz"), strict=True):
+        axes.set_title(f"{plane[0]} →, {plane[1]} ↑", size=TEXT_SIZE)
+    bar = figure.colorbar(shown, ax=grid, shrink=0.8, aspect=30, extend="both")
+    bar.set_label("density", size=TEXT_SIZE)
+    bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
+    figure.savefig(path, format="png")
+
+
+def fsc_curves(
+    path: str | Path,
+    curves: Curves,
+    n: int,
+    voxel_size_in_angstroms: float | None,
+    caption: str,
+) -> None:
+    """Draw Fourier shell correlations, with the thresholds 0.5 and 0.143.
+
+    Parameters
+    ----------
+    path
+        The PNG to write.
+    curves
+        The correlation at the shells 0, 1, ..., by name.
+    n
+        Side of the box in voxels.
+    voxel_size_in_angstroms
+        If given, the upper axis shows the shells' periods in Angstrom.
+    caption
+        Text below the curves.
+    """
+    figure = captioned_figure(7.2, 4.8, caption)
+    axes = figure.subplots()
+    draw_fsc(axes, curves, _styles(), n, voxel_size_in_angstroms)
+    _add_legend(axes)
+    figure.savefig(path, format="png")
+
+
+def draw_fsc(
+    axes: Axes,
+    curves: Curves,
+    styles: Iterable[Style],
+    n: int,
+    voxel_size_in_angstroms: float | None,
+) -> None:
+    """Draw what `fsc_curves` does, with styles of one's own and without the legend.
+
+    Shell 0, the maps' means, is left out.
+    """
+    last = max(len(curve) for curve in curves.values()) - 1
+    for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
+        axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=name)
+    lowest = min(float(np.nanmin(curve[1:])) for curve in curves.values())
+    axes.set(xlim=(1, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for threshold in (0.5, 0.143):
+        axes.axhline(threshold, color="0.6", lw=1, zorder=1)
+        axes.annotate(
+            f"{threshold}",
+            (1.01, threshold),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color="0.35",
+            size=TEXT_SIZE - 2,
+        )
+    label_axes(axes, "Fourier shell", "Fourier shell correlation")
+    if voxel_size_in_angstroms is not None:
+        shells = [shell for shell in axes.get_xticks() if 0 < shell <= last]
+        periods = [
+            resolution_in_angstroms(shell, n, voxel_size_in_angstroms)
+            for shell in shells
+        ]
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(shells, [f"{float(period):.3g}" for period in periods])
+        above.tick_params(labelsize=TEXT_SIZE - 1)
+        above.set_xlabel("resolution (Å)", size=TEXT_SIZE)
+
+
+def error_histograms(
+    path: str | Path,
+    errors: Errors,
+    unit_label: str,
+    caption: str,
+    limit: float | None = None,
+) -> None:
+    """Draw the densities of pose errors over each other, with their medians.
+
+    Parameters
+    ----------
+    path
+        The PNG to write.
+    errors
+        The particles' errors, not negative, by name.
+    unit_label
+        What the errors are and their unit, such as ``"angular error (degrees)"``.
+    caption
+        Text below the histograms.
+    limit
+        End of the axis, the largest error by default. The last bin holds all errors
+        beyond it.
+    """
+    largest = max(float(np.max(values)) for values in errors.values())
+    end = (limit or largest) or 1.0
+    edges = np.linspace(0, end, _BINS + 1)
+    figure = captioned_figure(7.2, 4.4, caption)
+    axes = figure.subplots()
+    for (name, values), (colour, dash) in zip(errors.items(), _styles(), strict=False):
+        density, _ = np.histogram(np.clip(values, 0, end), edges, density=True)
+        label = f"{name} (median {np.median(values):.3g})"
+        axes.stairs(
+            density, edges, color=colour, linestyle=dash, lw=2, label=label, zorder=3
+        )
+        axes.stairs(density, edges, color=colour, alpha=0.12, fill=True)
+    axes.set(xlim=(0, end))
+    axes.set_ylim(bottom=0)
+    beyond = f"; last bin: all beyond {end:g}" if largest > end else ""
+    label_axes(axes, unit_label + beyond, "density of particles")
+    _add_legend(axes)
+    figure.savefig(path, format="png")
+
+
+def convergence(
+    path: str | Path,
+    series: Mapping[str, Float[Array | np.ndarray, " iterations"]],
+    unit_label: str,
+    caption: str,
+) -> None:
+    """Draw numbers against the outer iteration, counted from one."""
+    figure = captioned_figure(7.2, 4.8, caption)
+    axes = figure.subplots()
+    for (name, values), (colour, dash) in zip(series.items(), _styles(), strict=False):
+        iterations = np.arange(1, len(values) + 1)
+        axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label_axes(axes, "outer iteration", unit_label)
+    _add_legend(axes)
+    figure.savefig(path, format="png")
+
+
+def image_gallery(
+    path: str | Path,
+    images: Float[Array | np.ndarray, "particles m m"],
+    caption: str,
+    count: int = 8,
+) -> None:
+    """Draw ``count`` particles, evenly spaced in the stack, on one grey scale.
+
+    Titles count particles from 1, as RELION does.
+    """
+    count = min(count, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    pictures = np.stack([np.asarray(images[index]) for index in chosen])
+    low, high = np.percentile(pictures, (0.5, 99.5))
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = captioned_figure(1.9 * columns + 0.2, 2.05 * rows + 0.45, caption)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, picture, index in zip(grid, pictures, chosen, strict=False):
+        show_picture(axes, picture, low, high)
+        axes.set_title(f"particle {index + 1}", size=TEXT_SIZE - 1)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    figure.savefig(path, format="png")
+
+
+def captioned_figure(width: float, height: float, caption: str) -> Figure:
+    """Return a figure of a size in inches, with a caption below its plots."""
+    figure = Figure((width, height), dpi=_DPI, layout="constrained")
+    lines = textwrap.fill(caption, int(_CHARACTERS_PER_INCH * width))
+    figure.supxlabel(lines, size=TEXT_SIZE - 1)
+    return figure
+
+
+def _styles():
+    """Return pairs of a colour and a dash, never ending."""
+    return itertools.cycle(zip(_COLOURS, _DASHES, strict=True))
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Name the axes and leave their upper and right sides open."""
+    axes.set_xlabel(x, size=TEXT_SIZE)
+    axes.set_ylabel(y, size=TEXT_SIZE)
+    axes.tick_params(labelsize=TEXT_SIZE - 1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _add_legend(axes: Axes) -> None:
+    axes.legend(fontsize=TEXT_SIZE - 1, framealpha=0.9)
+
+
+def central_slices(
+    volume: Float[np.ndarray, "n n n"],
+) -> tuple[Float[np.ndarray, "n n"], ...]:
+    """Return the xy, xz and yz planes through the origin, first axis upwards."""
+    centre = volume.shape[0] // 2
+    return volume[centre], volume[:, centre], volume[:, :, centre]
+
+
+def show_picture(
+    axes: Axes, picture: Float[np.ndarray, "h w"], low: float, high: float
+) -> AxesImage:
+    """Show a picture in grey, its first axis upwards."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)
+
+
+def isosurface(
+    volume: Float[Array | np.ndarray, "n n n"], level: float
+) -> Float[np.ndarray, "m m"]:
+    """Render the surface where a map has a level, as seen along +y.
+
+    The map is sampled three times as finely by cubic splines, so ``m = 3 n - 2``. The
+    surface scatters the light of one lamp, at the upper left behind the viewer, and a
+    soft light from the front; what is farther is darker.
+
+    Returns
+    -------
+    image
+        Brightness indexed ``[z, x]``, up to 0.9, and 1 where there is no surface.
+    """
+    hit, depth, normals = find_surface(volume, level)
+    lamp = np.clip(_TOWARDS_LAMP @ normals, 0, None)
+    front = np.clip(-normals[1], 0, None)
+    fog = 1 - 0.5 * depth / len(volume)
+    image = np.ones(hit.shape)
+    image[hit] = 0.9 * np.clip(fog * (0.1 + 0.7 * lamp + 0.4 * front), 0, 1)
+    return image
+
+
+_UPSAMPLING = 3
+_TOWARDS_LAMP = np.array([-1.0, -2.0, 1.5]) / 7.25**0.5  # (x, y, z), a unit vector
+
+
+def find_surface(
+    volume: Float[Array | np.ndarray, "n n n"], level: float
+) -> tuple[
+    Bool[np.ndarray, "m m"],
+    Float[np.ndarray, " points"],
+    Float[np.ndarray, "3 points"],
+]:
+    """Find where rays along +y first meet a density of at least a level.
+
+    Returns
+    -------
+    hit
+        Which rays, indexed ``[z, x]``, do so; there are three to a voxel.
+    depth
+        Where they do, as an index of y: by linear interpolation between samples.
+    normals
+        The outward unit normals (x, y, z) there, from the map's gradient; zero where
+        that is zero.
+    """
+    n = len(volume)
+    factor = (_UPSAMPLING * (n - 1) + 1) / n
+    fine = np.asarray(ndimage.zoom(np.moveaxis(np.asarray(volume), 1, 0), factor))
+    inside = fine >= level
+    hit = np.asarray(inside.any(axis=0))
+    z, x = np.nonzero(hit)
+    first = inside.argmax(axis=0)[hit]
+    density = fine[first, z, x]
+    rise = density - fine[np.maximum(first - 1, 0), z, x]
+    back = np.divide(density - level, rise, out=np.zeros_like(rise), where=rise > 0)
+    points = np.stack([first - back, z, x])
+    slopes = np.stack(
+        [
+            ndimage.map_coordinates(np.gradient(fine, axis=axis), points, order=1)
+            for axis in (2, 0, 1)
+        ]
+    )
+    steepness = np.linalg.norm(slopes, axis=0)
+    return hit, points[0] / _UPSAMPLING, -slopes / np.where(steepness, steepness, 1)

@@ -1,0 +1,210 @@
+"""``jaxrefine evaluate``: errors of poses, matched by what the images are."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import cli, evaluation, symmetry
+from jaxrefine.geometry import (
+    euler_to_matrix,
+    matrix_to_euler,
+    matrix_to_rotvec,
+    rotvec_to_matrix,
+)
+from jaxrefine.io import write_poses, write_star
+
+COUNT = 30
+RNG = np.random.default_rng(0)
+ANGLES = RNG.uniform(-np.pi, np.pi, (COUNT, 3))
+SHIFTS = RNG.uniform(-3, 3, (COUNT, 2))
+NAMES = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
+
+
+def turned(degrees):
+    """Every pose turned by as much, about an axis of its own."""
+    axes = RNG.normal(size=(COUNT, 3))
+    axes *= np.deg2rad(degrees) / np.linalg.norm(axes, axis=1, keepdims=True)
+    turns = rotvec_to_matrix(jnp.asarray(axes))
+    return np.asarray(matrix_to_euler(turns @ euler_to_matrix(jnp.asarray(ANGLES))))
+
+
+def write(path, angles=ANGLES, shifts=SHIFTS, names=NAMES):
+    path.parent.mkdir(exist_ok=True)
+    write_poses(path, angles, shifts, 1.5, list(names), 32)
+    return path
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in ("evaluate", *arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Poses that are off, and the errors that the library finds."""
+    angles = turned(RNG.uniform(0, 12, (COUNT, 1)))
+    shifts = SHIFTS + RNG.normal(0, 0.3, SHIFTS.shape)
+    arrays = map(jnp.asarray, (angles, shifts, ANGLES, SHIFTS))
+    return angles, shifts, evaluation.summarise(evaluation.pose_errors(*arrays))
+
+
+def test_shifts_are_compared_in_the_results_pixels(tmp_path, capsys):
+    """Of binned images, say; a table without a pixel size is taken as it is."""
+    paths, out = (tmp_path / "a.star", tmp_path / "b.star"), tmp_path / "errors.json"
+    names = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY"]
+    for sizes, factor in (((3.0, 1.5), 2.0), ((None, 1.5), 1.0)):
+        both = zip(paths, sizes, (SHIFTS / factor, SHIFTS), strict=True)
+        for path, size, shifts in both:
+            values = np.concatenate([np.rad2deg(ANGLES), -shifts], axis=1)
+            table = dict(zip(names, values.T, strict=True))
+            if size is not None:
+                table["rlnPixelSize"] = np.full(COUNT, size)
+            write_star(path, {"": table})
+        assert run(capsys, *paths, "--json", out)[0] == 0
+        assert json.loads(out.read_text())["shift_error_px_p95"] < 1e-3
+
+
+def test_a_table_is_not_written_over(tmp_path, capsys):
+    paths = write(tmp_path / "a.star"), write(tmp_path / "b.star")
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        code, _, err = run(capsys, *paths, "--json", path)
+        assert code == 2 and "it is an input" in err
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_the_truth_is_without_error(tmp_path, capsys):
+    """In any global frame, too."""
+    frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))
+    moved = matrix_to_euler(euler_to_matrix(jnp.asarray(ANGLES)) @ frame)
+    paths = write(tmp_path / "a.star", np.asarray(moved)), write(tmp_path / "b.star")
+    code, _, err = run(capsys, *paths, "--json", tmp_path / "out.json")
+    assert (code, err) == (0, "")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["particles"] == COUNT and content["matched_by"] == "image name"
+    for figure in ("median", "p90", "p95"):
+        assert content[f"angle_error_deg_{figure}"] == pytest.approx(0, abs=1e-4)
+        assert content[f"shift_error_px_{figure}"] == pytest.approx(0, abs=1e-4)
+    assert content["fraction_within_5_deg"] == content["fraction_within_10_deg"] == 1
+
+
+def test_the_order_of_the_particles_does_not_matter(tmp_path, capsys, noisy):
+    angles, shifts, expected = noisy
+    order = RNG.permutation(COUNT)
+    names = [NAMES[i] for i in order]
+    result = write(tmp_path / "result.star", angles[order], shifts[order], names)
+    truth = write(tmp_path / "truth.star")
+    code, out, _ = run(capsys, result, truth, "--json", tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0
+    for name, value in expected.items():
+        assert content[name] == pytest.approx(value, abs=1e-3), name
+    assert 0 < content["fraction_within_5_deg"] < content["fraction_within_10_deg"] < 1
+    assert f"{expected['angle_error_deg_p95']:.3f}" in out
+    assert f"{expected['shift_error_px_median']:.3f}" in out
+
+
+def test_images_are_recognised_in_another_folder(tmp_path, capsys, noisy):
+    """A result in a folder of its own names the stack by another path."""
+    angles, shifts, expected = noisy
+    names = [name.replace("@", "@../data/") for name in NAMES[::-1]]
+    result = write(tmp_path / "out/r.star", angles[::-1], shifts[::-1], names)
+    truth = write(tmp_path / "data/truth.star")
+    code, out, _ = run(capsys, result, truth)
+    assert code == 0 and "matched by image name" in out
+    assert f"{expected['angle_error_deg_median']:.3f}" in out
+
+
+def test_a_part_of_the_particles(tmp_path, capsys):
+    result = write(tmp_path / "r.star", ANGLES[3:9], SHIFTS[3:9], NAMES[3:9])
+    code, out, _ = run(capsys, result, write(tmp_path / "truth.star"))
+    assert code == 0 and out.startswith("6 particles, matched by image name")
+    assert "100.0 % within 5 degrees" in out
+
+
+@pytest.mark.parametrize("names", [[f"{n}x" for n in NAMES], [NAMES[0]] * COUNT])
+def test_by_order_if_names_do_not_tell(tmp_path, capsys, names):
+    """Other names, or one that is on several particles."""
+    result = write(tmp_path / "r.star", names=names)
+    truth = write(tmp_path / "truth.star")
+    code, out, _ = run(capsys, result, truth, "--json", tmp_path / "out.json")
+    assert code == 0 and "matched by order, as the image names do not match" in out
+    assert "100.0 % within 5 degrees" in out
+    assert "order" in json.loads((tmp_path / "out.json").read_text())["matched_by"]
+
+
+def test_files_without_names(tmp_path, capsys):
+    columns = zip(("Rot", "Tilt", "Psi"), np.rad2deg(ANGLES).T, strict=True)
+    table = {f"rlnAngle{k}": [f"{x:.6f}" for x in v] for k, v in columns}
+    write_star(tmp_path / "r.star", {"": table})
+    truth = write(tmp_path / "truth.star", shifts=0 * SHIFTS)
+    code, out, _ = run(capsys, tmp_path / "r.star", truth)
+    assert code == 0 and "by order" in out and "100.0 % within 5" in out
+
+
+def test_a_table_of_cryosparc(tmp_path, capsys):
+    """It has the transposes of RELION's matrices, and origins in its own pixels."""
+    rotations = euler_to_matrix(jnp.asarray(ANGLES))
+    columns = {
+        "blob/path": np.array([b"images.mrcs"] * COUNT),
+        "blob/idx": np.arange(COUNT, dtype=np.uint32),
+        "blob/psize_A": np.full(COUNT, 1.5, np.float32),
+        "blob/shape": np.full((COUNT, 2), 32, np.uint32),
+        "alignments3D/pose": -np.asarray(matrix_to_rotvec(rotations)),
+        "alignments3D/shift": -SHIFTS,
+    }
+    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
+    table = np.zeros(COUNT, kinds)
+    for name, values in columns.items():
+        table[name] = values
+    with open(tmp_path / "a.cs", "wb") as file:
+        np.save(file, table)
+    code, out, err = run(capsys, tmp_path / "a.cs", write(tmp_path / "b.star"))
+    assert (code, err) == (0, "")
+    assert "matched by image name" in out and "100.0 % within 5 degrees" in out
+    assert re.search(r"angle error, degrees +0\.000 +0\.000", out)
+
+
+def test_equivalent_poses_are_one(tmp_path, capsys, noisy):
+    """A symmetric map's poses may be any of the equivalents, in any frame of it."""
+    angles, shifts, expected = noisy
+    group = symmetry.operators("O")
+    frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))
+    some = jnp.asarray(group[RNG.integers(24, size=COUNT)])
+    true = matrix_to_euler(euler_to_matrix(jnp.asarray(ANGLES)) @ some)
+    moved = matrix_to_euler(euler_to_matrix(jnp.asarray(angles)) @ frame)
+    result = write(tmp_path / "r.star", np.asarray(moved), shifts)
+    truth = write(tmp_path / "t.star", np.asarray(true))
+    words = (result, truth, "--json", tmp_path / "out.json")
+    assert run(capsys, *words, "--symmetry", "o")[0] == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    for name, value in expected.items():
+        assert content[name] == pytest.approx(value, abs=1e-3), name
+    assert run(capsys, *words)[0] == 0
+    plain = json.loads((tmp_path / "out.json").read_text())
+    assert plain["angle_error_deg_median"] > 40
+
+
+def test_bad_input_is_a_sentence(tmp_path, capsys):
+    truth = write(tmp_path / "truth.star")
+    other = write(
+        tmp_path / "o.star", ANGLES[:9], SHIFTS[:9], [f"{n}x" for n in NAMES[:9]]
+    )
+    empty = write(tmp_path / "e.star", ANGLES[:0], SHIFTS[:0], [])
+    write_star(tmp_path / "p.star", {"": {"rlnImageName": NAMES}})
+    for arguments, words in (
+        ([other, truth], "9 particles cannot be matched with 30"),
+        ([empty, truth], "e.star holds no particles"),
+        ([truth, empty], "e.star holds no particles"),
+        ([tmp_path / "absent.star", truth], "does not exist"),
+        ([tmp_path / "p.star", truth], "lacks the columns rlnAngleRot"),
+        ([truth, truth, "--symmetry", "Q"], "symmetry wants to be C1"),
+        ([truth, truth, "--json", tmp_path / "no/out.json"], "not a folder"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert words in err and err.count("\n") == 1

@@ -1,0 +1,135 @@
+"""``jaxrefine match``: the poses found are in the table, and what is refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import cli
+from jaxrefine.ctf import CTF
+from jaxrefine.geometry import Poses, euler_to_matrix
+from jaxrefine.io import (
+    read_particles,
+    read_poses,
+    read_star,
+    write_mrc,
+    write_new_particles,
+    write_stack,
+    write_star,
+)
+from jaxrefine.operators import slices
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.poses import matching
+
+N, COUNT, PIXEL, STEP = 16, 6, 2.0, 30.0
+OPTIONS = ("--angle-step", STEP, "--max-shift", 1, "--resolution", 32 / 5)
+ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A map, poses of the grid, and the images that they make."""
+    rng = np.random.default_rng(0)
+    k = np.arange(N) - N // 2
+    window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 10)
+    volume = window * rng.normal(size=(N, N, N))
+    views = matching.directions(STEP)
+    psi = np.deg2rad(STEP) * rng.integers(0, 12, (COUNT, 1))
+    angles = np.concatenate([views[rng.integers(0, len(views), COUNT)], psi], axis=1)
+    shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)
+    disc = slices.disc(N, N // 2 - 1)
+    spectrum = Gridding().spectrum(jnp.asarray(volume), disc.r_max)
+    truth = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+    images = slices.to_images(slices.project(spectrum, disc, truth), disc)
+    return volume, truth, np.asarray(images, np.float32)
+
+
+@pytest.fixture
+def data(tmp_path, scene):
+    """A folder with a map, images, and a table of other poses with another column."""
+    volume, truth, images = scene
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_mrc(folder / "ref.mrc", volume.astype(np.float32), PIXEL)
+    write_stack(folder / "images.mrcs", images, PIXEL)
+    names = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
+    wrong = Poses(truth.angles + 1, truth.shifts - 3)
+    path = folder / "particles.star"
+    write_new_particles(path, wrong, names, N, PIXEL, CTF(0.0, 0.0))
+    blocks = read_star(path)
+    blocks["particles"]["other"] = [f"row {i}" for i in range(COUNT)]
+    write_star(path, blocks)
+    for column in (*ANGLES, "rlnOriginXAngst", "rlnOriginYAngst"):
+        del blocks["particles"][column]
+    write_star(folder / "poseless.star", blocks)
+    return folder
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in ("match", *arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+@pytest.mark.parametrize("name", ["particles", "poseless"])
+def test_the_poses_are_found_and_written(data, tmp_path, scene, capsys, name):
+    """Also where the table has none."""
+    out, path = tmp_path / "out.star", data / f"{name}.star"
+    code, printed, err = run(
+        capsys, path, "--map", data / "ref.mrc", "--out", out, *OPTIONS
+    )
+    assert code == 0 and "matching" in err and "100%" in err
+    assert f"{COUNT} particles, 30 degree steps" in printed
+    angles, shifts = (jnp.asarray(each) for each in read_poses(out))
+    truth = scene[1]
+    np.testing.assert_allclose(
+        euler_to_matrix(angles), euler_to_matrix(truth.angles), atol=1e-5
+    )
+    np.testing.assert_array_equal(shifts, truth.shifts)
+
+    before, after = read_star(path), read_star(out)
+    scores = np.array(after["particles"]["jaxrefineCorrelation"], float)
+    assert (scores > 0.9).all() and (scores <= 1).all()
+    assert after["optics"] == before["optics"]
+    kept = before["particles"].keys() - {*ANGLES, "rlnImageName"}
+    for column in kept - {"rlnOriginXAngst", "rlnOriginYAngst"}:
+        assert after["particles"][column] == before["particles"][column]
+    for column in before["particles"]:
+        assert column in after["particles"]
+    again = read_particles(out)
+    np.testing.assert_array_equal(again.particles.images[np.arange(COUNT)], scene[2])
+
+
+def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, capsys):
+    volume = np.ones((N, N, N), np.float32)
+    write_mrc(data / "small.mrc", volume[1:, 1:, 1:], PIXEL)
+    write_mrc(data / "fine.mrc", volume, PIXEL / 2)
+    write_mrc(data / "zero.mrc", 0 * volume, PIXEL)
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    star, ref, out = data / "particles.star", data / "ref.mrc", tmp_path / "out.star"
+    usual = {"--map": ref, "--out": out}
+    for changes, words in (
+        ({"--out": star}, "particles.star: it is an input"),
+        ({"--out": ref}, "ref.mrc: it is an input"),
+        ({"--out": data / "images.mrcs"}, "images.mrcs: it is an input"),
+        ({"--out": tmp_path}, "it is a folder"),
+        ({"--out": tmp_path / "no" / "out.star"}, "no is not a folder"),
+        ({"--map": data / "small.mrc"}, "15^3 voxels"),
+        ({"--map": data / "fine.mrc"}, "voxels of 1 A"),
+        ({"--map": data / "zero.mrc"}, "zero everywhere"),
+        ({"--map": data / "absent.mrc"}, "absent.mrc does not exist"),
+        ({"--angle-step": 0}, "angular step is 0.0 degrees"),
+        ({"--max-shift": -1}, "largest shift is -1.0 pixels"),
+        ({"--shift-step": 0}, "step of the shifts is 0.0 pixels"),
+        ({"--batch-size": 0}, "A batch is 0 particles"),
+        ({"--resolution": 1}, "--resolution wants 4.57 to 32 A"),
+        ({"--resolution": "nan"}, "--resolution wants 4.57 to 32 A"),
+    ):
+        arguments = [x for pair in (usual | changes).items() for x in pair]
+        code, printed, err = run(capsys, star, *arguments)
+        assert (code, printed) == (2, ""), words
+        assert words in err and "Traceback" not in err
+    arguments = [x for pair in usual.items() for x in pair]
+    code, _, err = run(capsys, data / "absent.star", *arguments)
+    assert code == 2 and "absent.star does not exist" in err
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+    assert not out.exists()

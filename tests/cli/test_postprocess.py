@@ -1,0 +1,187 @@
+"""``jaxrefine postprocess``: files and figures are the library's."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mrcfile
+import numpy as np
+import pytest
+
+from jaxrefine import cli
+from jaxrefine.cli._maps import read_pair
+from jaxrefine.io import read_mrc, write_mrc
+from jaxrefine.maps.mask import soft_mask
+from jaxrefine.maps.postprocess import GuinierFit, postprocess
+
+N, VOXEL = 24, 2.0
+CURVES = ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_true")
+
+
+def half_maps():
+    """Points on a ball, blurred a little, with noise that hides fine detail."""
+    rng = np.random.default_rng(0)
+    z, y, x = np.indices((N, N, N)) - N // 2
+    ball = (z**2 + y**2 + x**2 < 36) * rng.normal(1.0, 1.0, size=(N, N, N))
+    k = np.fft.fftfreq(N)
+    squared = k[:, None, None] ** 2 + k[:, None] ** 2 + k**2
+    signal = np.fft.ifftn(np.fft.fftn(ball) * np.exp(-12 * squared)).real
+    noise = rng.normal(0, 0.35 * signal.std(), size=(2, N, N, N))
+    return (signal + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    """A folder with half maps and a mask."""
+    folder = tmp_path_factory.mktemp("maps")
+    halves = half_maps()
+    for number, half in enumerate(halves, start=1):
+        write_mrc(folder / f"half{number}.mrc", half, VOXEL)
+    mask = soft_mask(jnp.asarray(halves.mean(axis=0)), VOXEL, extend=1.0, edge=2.0)
+    write_mrc(folder / "mask.mrc", mask, VOXEL)
+    return folder
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in ("postprocess", *arguments)])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def halves_of(folder):
+    return [jnp.asarray(read_mrc(folder / f"half{i}.mrc")[0]) for i in (1, 2)]
+
+
+def check_files(out, result, mask):
+    content = json.loads((out / "postprocess.json").read_text())
+    assert content["finished"] is True
+    for name in CURVES:
+        np.testing.assert_allclose(content[name], getattr(result, name), atol=1e-6)
+    for name in ("resolution_in_angstroms", "b_factor_in_square_angstroms"):
+        assert content[name] == getattr(result, name)
+    assert content["randomised_from_shell"] == result.randomised_from
+    wanted = {"postprocess": result.volume, "mask": mask}
+    wanted["postprocess_masked"] = result.masked_volume
+    for name, volume in wanted.items():
+        written, voxel = read_mrc(out / f"{name}.mrc")
+        np.testing.assert_array_equal(written, volume)
+        assert voxel == VOXEL
+    assert (out / "fsc.png").read_bytes().startswith(b"\x89PNG")
+    return content
+
+
+def test_by_default_the_mask_is_automatic(maps, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [maps / "half1.mrc", maps / "half2.mrc", "--out", out]
+    code, text, err = run(capsys, *command)
+    assert (code, err) == (0, "")
+    one, two = halves_of(maps)
+    mask = soft_mask((one + two) / 2, VOXEL)
+    result = postprocess(one, two, mask, VOXEL, key=jax.random.key(0))
+    content = check_files(out, result, mask)
+    assert content["mask"] is None
+    assert content["b_factor_in_square_angstroms"] is None
+    assert f"resolution at FSC 0.143: {result.resolution_in_angstroms:.2f} A" in text
+    assert "B factor" not in text and "not sharpened" not in text
+
+    # The same command changes nothing; another one is refused.
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    code, again, _ = run(capsys, *command)
+    assert code == 0 and "holds this result already" in again and text in again
+    code, _, err = run(capsys, *command, "--b-factor", "-50")
+    assert code == 2 and "another b_factor" in err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+
+
+@pytest.mark.parametrize(
+    ("options", "b_factor"),
+    [(["--auto-b-factor"], GuinierFit()), (["--b-factor", "-80"], -80.0)],
+)
+def test_options_reach_the_library(maps, tmp_path, capsys, options, b_factor):
+    command = [maps / "half1.mrc", maps / "half2.mrc", "--out", tmp_path / "out"]
+    command += ["--mask", maps / "mask.mrc", "--low-pass", "6", "--seed", "3"]
+    code, text, err = run(capsys, *command, *options)
+    assert (code, err) == (0, "")
+    mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
+    result = postprocess(
+        *halves_of(maps),
+        mask,
+        VOXEL,
+        key=jax.random.key(3),
+        b_factor_in_square_angstroms=b_factor,
+        low_pass_in_angstroms=6.0,
+    )
+    content = check_files(tmp_path / "out", result, mask)
+    assert content["mask"] == str(maps / "mask.mrc")
+    found = result.b_factor_in_square_angstroms
+    assert found is not None and found < 0
+    assert f"B factor: {found:.1f} A^2" in text
+
+
+def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, capsys):
+    """The same maps with voxels of 10 A."""
+    for number, half in enumerate(halves_of(maps), start=1):
+        write_mrc(tmp_path / f"half{number}.mrc", half, 10.0)
+    write_mrc(tmp_path / "mask.mrc", read_mrc(maps / "mask.mrc")[0], 10.0)
+    command = [tmp_path / "half1.mrc", tmp_path / "half2.mrc"]
+    command += ["--mask", tmp_path / "mask.mrc", "--out", tmp_path / "out"]
+    code, text, _ = run(capsys, *command, "--auto-b-factor")
+    assert code == 0 and "not sharpened: From 10 A to the resolution of" in text
+    content = json.loads((tmp_path / "out/postprocess.json").read_text())
+    assert content["not_sharpened_because"] in text
+
+
+def test_an_unset_voxel_size_is_the_other_maps(maps, tmp_path, capsys):
+    """Of either map, here and for ``fsc``; without any it is 1 A."""
+    for half in (1, 2):
+        volume, _ = read_mrc(maps / f"half{half}.mrc")
+        write_mrc(tmp_path / f"half{half}.mrc", volume, VOXEL)
+        with mrcfile.open(tmp_path / f"half{half}.mrc", "r+") as mrc:
+            mrc.voxel_size = 0
+    for one, two, voxel in ((maps, tmp_path, VOXEL), (tmp_path, maps, VOXEL)):
+        pair = read_pair(one / "half1.mrc", two / "half2.mrc")
+        assert pair[2] == voxel
+    unset = [str(tmp_path / f"half{half}.mrc") for half in (1, 2)]
+    assert read_pair(*map(Path, unset))[2] == 1
+    assert cli.main(["fsc", str(maps / "half1.mrc"), unset[1]]) == 0
+    mixed = capsys.readouterr().out
+    assert cli.main(["fsc", *(str(maps / f"half{half}.mrc") for half in (1, 2))]) == 0
+    assert mixed == capsys.readouterr().out
+
+
+def test_bad_input_is_a_sentence(maps, tmp_path, capsys):
+    one, two = maps / "half1.mrc", maps / "half2.mrc"
+    small, coarse, nan = (tmp_path / f"{x}.mrc" for x in ("small", "coarse", "nan"))
+    write_mrc(small, np.ones((12, 12, 12)), VOXEL)
+    write_mrc(coarse, half_maps()[1], 2 * VOXEL)
+    write_mrc(nan, half_maps()[1], VOXEL)
+    with open(nan, "r+b") as file:
+        file.seek(1024)
+        file.write(np.float32("nan").tobytes())
+    full, new = tmp_path / "full", tmp_path / "new"
+    full.mkdir()
+    (full / "notes.txt").touch()
+    out = ("--out", new)
+    for arguments, words in (
+        ((one, maps / "absent.mrc", *out), "does not exist"),
+        ((one, small, *out), "same size, not 24^3"),
+        ((one, coarse, *out), "same voxel size, not 2 A"),
+        ((one, nan, *out), "1 values that are NaN"),
+        ((one, one, *out), "The half maps are the same"),
+        ((one, two, *out, "--mask", small), "The mask wants the maps' size 24^3"),
+        ((one, two, *out, "--mask", two), "half2.mrc runs from"),
+        ((one, two, *out, "--seed", "-1"), "--seed wants"),
+        ((one, two, *out, "--low-pass", "0"), "The low-pass is 0 A"),
+        ((one, two, *out, "--b-factor", "inf"), "A B factor of inf A^2"),
+        ((one, two, "--out", full), "holds files but no postprocess.json"),
+        ((one, two, "--out", small), "small.mrc is a file"),
+        ((one, two, "--out", small / "new"), "Cannot write"),
+    ):
+        code, text, err = run(capsys, *arguments)
+        assert (code, text) == (2, ""), arguments
+        assert words in err and err.count("\n") == 1
+    assert not new.exists()
+    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    with pytest.raises(SystemExit):
+        run(capsys, one, two, *out, "--b-factor", "-9", "--auto-b-factor")

@@ -1,0 +1,151 @@
+"""Particles: batches are what they say, views read nothing, bad data is a sentence."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine.ctf import CTF
+from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
+
+IMAGES = np.random.default_rng(0).normal(size=(7, 4, 4))
+DEFOCI = jnp.arange(7.0) * 1e3 + 1e4
+
+
+class Recorder:
+    """Images that remember which of them were read."""
+
+    shape = IMAGES.shape
+
+    def __init__(self):
+        self.read = []
+
+    def __getitem__(self, indices):
+        self.read += list(indices)
+        return IMAGES[indices]
+
+
+def memory_map(tmp_path):
+    path = tmp_path / "images.raw"
+    IMAGES.astype(np.float32).tofile(path)
+    return np.memmap(path, np.float32, "r", shape=IMAGES.shape)
+
+
+SOURCES = {
+    "numpy": lambda _: IMAGES,
+    "integers": lambda _: (100 * IMAGES).astype(np.int16),
+    "jax": lambda _: jnp.asarray(IMAGES),
+    "memory map": memory_map,
+    "anything": lambda _: Recorder(),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_batches_of_any_source(source, tmp_path):
+    images = SOURCES[source](tmp_path)
+    particles = Particles(images, CTF(DEFOCI, DEFOCI))
+    assert len(particles) == 7 and particles.image_size == 4
+    for indices in (np.array([5, 0, 5]), jnp.array([1]), np.arange(7)):
+        batch, ctf = particles.batch(indices)
+        expected = np.asarray(images[np.asarray(indices)], np.float32)
+        np.testing.assert_array_equal(batch, expected)
+        assert batch.dtype == jnp.float32
+        np.testing.assert_array_equal(ctf.defocus_u, DEFOCI[indices])
+        assert ctf.voltage.dtype == jnp.float32
+
+
+def test_a_view_reads_only_what_it_is_asked_for():
+    source = Recorder()
+    particles = Particles(source, CTF(DEFOCI, DEFOCI), 1.5)
+    some = particles.take(np.array([6, 4, 2, 0])).take(np.array([2, 1]))
+    assert source.read == []
+    assert len(some) == 2 and some.pixel_size_in_angstroms == 1.5
+    batch, ctf = some.batch(np.array([0]))
+    assert source.read == [2]
+    np.testing.assert_array_equal(batch, IMAGES[[2]].astype(np.float32))
+    np.testing.assert_array_equal(ctf.defocus_u, DEFOCI[jnp.array([2])])
+
+
+def test_groups_go_with_their_particles():
+    group = np.array([0, 0, 1, 3, 1, 0, 1])
+    particles = Particles(IMAGES, group=group)
+    assert particles.groups == 4
+    some = particles.take(np.array([6, 4, 3, 0])).take(np.array([2, 1, 1]))
+    np.testing.assert_array_equal(some.group, [3, 1, 1])
+    np.testing.assert_array_equal(some.group_of(jnp.array([1, 0])), [1, 3])
+    alone = Particles(IMAGES).take(np.array([3, 4]))
+    assert alone.group is None and alone.groups == 1
+    np.testing.assert_array_equal(alone.group_of(np.array([1, 1, 0])), [0, 0, 0])
+
+
+@pytest.mark.parametrize("group", [np.zeros(6, int), np.arange(7) - 1])
+def test_groups_of_other_particles(group):
+    with pytest.raises(InputError, match="for 7 images; one for each image is wanted"):
+        Particles(IMAGES, group=group)
+
+
+def test_the_share_of_the_noise_stays():
+    some = Particles(IMAGES, noise_share=0.25).take(np.array([6, 4]))
+    assert some.noise_share == 0.25 and Particles(IMAGES).noise_share == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, np.nan])
+def test_shares_that_are_none(share):
+    with pytest.raises(InputError, match="share of .* of the noise's power"):
+        Particles(IMAGES, noise_share=float(share))
+
+
+def test_without_optics():
+    assert Particles(IMAGES).batch(np.array([3]))[1] is None
+    assert Particles(IMAGES).take(np.array([3])).ctf is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_is_named(bad):
+    images = IMAGES.copy()
+    images[5, 1, 2] = bad
+    particles = Particles(images)
+    particles.batch(np.array([0, 4, 6]))
+    with pytest.raises(InputError, match=r"^Image 5 \(from 0\) holds a value"):
+        particles.batch(np.array([0, 5]))
+    # Also through a view, which counts otherwise.
+    with pytest.raises(InputError, match="^Image 5 "):
+        particles.take(np.array([6, 5])).batch(np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((3, 4, 5)), "3 x 4 x 5; particles x m x m"),
+        (np.zeros((4, 4)), "array of 4 x 4"),
+        (np.zeros((3, 0, 0)), "3 x 0 x 0"),
+        (np.zeros((0, 4, 4)), "no particles"),
+    ],
+)
+def test_images_of_another_shape(images, words):
+    with pytest.raises(InputError, match=words):
+        Particles(images)
+
+
+@pytest.mark.parametrize("defoci", [1e4, jnp.ones(6)])
+def test_optics_of_other_particles(defoci):
+    with pytest.raises(InputError, match="for 7 images"):
+        Particles(IMAGES, CTF(defoci, defoci))
+
+
+@pytest.mark.parametrize("pixel", [0.0, -1.0, np.nan, np.inf])
+def test_pixel_sizes_that_are_none(pixel):
+    with pytest.raises(InputError, match="pixel size"):
+        Particles(IMAGES, None, float(pixel))
+
+
+@pytest.mark.parametrize("indices", [[7], [-1, 2]])
+def test_particles_that_are_not_there(indices):
+    for ask in (Particles(IMAGES).take, Particles(IMAGES).batch):
+        with pytest.raises(InputError, match="there are 0 to 6"):
+            ask(np.array(indices))
+
+
+def test_no_particles_cannot_be_taken():
+    with pytest.raises(InputError, match="no particles"):
+        Particles(IMAGES).take(np.array([], int))

@@ -1,0 +1,987 @@
+"""The production refinement, end to end on a tiny particle: one shape, many laws."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrefine import evaluation, simulate
+from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import (
+    Poses,
+    equidistributed_angles,
+    euler_to_matrix,
+    matrix_to_euler,
+)
+from jaxrefine.io import load_checkpoint, save_checkpoint
+from jaxrefine.maps import tv
+from jaxrefine.maps.fsc import crossing, fsc, mean_fsc
+from jaxrefine.operators import slices
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.poses import search
+from jaxrefine.poses.hypotheses import certain
+from jaxrefine.poses.solvers import Descent
+from jaxrefine.refinement import half_sets, loop, map_step, pose_step
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import divide, particle_set
+
+N, P, LAST = 24, 80, 11
+ZEROS, CONSTANT, NOISE = 3, 10, 41  # particles without a particle
+SILENT = [ZEROS, CONSTANT, NOISE]
+SINGLE = jnp.float32
+KEY = jax.random.key(3)
+# One band limit and coarse interpolation, so that little is compiled, and once.
+COARSE = Gridding(2, 2.0)
+CONFIG = RefineConfig(
+    angle_spread=0.3,
+    shift_spread=1.2,
+    iterations=3,
+    first_r_max=LAST,
+    search_r_max=LAST,
+    candidates=16,
+    interpolation=COARSE,
+    search_interpolation=COARSE,
+    insertion=COARSE,
+    batch_size=64,
+)
+
+
+class Scene:
+    """A phantom, its images with a few bad ones among them, and a start."""
+
+    def __init__(self, snr_db=3.0):
+        self.truth = simulate.phantom(jax.random.key(0), N)
+        angles, shifts, noise, error = jax.random.split(jax.random.key(1), 4)
+        self.poses = Poses(
+            equidistributed_angles(angles, P, SINGLE),
+            simulate.random_shifts(shifts, P, 1.5, SINGLE),
+        )
+        disc = slices.disc(N, LAST)
+        spectrum = Gridding(4, 2.0).spectrum(self.truth, LAST)
+        clean = slices.to_images(slices.project(spectrum, disc, self.poses), disc)
+        sigma = simulate.noise_std(clean, snr_db)
+        self.images = np.array(simulate.add_noise(noise, clean, sigma), np.float32)
+        self.images[ZEROS], self.images[CONSTANT] = 0.0, 5.0
+        self.images[NOISE] = float(sigma) * np.random.default_rng(0).normal(size=(N, N))
+        self.initial = simulate.init1_poses(error, self.poses, 0.4)
+        self.map = simulate.blur(self.truth, 2.0)
+        self.real = np.setdiff1d(np.arange(P), SILENT)
+
+    def refine(self, config=CONFIG, images=None, **options):
+        images = self.images if images is None else images
+        particles = Particles(images)
+        return loop.refine(
+            particles, self.initial, self.map, config, key=KEY, **options
+        )
+
+    def fsc(self, volume):
+        return float(mean_fsc(fsc(jnp.asarray(volume), self.truth)))
+
+    def errors(self, poses):
+        """The errors of the real particles, up to a motion of the map."""
+        truth, some = self.poses, self.real
+        errors = evaluation.pose_errors(
+            poses.angles[some],
+            poses.shifts[some],
+            truth.angles[some],
+            truth.shifts[some],
+        )
+        return evaluation.summarise(errors)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+@pytest.fixture(scope="module")
+def run(scene):
+    """A whole run, and what its callback saw."""
+    seen = []
+    result = scene.refine(callback=lambda state, info: seen.append((state, info)))
+    return result, seen
+
+
+@pytest.fixture(scope="module")
+def unrefined(scene):
+    particles = Particles(scene.images)
+    return loop.reconstruct(particles, scene.initial, CONFIG, key=KEY)
+
+
+@pytest.fixture(scope="module")
+def oracle(scene):
+    some = scene.real
+    particles = Particles(scene.images).take(some)
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    return loop.reconstruct(particles, poses, CONFIG, key=KEY)
+
+
+def assert_identical(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def outcome(result):
+    """All arrays of a result."""
+    return {
+        field.name: getattr(result, field.name) for field in dataclasses.fields(result)
+    }
+
+
+# --- that it refines
+
+
+def test_poses_and_map_improve(scene, run, unrefined):
+    result, _ = run
+    before, after = scene.errors(scene.initial), scene.errors(result.poses)
+    assert before["angle_error_deg_median"] > 15
+    assert after["angle_error_deg_median"] < 5
+    assert after["fraction_within_10_deg"] > 0.9
+    assert after["shift_error_px_median"] < 0.3
+    assert scene.fsc(result.volume) > scene.fsc(unrefined.volume) + 0.2
+    assert scene.fsc(result.volume) > scene.fsc(scene.map) + 0.05
+
+
+def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
+    """Than the initial map, than wrong poses, and than refined ones (nearly)."""
+    best = scene.fsc(oracle.volume)
+    assert best > scene.fsc(scene.map) + 0.05
+    assert best > scene.fsc(unrefined.volume) + 0.2
+    assert best > scene.fsc(run[0].volume) - 0.02
+    first, second = oracle.half_maps
+    assert first.shape == second.shape == (N, N, N)
+    # Halves are worse than the whole, and differ.
+    assert 0.3 < max(scene.fsc(first), scene.fsc(second)) < best
+    assert not np.array_equal(first, second)
+    assert oracle.errors and oracle.lam > 0
+    tried = min(oracle.errors, key=oracle.errors.__getitem__)
+    assert 1 / 1.4 <= oracle.tau / tried <= 1.4
+
+
+def test_half_maps_agree_as_far_as_they_are_right():
+    """Rosenthal and Henderson (J. Mol. Biol. 333, 2003): if they share but the signal,
+    their correlation F tells that of their mean with the truth, sqrt(2 F / (1 + F)).
+    """
+    truth = simulate.phantom(jax.random.key(1), 24)
+    data = simulate.make_dataset(
+        jax.random.key(11), truth, 400, max_shift=1.0, max_angle_error=0.0, snr_db=-5.0
+    )
+    images = np.asarray(data.images, np.float32)
+    made = loop.reconstruct(Particles(images), data.truth, key=KEY)
+    first, second = map(jnp.asarray, made.half_maps)
+    shared = np.asarray(fsc(first, second))
+    right = np.asarray(fsc((first + second) / 2, truth.astype(first.dtype)))
+    some = shared > 0.2
+    assert 6 < some.sum() < 10  # they do not agree everywhere
+    told = np.sqrt(2 * shared[some] / (1 + shared[some]))
+    np.testing.assert_allclose(told, right[some], atol=0.05)
+
+
+def test_the_background_does_not_matter(scene, oracle):
+    """An offset of every image says nothing, be it zero mean or many sigmas."""
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    images = scene.images[some]
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    for offset in (-mean, 10 * images.std()):
+        particles = Particles(images + offset)
+        again = loop.reconstruct(particles, poses, CONFIG, key=KEY)
+        assert scene.fsc(again.volume) == pytest.approx(
+            scene.fsc(oracle.volume), abs=0.01
+        )
+        assert again.tau == pytest.approx(oracle.tau, rel=0.05)
+
+
+@pytest.mark.parametrize("end", [LAST - 3, 4])
+def test_shells_that_are_empty_are_ignored(scene, oracle, end):
+    """Images cut off below Nyquist make a map cut off there, and no other.
+
+    Most shells may be empty; the noise is measured in the others.
+    """
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    disc = slices.disc(N, end)
+    spectra = slices.image_spectra(jnp.asarray(scene.images[some]), disc)
+    images = np.asarray(slices.to_images(spectra, disc))
+    again = loop.reconstruct(Particles(images), poses, CONFIG, key=KEY)
+    kept = slice(1, end)
+    before, after = (
+        np.asarray(fsc(jnp.asarray(x.volume), scene.truth))[kept]
+        for x in (oracle, again)
+    )
+    np.testing.assert_allclose(after, before, atol=0.05)
+
+
+def test_reconstruct_respects_subsets(scene):
+    """The first half map is made of the first half, and of nothing else."""
+    some = scene.real
+    poses = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    subsets = 1 + (np.arange(len(some)) < len(some) // 3)
+    images = scene.images[some]
+    maps = []
+    for factor in (1.0, 0.0):
+        scale = np.where(subsets == 2, factor, 1.0).astype(np.float32)
+        made = loop.reconstruct(
+            Particles(images * scale[:, None, None]),
+            poses,
+            dataclasses.replace(CONFIG, tau=1.0),
+            key=KEY,
+            subsets=subsets,
+        )
+        maps.append(made.half_maps)
+    assert np.abs(maps[1][1]).max() < 1e-3 * np.abs(maps[0][1]).max()
+    assert scene.fsc(maps[1][0]) > 0.5
+
+
+def test_images_that_show_nothing(scene, run):
+    """Zeros, a constant and noise end where they began, and are told apart."""
+    result, _ = run
+    assert list(np.flatnonzero(result.undetermined)) == SILENT
+    np.testing.assert_array_equal(
+        result.poses.angles[np.array(SILENT)], scene.initial.angles[np.array(SILENT)]
+    )
+    np.testing.assert_array_equal(
+        result.poses.shifts[np.array(SILENT)], scene.initial.shifts[np.array(SILENT)]
+    )
+    assert (result.log_likelihood[SILENT] <= 0).all()
+    assert (result.log_likelihood[scene.real] > 0).all()
+    for leaf in jax.tree.leaves(outcome(result)):
+        assert not np.isnan(leaf).any()
+    assert np.isfinite(result.volume).all()
+    np.linalg.cholesky(result.covariances.astype(float))  # positive definite
+    changed = np.asarray(result.poses.angles) != np.asarray(scene.initial.angles)
+    assert changed[scene.real].all(axis=1).mean() > 0.9
+
+
+def test_poses_stay_in_their_bounds(scene, run):
+    result, _ = run
+    moves = np.asarray(result.poses.shifts) - np.asarray(scene.initial.shifts)
+    assert np.linalg.norm(moves, axis=1).max() <= CONFIG.max_shift * (1 + 1e-5)
+    config = dataclasses.replace(
+        CONFIG, iterations=1, max_angle=0.1, max_shift=0.3, tau=1.0
+    )
+    result = scene.refine(config)
+    rotations, start = (
+        np.asarray(euler_to_matrix(poses.angles), float)
+        for poses in (result.poses, scene.initial)
+    )
+    trace = np.einsum("pij,pij->p", rotations, start)
+    assert np.arccos(np.clip((trace - 1) / 2, -1, 1)).max() < 0.1 + 1e-3
+    moves = np.asarray(result.poses.shifts) - np.asarray(scene.initial.shifts)
+    assert np.linalg.norm(moves, axis=1).max() <= 0.3 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_the_scale_of_the_initial_map_does_not_matter(scene, factor):
+    """It is given that of the images, whatever it was; an empty map stays empty."""
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
+    known = [
+        map_step.start(whole, scene.initial, scene.map * jnp.asarray(f, SINGLE))
+        for f in (1.0, factor, 0.0)
+    ]
+    maps = [np.asarray(one.maps[0].coefficients * one.gain[0]) for one in known]
+    peak = float(scene.truth.max())
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-4 * peak)
+    np.testing.assert_array_equal(maps[2], 0)
+    # The images are projections of the truth: so is the blurred map's low end.
+    low = np.abs(np.fft.rfftn(maps[0]))[0, 0, 1:3] / np.abs(
+        np.fft.rfftn(scene.map)[0, 0, 1:3]
+    )
+    assert (np.abs(np.log(low)) < np.log(1.6)).all()
+
+
+# --- what a callback gets
+
+
+def test_the_callback_is_told_everything(run):
+    result, seen = run
+    assert [info.iteration for _, info in seen] == [1, 2, 3]
+    assert [int(state.iteration) for state, _ in seen] == [1, 2, 3]
+    radii = [info.r_max for _, info in seen]
+    assert radii == sorted(radii) and radii[-1] <= LAST
+    for _, info in seen:
+        row = json.loads(json.dumps(info.row(), allow_nan=False))
+        assert row == info.row()
+        assert set(row) == {field.name for field in dataclasses.fields(info)}
+        assert len(row["damping"]) == CONFIG.update.iterations
+        assert min(row["damping"]) > 0 and 0 <= row["decided"] <= 1
+        assert row["gold_score"] is None and len(row["tau"]) == 1
+        assert 0 < row["fold_score"] < 1
+    # The median particle's steps succeed, so its damping falls.
+    assert seen[-1][1].damping == sorted(seen[-1][1].damping, reverse=True)
+    assert seen[0][1].searched == seen[2][1].searched == P
+    changes = [info.angle_change_in_degrees for _, info in seen]
+    assert changes[0] > 3 * changes[-1]
+    scores = [info.fold_score for _, info in seen]
+    assert scores[-1] > scores[0]
+
+
+def test_the_state_is_consistent(run):
+    """Weights are probabilities; the best hypothesis is the first one."""
+    for state, _ in run[1]:
+        (one,) = state.sets
+        weights = np.asarray(one.hypotheses.weights)
+        np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
+        assert (np.diff(weights, axis=1) <= 0).all()
+        assert (one.noise > 0).all() and (one.gain >= 0).all()
+        assert np.isfinite(one.evidence).all()
+
+
+# --- that it repeats itself
+
+
+@pytest.mark.slow
+def test_the_same_input_from_a_file_gives_the_same_bits(scene, run, tmp_path):
+    """A memory map instead of an array, and a run from the start."""
+    path = tmp_path / "images.raw"
+    scene.images.tofile(path)
+    images = np.memmap(path, np.float32, "r", shape=scene.images.shape)
+    assert_identical(outcome(scene.refine(images=images)), outcome(run[0]))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_ends_in_the_same_bits(scene, run, after, tmp_path):
+    result, seen = run
+    save_checkpoint(tmp_path / "state", seen[after - 1][0], {})
+    like = jax.tree.map(jnp.zeros_like, seen[0][0])
+    state, _ = load_checkpoint(tmp_path / "state", like)
+    resumed = []
+    again = scene.refine(
+        state=state, callback=lambda state, info: resumed.append(info.iteration)
+    )
+    assert resumed == list(range(after + 1, 4))
+    assert_identical(outcome(again), outcome(result))
+
+
+def test_a_finished_run_is_only_concluded(scene, run):
+    def never(state, info):
+        raise AssertionError("nothing is left to do")
+
+    result, seen = run
+    again = scene.refine(state=seen[-1][0], callback=never)
+    assert_identical(outcome(again), outcome(result))
+
+
+@pytest.mark.slow
+def test_the_batch_size_does_not_matter(scene, run):
+    result = scene.refine(dataclasses.replace(CONFIG, batch_size=27))
+    rotations, exact = (euler_to_matrix(one.poses.angles) for one in (result, run[0]))
+    # Beyond rounding: a particle with two almost equal hypotheses may choose another.
+    gaps = np.abs(np.asarray(rotations) - np.asarray(exact)).max(axis=(1, 2))
+    assert np.quantile(gaps, 0.95) < 1e-3
+    gaps = np.abs(np.asarray(result.poses.shifts) - np.asarray(run[0].poses.shifts))
+    assert np.quantile(gaps.max(axis=1), 0.95) < 1e-3
+    gap = np.linalg.norm(result.volume - run[0].volume)
+    assert gap < 1e-2 * np.linalg.norm(run[0].volume)
+
+
+# --- half sets
+
+SUBSETS = 1 + np.arange(P) % 2
+HALVES = dataclasses.replace(CONFIG, iterations=2, half_sets=True, tau=0.9)
+
+
+@pytest.fixture(scope="module")
+def halves(scene):
+    seen = []
+    result = scene.refine(
+        HALVES, subsets=SUBSETS, callback=lambda state, info: seen.append(info)
+    )
+    return result, seen
+
+
+def test_half_sets_have_maps_and_a_correlation(scene, halves):
+    result, seen = halves
+    first, second = result.half_maps
+    curve = fsc(jnp.asarray(first), jnp.asarray(second))
+    np.testing.assert_array_equal(result.fsc, curve)
+    assert 0.3 < np.mean(result.fsc[1:8]) < 1
+    assert scene.fsc(result.volume) > max(scene.fsc(first), scene.fsc(second))
+    # They have no regulariser, unlike the maps that the poses were compared with.
+    smooth, rough = (
+        float(jnp.sum(jnp.linalg.norm(tv.gradient(jnp.asarray(volume)), axis=0)))
+        for volume in (result.state.sets[0].mean_map, first)
+    )
+    assert rough > 1.5 * smooth
+    assert result.tau == pytest.approx(0.9, rel=1e-6)
+    for info in seen:
+        assert len(info.tau) == 2 and 0 < info.gold_score < 1
+        json.dumps(info.row(), allow_nan=False)
+
+
+def test_half_sets_know_nothing_of_each_other(scene, halves):
+    """Other images in set 2: set 1's poses, map and covariances keep their bits.
+
+    (They share a band limit, which is at its largest here.)
+    """
+    images = scene.images.copy()
+    images[SUBSETS == 2] = np.random.default_rng(4).permuted(
+        images[SUBSETS == 2], axis=2
+    )
+    result, first = scene.refine(HALVES, images=images, subsets=SUBSETS), SUBSETS == 1
+    for name in ("covariances", "log_likelihood", "undetermined"):
+        np.testing.assert_array_equal(
+            getattr(result, name)[first], getattr(halves[0], name)[first]
+        )
+    assert_identical(
+        jax.tree.map(lambda leaf: leaf[first], result.poses),
+        jax.tree.map(lambda leaf: leaf[first], halves[0].poses),
+    )
+    np.testing.assert_array_equal(result.half_maps[0], halves[0].half_maps[0])
+    assert_identical(result.state.sets[0], halves[0].state.sets[0])
+    assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_subsets_are_respected(scene, halves):
+    """Sets are who they are said to be; without labels they are two halves."""
+    sizes = [len(one.evidence) for one in halves[0].state.sets]
+    assert sizes == [P // 2, P // 2]
+    uneven = np.where(np.arange(P) < 20, 2, 1)
+
+    def deal(config, subsets):
+        particles = Particles(scene.images)
+        return divide(particles, scene.initial, config, KEY, subsets)[1:]
+
+    for subsets, expected in ((uneven, [60, 20]), (None, [40, 40])):
+        members, sets = deal(HALVES, subsets)
+        assert [len(some) for some in members] == expected
+        assert sorted(np.concatenate(members)) == list(range(P))
+        for some, one in zip(members, sets, strict=True):
+            images, _ = one.particles.batch(np.arange(len(some)))
+            np.testing.assert_array_equal(images, scene.images[some])
+            np.testing.assert_array_equal(one.prior.shifts, scene.initial.shifts[some])
+            # Two folds of each set, as large as each other.
+            assert abs(len(one.members(0)) - len(one.members(1))) <= 1
+    np.testing.assert_array_equal(deal(HALVES, uneven)[0][1], np.arange(20))
+    (everyone,), _ = deal(CONFIG, None)
+    np.testing.assert_array_equal(everyone, np.arange(P))
+
+
+# --- other settings
+
+STILL = dataclasses.replace(CONFIG, iterations=1, multi_start=())
+
+
+def test_a_tau_that_is_given_is_used(scene, run):
+    smooth = scene.refine(dataclasses.replace(STILL, tau=20.0))
+    rough = scene.refine(dataclasses.replace(STILL, tau=0.05))
+    for result, tau in ((smooth, 20.0), (rough, 0.05)):
+        assert result.tau == pytest.approx(tau, rel=1e-6)
+    variation = [np.abs(np.diff(one.volume)).sum() for one in (smooth, rough)]
+    assert variation[0] < 0.5 * variation[1]
+    found = loop.reconstruct(
+        Particles(scene.images),
+        scene.initial,
+        dataclasses.replace(CONFIG, tau=20.0),
+        key=KEY,
+    )
+    assert found.tau == pytest.approx(20.0, rel=1e-6) and found.errors == {}
+    assert 0.1 < run[0].tau < 10
+
+
+def test_poses_may_be_updated_by_any_method_of_optax(scene):
+    """From poses near the truth; dtype promotion as users have it."""
+    update = Descent(optax.sgd(0.3), iterations=10)
+    rng = np.random.default_rng(2)
+    near = Poses(
+        scene.poses.angles + jnp.asarray(0.1 * rng.normal(size=(P, 3)), SINGLE),
+        scene.poses.shifts,
+    )
+    config = dataclasses.replace(STILL, update=update, tau=1.0)
+    seen = []
+    result = loop.refine(
+        Particles(scene.images),
+        near,
+        scene.truth,
+        config,
+        key=KEY,
+        callback=lambda state, info: seen.append(info),
+    )
+    before, after = scene.errors(near), scene.errors(result.poses)
+    assert after["angle_error_deg_median"] < 0.6 * before["angle_error_deg_median"]
+    assert len(seen[0].damping) == 10 and seen[0].searched == 0
+
+
+def test_images_of_nothing_at_all(scene):
+    """All zeros: no map, no poses, but no failure either."""
+    result = scene.refine(STILL, images=np.zeros_like(scene.images))
+    assert result.undetermined.all()
+    np.testing.assert_array_equal(result.poses.angles, scene.initial.angles)
+    np.testing.assert_array_equal(result.poses.shifts, scene.initial.shifts)
+    assert np.isfinite(result.volume).all()
+    assert np.isfinite(result.covariances).all()
+
+
+@pytest.mark.parametrize("which", ["all", "a fold"])
+def test_no_map_is_made_of_what_is_undetermined(scene, which, monkeypatch):
+    """If it is everything, the map is empty; nothing in the result is NaN."""
+    noise = np.random.default_rng(6).normal(size=scene.images.shape)
+    chosen = np.ones(P, bool)
+    if which == "a fold":
+        sets = divide(Particles(scene.images), scene.initial, STILL, KEY, None)[2]
+        chosen = sets[0].fold == 0
+    monkeypatch.setattr(pose_step, "undetermined", lambda state: chosen)
+    result = scene.refine(STILL, images=noise.astype(np.float32))
+    for leaf in jax.tree.leaves(outcome(result)):
+        assert not np.isnan(leaf).any()
+    # A fold's map is made from the other one, and that of fold 1 from none at all.
+    first, second = (one.coefficients for one in result.state.sets[0].maps)
+    assert not np.any(second)
+    assert np.any(first) == np.any(result.volume) == (which == "a fold")
+
+
+def test_the_wide_search_keeps_all_that_is_known(scene, run, monkeypatch):
+    """The second pass is about the candidates found and every current hypothesis."""
+    (state,) = run[1][1][0].sets
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
+    centres_seen = []
+
+    def explore(key, particles, chosen, spectrum, view, prior, centres, *rest):
+        centres_seen.append(np.array(centres[chosen]))
+        found = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
+        return found, np.zeros((len(chosen), 3, 2), np.float32)
+
+    monkeypatch.setattr(search, "search_poses", explore)
+    chosen = whole.members(0)
+    pose_step._explore(whole, state, chosen, scene.map, LAST, True, KEY)
+    first, second = centres_seen
+    np.testing.assert_allclose(first[:, 0], whole.prior.rotations[chosen])
+    current = np.asarray(state.hypotheses.rotations)[chosen]
+    for i in range(3):
+        gaps = np.abs(second - current[:, i, None]).max(axis=(2, 3)).min(axis=1)
+        np.testing.assert_array_equal(gaps, 0)
+    assert (np.abs(second - np.eye(3)).max(axis=(2, 3)).min(axis=1) == 0).all()
+
+
+@pytest.mark.slow
+def test_the_band_limit_marches(scene):
+    """It only grows; with the default insertion, too, runs repeat their bits."""
+    config = dataclasses.replace(
+        CONFIG, first_r_max=7, iterations=2, multi_start=(0,), insertion=None
+    )
+    seen = []
+    result = scene.refine(config, callback=lambda state, info: seen.append(info))
+    radii = [info.r_max for info in seen]
+    assert radii == sorted(radii) and radii[0] < radii[-1] <= LAST
+    assert radii[0] <= 7 and (np.diff(np.log2(radii)) <= 1).all()
+    assert all(info.search_r_max <= info.r_max for info in seen)
+    assert scene.errors(result.poses)["angle_error_deg_median"] < 8
+    assert_identical(outcome(scene.refine(config)), outcome(result))
+
+
+def test_error_bars_are_those_of_the_last_band(scene):
+    """A run that is stopped while the band grows, and one that is taken up again."""
+    config = dataclasses.replace(STILL, first_r_max=4, iterations=2, tau=1.0)
+    seen = []
+    result = scene.refine(config, callback=lambda *each: seen.append(each))
+    (before, first), (after, second) = seen
+    assert first.r_max < int(before.r_max) == second.r_max == int(after.r_max)
+    (whole,) = divide(Particles(scene.images), scene.initial, config, KEY, None)[2]
+    (state,) = after.sets
+    supported = float(crossing(state.fold_fsc[: LAST + 1], 0.5))
+    assert loop._next_band_limit(second.r_max, supported, whole) > second.r_max
+    bars = np.linalg.inv(pose_step.measure_information(whole, state, second.r_max))
+    some = ~result.undetermined
+    np.testing.assert_array_equal(result.covariances[some], bars[some])
+    assert_identical(outcome(scene.refine(config, state=before)), outcome(result))
+
+
+# --- masks
+
+
+def ball():
+    """A soft mask around the phantom, which ends at about 0.38 of the box."""
+    at = np.arange(N) - N // 2
+    away = np.sqrt(at[:, None, None] ** 2 + at[:, None] ** 2 + at**2) - 9.0
+    return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * np.clip(away / 2, 0, 1)), SINGLE)
+
+
+def test_a_mask_of_ones_changes_nothing(scene, run):
+    """Not a bit."""
+    ones = jnp.ones((N, N, N))
+    assert_identical(outcome(scene.refine(mask=ones)), outcome(run[0]))
+
+
+def test_a_mask_keeps_the_solvent_from_the_poses(scene):
+    """With garbage around the initial map they are as good as without, or far off."""
+    noise = np.random.default_rng(8).normal(size=(N, N, N))
+    garbage = simulate.blur(jnp.asarray(noise, SINGLE), 1.0)
+    garbage = 2 * garbage * scene.map.max() / garbage.max() * (1 - ball())
+
+    def error(volume, mask):
+        particles = Particles(scene.images)
+        whole = particle_set(particles, scene.initial, KEY, CONFIG, mask)
+        state = map_step.start(whole, scene.initial, volume)
+        state, _ = pose_step.update_poses(whole, state, 0, LAST, KEY)
+        return scene.errors(state.hypotheses.best())["angle_error_deg_median"]
+
+    clean, spoilt = (error(scene.map + x, None) for x in (0 * garbage, garbage))
+    masked = error(scene.map + garbage, ball())
+    assert masked < 0.5 * spoilt
+    assert masked < 1.25 * clean
+
+
+def test_maps_and_their_correlations_are_whole(scene):
+    """Within a mask noise agrees by the mask's shape, and would raise the limit."""
+    config = dataclasses.replace(STILL, half_sets=True, tau=1.0)
+    seen, mask = [], ball()
+    result = scene.refine(
+        config, subsets=SUBSETS, mask=mask, callback=lambda *each: seen.append(each)
+    )
+    ((state, info),) = seen
+    for one in state.sets:
+        curve = fsc(*(each.coefficients for each in one.maps))
+        np.testing.assert_allclose(one.fold_fsc, curve, atol=1e-5)
+    whole = divide(Particles(scene.images), scene.initial, config, KEY, SUBSETS, mask)
+    gold = half_sets.correlation(*state.sets, whole[2][0])
+    score = float(jnp.mean(gold[1 : LAST + 1]))
+    assert info.gold_score == pytest.approx(score, rel=1e-5)
+    curve = fsc(*map(jnp.asarray, result.half_maps))
+    np.testing.assert_array_equal(result.fsc, curve)
+    first, second = (one.mean_map for one in state.sets)
+    solvent = np.asarray(mask) == 0
+    for volume in (result.volume, *result.half_maps, first, second):
+        assert np.asarray(volume)[solvent].std() > 1e-3 * np.asarray(volume).max()
+
+
+# --- symmetry
+
+
+def negative(volume, axis):
+    """The volume at minus a coordinate, about n // 2."""
+    return np.roll(np.flip(volume, axis), 1, axis)
+
+
+def fourfold(volume):
+    """The mean over C4, which takes the grid to itself."""
+    total = volume = np.asarray(volume, float)
+    for _ in range(3):
+        volume = negative(volume.swapaxes(1, 2), 2)
+        total = total + volume
+    return total / 4
+
+
+def test_a_symmetric_sum_is_that_of_all_copies(scene):
+    """An image at ``R`` is inserted as four images at ``R S`` would be."""
+    config = dataclasses.replace(CONFIG, symmetry="D2")
+    some = np.arange(4, 10)
+    few = Poses(scene.poses.angles[some], scene.poses.shifts[some])
+    noise = jnp.ones(N // 2 + 1, SINGLE)
+    group = jnp.asarray(config.operators, SINGLE)
+    turned = (few.rotations[:, None] @ group).reshape(-1, 3, 3)
+    copies = Poses(matrix_to_euler(turned), jnp.repeat(few.shifts, 4, axis=0))
+    found = []
+    for owners, poses, settings in (
+        (some, few, config),
+        (np.repeat(some, 4), copies, CONFIG),
+    ):
+        images = scene.images[owners]
+        whole = particle_set(Particles(images), poses, KEY, settings)
+        fold = np.arange(len(images)) >= len(images) // 2
+        whole = dataclasses.replace(whole, fold=fold.astype(int))
+        everyone = np.ones(len(images), bool)
+        known = certain(poses, settings.hypotheses)
+        found.append(map_step.sum_up(whole, known, noise, everyone))
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    sums = found[0][0]
+    # The first operator but the identity turns by 180 degrees about z.
+    back = np.asarray(sums.backprojection)
+    half = negative(negative(back, 1), 2)
+    np.testing.assert_allclose(
+        half[1:, 1:, 1:], back[1:, 1:, 1:], atol=1e-4 * np.abs(back).max()
+    )
+
+
+@pytest.mark.slow
+def test_symmetric_images_are_worth_as_many_as_the_order(scene):
+    """C4 makes of P images what C1 makes of 4 P with noise of their own."""
+    truth = jnp.asarray(fourfold(scene.truth), SINGLE)
+    disc = slices.disc(N, LAST)
+    poses = Poses(
+        equidistributed_angles(jax.random.key(5), 4 * P, SINGLE),
+        jnp.zeros((4 * P, 2), SINGLE),
+    )
+    spectrum = Gridding(4, 2.0).spectrum(truth, LAST)
+    clean = slices.to_images(slices.project(spectrum, disc, poses), disc)
+    sigma = simulate.noise_std(clean, -8.0)
+    images = np.asarray(simulate.add_noise(jax.random.key(6), clean, sigma))
+    few = np.arange(0, 4 * P, 4)
+
+    def make(some, symmetry):
+        made = loop.reconstruct(
+            Particles(images[some]),
+            Poses(poses.angles[some], poses.shifts[some]),
+            dataclasses.replace(CONFIG, symmetry=symmetry),
+            key=KEY,
+        )
+        return made, float(mean_fsc(fsc(jnp.asarray(made.volume), truth)))
+
+    plain, symmetric = make(few, "C1"), make(few, "C4")
+    many = make(np.arange(4 * P), "C1")
+    assert symmetric[1] > plain[1] + 0.05
+    assert symmetric[1] == pytest.approx(many[1], abs=0.04)
+    assert 1 / 1.5 < symmetric[0].tau / many[0].tau < 1.5
+    volume = symmetric[0].volume[1:, 1:, 1:]
+    turned = negative(symmetric[0].volume.swapaxes(1, 2), 2)[1:, 1:, 1:]
+    assert np.corrcoef(volume.ravel(), turned.ravel())[0, 1] > 0.99
+
+
+# --- what is fixed
+
+
+@pytest.mark.parametrize("what", ["angle", "shift"])
+def test_what_is_fixed_is_the_limit_of_a_tight_prior(scene, what):
+    """Its bits stay; the rest, and the evidence, are as if it were known exactly."""
+    angles, shifts = np.random.default_rng(2).normal(size=(2, P, 3)) * 0.04
+    near = Poses(
+        scene.poses.angles + jnp.asarray(angles, SINGLE),
+        scene.poses.shifts + jnp.asarray(shifts[:, :2], SINGLE),
+    )
+    particles, still = Particles(scene.images), dataclasses.replace(STILL, tau=1.0)
+    fixed, tight = (
+        loop.refine(
+            particles,
+            near,
+            scene.truth,
+            dataclasses.replace(still, **settings),
+            key=KEY,
+        )
+        for settings in ({f"max_{what}": 0.0}, {f"{what}_spread": 1e-3})
+    )
+    held = "angles" if what == "angle" else "shifts"
+    np.testing.assert_array_equal(getattr(fixed.poses, held), getattr(near, held))
+    some = scene.real
+    rotations = [euler_to_matrix(one.poses.angles[some]) for one in (fixed, tight)]
+    shifts = [one.poses.shifts[some] for one in (fixed, tight)]
+    for one, other in (rotations, shifts):
+        # A few particles have not converged quite.
+        gaps = np.abs(one - other).reshape(len(some), -1).max(axis=1)
+        assert np.quantile(gaps, 0.9) < 3e-3 and gaps.max() < 2e-2
+    evidence = [one.log_likelihood[some] for one in (fixed, tight)]
+    np.testing.assert_allclose(*evidence, rtol=1e-2, atol=0.05)
+    stays = np.repeat([what == "angle", what == "shift"], [3, 2])
+    assert (fixed.covariances[:, stays] == 0).all()
+    assert (fixed.covariances[:, :, stays] == 0).all()
+    spread = [
+        np.linalg.det(one.covariances[some][:, ~stays][:, :, ~stays])
+        for one in (fixed, tight)
+    ]
+    ratio = np.abs(np.log(spread[0] / spread[1]))
+    assert np.median(ratio) < 0.02 and ratio.max() < 0.3
+    moved = "shifts" if what == "angle" else "angles"
+    change = np.abs(getattr(fixed.poses, moved) - getattr(near, moved))
+    assert np.median(change[some]) > 1e-2
+    # The end is told by what moves.
+    assert float(fixed.state.pose_change) > 0
+
+
+@pytest.mark.parametrize("what", ["angle", "shift"])
+def test_only_what_is_free_is_searched(scene, run, what, monkeypatch):
+    (state,) = run[1][0][0].sets
+    config = dataclasses.replace(CONFIG, **{f"max_{what}": 0.0})
+    whole = particle_set(Particles(scene.images), scene.initial, KEY, config)
+    scans = []
+
+    def explore(
+        key, particles, chosen, spectrum, view, prior, centres, shifts, scan, *_
+    ):
+        scans.append(scan)
+        found = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
+        return found, np.zeros((len(chosen), 3, 2), np.float32)
+
+    monkeypatch.setattr(search, "search_poses", explore)
+    pose_step._explore(whole, state, whole.members(0), scene.map, LAST, True, KEY)
+    for scan in scans:
+        assert (scan.count == 1) == (what == "angle")
+        assert (scan.shift_steps == 0) == (what == "shift")
+
+
+def test_a_small_particle_is_searched_in_larger_cells():
+    """As often as a large one whose pattern turns as fast: cycles per diameter."""
+    cells = [
+        RefineConfig(diameter=d, first_r_max=r).cell(r)
+        for d, r in ((0.6, 6), (0.3, 12))
+    ]
+    assert cells[0] == pytest.approx(cells[1])
+    assert RefineConfig().cell(7) == pytest.approx(1 / 7)
+
+
+def test_the_largest_band_limit_is_kept(scene):
+    for most, expected in ((None, 8), (7, 6), (11, 8)):
+        config = dataclasses.replace(CONFIG, first_r_max=4, max_r_max=most)
+        whole = particle_set(Particles(scene.images), scene.initial, KEY, config)
+        reached = loop._next_band_limit(4, 11.0, whole)
+        assert reached == slices.bucket(expected, N), (most, reached)
+
+
+# --- what is refused
+
+POSITIVE = ("angle_spread", "shift_spread")
+COUNTS = (
+    "iterations",
+    "first_r_max",
+    "search_r_max",
+    "hypotheses",
+    "candidates",
+    "admm_iterations",
+    "batch_size",
+)
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
+def test_settings_that_must_be_positive(name, value):
+    with pytest.raises(InputError, match=f"^{name} wants to be positive, not {value}$"):
+        RefineConfig(**{name: float(value)})
+
+
+@pytest.mark.parametrize("name", ["max_angle", "max_shift"])
+@pytest.mark.parametrize("value", [-1.0, np.nan])
+def test_limits_that_are_none(name, value):
+    with pytest.raises(InputError, match=f"^{name} wants to be at least 0, not"):
+        RefineConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"symmetry": "X3"}, "^symmetry wants to be C1 .*not 'X3'$"),
+        ({"diameter": 1.5}, "^diameter wants to be from 0 to 1 of the box, not 1.5$"),
+        ({"diameter": 0.0}, "^diameter wants to be from 0 to 1 of the box, not 0.0$"),
+        ({"max_r_max": 6}, "^max_r_max wants to be at least first_r_max, 7, not 6$"),
+    ],
+)
+def test_settings_that_contradict(settings, words):
+    with pytest.raises(InputError, match=words):
+        RefineConfig(**settings)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -3])
+def test_settings_that_must_be_at_least_one(name, value):
+    words = f"^{name} wants to be at least 1, not {value}$"
+    with pytest.raises(InputError, match=words):
+        RefineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.5, np.nan])
+def test_a_tau_that_is_none(tau):
+    with pytest.raises(InputError, match=f"^tau wants to be positive, not {tau}$"):
+        RefineConfig(tau=float(tau))
+
+
+def blank(count=6, side=16):
+    """Images, poses and a map that fit each other."""
+    poses = Poses(jnp.zeros((count, 3)), jnp.zeros((count, 2)))
+    return np.zeros((count, side, side), np.float32), poses, jnp.zeros((side,) * 3)
+
+
+def spoilt(which, value):
+    images, poses, volume = blank()
+    if which == "angles":
+        poses = Poses(poses.angles.at[2, 1].set(value), poses.shifts)
+    elif which == "shifts":
+        poses = Poses(poses.angles, poses.shifts.at[2, 1].set(value).at[3].set(value))
+    else:
+        volume = volume.at[3, 4, 5].set(value)
+    return images, poses, volume
+
+
+REFUSED = {
+    "few particles": (blank(3), "^at least 4 particles are wanted, not 3$"),
+    "small images": (blank(6, 15), "^images of side 16 or more are wanted, not 15$"),
+    "other poses": (
+        (blank(6)[0], blank(5)[1], blank(6)[2]),
+        r"^6 images want as many poses, not angles of shape \(5, 3\) and shifts of "
+        r"shape \(5, 2\)$",
+    ),
+    "another map": (
+        (*blank()[:2], jnp.zeros((20, 20, 20))),
+        r"^images of side 16 want a map of that side, not of shape \(20, 20, 20\)$",
+    ),
+    "angles": (
+        spoilt("angles", jnp.nan),
+        "^angles must be finite, but 1 of them are not$",
+    ),
+    "shifts": (
+        spoilt("shifts", jnp.inf),
+        "^shifts must be finite, but 3 of them are not$",
+    ),
+    "map": (
+        spoilt("map", -jnp.inf),
+        "^the map's values must be finite, but 1 of them are not$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_input_that_does_not_fit(case):
+    (images, poses, volume), words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
+        loop.refine(Particles(images), poses, volume, key=KEY)
+    if case not in ("another map", "map"):
+        with pytest.raises(InputError, match=words):
+            loop.reconstruct(Particles(images), poses, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (
+            jnp.ones((20,) * 3),
+            r"want a mask of that side, not of shape \(20, 20, 20\)$",
+        ),
+        (jnp.full((16,) * 3, 1.5), "^The mask runs from 1.5 to 1.5; 0 in the solvent"),
+        (jnp.full((16,) * 3, jnp.nan), "^The mask runs from nan to nan; 0 in the"),
+        (jnp.zeros((16,) * 3), "^The mask runs from 0 to 0; 0 in the solvent to 1"),
+    ],
+)
+def test_masks_that_are_none(mask, words):
+    images, poses, volume = blank()
+    with pytest.raises(InputError, match=words):
+        loop.refine(Particles(images), poses, volume, key=KEY, mask=mask)
+
+
+def test_an_image_that_is_not_finite_is_named():
+    images, poses, volume = blank()
+    images[:, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^Image [0-5] \(from 0\) holds a value"):
+        loop.refine(Particles(images), poses, volume, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "words"),
+    [
+        (
+            [0, 1, 0, 1, 0, 1],
+            r"^half sets want a 1 or a 2 .* 6 particles, not \[0, 1\]",
+        ),
+        ([1, 1, 1, 1, 1, 1], r"a 1 or a 2 for each of 6 particles, not \[1\] for 6$"),
+        ([1, 2, 3, 1, 2, 3], r"not \[1, 2, 3\] for 6$"),
+        ([1, 2, 1, 2], r"for each of 6 particles, not \[1, 2\] for 4$"),
+    ],
+)
+def test_subsets_that_are_none(subsets, words):
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True)
+    with pytest.raises(InputError, match=words):
+        loop.refine(
+            Particles(images), poses, volume, config, key=KEY, subsets=np.array(subsets)
+        )
+
+
+def test_a_half_set_wants_enough_particles():
+    """Each set is dealt into two folds, neither of which may be empty."""
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True, iterations=1)
+    subsets = np.array([1, 2, 2, 2, 2, 2])
+    with pytest.raises(InputError):
+        loop.refine(Particles(images), poses, volume, config, key=KEY, subsets=subsets)

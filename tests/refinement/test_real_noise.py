@@ -1,0 +1,63 @@
+"""Simulated particles in the background of real micrographs: coloured noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine import evaluation, simulate
+from jaxrefine.data.particles import Particles
+from jaxrefine.io import read_stack
+from jaxrefine.maps.fsc import fsc
+from jaxrefine.refinement import loop
+
+N, SNR_DB = 48, -10.0
+
+
+@pytest.mark.slow
+def test_the_spectrum_of_real_noise_is_found(data_dir):
+    """From the residuals, to a few per cent in every shell, while poses are refined.
+
+    Its power falls by nearly a half from the lowest shells to the highest.
+    """
+    path = data_dir / "real_betagal" / "betagal_emd2984_background_101_96px.mrcs"
+    patches, _ = read_stack(path)
+    noise = np.concatenate(
+        [patches[:, i : i + N, j : j + N] for i in (0, N) for j in (0, N)]
+    )
+    noise = noise - noise.mean(axis=(1, 2), keepdims=True)
+    noise = noise / noise.std(axis=(1, 2), keepdims=True)
+    truth = simulate.phantom(jax.random.key(0), N)
+    clean = simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        len(noise),
+        max_shift=2.0,
+        max_angle_error=0.5,
+        sigma=0.0,
+    )
+    noise = noise * float(simulate.noise_std(clean.images, SNR_DB))
+    frequency = np.fft.fftfreq(N, 1 / N)
+    shell = np.rint(np.hypot(frequency[:, None], frequency)).astype(int)
+    power = np.mean(np.abs(np.fft.fft2(noise)) ** 2, axis=0)
+    shells = np.arange(1, N // 2)
+    expected = np.array([power[shell == s].mean() for s in shells])
+    assert expected[0] > 1.6 * expected[-1]
+
+    result = loop.refine(
+        Particles(np.asarray(clean.images, np.float32) + noise.astype(np.float32)),
+        clean.initial,
+        simulate.blur(truth, 3.0),
+        key=jax.random.key(2),
+    )
+    (found,) = result.state.sets[0].noise
+    np.testing.assert_allclose(found[shells], expected, rtol=0.05)
+    errors = evaluation.pose_errors(
+        result.poses.angles.astype(float),
+        result.poses.shifts.astype(float),
+        clean.truth.angles.astype(float),
+        clean.truth.shifts.astype(float),
+    )
+    assert evaluation.summarise(errors)["angle_error_deg_median"] < 6
+    volume = jnp.asarray(result.volume)
+    assert float(jnp.mean(fsc(volume, truth)[1 : N // 2])) > 0.6

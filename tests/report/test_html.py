@@ -1,0 +1,305 @@
+"""The report of a refinement: a page that is whole, safe, and says what it was told."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
+
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from jaxrefine import geometry
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.report import html
+
+COUNT, N, PIXEL = 200, 64, 2.5
+EVIL = """<script>alert("a & b")</script> 'x'.star"""
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), "")
+
+
+class Page(HTMLParser):
+    """The tags of a page, which must be balanced, and the text in some of them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.open[-1], data.strip()))
+
+    def all(self, tag):
+        return [text for inside, text in self.texts if inside == tag]
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def figures(self):
+        return dict(zip(self.all("dt"), self.all("dd"), strict=True))
+
+
+def published(rng):
+    """What the presets paper and released have: no error bars, other rows."""
+    angles = jnp.asarray(rng.uniform(-3, 3, size=(COUNT, 3)))
+    shifts = jnp.asarray(rng.normal(size=(COUNT, 2)))
+    radius = np.linalg.norm(np.mgrid[-N // 2 : N // 2, -N // 2 : N // 2], axis=0)
+    volume = np.exp(-(radius**2) / 50) * np.ones((N, 1, 1))
+    return html.Report(
+        title=f"Refinement of {EVIL}",
+        command=f"jaxrefine refine '{EVIL}'",
+        pixel_size_in_angstroms=PIXEL,
+        poses=Poses(angles, shifts),
+        angle_change_in_degrees=np.full(COUNT, 14.3),
+        shift_change_in_pixels=np.full(COUNT, 4.24),
+        initial_map=1e-3 * volume,
+        volume=volume + 0.1 * rng.normal(size=(N, N, N)),
+        rows=[{"iteration": i, "objective": 10.0 / i, "new": None} for i in (1, 2)],
+        settings={"iterations": 2, "eta": 0.25, "regulariser": EVIL},
+        versions={"jaxrefine": "1.2.3"},
+        device="cpu, <one>",
+        wall_s=3725.4,
+    )
+
+
+def row(iteration, r_max, search_r_max, gold):
+    return {
+        "iteration": iteration,
+        "r_max": r_max,
+        "search_r_max": search_r_max,
+        "damping": [0.1, 0.0123456],
+        "angle_change_in_degrees": 3.14159,
+        "tau": [1.0, None],
+        "gold_score": gold,
+    }
+
+
+def default(rng):
+    """What the default engine has, with half sets."""
+    lost = np.arange(COUNT) >= COUNT - 50
+    return replace(
+        published(rng),
+        rows=[row(1, 7, 7, None), row(2, 11, 11, 0.75), row(3, 20, 0, 0.8)],
+        settings={"max_angle": 0.5, "max_r_max": None, "multi_start": [0, 2]},
+        peak_rss_mib=1448.2,
+        peak_device_mib=99.9,
+        half_set_fsc=np.linspace(1, 0, N // 2 + 1),
+        angle_std_in_degrees=rng.rayleigh(1, COUNT),
+        shift_std_in_pixels=np.where(lost, 9.0, 1.0),
+        undetermined=lost,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return {f.__name__: f(np.random.default_rng(0)) for f in (published, default)}
+
+
+@pytest.fixture(scope="module")
+def files(reports, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    for name, one in reports.items():
+        html.write(folder / f"{name}.html", one)
+    assert len(list(folder.iterdir())) == 2
+    return {name: folder / f"{name}.html" for name in reports}
+
+
+@pytest.fixture(scope="module")
+def pages(files):
+    return {name: Page(path.read_text("utf-8")) for name, path in files.items()}
+
+
+@pytest.mark.parametrize("name", ["published", "default"])
+def test_the_page_needs_nothing_else_and_is_small(name, files, pages):
+    text = files[name].read_text("utf-8")
+    assert files[name].stat().st_size < 2e6
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    for image in pages[name].attributes("img"):
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64"
+        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data)))
+        assert min(pixels.shape[:2]) > 200
+        assert np.mean(pixels[..., :3].min(axis=-1) < 0.9) > 0.01
+        assert len(image["alt"]) > 20
+
+
+@pytest.mark.parametrize("name", ["published", "default"])
+def test_names_stay_text(name, reports, files, pages):
+    page = pages[name]
+    assert page.all("title") == page.all("h1") == [f"Refinement of {EVIL}"]
+    assert page.all("code") == [reports[name].command]
+    assert EVIL not in files[name].read_text("utf-8")
+
+
+def test_sections_are_there_or_left_out_as_the_data_say(pages):
+    always = ["Result", "Map", "Poses", "Iterations", "Settings", "Command"]
+    always.append("Made with")
+    assert pages["published"].all("h2") == always
+    assert pages["default"].all("h2") == [always[0], "Resolution", *always[1:]]
+    pictures = {name: len(page.attributes("img")) for name, page in pages.items()}
+    # Two maps, views, two changes; with two error bars, the curve and the bands.
+    assert pictures == {"published": 5, "default": 9}
+    for page in pages.values():
+        assert len(page.all("figcaption")) == len(page.attributes("img"))
+
+
+def test_headline_figures(pages):
+    figures = pages["published"].figures()
+    assert figures == {
+        "Particles": f"{COUNT}",
+        "Box": "64 px, 160 Å",
+        "Pixel size": "2.5 Å",
+        "Resolution, FSC 0.143": "no half sets",
+        "Outer iterations": "2",
+        "Wall time (h:min:s)": "1:02:05",
+    }
+    # The line from 1 to 0 over 32 shells is at 0.143 at the shell 32 (1 - 0.143).
+    expected = f"{160 / (32 * 0.857):.2f} Å"
+    assert pages["default"].figures() == figures | {
+        "Resolution, FSC 0.143": expected,
+        "Outer iterations": "3",
+        "Undetermined particles": "50 (25 %)",
+        "Peak memory": "1448 MiB",
+        "Peak memory, device": "100 MiB",
+    }
+    assert any(expected in image["alt"] for image in pages["default"].attributes("img"))
+
+
+def test_pose_changes_are_those_of_the_poses(pages):
+    """Every particle was turned by 0.25 rad about the beam and moved by 3 (1, 1)."""
+    for page in pages.values():
+        (turn,) = (
+            i["alt"] for i in page.attributes("img") if "of the turn" in i["alt"]
+        )
+        (move,) = (
+            i["alt"] for i in page.attributes("img") if "of the move" in i["alt"]
+        )
+        assert f"median {np.rad2deg(0.25):.3g} degrees" in turn
+        assert f"median {3 * 2**0.5:.3g} pixels" in move
+
+
+def test_undetermined_particles_are_left_out_of_the_pictures(pages):
+    for name, count in (("published", COUNT), ("default", COUNT - 50)):
+        captions = pages[name].all("figcaption")
+        shown = sum(f"{count} particles" in caption for caption in captions)
+        assert shown == {"published": 3, "default": 5}[name]
+    texts = [image["alt"] for image in pages["default"].attributes("img")]
+    bars = "error bar of the position: median 1 pixels, 90 % up to 1 pixels."
+    assert sum(bars in text for text in texts) == 1
+
+
+def test_tables(pages):
+    page = pages["default"]
+    heads, cells = page.all("th"), page.all("td")
+    names = "iteration|band limit (cycles per box)|band limit of the search (cycles "
+    names += "per box)|damping of each polishing step|median turn (degrees)|tau of "
+    names += "each set|mean FSC of the half sets' regularised maps"
+    assert heads[:7] == names.split("|")
+    assert cells[:7] == ["1", "7", "7", "0.1, 0.01235", "3.142", "1, –", "–"]
+    assert cells[14:21] == ["3", "20", "0", "0.1, 0.01235", "3.142", "1, –", "0.8"]
+    assert heads[7:] == ["max_angle", "max_r_max", "multi_start", "jaxrefine", "device"]
+    assert cells[21:] == ["0.5 rad", "–", "0, 2", "1.2.3", "cpu, <one>"]
+    page = pages["published"]
+    assert page.all("th")[:3] == ["iteration", "objective", "iterations"]
+    assert page.all("td")[:4] == ["1", "10", "2", "5"]
+
+
+def test_a_report_without_poses_and_with_an_odd_name(reports, tmp_path):
+    """No particle is determined, nothing was iterated, and the name is not text."""
+    odd = replace(
+        reports["default"],
+        title="\udcff.star",
+        undetermined=np.ones(COUNT, bool),
+        half_set_fsc=None,
+        rows=[],
+    )
+    with pytest.raises(InputError, match="Cannot write"):
+        html.write(tmp_path / "no" / "report.html", odd)
+    html.write(tmp_path / "report.html", odd)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert page.all("h2") == ["Result", "Map", "Settings", "Command", "Made with"]
+    assert page.all("h1") == ["?.star"]
+    assert page.figures()["Undetermined particles"] == f"{COUNT} (100 %)"
+
+
+def test_curves_that_never_fall_are_resolved_to_the_last_shell_or_better(reports):
+    whole = replace(reports["default"], half_set_fsc=np.ones(N // 2 + 1))
+    finest = whole.box_in_angstroms / ((N - 1) // 2)
+    assert html.resolution(whole, "A") == f"{finest:.2f} A or better"
+
+
+def even_views(count):
+    """The Fibonacci lattice of the sphere."""
+    index = np.arange(count)
+    z = 1 - (2 * index + 1) / count
+    longitude = np.pi * (1 + 5**0.5) * index
+    ring = np.sqrt(1 - z**2)
+    return np.stack([ring * np.cos(longitude), ring * np.sin(longitude), z], axis=-1)
+
+
+def test_views_are_counted_where_they_are():
+    """Equal solid angles: even views fill all cells alike, one view a single cell."""
+    directions = even_views(20000)
+    density, heights, longitudes = html._view_density(directions)
+    assert density.shape == (len(heights) - 1, len(longitudes) - 1)
+    assert density.mean() == pytest.approx(1) and abs(density - 1).max() < 0.35
+    # (rot, tilt) = (100, 30) degrees; the tilt's sign turns the view by half a turn.
+    for sign, rot in ((1, 100.0), (-1, -80.0)):
+        angles = jnp.deg2rad(jnp.asarray([[100.0, 30.0 * sign, 7.0]] * 100))
+        one = np.asarray(geometry.euler_to_matrix(angles))[:, 2]
+        density, heights, longitudes = html._view_density(one.astype(np.float32))
+        ((row, column),) = np.argwhere(density)
+        assert density[row, column] == pytest.approx(density.size)
+        assert heights[row] <= np.cos(np.deg2rad(30)) <= heights[row + 1]
+        assert longitudes[column] <= np.deg2rad(rot) <= longitudes[column + 1]
+
+
+def test_poles_and_the_seam_of_the_map_are_counted():
+    edge = np.array([[0, 0, 1 + 1e-7], [0, 0, -1 - 1e-7], [-1, 0, 0], [-1, -0.0, 0]])
+    density = html._view_density(edge.astype(np.float32))[0]
+    assert density.sum() * len(edge) / density.size == pytest.approx(4)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium to show the page in")
+def test_a_browser_shows_it_on_a_phone_without_scrolling_sideways(files, tmp_path):
+    frames = "".join(
+        f'<iframe width="{width}" height="800" srcdoc="{escape(path.read_text())}">'
+        "</iframe>"
+        for path in files.values()
+        for width in (360, 1200)
+    )
+    measure = """<script>onload = () => document.body.replaceChildren(JSON.stringify(
+      [...document.querySelectorAll("iframe")].map(frame => {
+        const page = frame.contentDocument, root = page.documentElement;
+        return [root.scrollWidth - root.clientWidth,
+                [...page.images].every(i => i.complete && i.naturalWidth > 200)];
+      })))</script>"""
+    path = tmp_path / "frames.html"
+    path.write_text(f"<!DOCTYPE html><meta charset='utf-8'><body>{frames}{measure}")
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    arguments += [f"--user-data-dir={tmp_path / 'browser'}", path.as_uri()]
+    shown = subprocess.run(
+        [BROWSER, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    (found,) = re.findall(r"<body>(\[\[.*\]\])", shown.stdout)
+    assert json.loads(found) == [[0, True]] * 4

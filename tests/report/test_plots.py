@@ -1,0 +1,172 @@
+"""Every picture is written, shows something, and leaves no global state behind."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+
+from jaxrefine.report import plots
+
+RNG = np.random.default_rng(0)
+N = 16
+VOLUME = RNG.uniform(size=(N, N, N))
+CURVE = np.linspace(1, -0.1, N // 2 + 1)
+ERRORS = RNG.rayleigh(2, 200)
+
+PICTURES = {
+    "slices": lambda path: plots.orthogonal_slices(
+        path, {"truth": VOLUME, "a map in JAX": jnp.asarray(VOLUME) / 2}, "Slices."
+    ),
+    "one map": lambda path: plots.orthogonal_slices(path, {"map": VOLUME}, "One."),
+    "empty map": lambda path: plots.orthogonal_slices(path, {"0": 0 * VOLUME}, "None."),
+    "curves": lambda path: plots.fsc_curves(
+        path, {"a": CURVE, "b": CURVE**2}, N, None, "Curves against the shell."
+    ),
+    "resolution": lambda path: plots.fsc_curves(path, {"a": CURVE}, N, 2.9, "In A."),
+    "many curves": lambda path: plots.fsc_curves(
+        path, {str(i): CURVE / i for i in range(1, 9)}, N, 2.9, "Eight."
+    ),
+    "errors": lambda path: plots.error_histograms(
+        path, {"before": 4 * ERRORS, "after": ERRORS}, "error (degrees)", "Errors."
+    ),
+    "limit": lambda path: plots.error_histograms(
+        path, {"after": ERRORS}, "error (degrees)", "Errors.", limit=3.0
+    ),
+    "no errors": lambda path: plots.error_histograms(
+        path, {"exact": np.zeros(5)}, "error (pixels)", "All poses are exact."
+    ),
+    "gallery": lambda path: plots.image_gallery(path, VOLUME, "Particles."),
+    "few images": lambda path: plots.image_gallery(path, VOLUME[:1], "One particle."),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_is_written_and_not_blank(name, tmp_path):
+    settings = dict(matplotlib.rcParams)
+    path = tmp_path / "picture.png"
+    PICTURES[name](path)
+    assert path.stat().st_size > 5000
+    pixels = matplotlib.image.imread(path)
+    assert min(pixels.shape[:2]) >= 200
+    assert np.mean(pixels[..., :3].min(axis=-1) < 0.9) > 0.01
+    assert dict(matplotlib.rcParams) == settings
+
+
+@pytest.mark.parametrize("name", ["picture", "picture.pdf", "picture.png"])
+def test_pictures_are_png_whatever_the_suffix(name, tmp_path):
+    plots.fsc_curves(tmp_path / name, {"a": CURVE}, N, None, "A curve.")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_slices_show_x_to_the_right_and_the_second_axis_upwards(tmp_path):
+    """A bright voxel at +x, +y, +z is in the upper right quarter of all panels."""
+    volume = np.zeros((N, N, N))
+    volume[N // 2 :, N // 2 :, N // 2 :] = 1
+    slices = plots.central_slices(volume)
+    assert all(picture[-1, -1] == 1 and picture[0, 0] == 0 for picture in slices)
+    path = tmp_path / "corner.png"
+    plots.orthogonal_slices(path, {"corner": volume}, "A corner.")
+    # The left third of the figure, without its labels, is the xy panel.
+    panel = matplotlib.image.imread(path)[:, 60:250, 0]
+    rows = np.flatnonzero(panel.mean(axis=1) < 0.7)
+    top, bottom = rows[0], rows[-1]
+    dark = panel[top:bottom] < 0.2
+    half = dark.shape[0] // 2
+    assert dark[half + 5 :].mean() > 0.9 > dark[: half - 5].mean()
+
+
+def test_errors_beyond_the_limit_stand_in_the_last_bin(tmp_path):
+    written = []
+    for last in (2.99, 50.0):
+        path = tmp_path / f"{last}.png"
+        errors = np.append(np.linspace(0, 2.5, 50), last)
+        plots.error_histograms(path, {"a": errors}, "(deg)", "x", limit=3.0)
+        written.append(matplotlib.image.imread(path))
+    # The steps are the same; the label below the axis says that the bin is open.
+    height = int(0.85 * len(written[0]))
+    np.testing.assert_array_equal(written[0][:height], written[1][:height])
+    assert not np.array_equal(*written)
+
+
+def test_pyplot_is_never_imported(tmp_path):
+    code = (
+        "import sys, numpy; from jaxrefine.report import plots; "
+        f"plots.image_gallery({str(tmp_path / 'a.png')!r}, numpy.eye(8)[None], 'x'); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_volumes_of_jax_in_single_precision_are_accepted(tmp_path):
+    volume = jax.random.uniform(jax.random.key(0), (N, N, N), jnp.float32)
+    plots.orthogonal_slices(tmp_path / "a.png", {"single": volume}, "Single.")
+    plots.image_gallery(tmp_path / "b.png", volume, "Single.")
+
+
+# --- isosurfaces
+
+
+def ball(radius, *, n=20, shift=(0, 0, 0)):
+    """Density 0 on a sphere about the origin moved by (x, y, z), rising inwards."""
+    axes = np.meshgrid(*(3 * [np.arange(n) - n // 2]), indexing="ij")
+    squares = [(axis - move) ** 2 for axis, move in zip(axes, shift[::-1], strict=True)]
+    return radius**2 - sum(squares)
+
+
+def test_the_surface_of_a_ball_has_its_depth_and_normals():
+    """The density is a square, which a straight line misses by 1/36 at the most.
+
+    That is 0.006 voxels where it falls by at least 5 in a voxel. The box is so wide
+    that what splines make of its border does not reach the ball.
+    """
+    radius, shift, n = 6.0, np.array([1.0, -0.5, 2.0]), 28
+    hit, depth, normals = plots.find_surface(ball(radius, n=n, shift=shift), 0.0)
+    assert hit.shape == (3 * n - 2, 3 * n - 2)
+    z, x = np.nonzero(hit)
+    across = np.stack([x, z]) / 3 - n // 2 - shift[[0, 2], None]
+    assert hit.sum() / 9 == pytest.approx(np.pi * radius**2, rel=0.02)
+    inner = np.hypot(*across) < 0.9 * radius
+    ahead = np.sqrt(radius**2 - np.sum(across[:, inner] ** 2, axis=0))
+    expected = n // 2 + shift[1] - ahead
+    np.testing.assert_allclose(depth[inner], expected, atol=0.007)
+    outward = np.stack([across[0, inner], -ahead, across[1, inner]]) / radius
+    np.testing.assert_allclose(normals[:, inner], outward, atol=0.01)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=0), 1)
+
+
+def test_the_nearest_of_two_surfaces_is_seen():
+    far, near = ball(2.0, shift=(0, 5, 0)), ball(3.0, shift=(0, -5, 0))
+    depths = []
+    for density in (near, np.maximum(far, near)):
+        hit, depth, _ = plots.find_surface(density, 0.0)
+        depths.append(np.full(hit.shape, 99.0))
+        depths[-1][hit] = depth
+    inner = depths[0] < 4.5  # not the rim, which is steep
+    np.testing.assert_allclose(depths[1][inner], depths[0][inner], atol=0.01)
+
+
+def test_isosurfaces_are_lit_from_the_upper_left_and_dim_with_distance():
+    images = [plots.isosurface(ball(5.0, shift=(0, y, 0)), 0.0) for y in (-4, 0, 4)]
+    for image in images:
+        middle = len(image) // 2
+        left_and_right = image[middle, middle - 8], image[middle, middle + 8]
+        above_and_below = image[middle + 8, middle], image[middle - 8, middle]
+        assert left_and_right[0] > left_and_right[1] > 0
+        assert above_and_below[0] > above_and_below[1] > 0
+        assert image[0, 0] == 1 and image[middle, middle] <= 0.9
+    brightness = [image[image < 1].mean() for image in images]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+@pytest.mark.parametrize(("level", "met"), [(-1e6, True), (1e6, False)])
+def test_levels_beyond_all_densities(level, met):
+    hit, depth, _ = plots.find_surface(ball(5.0), level)
+    assert (hit == met).all() and (depth == 0).all()
+    image = plots.isosurface(np.full((5, 5, 5), 2.0), 1.0)
+    assert ((image >= 0) & (image <= 0.9)).all()
