@@ -16,6 +16,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
 from jaxrefine.report import plots
 from jaxrefine.runs import progress
 from jaxrefine.runs.provenance import peak_rss_mib
@@ -88,10 +89,10 @@ def run(config: DemoConfig, out: Path) -> dict[str, Any]:
     )
     with progress.Bars() as bars:
         advance = bars.next("oracle", 1)
-        oracle = loop.reconstruct(particles, dataset.truth, settings, key=key)
+        oracle = reconstruct(particles, dataset.truth, settings, key=key)
         advance(None, {})
         advance = bars.next("unrefined", 1)
-        unrefined = loop.reconstruct(particles, dataset.initial, settings, key=key)
+        unrefined = reconstruct(particles, dataset.initial, settings, key=key)
         advance(None, {})
         advance = bars.next("joint", settings.iterations)
         joint = loop.refine(

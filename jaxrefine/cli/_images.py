@@ -101,14 +101,13 @@ def read(
         )
     circle = _CIRCLE * box if diameter is None else diameter
     pixels = circle / particles.pixel_size_in_angstroms
-    images, share = particles.images, 1.0
+    images = particles.images
     if options.invert or options.normalise:
         images = Normalised(images, pixels, options.invert)
     if options.mask_images:
         shifts = np.asarray(source.poses.shifts)
         images = Masked(images, pixels, shifts if with_poses else 0 * shifts)
-        share = images.noise_share
-    particles = replace(particles, images=images, noise_share=share)
+    particles = replace(particles, images=images)
     return replace(source, particles=particles)
 
 

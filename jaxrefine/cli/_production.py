@@ -79,9 +79,13 @@ def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str,
     default, chosen = RefineConfig(), {}
     box, last = box_of(particles), (particles.image_size - 1) // 2
     if options.particle_diameter is not None:
-        chosen["diameter"] = options.particle_diameter / box
+        chosen["particle_diameter"] = options.particle_diameter / box
         for name in ("first_r_max", "search_r_max"):
-            cycles = getattr(default, name) * default.diameter / chosen["diameter"]
+            cycles = (
+                getattr(default, name)
+                * default.particle_diameter
+                / chosen["particle_diameter"]
+            )
             chosen[name] = min(round(cycles), last)
     first = chosen.get("first_r_max", default.first_r_max)
     if options.initial_resolution is not None:
@@ -157,7 +161,7 @@ def run(
     found, given = result.poses, source.poses
     return Outcome(
         Poses(
-            given.angles if options.fix_angles else found.angles,
+            given.rotations if options.fix_angles else found.rotations,
             given.shifts if options.fix_shifts else found.shifts,
         ),
         np.asarray(result.volume),

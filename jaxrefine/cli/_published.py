@@ -22,7 +22,7 @@ _MEASURED = 500  # images, for the noise
 
 def configure(
     options: argparse.Namespace, source: io.ParticleFile
-) -> algorithm1.RefineConfig:
+) -> algorithm1.Algorithm1Config:
     """Return the preset, at the noise level of the images.
 
     Raises
@@ -64,7 +64,7 @@ def run(
     source: io.ParticleFile,
     volume: jax.Array,
     mask: jax.Array | None,
-    config: algorithm1.RefineConfig,
+    config: algorithm1.Algorithm1Config,
     folder: RunFolder,
     bars: progress.Bars,
 ) -> Outcome:
@@ -80,7 +80,9 @@ def run(
     state = folder.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
-    def record(state: algorithm1.RefineState, info: algorithm1.RefineInfo) -> None:
+    def record(
+        state: algorithm1.Algorithm1State, info: algorithm1.Algorithm1Info
+    ) -> None:
         row = {
             "iteration": int(state.iteration),
             "objective": float(info.volume.objective[-1]),

@@ -9,8 +9,8 @@ from jaxrefine import io
 from jaxrefine.cli import _images
 from jaxrefine.cli._outputs import check_output, check_writable
 from jaxrefine.errors import InputError
-from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
 
 
 def add(commands) -> None:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
     key = jax.random.key(options.seed)
     subsets = source.random_subset if options.half_sets else None
-    result = loop.reconstruct(
+    result = reconstruct(
         source.particles, source.poses, config, key=key, subsets=subsets
     )
     pixel = source.particles.pixel_size_in_angstroms

@@ -207,7 +207,7 @@ def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
 
 
 def _sentence(out: Path, told: html.Report) -> str:
-    text = f"{len(told.poses.angles)} particles and a map are in {out}"
+    text = f"{len(told.poses)} particles and a map are in {out}"
     if told.half_set_fsc is not None:
         text += f"; the half maps agree to {html.resolution(told, 'A')}, FSC 0.143"
     if told.undetermined is not None and told.undetermined.any():

@@ -13,7 +13,7 @@ import numpy as np
 from jaxrefine import io, simulate
 from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.geometry import Poses
 from jaxrefine.operators.resample import fourier_crop
 from jaxrefine.runs import progress
 from jaxrefine.runs.folder import RunFolder, file_digest
@@ -163,7 +163,7 @@ def _plan(options: argparse.Namespace, volume: jax.Array) -> _Plan:
     angle_key, shift_key, error_key, optics_key, noise_key = keys
     count, dtype = options.particles, volume.dtype
     truth = Poses(
-        equidistributed_angles(angle_key, count, dtype),
+        simulate.equidistributed_rotations(angle_key, count, dtype),
         simulate.random_shifts(shift_key, count, options.max_shift, dtype),
     )
     initial = simulate.init1_poses(error_key, truth, options.init_angle)
