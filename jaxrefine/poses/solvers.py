@@ -199,8 +199,8 @@ class Descent(eqx.Module):
             pose = constraint(*moved)
             cost, gradient, information = objective(*pose)
             better = cost < best[1]
-            here = (pose, cost, information)
-            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), here, best)
+            there = (pose, cost, information)
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), there, best)
             return (pose, gradient, memory, best), better
 
         best = (start, cost, information)
