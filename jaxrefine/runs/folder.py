@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from jaxrefine import io
-from jaxrefine.runs.provenance import peak_rss_mib
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import Lock, leftovers, lock
 from jaxrefine.io.checkpoint import DamagedCheckpoint
+from jaxrefine.runs.provenance import peak_rss_mib
 
 _METRICS = "metrics.jsonl"
 
