@@ -26,7 +26,7 @@ def environment(
     }
 
 
-def usage(elapsed_s: float) -> dict[str, float | None]:
+def usage(elapsed_s: float) -> dict[str, Any]:
     """Return what a run has taken: seconds, and the most memory, in MiB.
 
     Parameters
