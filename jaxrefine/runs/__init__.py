@@ -1,0 +1,1 @@
+"""Long runs: their folder, checkpoints, progress and provenance."""
