@@ -15,6 +15,7 @@ project = "jaxrefine"
 author = "the jaxrefine authors"
 project_copyright = "BSD 3-Clause licence"
 html_title = "jaxrefine"
+smartquotes = False  # "--option" must stay as it is
 
 extensions = [
     "myst_nb",

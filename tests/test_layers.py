@@ -21,7 +21,6 @@ LAYERS = [
     {"simulate", "evaluation"},
     {"io"},
     {"report", "runs"},
-    {"demo"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
