@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-"""Long runs: their folder, checkpoints, progress and provenance."""
-=======
 """One way of running things: options, folder, checkpoints, progress, provenance.
 
 - :mod:`jaxrefine.runs.options` declares what a run can be told, and
@@ -10,4 +7,3 @@
 - :mod:`jaxrefine.runs.provenance` and :mod:`jaxrefine.runs.progress` tell what a run
   is made with, and how far it is.
 """
->>>>>>> main
