@@ -24,7 +24,7 @@ from refinement import mean_fsc
 from jaxrefine import io
 
 JAXREFINE = [sys.executable, "-m", "jaxrefine.cli"]
-SIMULATE = "--ctf --size 64 --particles 1000 --snr-db -5 --max-shift 3 --init-angle 0.7"
+SIMULATE = "--ctf --size 64 --particles 1000 --snr-db -5 --max-shift 3"
 
 
 def main() -> None:

@@ -976,7 +976,7 @@ def test_subsets_that_are_none(subsets, words):
         )
 
 
-def test_a_half_set_wants_enough_particles():
+def test_a_half_set_must_have_enough_particles():
     """Each set is dealt into two folds, neither of which may be empty."""
     images, poses, volume = blank()
     config = RefineConfig(half_sets=True, iterations=1)
