@@ -117,7 +117,9 @@ def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:
 # --- the paper's algorithm
 
 
-def spatial_reconstruction(settings: algorithm1.RefineConfig, start: Start) -> Method:
+def spatial_reconstruction(
+    settings: algorithm1.Algorithm1Config, start: Start
+) -> Method:
     """Run the volume updates of Algorithm 1 alone."""
 
     def run(case: Case, record: Record) -> Outcome:
@@ -125,7 +127,7 @@ def spatial_reconstruction(settings: algorithm1.RefineConfig, start: Start) -> M
         problem, state = _problem(case, poses, basis)
         record.expect(settings.iterations)
 
-        def keep(state: algorithm1.RefineState, info) -> None:
+        def keep(state: algorithm1.Algorithm1State, info) -> None:
             volume = kbwf.evaluate(basis, state.volume.coefficients)
             record.add(volume, poses, objective=float(info.objective[-1]))
 
@@ -136,7 +138,7 @@ def spatial_reconstruction(settings: algorithm1.RefineConfig, start: Start) -> M
     return run
 
 
-def spatial_refinement(settings: algorithm1.RefineConfig) -> Method:
+def spatial_refinement(settings: algorithm1.Algorithm1Config) -> Method:
     """Run Algorithm 1."""
 
     def run(case: Case, record: Record) -> Outcome:
@@ -145,7 +147,9 @@ def spatial_refinement(settings: algorithm1.RefineConfig) -> Method:
         state = record.resume(fresh)
         record.expect(settings.iterations)
 
-        def keep(state: algorithm1.RefineState, info: algorithm1.RefineInfo) -> None:
+        def keep(
+            state: algorithm1.Algorithm1State, info: algorithm1.Algorithm1Info
+        ) -> None:
             volume = kbwf.evaluate(basis, state.volume.coefficients)
             moves = {
                 "angle_moves": float(info.pose.angle_moves.mean()),
@@ -162,8 +166,8 @@ def spatial_refinement(settings: algorithm1.RefineConfig) -> Method:
 
 
 def with_step_scale(
-    settings: algorithm1.RefineConfig, scale: float
-) -> algorithm1.RefineConfig:
+    settings: algorithm1.Algorithm1Config, scale: float
+) -> algorithm1.Algorithm1Config:
     """Multiply the steps of a preset."""
     steps = (settings.angle_step, settings.shift_step)
     scaled = tuple(algorithm1.Schedule(float(step.first) * scale) for step in steps)
@@ -172,7 +176,7 @@ def with_step_scale(
 
 def _problem(
     case: Case, poses: Poses, basis: kbwf.KBWF
-) -> tuple[algorithm1.Problem, algorithm1.RefineState]:
+) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
     """Tabulate the imaging model, and expand the initial map."""
     images = case.dataset.images
     psi = spatial.footprint(basis)

@@ -1,5 +1,6 @@
 from . import (
     data,
+    euler,
     evaluation,
     geometry,
     io,
@@ -18,8 +19,10 @@ from .errors import InputError
 from .geometry import Poses
 from .operators.kbwf import KBWF
 from .poses.matching import Match, MatchConfig, match
-from .refinement.config import RefineConfig
-from .refinement.loop import Reconstruction, Result, reconstruct, refine
+from .refinement.config import RefineConfig, Tuning
+from .refinement.loop import refine
+from .refinement.reconstruction import reconstruct
+from .refinement.result import Reconstruction, Result
 
 __all__ = [
     "CTF",
@@ -32,8 +35,10 @@ __all__ = [
     "Reconstruction",
     "RefineConfig",
     "Result",
+    "Tuning",
     "__version__",
     "data",
+    "euler",
     "evaluation",
     "geometry",
     "io",

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrefine import geometry
 from jaxrefine._types import Scalar, Volume
-from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.euler import matrix_to_euler
+from jaxrefine.geometry import Poses, align_rotations, geodesic_distance
 from jaxrefine.maps.align import move_map
 from jaxrefine.maps.fsc import crossing, fsc, mean_fsc
 
@@ -68,12 +68,7 @@ class Motion(eqx.Module):
 
 
 @eqx.filter_jit
-def align_poses(
-    angles: Float[Array, "particles 3"],
-    shifts: Float[Array, "particles 2"],
-    true_angles: Float[Array, "particles 3"],
-    true_shifts: Float[Array, "particles 2"],
-) -> Motion:
+def align_poses(poses: Poses, true_poses: Poses) -> Motion:
     r"""Find the rigid motion of the map that poses leave undetermined.
 
     A map that is rotated and moved fits the same images with other poses:
@@ -88,17 +83,13 @@ def align_poses(
 
     Parameters
     ----------
-    angles, true_angles
-        (rot, tilt, psi) in radians.
-    shifts, true_shifts
-        (x, y) in pixels.
+    poses, true_poses
+        Poses of the same particles.
     """
-    rotations = geometry.euler_to_matrix(angles)
-    true_rotations = geometry.euler_to_matrix(true_angles)
-    rotation = geometry.align_rotations(rotations, true_rotations)
-    aligned = jnp.matmul(rotations, rotation, precision=_HIGHEST)
-    rows, difference = aligned[:, :2], shifts - true_shifts
-    floor = float(jnp.finfo(shifts.dtype).eps) ** 0.5
+    rotation = align_rotations(poses.rotations, true_poses.rotations)
+    aligned = jnp.matmul(poses.rotations, rotation, precision=_HIGHEST)
+    rows, difference = aligned[:, :2], poses.shifts - true_poses.shifts
+    floor = float(jnp.finfo(difference.dtype).eps) ** 0.5
 
     def solve(weights):
         weighed = weights[:, None, None] * rows
@@ -112,17 +103,15 @@ def align_poses(
         left = jnp.linalg.norm(difference - moved, axis=-1)
         return solve(1 / jnp.maximum(left, floor))
 
-    start = solve(jnp.ones_like(shifts[:, 0]))
+    start = solve(jnp.ones_like(difference[:, 0]))
     translation = jax.lax.fori_loop(0, _REWEIGHTED, step, start)
     return Motion(rotation, translation, aligned)
 
 
 @eqx.filter_jit
 def pose_errors(
-    angles: Float[Array, "particles 3"],
-    shifts: Float[Array, "particles 2"],
-    true_angles: Float[Array, "particles 3"],
-    true_shifts: Float[Array, "particles 2"],
+    poses: Poses,
+    true_poses: Poses,
     operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
 ) -> PoseErrors:
     r"""Compare poses with the true ones, up to a rigid motion of the map.
@@ -131,10 +120,8 @@ def pose_errors(
 
     Parameters
     ----------
-    angles, true_angles
-        (rot, tilt, psi) in radians.
-    shifts, true_shifts
-        (x, y) in pixels.
+    poses, true_poses
+        Poses of the same particles.
     operators
         Of the true map's symmetry, if any, which makes ``R`` and ``R S`` one: each
         pose is compared with the nearest of the true one's equivalents.
@@ -144,28 +131,35 @@ def pose_errors(
     errors
         The geodesic distance of each rotation and the length of each remaining shift.
     """
+    true_rotations = true_poses.rotations
     if operators is not None:
-        true_angles = _nearest_equivalents(angles, true_angles, operators)
-    motion = align_poses(angles, shifts, true_angles, true_shifts)
-    aligned, difference = motion.aligned, shifts - true_shifts
-    true_rotations = geometry.euler_to_matrix(true_angles)
-    angle = geometry.geodesic_distance(aligned, true_rotations)
-    moved = jnp.matmul(aligned[:, :2], motion.translation, precision=_HIGHEST)
-    shift = jnp.linalg.norm(difference - moved, axis=-1)
+        true_rotations = _nearest_equivalents(
+            poses.rotations, true_rotations, operators
+        )
+    motion = align_poses(poses, Poses(true_rotations, true_poses.shifts))
+    angle = geodesic_distance(motion.aligned, true_rotations)
+    shift = jnp.linalg.norm(_shift_differences(motion, poses, true_poses), axis=-1)
     return PoseErrors(jnp.rad2deg(angle), shift)
 
 
+def _shift_differences(
+    motion: Motion, poses: Poses, true_poses: Poses
+) -> Float[Array, "particles 2"]:
+    """Return the shifts minus the true ones, after the motion is undone."""
+    moved = jnp.matmul(motion.aligned[:, :2], motion.translation, precision=_HIGHEST)
+    return poses.shifts - true_poses.shifts - moved
+
+
 def _nearest_equivalents(
-    angles: Float[Array, "particles 3"],
-    true_angles: Float[Array, "particles 3"],
+    rotations: Float[Array, "particles 3 3"],
+    truth: Float[Array, "particles 3 3"],
     operators: Float[Array | np.ndarray, "order 3 3"],
-) -> Float[Array, "particles 3"]:
-    """Return the equivalents of the true poses that are nearest, after alignment.
+) -> Float[Array, "particles 3 3"]:
+    """Return the equivalents of the true rotations that are nearest, after alignment.
 
     Which they are and the motion of the map depend on each other. They are found in
     turns, from the best of the motions that make one of the particles' poses right.
     """
-    rotations, truth = map(geometry.euler_to_matrix, (angles, true_angles))
     group = jnp.asarray(operators, rotations.dtype)
 
     def likeness(motion):
@@ -182,22 +176,20 @@ def _nearest_equivalents(
         chosen = group[jnp.argmax(likeness(motion), axis=1)]
         return jnp.matmul(truth, chosen, precision=_HIGHEST)
 
-    some = np.linspace(0, len(angles) - 1, min(len(angles), _STARTS)).astype(int)
+    count = len(rotations)
+    tried = np.linspace(0, count - 1, min(count, _STARTS)).astype(int)
     starts = jnp.einsum(
-        "pji,pjk->pik", rotations[some], truth[some], precision=_HIGHEST
+        "pji,pjk->pik", rotations[tried], truth[tried], precision=_HIGHEST
     )
     motion = starts[jnp.argmin(jax.lax.map(distance, starts))]
     for _ in range(_TURNS):
-        motion = geometry.align_rotations(rotations, nearest(motion))
-    return geometry.matrix_to_euler(nearest(motion))
+        motion = align_rotations(rotations, nearest(motion))
+    return nearest(motion)
 
 
 @eqx.filter_jit
 def pose_differences(
-    angles: Float[Array, "particles 3"],
-    shifts: Float[Array, "particles 2"],
-    true_angles: Float[Array, "particles 3"],
-    true_shifts: Float[Array, "particles 2"],
+    poses: Poses, true_poses: Poses
 ) -> tuple[Float[Array, "particles 3"], Float[Array, "particles 2"]]:
     r"""Return the signed differences that the paper shows, Figs. 5, 6, 11 and 12.
 
@@ -205,12 +197,11 @@ def pose_differences(
     pixels, after the motion of `align_poses`. Near the poles rot and psi differ by much
     for little; `pose_errors` is the better measure. Parameters as there.
     """
-    motion = align_poses(angles, shifts, true_angles, true_shifts)
-    rotations = geometry.euler_to_matrix(true_angles)
-    turned = [geometry.matrix_to_euler(r) for r in (rotations, motion.aligned)]
-    turn = (turned[0] - turned[1] + jnp.pi) % (2 * jnp.pi) - jnp.pi
-    moved = jnp.matmul(motion.aligned[:, :2], motion.translation, precision=_HIGHEST)
-    return jnp.rad2deg(turn), true_shifts - shifts + moved
+    motion = align_poses(poses, true_poses)
+    angles = matrix_to_euler(motion.aligned)
+    turn = matrix_to_euler(true_poses.rotations) - angles
+    turn = (turn + jnp.pi) % (2 * jnp.pi) - jnp.pi
+    return jnp.rad2deg(turn), -_shift_differences(motion, poses, true_poses)
 
 
 def summarise(errors: PoseErrors) -> dict[str, float]:
@@ -283,9 +274,8 @@ def assess(
     poses, true_poses
         Poses of the same particles.
     """
-    pair = (poses.angles, poses.shifts, true_poses.angles, true_poses.shifts)
     volume = jnp.asarray(volume, truth.dtype)
-    motion = align_poses(*pair)
+    motion = align_poses(poses, true_poses)
     rotation, translation = (
         x.astype(truth.dtype) for x in (motion.rotation, motion.translation)
     )
@@ -298,7 +288,7 @@ def assess(
         np.asarray(fsc(volume, truth)),
         np.asarray(fsc(moved, still)),
         float(jnp.rad2deg(geodesic_distance(motion.rotation, identity))),
-        pose_errors(*pair),
+        pose_errors(poses, true_poses),
     )
 
 

@@ -1,31 +1,22 @@
-"""Orientations: Euler angles, rotation matrices, rotation vectors.
+r"""Poses: rotations and shifts of particles.
 
-A pose is three Euler angles ``(rot, tilt, psi)`` in radians and an in-plane shift
-``(x, y)`` in pixels. Its rotation is RELION's ``Euler_angles2matrix``,
-
-    R(rot, tilt, psi) = Z(psi) Y(tilt) Z(rot),
-
-        [ cos a  sin a  0]          [cos a  0  -sin a]
-    Z = [-sin a  cos a  0]      Y = [  0    1    0   ]
-        [   0      0    1]          [sin a  0   cos a]
-
-and it takes a point ``k = (x, y, z)`` of the volume to ``R k``: the first two
-coordinates are its place in the image, the third is its depth along the beam. The
-first two rows are ``M_theta`` of eq. (5) with ``theta_1 = psi``, ``theta_2 = tilt``
-and ``theta_3 = rot`` (the caption of Fig. 2 has the names the other way round).
+A rotation ``R`` takes a point ``k = (x, y, z)`` of the volume to ``R k``: the first two
+coordinates are its place in the image, the third is its depth along the beam. A shift
+``t = (x, y)`` puts the particle at ``+t`` pixels from the origin of its image. Euler
+angles, which files and the paper use, are in :mod:`jaxrefine.euler`.
 
 Every function accepts leading batch axes unless its signature says otherwise.
 """
 
-import math
 from typing import final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxrefine._types import Angles, Rotations, Scalar, Shifts
+from jaxrefine._types import Rotations, Scalar, Shifts
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -36,96 +27,26 @@ _SMALL = 1e-5
 
 @final
 class Poses(eqx.Module):
-    """Where the particles are and how they are turned.
+    """Where the particles are and how they are rotated.
 
     Attributes
     ----------
-    angles
-        Euler angles ``(rot, tilt, psi)`` in radians.
+    rotations
+        Rotation matrices, acting on points ``(x, y, z)`` of the volume.
     shifts
         The particle sits at ``+t = (x, y)`` pixels from the origin of its image, as in
         eq. (1). (RELION's ``rlnOrigin`` is ``-t``; ``io`` converts.)
     """
 
-    angles: Angles
-    shifts: Shifts
+    rotations: Rotations = eqx.field(converter=jnp.asarray)
+    shifts: Shifts = eqx.field(converter=jnp.asarray)
 
-    @property
-    def rotations(self) -> Rotations:
-        """The rotation matrices of the Euler angles."""
-        return euler_to_matrix(self.angles)
+    def __len__(self) -> int:
+        return self.shifts.shape[0]
 
-
-def euler_to_matrix(angles: Angles) -> Rotations:
-    """Return ``R = Z(psi) Y(tilt) Z(rot)``, RELION's Euler matrix."""
-    (ca, cb, cg), (sa, sb, sg) = _cosines_and_sines(angles)
-    return _matrix(
-        (cg * cb * ca - sg * sa, cg * cb * sa + sg * ca, -cg * sb),
-        (-sg * cb * ca - cg * sa, -sg * cb * sa + cg * ca, sg * sb),
-        (sb * ca, sb * sa, cb),
-    )
-
-
-def euler_jacobian(angles: Angles) -> Float[Array, "*batch 3 3 3"]:
-    """Return the derivatives of ``R`` by ``rot``, ``tilt`` and ``psi``.
-
-    ``result[..., i, :, :]`` is ``dR / dangles[..., i]``. With rows ``r_i`` and columns
-    ``c_i`` of ``R``,
-
-        dR/drot  = [-c_1, c_0, 0]  (columns),
-        dR/dtilt = [-cos(psi) r_2, sin(psi) r_2, dr_2/dtilt]  (rows),
-        dR/dpsi  = [r_1, -r_0, 0]  (rows).
-    """
-    (ca, cb, cg), (sa, sb, sg) = _cosines_and_sines(angles)
-    r = euler_to_matrix(angles)
-    zero = jnp.zeros_like(ca)
-    by_rot = jnp.stack(
-        [-r[..., :, 1], r[..., :, 0], jnp.zeros_like(r[..., :, 2])], axis=-1
-    )
-    by_tilt = _matrix(
-        (-cg * sb * ca, -cg * sb * sa, -cg * cb),
-        (sg * sb * ca, sg * sb * sa, sg * cb),
-        (cb * ca, cb * sa, -sb),
-    )
-    by_psi = _matrix(
-        tuple(r[..., 1, i] for i in range(3)),
-        tuple(-r[..., 0, i] for i in range(3)),
-        (zero, zero, zero),
-    )
-    return jnp.stack([by_rot, by_tilt, by_psi], axis=-3)
-
-
-def projection_matrix(angles: Angles) -> Float[Array, "*batch 2 3"]:
-    """Return ``M_theta`` of eq. (5): the point ``k`` is seen at ``M_theta k``."""
-    return euler_to_matrix(angles)[..., :2, :]
-
-
-def projection_jacobian(angles: Angles) -> Float[Array, "*batch 3 2 3"]:
-    """Return ``dM_theta / d(rot, tilt, psi)``, the matrices of Theorem 1."""
-    return euler_jacobian(angles)[..., :2, :]
-
-
-def matrix_to_euler(rotations: Rotations) -> Angles:
-    """Return ``(rot, tilt, psi)`` with ``tilt`` in ``[0, pi]``.
-
-    ``rot`` is read from the viewing direction, the third row of ``R``; ``psi`` is then
-    read from ``R Z(rot)^T = Z(psi) Y(tilt)``. Hence ``R`` is reproduced to rounding
-    even where the view is so close to a pole that ``rot`` itself is noise. At the poles
-    (``sin(tilt)`` under four units of rounding) ``rot`` is zero, ``psi`` carries the
-    whole in-plane turn, and derivatives are finite but carry no meaning.
-    """
-    x, y, z = (rotations[..., 2, i] for i in range(3))
-    rounding = 4 * float(jnp.finfo(rotations.dtype).eps)
-    pole = jnp.maximum(jnp.abs(x), jnp.abs(y)) < rounding
-    x, y = jnp.where(pole, 1, x), jnp.where(pole, 0, y)
-    sine = jnp.sqrt(x**2 + y**2)
-    c, s = x / sine, y / sine
-    tilt = jnp.arctan2(jnp.where(pole, 0, sine), z)
-    psi = jnp.arctan2(
-        c * rotations[..., 0, 1] - s * rotations[..., 0, 0],
-        c * rotations[..., 1, 1] - s * rotations[..., 1, 0],
-    )
-    return jnp.stack([jnp.arctan2(y, x), tilt, psi], axis=-1)
+    def take(self, indices: Int[np.ndarray | Array, " chosen"]) -> "Poses":
+        """Return the poses of some of the particles, in this order."""
+        return Poses(self.rotations[indices], self.shifts[indices])
 
 
 def rotvec_to_matrix(vectors: Float[Array, "*batch 3"]) -> Rotations:
@@ -145,7 +66,7 @@ def rotvec_to_matrix(vectors: Float[Array, "*batch 3"]) -> Rotations:
     )
     c = 1 - b * squared
     x, y, z = (vectors[..., i] for i in range(3))
-    return _matrix(
+    return stack_rows(
         (c + b * x * x, b * x * y - a * z, b * x * z + a * y),
         (b * y * x + a * z, c + b * y * y, b * y * z - a * x),
         (b * z * x - a * y, b * z * y + a * x, c + b * z * z),
@@ -179,25 +100,6 @@ def uniform_rotations(
     quaternion = jax.random.normal(key, (count, 4), dtype)
     norm = jnp.linalg.norm(quaternion, axis=-1, keepdims=True)
     return _quaternion_to_matrix(quaternion / norm)
-
-
-@eqx.filter_jit
-def equidistributed_angles(
-    key: PRNGKeyArray, count: int, dtype: jax.typing.DTypeLike = float
-) -> Float[Array, "count 3"]:
-    """Return Euler angles whose viewing directions are equidistributed (Sec. IV-A).
-
-    The directions ``(rot, tilt)`` are the Fibonacci lattice: ``cos(tilt)`` descends in
-    equal steps from pole to pole while ``rot`` advances by the golden ratio of a turn.
-    ``psi`` is drawn uniformly from ``[0, 2 pi)``.
-    """
-    index = jnp.arange(count, dtype=jnp.uint32)
-    # Multiplying by 2^32 / golden ratio wraps around exactly in 32-bit integers.
-    turns = (index * jnp.uint32(2654435769)).astype(dtype) * 2.0**-32
-    height = (index.astype(dtype) + 0.5) / count
-    tilt = 2 * jnp.arctan2(jnp.sqrt(height), jnp.sqrt(height[::-1]))
-    psi = jax.random.uniform(key, (count,), dtype, maxval=2 * math.pi)
-    return jnp.stack([2 * math.pi * turns, tilt, psi], axis=-1)
 
 
 def geodesic_distance(
@@ -260,7 +162,7 @@ def mirror(rotations: Rotations) -> Rotations:
     A point ``k`` of the volume is the point ``J k`` of its mirror image ``V(J x)``. The
     pose ``J R J`` puts it at ``J R J J k = J R k``: the same place in the image, at the
     opposite depth. Projections forget the depth, so images alone cannot tell
-    ``(V, R)`` from ``(V(J x), J R J)``. In Euler angles, ``tilt`` becomes ``-tilt``.
+    ``(V, R)`` from ``(V(J x), J R J)``.
     """
     j = jnp.array([1, 1, -1], rotations.dtype)
     return rotations * jnp.broadcast_to(j[:, None] * j[None, :], rotations.shape)
@@ -292,13 +194,7 @@ def align_rotations_and_hand(
     return jnp.where(mirrored, other, same), mirrored
 
 
-def _cosines_and_sines(angles):
-    """Return the cosines and the sines of rot, tilt and psi, each a tuple of three."""
-    each = tuple(angles[..., i] for i in range(3))
-    return tuple(map(jnp.cos, each)), tuple(map(jnp.sin, each))
-
-
-def _matrix(*rows):
+def stack_rows(*rows: tuple[Float[Array, "*batch"], ...]) -> Float[Array, "*batch r c"]:
     """Return the matrices whose entries are given row by row."""
     return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
@@ -318,7 +214,7 @@ def _nearest_rotation(matrix):
 def _quaternion_to_matrix(quaternion):
     """Return the rotations of unit quaternions ``(w, x, y, z)``."""
     w, x, y, z = (quaternion[..., i] for i in range(4))
-    return _matrix(
+    return stack_rows(
         (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
         (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
         (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
@@ -334,7 +230,7 @@ def _matrix_to_quaternion(rotations):
     (a, b, c), (d, e, f), (g, h, i) = (
         tuple(rotations[..., row, column] for column in range(3)) for row in range(3)
     )
-    outer = _matrix(
+    outer = stack_rows(
         (1 + a + e + i, h - f, c - g, d - b),
         (h - f, 1 + a - e - i, b + d, c + g),
         (c - g, b + d, 1 - a + e - i, f + h),

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.euler import euler_to_matrix, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.operators import kbwf, spatial
 
 # The phantom's plan. Its unit is about 65 Angstrom: the helix is that of B-DNA, whose
@@ -94,7 +95,7 @@ def make_dataset(
 
     angle_key, shift_key, noise_key, error_key = jax.random.split(key, 4)
     truth = Poses(
-        equidistributed_angles(angle_key, count, volume.dtype),
+        equidistributed_rotations(angle_key, count, volume.dtype),
         random_shifts(shift_key, count, max_shift, volume.dtype),
     )
     clean = clean_images(volume, truth, basis=basis, psf=psf, batch_size=batch_size)
@@ -143,6 +144,26 @@ def phantom(
     return (volume / volume.max()).astype(dtype)
 
 
+@eqx.filter_jit
+def equidistributed_rotations(
+    key: PRNGKeyArray, count: int, dtype: jax.typing.DTypeLike = float
+) -> Float[Array, "count 3 3"]:
+    """Return rotations whose viewing directions are equidistributed (Sec. IV-A).
+
+    The directions ``(rot, tilt)`` are the Fibonacci lattice: ``cos(tilt)`` descends in
+    equal steps from pole to pole while ``rot`` advances by the golden ratio of a turn.
+    ``psi`` is drawn uniformly from ``[0, 2 pi)``.
+    """
+    index = jnp.arange(count, dtype=jnp.uint32)
+    # Multiplying by 2^32 / golden ratio wraps around exactly in 32-bit integers.
+    turns = (index * jnp.uint32(2654435769)).astype(dtype) * 2.0**-32
+    height = (index.astype(dtype) + 0.5) / count
+    tilt = 2 * jnp.arctan2(jnp.sqrt(height), jnp.sqrt(height[::-1]))
+    psi = jax.random.uniform(key, (count,), dtype, maxval=2 * math.pi)
+    angles = jnp.stack([2 * math.pi * turns, tilt, psi], axis=-1)
+    return euler_to_matrix(angles)
+
+
 def random_shifts(
     key: PRNGKeyArray,
     count: int,
@@ -168,9 +189,11 @@ def init1_poses(
 
     with ``e = max_angle_error`` in radians, for each of the three Euler angles.
     """
-    shape, dtype = poses.angles.shape, poses.angles.dtype
-    error = jax.random.uniform(key, shape, dtype, -max_angle_error, max_angle_error)
-    return Poses(poses.angles + error, jnp.zeros_like(poses.shifts))
+    angles = matrix_to_euler(poses.rotations)
+    error = jax.random.uniform(
+        key, angles.shape, angles.dtype, -max_angle_error, max_angle_error
+    )
+    return Poses(euler_to_matrix(angles + error), jnp.zeros_like(poses.shifts))
 
 
 def clean_images(

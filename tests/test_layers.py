@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 LAYERS = [
     {"errors", "_types", "_version"},
     {"_batching", "geometry", "ctf", "symmetry"},
+    {"euler"},
     {"operators"},
     {"data"},
     {"maps"},

@@ -111,9 +111,10 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
     last = (particles.image_size - 1) // 2
     diameter = settings.images.particle_diameter
     if diameter is not None:
-        chosen["diameter"] = diameter / particles.box_in_angstroms
+        share = diameter / particles.box_in_angstroms
+        chosen["particle_diameter"] = share
         for name in ("first_r_max", "search_r_max"):
-            cycles = getattr(default, name) * default.diameter / chosen["diameter"]
+            cycles = getattr(default, name) * default.particle_diameter / share
             chosen[name] = min(round(cycles), last)
     first = chosen.get("first_r_max", default.first_r_max)
     initial, finest = settings.initial_resolution, settings.max_resolution
@@ -146,7 +147,7 @@ def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
         "shift_spread": float(config.shift_spread),
         "initial_resolution": box / config.first_r_max,
         "max_resolution": finest,
-        "particle_diameter": config.diameter * box,
+        "particle_diameter": config.particle_diameter * box,
     }
 
 

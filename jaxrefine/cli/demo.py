@@ -1,7 +1,7 @@
 """``jaxrefine demo``: simulate the built-in phantom, refine it, show the result."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
+from jaxrefine.refinement.result import Reconstruction
 from jaxrefine.report import plots
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -29,7 +31,11 @@ from jaxrefine.runs.progress import Bars
 _SPREAD_OF_LARGEST = 0.65
 
 
-def run(settings: DemoSettings, engine: Engine = loop) -> None:
+def run(
+    settings: DemoSettings,
+    engine: Engine = loop,
+    make_map: Callable[..., Reconstruction] = reconstruct,
+) -> None:
     """Run the demonstration, or carry on, and print its figures.
 
     ``demo.json`` comes first and marks the folder as the demo's own; ``summary.json``
@@ -39,8 +45,8 @@ def run(settings: DemoSettings, engine: Engine = loop) -> None:
     ----------
     settings
         What to simulate.
-    engine
-        What does the joint refinement and the reconstructions.
+    engine, make_map
+        What does the joint refinement, and what makes the maps at given poses.
 
     Raises
     ------
@@ -54,7 +60,7 @@ def run(settings: DemoSettings, engine: Engine = loop) -> None:
         if folder.finished:
             print(f"{out} holds this demo already, finished")
         else:
-            summary = _run(settings, folder, engine)
+            summary = _run(settings, folder, engine, make_map)
             summary["settings"] = identity
             summary |= environment | provenance.usage(folder.history.elapsed_s)
             io.write_json(out / "summary.json", summary)
@@ -72,7 +78,12 @@ class _Scene:
     dataset: simulate.Dataset
 
 
-def _run(settings: DemoSettings, folder: RunFolder, engine: Any) -> dict[str, Any]:
+def _run(
+    settings: DemoSettings,
+    folder: RunFolder,
+    engine: Engine,
+    make_map: Callable[..., Reconstruction],
+) -> dict[str, Any]:
     """Write maps and pictures; return the figures of merit."""
     phantom_key, data_key, key = jax.random.split(jax.random.key(settings.seed), 3)
     scene = _simulate(settings, phantom_key, data_key)
@@ -83,7 +94,7 @@ def _run(settings: DemoSettings, folder: RunFolder, engine: Any) -> dict[str, An
         volumes = {}
         for name, given in (("oracle", dataset.truth), ("unrefined", dataset.initial)):
             advance = bars.next(name, 1)
-            made = engine.reconstruct(particles, given, config, key=key)
+            made = make_map(particles, given, config, key=key)
             volumes[name] = made.volume
             advance(None, {})
         start = particles, dataset.initial, scene.initial_map, config

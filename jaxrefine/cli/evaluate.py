@@ -2,13 +2,13 @@
 
 from collections.abc import Hashable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import evaluation, io, symmetry
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.evaluate import EvaluateSettings
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
 
 _SHOWN = (
     ("angle error, degrees", "angle_error_deg"),
@@ -34,20 +34,15 @@ def run(settings: EvaluateSettings) -> None:
         io.poses_on_one_grid(table, path)
         for table, path in zip(tables, paths, strict=True)
     )
-    for path, (angles, *_) in zip(paths, (result, truth), strict=True):
-        if not len(angles):
+    for path, (poses, _) in zip(paths, (result, truth), strict=True):
+        if not len(poses):
             raise InputError(f"{path} must hold particles, it holds none.")
-    (angles, shifts, pixel), (true_angles, true_shifts, true_pixel) = result, truth
+    (poses, pixel), (true_poses, true_pixel) = result, truth
     if pixel is not None and true_pixel is not None:  # the result may be binned
-        true_shifts = true_shifts * (true_pixel / pixel)
-    places, matched_by = _match(tables, paths, len(angles), len(true_angles))
-    errors = evaluation.pose_errors(
-        jnp.asarray(angles),
-        jnp.asarray(shifts),
-        jnp.asarray(true_angles[places]),
-        jnp.asarray(true_shifts[places]),
-        operators,
-    )
+        true_shifts = true_poses.shifts * (true_pixel / pixel)
+        true_poses = Poses(true_poses.rotations, true_shifts)
+    places, matched_by = _match(tables, paths, len(poses), len(true_poses))
+    errors = evaluation.pose_errors(poses, true_poses.take(places), operators)
     summary = evaluation.summarise(errors)
     content = {"particles": len(places), "matched_by": matched_by, **summary}
     if settings.json is not None:

@@ -173,7 +173,7 @@ def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
 
 def _summary(out: Path, report: html.Report) -> str:
     """Return the result in a sentence."""
-    text = f"{len(report.poses.shifts)} particles and a map are in {out}"
+    text = f"{len(report.poses)} particles and a map are in {out}"
     if report.half_set_fsc is not None:
         text += f"; the half maps agree to {html.resolution(report, 'A')}, FSC 0.143"
     if report.undetermined is not None and report.undetermined.any():

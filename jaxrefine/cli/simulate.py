@@ -12,7 +12,7 @@ from jaxrefine import io, simulate
 from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.geometry import Poses
 from jaxrefine.operators.resample import fourier_crop
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -103,7 +103,7 @@ def _plan(settings: SimulateSettings, volume: jax.Array) -> _Plan:
     angle_key, shift_key, error_key, optics_key, noise_key = keys
     count, dtype = settings.particles, volume.dtype
     truth = Poses(
-        equidistributed_angles(angle_key, count, dtype),
+        simulate.equidistributed_rotations(angle_key, count, dtype),
         simulate.random_shifts(shift_key, count, settings.max_shift, dtype),
     )
     initial = simulate.init1_poses(

@@ -14,13 +14,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxrefine._types import Images
+from jaxrefine._types import Images, Scalar
 from jaxrefine.ctf import CTF
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators import slices
+from jaxrefine.operators._complex import power
 from jaxrefine.operators.slices import Disc
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@final
+class Observation(eqx.Module):
+    """An image as it is compared with a map.
+
+    Attributes
+    ----------
+    disc
+        Frequencies that are compared.
+    weights
+        Weight of each: in a cost that is to be a negative log-likelihood, its
+        multiplicity over the power of the noise; `Disc.quadrature` makes the cost the
+        paper's, of the band-limited image.
+    spectrum
+        Fourier coefficients of the image.
+    transfer
+        Contrast-transfer function, or None for 1.
+    """
+
+    disc: Disc
+    weights: Float[Array, "k"]
+    spectrum: Complex[Array, "k"]
+    transfer: Float[Array, "k"] | None
+
+    @property
+    def energy(self) -> Scalar:
+        r"""Cost of an empty map, :math:`\tfrac12 \sum_k w_k |y_k|^2`."""
+        return jnp.sum(self.weights * power(self.spectrum)) / 2
 
 
 @final
@@ -55,6 +85,12 @@ class View(eqx.Module):
     factor: Float[Array, "groups k"] | None
     frequencies_in_inverse_angstroms: Float[Array, "k 2"]
 
+    def observation(
+        self, spectrum: Complex[Array, "k"], transfer: Float[Array, "k"] | None
+    ) -> Observation:
+        """Return one of the images whose `spectra` and `transfer` were computed."""
+        return Observation(self.disc, self.weights, spectrum, transfer)
+
     def spectra(
         self, images: Images, group: Int[Array, "particles"] | None
     ) -> Complex[Array, "particles k"]:
@@ -71,7 +107,8 @@ class View(eqx.Module):
         factor = None if self.factor is None else self.factor[group]
         if ctf is None:
             return factor
-        values = jax.vmap(lambda one: one(self.frequencies_in_inverse_angstroms))(ctf)
+        frequencies = self.frequencies_in_inverse_angstroms
+        values = jax.vmap(lambda optics: optics(frequencies))(ctf)
         return values if factor is None else values * factor
 
 
@@ -96,8 +133,8 @@ def view(
     m = particles.image_size
     disc = slices.disc(m, r_max)
     noise = jnp.atleast_2d(noise)
-    power = jnp.min(noise, axis=0)[disc.shells]
-    inverse = jnp.where((disc.shells > 0) & (power < jnp.inf), m**2 / power, 0.0)
+    least = jnp.min(noise, axis=0)[disc.shells]
+    inverse = jnp.where((disc.shells > 0) & (least < jnp.inf), m**2 / least, 0.0)
     weights = disc.multiplicity.astype(noise.dtype) * inverse / m**2
     factor = None
     if len(noise) > 1:
@@ -113,5 +150,5 @@ def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
     Yields the batch and how many of it are new.
     """
     for first in range(0, len(indices), size):
-        part = indices[first : first + size]
-        yield np.resize(part, size), len(part)
+        batch = indices[first : first + size]
+        yield np.resize(batch, size), len(batch)

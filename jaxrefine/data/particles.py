@@ -49,23 +49,18 @@ class Particles:
     group
         The group of each particle, counted from 0, such as its optics group: the noise
         has one power spectrum in each. None if all are in one.
-    noise_share
-        Share of the noise's power that images which are masked with a circle have left,
-        see `preprocess.Masked`. Their noise is taken for what it is in the circle: its
-        power in their spectra over this.
 
     Raises
     ------
     InputError
         If there are no images, if they are not square, if the optics or the groups
-        are not those of ``P`` particles, or a share is not from 0 to 1.
+        are not those of ``P`` particles.
     """
 
     images: ImageSource
     ctf: CTF | None = None
     pixel_size_in_angstroms: float = 1.0
     group: Int[np.ndarray, " P"] | None = None
-    noise_share: float = 1.0
 
     def __post_init__(self):
         shape = tuple(self.images.shape)
@@ -93,11 +88,6 @@ class Particles:
                 f"{group.min(initial=0)} for {shape[0]} images; one for each image is "
                 "wanted, from 0."
             )
-        if not 0 < self.noise_share <= 1:
-            raise InputError(
-                f"A share of {self.noise_share:g} of the noise's power was given; one "
-                "of more than 0, and at most 1, is wanted."
-            )
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -106,6 +96,17 @@ class Particles:
     def image_size(self) -> int:
         """Side of the images, in pixels."""
         return self.images.shape[1]
+
+    @property
+    def noise_share(self) -> float:
+        """Share of the noise's power that is left in the spectra of the images.
+
+        It is 1 unless the images come from a source that masks them with a circle and
+        says so by an attribute of this name, as `preprocess.Masked` does. The noise of
+        masked images is taken for what it is within the circle: its power in their
+        spectra over this share.
+        """
+        return getattr(self.images, "noise_share", 1.0)
 
     @property
     def groups(self) -> int:
@@ -193,6 +194,10 @@ class _Chosen:
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.indices), *self.source.shape[1:])
+
+    @property
+    def noise_share(self) -> float:
+        return getattr(self.source, "noise_share", 1.0)
 
     def __getitem__(
         self, indices: Int[np.ndarray, " some"]

@@ -68,6 +68,11 @@ class Resampled:
         """Numbers of particles, rows and columns."""
         return tuple(self.source.shape)
 
+    @property
+    def noise_share(self) -> float:
+        """Share of the noise's power that the source's masks have left."""
+        return getattr(self.source, "noise_share", 1.0)
+
     def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
         images = np.array(self.source[indices], np.float32)
         steps, m = self.step[indices], self.shape[-1]
@@ -118,6 +123,11 @@ class Normalised:
     def shape(self) -> tuple[int, ...]:
         """Numbers of particles, rows and columns."""
         return tuple(self.source.shape)
+
+    @property
+    def noise_share(self) -> float:
+        """Share of the noise's power that the source's masks have left."""
+        return getattr(self.source, "noise_share", 1.0)
 
     def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
         images = np.asarray(self.source[indices], np.float64)

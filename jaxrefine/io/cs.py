@@ -10,12 +10,13 @@ import tokenize
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import matrix_to_euler, rotvec_to_matrix
+from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io._atomic import existing_file
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
@@ -205,11 +206,12 @@ def _poses(fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path) -> Tab
     if "alignments3D/pose" not in fields:
         return {}
     vectors = _numbers(fields, "alignments3D/pose", path, 3)
-    angles = matrix_to_euler(rotvec_to_matrix(jnp.asarray(-vectors)))
     if "alignments3D/psize_A" in fields:
         pixels = _pixel_sizes(fields, "alignments3D/psize_A", path)
     shifts = -_numbers(fields, "alignments3D/shift", path, 2) * pixels[:, None]
-    return pose_columns(angles, shifts, 1.0)
+    with jax.enable_x64(True):
+        rotations = np.asarray(rotvec_to_matrix(jnp.asarray(-vectors)))
+        return pose_columns(Poses(rotations, shifts), 1.0)
 
 
 def _ctf(fields: dict[str, np.ndarray], path: Path) -> Table:

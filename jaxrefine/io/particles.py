@@ -163,9 +163,9 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
     has_poses = not _VIEW.isdisjoint(table)
-    angles, shifts = np.zeros((count, 3)), np.zeros((count, 2))
+    poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
     if has_poses:
-        angles, shifts, _ = poses_on_one_grid(blocks, path)
+        poses, _ = poses_on_one_grid(blocks, path)
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
     ctf = _ctf(blocks, table, path)
@@ -195,7 +195,7 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         path,
         blocks,
         Particles(source, ctf, pixel, places),
-        Poses(jnp.asarray(angles), jnp.asarray(shifts)),
+        poses,
         sizes,
         has_poses,
         group,
@@ -308,12 +308,11 @@ def write_new_particles(
         "rlnImageSize": [str(image_size)],
         "rlnImageDimensionality": ["2"],
     }
-    angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts)
     particles = {
         "rlnImageName": list(image_names),
         "rlnMicrographName": ["simulated.mrc"] * len(image_names),
         "rlnOpticsGroup": ["1"] * len(image_names),
-        **pose_columns(angles, shifts, pixel_size_in_angstroms),
+        **pose_columns(poses, pixel_size_in_angstroms),
     }
     if ctf is not None:
         for name, (leaf, unit, _) in _PARTICLE_OPTICS.items():
@@ -454,7 +453,7 @@ def _poses_in_style(
 ) -> Table:
     """Return the columns of poses, with origins in the units that a table wants."""
     pixel = particle_file.particles.pixel_size_in_angstroms
-    angles, shifts = np.asarray(poses.angles), np.asarray(poses.shifts, np.float64)
+    shifts = np.asarray(poses.shifts, np.float64)
     in_angstroms = "rlnImagePixelSize" in table.keys() | blocks.get("optics", {})
     columns: Table = {}
     for unit in (pixel, None):
@@ -462,7 +461,7 @@ def _poses_in_style(
         in_style = (unit is not None) == in_angstroms
         if in_style or any(f"rlnOrigin{axis}{suffix}" in table for axis in "XY"):
             own = 1.0 if unit else (pixel / particle_file.pixel_sizes)[:, None]
-            columns |= pose_columns(angles, own * shifts, unit)
+            columns |= pose_columns(Poses(poses.rotations, own * shifts), unit)
     return columns
 
 

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
 
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.io.columns import (
     fixed,
     is_single,
@@ -20,35 +23,28 @@ from jaxrefine.io.star import Table, read_star, write_star
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
-def read_poses(
-    path: str | Path,
-) -> tuple[Float64[np.ndarray, "particles 3"], Float64[np.ndarray, "particles 2"]]:
+def read_poses(path: str | Path) -> Poses:
     """Read the poses of the particles from a RELION file, old or 3.1.
 
     Returns
     -------
-    angles
-        (rot, tilt, psi) in radians.
-    shifts
-        (x, y) in pixels: the position of the particle in the image, which is *minus*
-        RELION's origin. An origin that the file lacks is zero; one in Angstrom
-        (``rlnOriginXAngst``) is divided by the pixel size (``rlnImagePixelSize`` of
-        the particle or its optics group), and takes precedence over one in pixels
-        (``rlnOriginX``).
+    The poses. Shifts are the positions of the particles in their images, in pixels,
+    which is *minus* RELION's origin. An origin that the file lacks is zero; one in
+    angstroms (``rlnOriginXAngst``) is divided by the pixel size (``rlnImagePixelSize``
+    of the particle or its optics group), and takes precedence over one in pixels
+    (``rlnOriginX``).
 
     Raises
     ------
     InputError
         If the file is not a STAR file with one table of particles, lacks an angle,
         holds something that is not a number in single precision, or gives origins in
-        Angstrom without the pixel size.
+        angstroms without the pixel size.
     """
-    return poses_of(read_star(path), path)
+    return _poses_of(read_star(path), path)
 
 
-def poses_of(
-    blocks: dict[str, Table], path: str | Path
-) -> tuple[Float64[np.ndarray, "particles 3"], Float64[np.ndarray, "particles 2"]]:
+def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
     """Return the poses in the blocks of a file, as `read_poses` does."""
     particles = particle_table(blocks, path)
     missing = [name for name in _ANGLES if name not in particles]
@@ -68,31 +64,33 @@ def poses_of(
         raise InputError(
             f"{path} has origins that are not finite in pixels, in single precision."
         )
-    return np.deg2rad(np.stack(angles, axis=-1)), -np.stack(origins, axis=-1)
+    with jax.enable_x64(True):
+        in_radians = jnp.deg2rad(jnp.asarray(np.stack(angles, axis=-1)))
+        rotations = np.asarray(euler_to_matrix(in_radians))
+    return Poses(rotations, -np.stack(origins, axis=-1))
 
 
 def poses_on_one_grid(
     blocks: dict[str, Table], path: str | Path
-) -> tuple[
-    Float64[np.ndarray, "particles 3"],
-    Float64[np.ndarray, "particles 2"],
-    float | None,
-]:
-    """Return poses as `poses_of` does, with all shifts in the largest pixels.
+) -> tuple[Poses, float | None]:
+    """Return the poses of a table with all shifts in its largest pixels.
 
-    And how large these are, in Angstrom; None if the file does not say.
+    Returns
+    -------
+    The poses, see `read_poses`, and the size of the largest pixels in angstroms; None
+    if the table does not say.
     """
-    angles, shifts = poses_of(blocks, path)
+    poses = _poses_of(blocks, path)
     sizes = pixel_sizes_if_any(blocks, particle_table(blocks, path), path)
     if sizes is None or not len(sizes):
-        return angles, shifts, None
-    return angles, shifts * (sizes / sizes.max())[:, None], float(sizes.max())
+        return poses, None
+    shifts = np.asarray(poses.shifts) * (sizes / sizes.max())[:, None]
+    return Poses(poses.rotations, shifts), float(sizes.max())
 
 
 def write_poses(
     path: str | Path,
-    angles: Float[Array | np.ndarray, "particles 3"],
-    shifts: Float[Array | np.ndarray, "particles 2"],
+    poses: Poses,
     pixel_size_in_angstroms: float,
     image_names: Sequence[str],
     image_size: int,
@@ -103,10 +101,8 @@ def write_poses(
     ----------
     path
         The file, which appears complete or not at all.
-    angles
-        (rot, tilt, psi) in radians.
-    shifts
-        (x, y) in pixels; minus these, in Angstrom, are RELION's origins.
+    poses
+        Minus their shifts, in angstroms, are RELION's origins.
     pixel_size_in_angstroms
         The pixel size of the images.
     image_names
@@ -119,10 +115,10 @@ def write_poses(
     InputError
         If there is not one name for each pose, or the file cannot be written.
     """
-    if len(image_names) != len(angles):
+    if len(image_names) != len(poses):
         raise InputError(
             f"Cannot write {path}: {len(image_names)} image names came "
-            f"with {len(angles)} poses."
+            f"with {len(poses)} poses."
         )
     optics = {
         "rlnOpticsGroup": ["1"],
@@ -133,26 +129,24 @@ def write_poses(
     }
     particles = {
         "rlnImageName": list(image_names),
-        **pose_columns(angles, shifts, pixel_size_in_angstroms),
+        **pose_columns(poses, pixel_size_in_angstroms),
         "rlnOpticsGroup": ["1"] * len(image_names),
     }
     write_star(path, {"optics": optics, "particles": particles})
 
 
-def pose_columns(
-    angles: Float[Array | np.ndarray, "particles 3"],
-    shifts: Float[Array | np.ndarray, "particles 2"],
-    pixel_size_in_angstroms: float | None,
-) -> Table:
+def pose_columns(poses: Poses, pixel_size_in_angstroms: float | None) -> Table:
     """Return RELION's columns of poses.
 
-    Origins are in Angstrom (``rlnOriginXAngst``), or without a pixel size in pixels
+    Origins are in angstroms (``rlnOriginXAngst``), or without a pixel size in pixels
     (``rlnOriginX``).
     """
-    degrees = np.rad2deg(np.asarray(angles, dtype=np.float64))
+    with jax.enable_x64(True):
+        rotations = jnp.asarray(np.asarray(poses.rotations, np.float64))
+        degrees = np.asarray(jnp.rad2deg(matrix_to_euler(rotations)))
     scale = 1.0 if pixel_size_in_angstroms is None else pixel_size_in_angstroms
     suffix = "" if pixel_size_in_angstroms is None else "Angst"
-    origins = 0.0 - scale * np.asarray(shifts, dtype=np.float64)
+    origins = 0.0 - scale * np.asarray(poses.shifts, dtype=np.float64)
     columns = {name: fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)}
     for i, axis in enumerate("XY"):
         columns[f"rlnOrigin{axis}{suffix}"] = fixed(origins[:, i])

@@ -77,7 +77,7 @@ def data_term(
     One pass over the images; see :func:`jaxrefine.operators.normal.kernel` and
     :func:`jaxrefine.operators.spatial.backproject`.
     """
-    kernel = normal.kernel(footprint, poses.angles, n)
+    kernel = normal.kernel(footprint, poses.rotations, n)
     return DataTerm(
         normal.transfer(kernel),
         normal.circulant_eigenvalues(kernel),

@@ -19,3 +19,8 @@ def product(a: Complex[Array, "*k"], b: Complex[Array, "*k"]) -> Float[Array, "*
 def crossed(a: Complex[Array, "*k"], b: Complex[Array, "*k"]) -> Float[Array, "*k"]:
     r"""Return :math:`\Re(-i \bar a b) = \Im(\bar a b)`."""
     return a.real * b.imag - a.imag * b.real
+
+
+def power(values: Complex[Array, "*k"]) -> Float[Array, "*k"]:
+    """Return the squared magnitude."""
+    return values.real**2 + values.imag**2

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from scipy.fft import next_fast_len
 
-from jaxrefine._types import Angles, Scalar, Volume
-from jaxrefine.geometry import euler_to_matrix
+from jaxrefine._types import Rotations, Scalar, Volume
 from jaxrefine.operators import _tube
 from jaxrefine.operators._radial import RadialSeries
 from jaxrefine.operators.spatial import Footprint
@@ -120,7 +119,7 @@ def _gather(samples: TubeSamples, radius: float, rotation):
 
 
 @eqx.filter_jit
-def kernel(footprint: Footprint, angles: Angles, n: int) -> Float[Array, "k k k"]:
+def kernel(footprint: Footprint, rotations: Rotations, n: int) -> Float[Array, "k k k"]:
     r"""Return the convolution kernel ``w(Theta)`` of the normal operator, eq. (32).
 
     .. math:: w(\Theta)[k] = \sum_p (\psi * \psi^\vee)(M_{\theta_p} k)
@@ -129,9 +128,9 @@ def kernel(footprint: Footprint, angles: Angles, n: int) -> Float[Array, "k k k"
     ----------
     footprint
         The footprint ``psi`` and its autocorrelation.
-    angles
-        Angles of the particles, shape ``(P, 3)``. The kernel does not depend on
-        their shifts.
+    rotations
+        Rotations of the particles, shape ``(P, 3, 3)``. The kernel does not depend
+        on their shifts.
     n
         Side of the volume in voxels.
 
@@ -142,7 +141,6 @@ def kernel(footprint: Footprint, angles: Angles, n: int) -> Float[Array, "k k k"
     series = footprint.autocorrelation
     window = _tube.window_size(series.radius)
     side = 2 * n - 1 + 2 * window
-    rotations = euler_to_matrix(angles)
 
     def add_particle(total, rotation):
         line, (u0, v0), _, (x, y) = _tube_windows(rotation, n, side, series.radius)
@@ -157,7 +155,7 @@ def kernel(footprint: Footprint, angles: Angles, n: int) -> Float[Array, "k k k"
         values = series(x**2 + y**2)[:, None, None]
         return jax.lax.scan(add_plane, total, (planes, v0, u0, values))
 
-    blank = jnp.zeros((3, n, side, side), angles.dtype)
+    blank = jnp.zeros((3, n, side, side), rotations.dtype)
     half, _ = jax.lax.scan(add_particle, blank, rotations)
     half = half[:, :, window:-window, window:-window]
     whole = jnp.concatenate([half[:, :0:-1, ::-1, ::-1], half], axis=1)

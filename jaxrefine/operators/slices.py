@@ -160,12 +160,12 @@ def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
     return jnp.fft.fftshift(images, axes=(-2, -1))
 
 
-def _axes(disc: Disc, dtype) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
+def disc_axes(disc: Disc, dtype) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
     """Return the disc's frequencies, x and y."""
     return disc.frequencies[:, 0].astype(dtype), disc.frequencies[:, 1].astype(dtype)
 
 
-def _on_plane(
+def on_plane(
     disc: Disc, rotation: Float[Array, "3 3"]
 ) -> tuple[Frequencies, Frequencies, Frequencies]:
     r"""Place the disc in the volume's spectrum, :math:`R^T (\omega, 0)`.
@@ -173,7 +173,7 @@ def _on_plane(
     Also returns the plane's normal :math:`R^T (0, 0, 1)`, and the derivative of the
     points as the particle turns about the beam, :math:`R^T (\omega_y, -\omega_x, 0)`.
     """
-    x, y = _axes(disc, rotation.dtype)
+    x, y = disc_axes(disc, rotation.dtype)
     right, down, beam = rotation
     points = tuple(right[i] * x + down[i] * y for i in range(3))
     normal = tuple(jnp.full_like(x, 1) * beam[i] for i in range(3))
@@ -181,14 +181,15 @@ def _on_plane(
     return points, normal, turning  # pyright: ignore[reportReturnType]
 
 
-def _phases(disc: Disc, shift: Float[Array, "2"]) -> Complex[Array, "k"]:
+def phases(disc: Disc, shift: Float[Array, "2"]) -> Complex[Array, "k"]:
     r"""Return :math:`e^{-2\pi i\, \omega\cdot t / m}`: it moves an image by ``t``."""
-    x, y = _axes(disc, shift.dtype)
+    x, y = disc_axes(disc, shift.dtype)
     angle = (-2 * math.pi / disc.image_size) * (x * shift[0] + y * shift[1])
     return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
-def _check(disc: Disc, spectrum: Spectrum) -> None:
+def check_spectrum(disc: Disc, spectrum: Spectrum) -> None:
+    """Refuse the spectrum of a volume that images on a disc cannot be compared with."""
     if spectrum.box != disc.image_size or spectrum.r_max < disc.r_max:
         raise InputError(
             f"images of side {disc.image_size} up to {disc.r_max} cycles per box want "
@@ -224,19 +225,19 @@ def project(
         If the spectrum is not that of a volume of the images' side up to the disc's
         radius, or there is no particle.
     """
-    _check(disc, spectrum)
+    check_spectrum(disc, spectrum)
 
     def project_one(particle):
         rotation, shift, transfer = particle
-        values = spectrum(*_on_plane(disc, rotation)[0])
-        gain = _gain(disc, transfer, values.real.dtype)
-        return scaled(gain, values * _phases(disc, shift))
+        values = spectrum(*on_plane(disc, rotation)[0])
+        gain = slice_gain(disc, transfer, values.real.dtype)
+        return scaled(gain, values * phases(disc, shift))
 
     particles = (poses.rotations, poses.shifts, transfer)
     return map_over_particles(project_one, particles, batch_size)
 
 
-def _gain(disc: Disc, transfer: Float[Array, "k"] | None, dtype):
+def slice_gain(disc: Disc, transfer: Float[Array, "k"] | None, dtype):
     """Return what a slice is multiplied by: the transfer function and the basis'."""
     envelope = disc.envelope.astype(dtype)
     return envelope if transfer is None else transfer * envelope
@@ -273,17 +274,15 @@ def backproject(
     InputError
         If there are not as many poses as images, or none of them.
     """
-    if len(spectra) != len(poses.angles):
-        raise InputError(
-            f"{len(spectra)} images want as many poses, not {len(poses.angles)}"
-        )
+    if len(spectra) != len(poses):
+        raise InputError(f"{len(spectra)} images want as many poses, not {len(poses)}")
     dtype = spectra.real.dtype
 
     def slice_of(particle):
         rotation, shift, spectrum, weights = particle
-        factor = _gain(disc, weights, dtype) * disc.quadrature.astype(dtype)
-        values = scaled(factor, spectrum * jnp.conj(_phases(disc, shift)))
-        return _on_plane(disc, rotation)[0], values
+        factor = slice_gain(disc, weights, dtype) * disc.quadrature.astype(dtype)
+        values = scaled(factor, spectrum * jnp.conj(phases(disc, shift)))
+        return on_plane(disc, rotation)[0], values
 
     particles = (poses.rotations, poses.shifts, spectra, weights)
     return _insert(
@@ -313,14 +312,14 @@ def normal_kernel(
     other parameters are those of :func:`backproject`. The kernel is on
     ``[-(m-1), m-1]**3``, indexed ``[z, y, x]``, zero at the middle.
     """
-    dtype = poses.angles.dtype
+    dtype = poses.rotations.dtype
 
     def slice_of(particle):
         rotation, weights = particle
         envelope = disc.envelope.astype(dtype)
-        density = _gain(disc, weights, dtype) * envelope
+        density = slice_gain(disc, weights, dtype) * envelope
         density = density * disc.quadrature.astype(dtype)
-        x, y, z = _on_plane(disc, rotation)[0]
+        x, y, z = on_plane(disc, rotation)[0]
         return (2 * x, 2 * y, 2 * z), jax.lax.complex(density, jnp.zeros_like(density))
 
     size = (2 * disc.image_size, 2 * disc.r_max)

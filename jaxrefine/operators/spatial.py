@@ -28,7 +28,7 @@ from jaxrefine._batching import map_over_particles, sum_over_particles
 from jaxrefine._types import Image, Images, Volume
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, projection_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.operators import _tube, kbwf
 from jaxrefine.operators._radial import RadialSeries, radial_series
 from jaxrefine.operators._spline import Spline2D, spline_prefilter
@@ -125,9 +125,9 @@ def centred_axis(size: int, dtype) -> Float[Array, "size"]:
 
 def lattice_points(pose: Poses, n: int) -> tuple[Float[Array, "n n n"], ...]:
     """Return the image points ``M k + t`` of every voxel ``k``, as x and y."""
-    k = centred_axis(n, pose.angles.dtype)
+    k = centred_axis(n, pose.rotations.dtype)
     x, y = _tube.project_lattice(
-        projection_matrix(pose.angles),
+        pose.rotations[:2],
         k[None, None, :],
         k[None, :, None],
         k[:, None, None],
@@ -379,9 +379,9 @@ def backproject(
     InputError
         If there are not as many poses as images, or none of them.
     """
-    if poses.angles.shape[0] != images.shape[0]:
+    if len(poses) != images.shape[0]:
         raise InputError(
-            f"{images.shape[0]} images want as many poses, not {poses.angles.shape[0]}"
+            f"{images.shape[0]} images want as many poses, not {len(poses)}"
         )
 
     def backproject_one(particle) -> Volume:

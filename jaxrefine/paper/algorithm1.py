@@ -20,6 +20,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, tv
 from jaxrefine.operators.spatial import Footprint, ImageFilter
 from jaxrefine.paper import algorithm3
+from jaxrefine.paper.algorithm3 import EulerPoses
 
 
 class Schedule(eqx.Module):
@@ -46,7 +47,7 @@ class Schedule(eqx.Module):
         return jnp.where(self.first == self.last, self.first, between)
 
 
-class RefineConfig(eqx.Module):
+class Algorithm1Config(eqx.Module):
     """Parameters of the joint refinement.
 
     Parameters
@@ -116,15 +117,20 @@ class RefineConfig(eqx.Module):
         )
 
 
-class RefineState(eqx.Module):
+class Algorithm1State(eqx.Module):
     """What the next outer iteration needs; all that a checkpoint must hold."""
 
-    poses: Poses
+    euler_poses: EulerPoses
     volume: admm.ADMMState
     iteration: Int[Array, ""]
 
+    @property
+    def poses(self) -> Poses:
+        """The poses so far."""
+        return self.euler_poses.poses
 
-class RefineInfo(eqx.Module):
+
+class Algorithm1Info(eqx.Module):
     """What a human wants to know of an outer iteration."""
 
     volume: admm.ADMMInfo
@@ -147,21 +153,23 @@ class Problem(eqx.Module):
     image_filter: ImageFilter
 
 
-def init(poses: Poses, coefficients: Volume) -> RefineState:
+def init(poses: Poses, coefficients: Volume) -> Algorithm1State:
     """Start from given poses and coefficients, in the coefficients' precision."""
     poses = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), poses)
-    return RefineState(poses, admm.init(coefficients), jnp.zeros((), jnp.int32))
+    return Algorithm1State(
+        EulerPoses.of(poses), admm.init(coefficients), jnp.zeros((), jnp.int32)
+    )
 
 
 def update_volume(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, admm.ADMMInfo]:
+    state: Algorithm1State, problem: Problem, config: Algorithm1Config
+) -> tuple[Algorithm1State, admm.ADMMInfo]:
     """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
     return _update_volume(state, _data_term(state, problem, config), config)
 
 
 def _data_term(
-    state: RefineState, problem: Problem, config: RefineConfig
+    state: Algorithm1State, problem: Problem, config: Algorithm1Config
 ) -> admm.DataTerm:
     return admm.data_term(
         problem.footprint,
@@ -174,8 +182,8 @@ def _data_term(
 
 
 def _update_volume(
-    state: RefineState, data: admm.DataTerm, config: RefineConfig
-) -> tuple[RefineState, admm.ADMMInfo]:
+    state: Algorithm1State, data: admm.DataTerm, config: Algorithm1Config
+) -> tuple[Algorithm1State, admm.ADMMInfo]:
     settings = config.volume_update(state.iteration)
     start = state.volume
     if not config.keep_duals:
@@ -188,23 +196,23 @@ def _update_volume(
 
 
 def update_poses(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, algorithm3.PoseInfo]:
+    state: Algorithm1State, problem: Problem, config: Algorithm1Config
+) -> tuple[Algorithm1State, algorithm3.PoseInfo]:
     """Line 4 of Algorithm 1: Algorithm 3 at the current map."""
     poses, info = algorithm3.run(
-        state.poses,
+        state.euler_poses,
         problem.images,
         state.volume.coefficients,
         problem.footprint,
         problem.image_filter,
         config.pose_update(state.iteration),
     )
-    return eqx.tree_at(lambda s: s.poses, state, poses), info
+    return eqx.tree_at(lambda s: s.euler_poses, state, poses), info
 
 
 def step(
-    state: RefineState, problem: Problem, config: RefineConfig
-) -> tuple[RefineState, RefineInfo]:
+    state: Algorithm1State, problem: Problem, config: Algorithm1Config
+) -> tuple[Algorithm1State, Algorithm1Info]:
     """Make one outer iteration of Algorithm 1.
 
     Parameters
@@ -223,19 +231,19 @@ def step(
         state, volume_info = update_volume(state, problem, config)
         state, pose_info = update_poses(state, problem, config)
     state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
-    return state, RefineInfo(volume_info, pose_info)
+    return state, Algorithm1Info(volume_info, pose_info)
 
 
-Callback = Callable[[RefineState, RefineInfo], None]
+Callback = Callable[[Algorithm1State, Algorithm1Info], None]
 """Called after every outer iteration: progress, metrics, checkpoints."""
 
 
 def refine(
-    state: RefineState,
+    state: Algorithm1State,
     problem: Problem,
-    config: RefineConfig,
+    config: Algorithm1Config,
     callback: Callback | None = None,
-) -> RefineState:
+) -> Algorithm1State:
     """Run Algorithm 1 from a state to the last outer iteration.
 
     A state saved by a callback and passed in again continues where it was saved, with
@@ -266,11 +274,11 @@ def refine(
 
 
 def reconstruct(
-    state: RefineState,
+    state: Algorithm1State,
     problem: Problem,
-    config: RefineConfig,
-    callback: Callable[[RefineState, admm.ADMMInfo], None] | None = None,
-) -> RefineState:
+    config: Algorithm1Config,
+    callback: Callable[[Algorithm1State, admm.ADMMInfo], None] | None = None,
+) -> Algorithm1State:
     """Run the volume updates of Algorithm 1 alone, with the poses kept.
 
     The same schedules and the same number of iterations as :func:`refine`, so that
@@ -287,9 +295,9 @@ def reconstruct(
     return state
 
 
-def _check(state: RefineState, problem: Problem) -> None:
+def _check(state: Algorithm1State, problem: Problem) -> None:
     """Refuse data that do not fit each other, in a sentence."""
-    images, poses, c = problem.images, state.poses, state.volume.coefficients
+    images, poses, c = problem.images, state.euler_poses, state.volume.coefficients
     if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[0]:
         raise InputError(f"images want shape (particles, m, m), not {images.shape}")
     if poses.angles.shape != (images.shape[0], 3):

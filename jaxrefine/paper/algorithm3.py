@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._batching import map_over_particles
-from jaxrefine._types import Images, Scalar, Volume
-from jaxrefine.geometry import Poses, projection_jacobian
+from jaxrefine._types import Angles, Images, Rotations, Scalar, Shifts, Volume
+from jaxrefine.euler import euler_to_matrix, matrix_to_euler, projection_jacobian
+from jaxrefine.geometry import Poses
 from jaxrefine.operators import normal
 from jaxrefine.operators._radial import RadialSeries
 from jaxrefine.operators._spline import Spline2D
@@ -32,6 +33,36 @@ from jaxrefine.operators.spatial import (
     centred_axis,
     lattice_points,
 )
+
+
+class EulerPoses(eqx.Module):
+    """Poses as Algorithm 3 moves them: by their Euler angles.
+
+    Attributes
+    ----------
+    angles
+        ``theta`` of eq. (5): ``(rot, tilt, psi)`` in radians, see `jaxrefine.euler`.
+    shifts
+        ``(x, y)`` in pixels.
+    """
+
+    angles: Angles
+    shifts: Shifts
+
+    @staticmethod
+    def of(poses: Poses) -> "EulerPoses":
+        """Return poses by their Euler angles."""
+        return EulerPoses(matrix_to_euler(poses.rotations), poses.shifts)
+
+    @property
+    def rotations(self) -> Rotations:
+        """The rotation matrices."""
+        return euler_to_matrix(self.angles)
+
+    @property
+    def poses(self) -> Poses:
+        """The poses by their rotations."""
+        return Poses(self.rotations, self.shifts)
 
 
 class MapTerms(eqx.Module):
@@ -88,16 +119,16 @@ def particle(image_filter: ImageFilter, image: Float[Array, "m m"]) -> Particle:
     return Particle(image_filter(image), 0.5 * jnp.sum(image**2))
 
 
-def _correlation(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
+def _correlation(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scalar:
     """Return ``c^T H(theta, t)^T g``, the middle term of eq. (34)."""
-    points = lattice_points(pose, terms.moments.shape[-1])
+    points = lattice_points(pose.poses, terms.moments.shape[-1])
     value = particle.filtered(*points)
     return jnp.vdot(terms.moments[0], value, precision=jax.lax.Precision.HIGHEST)
 
 
-def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: Poses):
+def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: EulerPoses):
     """Return the middle term of (34) and its derivatives with respect to M and t."""
-    points = lattice_points(pose, terms.moments.shape[-1])
+    points = lattice_points(pose.poses, terms.moments.shape[-1])
     value, *slopes = particle.filtered.value_and_gradient(*points)
     moments = terms.moments.reshape(4, -1)
     highest = jax.lax.Precision.HIGHEST
@@ -108,7 +139,7 @@ def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: Poses):
     return linear, by_both[:, 1:], by_both[:, 0]
 
 
-def particle_cost(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
+def particle_cost(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scalar:
     """Return ``J_p(theta, t)``, eq. (34), of one particle."""
     quadratic = normal.sum_over_tube(
         terms.autocorrelation, terms.kernel, pose.rotations
@@ -117,8 +148,8 @@ def particle_cost(terms: MapTerms, particle: Particle, pose: Poses) -> Scalar:
 
 
 def particle_cost_and_gradient(
-    terms: MapTerms, particle: Particle, pose: Poses
-) -> tuple[Scalar, Poses]:
+    terms: MapTerms, particle: Particle, pose: EulerPoses
+) -> tuple[Scalar, EulerPoses]:
     r"""Return ``J_p`` and its explicit gradient, Theorem 1, eqs. (18)-(22).
 
     .. math:: \frac{\partial J_p}{\partial\theta_i} = \sum_k
@@ -133,7 +164,7 @@ def particle_cost_and_gradient(
 
     Returns
     -------
-    The cost, and a :class:`~jaxrefine.geometry.Poses` that holds the derivatives with
+    The cost, and a :class:`EulerPoses` that holds the derivatives with
     respect to (rot, tilt, psi) and to (x, y).
     """
     quadratic, quadratic_by_matrix = normal.sum_over_tube_and_gradient(
@@ -145,7 +176,7 @@ def particle_cost_and_gradient(
     by_matrix = 0.5 * quadratic_by_matrix - linear_by_matrix
     by_angles = jnp.sum(projection_jacobian(pose.angles) * by_matrix[None], (1, 2))
     cost = 0.5 * quadratic - linear + particle.energy
-    return cost, Poses(by_angles, -by_shift)
+    return cost, EulerPoses(by_angles, -by_shift)
 
 
 class PoseConfig(eqx.Module):
@@ -243,8 +274,8 @@ def backtrack(
 
 
 def descend(
-    terms: MapTerms, particle: Particle, pose: Poses, config: PoseConfig
-) -> tuple[Poses, PoseInfo]:
+    terms: MapTerms, particle: Particle, pose: EulerPoses, config: PoseConfig
+) -> tuple[EulerPoses, PoseInfo]:
     """Refine one pose by Algorithm 3: the angles, then the shift, ``K_GD`` times.
 
     The line searches leave the constant ``||g||^2 / 2`` out of the cost: in single
@@ -266,10 +297,12 @@ def descend(
     energy = particle.energy
     particle = Particle(particle.filtered, jnp.zeros_like(energy))
 
-    def move(pose: Poses, _):
+    def move(pose: EulerPoses, _):
         before, gradient = particle_cost_and_gradient(terms, particle, pose)
         angles, value, angle_trials = backtrack(
-            lambda angles: particle_cost(terms, particle, Poses(angles, pose.shifts)),
+            lambda angles: particle_cost(
+                terms, particle, EulerPoses(angles, pose.shifts)
+            ),
             pose.angles,
             before,
             gradient.angles,
@@ -278,10 +311,10 @@ def descend(
             config.max_trials,
         )
         # The quadratic term does not depend on the shift, eq. (21).
-        turned = Poses(angles, pose.shifts)
+        turned = EulerPoses(angles, pose.shifts)
         linear, _, by_shift = _correlation_and_gradient(terms, particle, turned)
         shifts, shifted, shift_trials = backtrack(
-            lambda shifts: -_correlation(terms, particle, Poses(angles, shifts)),
+            lambda shifts: -_correlation(terms, particle, EulerPoses(angles, shifts)),
             pose.shifts,
             -linear,
             -by_shift,
@@ -292,7 +325,7 @@ def descend(
         after = value + (shifted + linear)
         moves = value < before, shifted < -linear
         history = (before, after, *moves, angle_trials, shift_trials)
-        return Poses(angles, shifts), history
+        return EulerPoses(angles, shifts), history
 
     pose, (before, after, *searches) = jax.lax.scan(
         move, pose, None, length=config.iterations
@@ -302,13 +335,13 @@ def descend(
 
 @eqx.filter_jit
 def run(
-    poses: Poses,
+    poses: EulerPoses,
     images: Images,
     coefficients: Volume,
     footprint: Footprint,
     image_filter: ImageFilter,
     config: PoseConfig,
-) -> tuple[Poses, PoseInfo]:
+) -> tuple[EulerPoses, PoseInfo]:
     """Refine all poses against a map, ``config.batch_size`` particles at a time.
 
     Parameters

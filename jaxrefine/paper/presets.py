@@ -5,12 +5,12 @@ What the paper leaves open is said where it is chosen.
 
 from jaxrefine.errors import InputError
 from jaxrefine.maps import tv
-from jaxrefine.paper.algorithm1 import RefineConfig, Schedule
+from jaxrefine.paper.algorithm1 import Algorithm1Config, Schedule
 
 
 def paper_preset(
     sigma: float, iterations: int = 20, batch_size: int = 8
-) -> RefineConfig:
+) -> Algorithm1Config:
     """Return the settings of the paper's section IV-C.
 
     ``K_ADMM = 5``, ``K_GD = 3``, ``alpha_theta = 1e-7``, ``alpha_t = 1e-5``,
@@ -34,7 +34,7 @@ def paper_preset(
     """
     if not sigma > 0:
         raise InputError(f"the noise's sigma wants to be positive, not {sigma}")
-    return RefineConfig(
+    return Algorithm1Config(
         lam=Schedule(3.0 * sigma),
         rho=Schedule(300.0 * sigma),
         angle_step=Schedule(1e-7),
@@ -44,7 +44,7 @@ def paper_preset(
     )
 
 
-def released_preset(iterations: int = 10, batch_size: int = 8) -> RefineConfig:
+def released_preset(iterations: int = 10, batch_size: int = 8) -> Algorithm1Config:
     """Return the settings of the authors' released demo (noise sigma 0.1).
 
     Anisotropic TV and non-negativity, geometric schedules of lambda, rho and of the
@@ -55,7 +55,7 @@ def released_preset(iterations: int = 10, batch_size: int = 8) -> RefineConfig:
     its steps (1e-4 and 1e-3, growing by 1.7) are doubled.
     """
     growth = 1.7 ** (iterations - 1)
-    return RefineConfig(
+    return Algorithm1Config(
         lam=Schedule(2.0, 0.02),
         rho=Schedule(2000.0, 4.0),
         angle_step=Schedule(2e-4, 2e-4 * growth),

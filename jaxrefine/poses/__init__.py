@@ -8,3 +8,4 @@ from jaxrefine.poses import prior as prior
 from jaxrefine.poses import search as search
 from jaxrefine.poses import solvers as solvers
 from jaxrefine.poses import uncertainty as uncertainty
+from jaxrefine.poses import visit as visit

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from jaxrefine._types import Scalar
 from jaxrefine.geometry import (
     Poses,
-    matrix_to_euler,
 )
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -44,15 +43,14 @@ class Hypotheses(eqx.Module):
 
     def best(self) -> Poses:
         """Return the most probable pose of every particle."""
-        angles = matrix_to_euler(self.rotations[..., 0, :, :])
-        return Poses(angles, self.shifts[..., 0, :])
+        return Poses(self.rotations[..., 0, :, :], self.shifts[..., 0, :])
 
 
 def certain(poses: Poses, count: int) -> Hypotheses:
     """Return hypotheses that believe in one pose each, with ``count`` places."""
     rotations = jnp.repeat(poses.rotations[:, None], count, axis=1)
     shifts = jnp.repeat(poses.shifts[:, None], count, axis=1)
-    empty = jnp.full((len(poses.angles), count), -jnp.inf, poses.angles.dtype)
+    empty = jnp.full((len(poses), count), -jnp.inf, poses.shifts.dtype)
     return Hypotheses(rotations, shifts, empty.at[:, 0].set(0.0))
 
 

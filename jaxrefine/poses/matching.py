@@ -37,7 +37,8 @@ from jaxrefine.data.observation import batches
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, projection_matrix
+from jaxrefine.euler import euler_to_matrix, projection_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.operators.gridding import Gridding
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -60,7 +61,7 @@ class MatchConfig:
     r_max
         Band limit, cycles per box. None takes the last one that the angular step
         supports for a particle of two thirds of the box, one over the step in radians
-        (see `search.wanted_candidates`), but none beyond Nyquist.
+        (see `search.covering_count`), but none beyond Nyquist.
     batch_size
         Particles at a time. Memory grows with it, with the shifts and with the band.
 
@@ -210,7 +211,7 @@ def match(
             callback(done)
     columns = zip(*found, strict=True)
     scores, angles, moves = (jnp.asarray(np.concatenate(x)) for x in columns)
-    return Match(Poses(angles, moves), scores, 180 / half_turn, r_max)
+    return Match(Poses(euler_to_matrix(angles), moves), scores, 180 / half_turn, r_max)
 
 
 def _steps(length: float, step: float) -> int:

@@ -8,62 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrefine._types import Images
-from jaxrefine.ctf import CTF
-from jaxrefine.data.observation import View
+from jaxrefine.data.observation import Observation, View
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import likelihood
-from jaxrefine.poses._visit import visit
 from jaxrefine.poses.hypotheses import Hypotheses, merge
 from jaxrefine.poses.prior import Prior
-from jaxrefine.poses.solvers import Estimate, PoseUpdate
-
-NEGLIGIBLE = 1e-2
-"""Hypotheses less probable than this are not followed."""
-
-
-@eqx.filter_jit
-def _polish(
-    spectrum: Spectrum,
-    view: View,
-    images: Images,
-    ctf: CTF | None,
-    group: Int[Array, "b"],
-    prior: Prior,
-    rotations: Float[Array, "b 3 3"],
-    shifts: Float[Array, "b 2"],
-    update: PoseUpdate,
-) -> tuple[Estimate, Float[Array, "b"]]:
-    data, transfer = view.spectra(images, group), view.transfer(ctf, group)
-
-    def one(data, transfer, prior, rotation, shift):
-        # A fixed component has its prior's information and no other, which takes it out
-        # of the evidence, too: its integral over the prior is 1.
-        free = prior.free
-
-        def objective(rotation, shift):
-            cost, gradient, information = likelihood.normal_equations(
-                spectrum, view.disc, data, rotation, shift, transfer, view.weights
-            )
-            return (
-                cost + prior.cost(rotation, shift),
-                free * (gradient + prior.gradient(rotation, shift)),
-                free[:, None] * free[None] * information + prior.information(),
-            )
-
-        estimate = update.minimise(objective, rotation, shift, prior.clip)
-        energy = jnp.sum(view.weights * (data.real**2 + data.imag**2)) / 2
-        _, volume = jnp.linalg.slogdet(estimate.information)
-        mass = 2.5 * jnp.log(2 * jnp.pi) - volume / 2
-        return estimate, energy - estimate.cost + mass
-
-    return jax.vmap(one)(data, transfer, prior, rotations, shifts)
+from jaxrefine.poses.solvers import PoseUpdate
+from jaxrefine.poses.visit import visit
 
 
 @final
 class Polished(eqx.Module):
-    """What became of some candidates (leading axis: candidates).
+    """What became of candidates (leading axis: candidates, if there are several).
 
     Attributes
     ----------
@@ -74,17 +31,71 @@ class Polished(eqx.Module):
         that the image shows no particle.
     """
 
-    rotations: Float[np.ndarray, "c 3 3"]
-    shifts: Float[np.ndarray, "c 2"]
-    information: Float[np.ndarray, "c 5 5"]
-    damping: Float[np.ndarray, "c iterations"]
-    evidence: Float[np.ndarray, "c"]
+    rotations: Float[Array | np.ndarray, "*c 3 3"]
+    shifts: Float[Array | np.ndarray, "*c 2"]
+    information: Float[Array | np.ndarray, "*c 5 5"]
+    damping: Float[Array | np.ndarray, "*c iterations"]
+    evidence: Float[Array | np.ndarray, "*c"]
+
+
+@final
+class Polish(eqx.Module):
+    r"""Takes one candidate pose to its optimum and measures the mass about it.
+
+    With the cost :math:`J` at the optimum, which includes the prior, the information
+    :math:`A` there and the energy :math:`E` of the image, the evidence is that of
+    Laplace's method (MacKay, Information Theory, Inference, and Learning Algorithms,
+    2003, ch. 27),
+
+    .. math:: E - J + \tfrac52 \log 2\pi - \tfrac12 \log \det A.
+
+    Attributes
+    ----------
+    update
+        How a pose is improved, for instance `solvers.LevenbergMarquardt()`.
+    """
+
+    update: PoseUpdate
+
+    def __call__(
+        self,
+        reference: Spectrum,
+        observation: Observation,
+        prior: Prior,
+        rotation: Float[Array, "3 3"],
+        shift: Float[Array, "2"],
+    ) -> Polished:
+        """Polish one candidate; arguments as for `likelihood.cost`."""
+        # A fixed component has its prior's information and no other, which takes it out
+        # of the evidence, too: its integral over the prior is 1.
+        free = prior.free
+
+        def objective(rotation, shift):
+            cost, gradient, information = likelihood.normal_equations(
+                reference, observation, rotation, shift
+            )
+            return (
+                cost + prior.cost(rotation, shift),
+                free * (gradient + prior.gradient(rotation, shift)),
+                free[:, None] * free[None] * information + prior.information(),
+            )
+
+        estimate = self.update.minimise(objective, rotation, shift, prior.clip)
+        _, log_determinant = jnp.linalg.slogdet(estimate.information)
+        mass = 2.5 * jnp.log(2 * jnp.pi) - log_determinant / 2
+        return Polished(
+            estimate.rotation,
+            estimate.shift,
+            estimate.information,
+            estimate.damping,
+            observation.energy - estimate.cost + mass,
+        )
 
 
 def polish_poses(
     particles: Particles,
     owners: Int[np.ndarray, " c"],
-    spectrum: Spectrum,
+    reference: Spectrum,
     view: View,
     prior: Prior,
     rotations: Float[np.ndarray, "c 3 3"],
@@ -98,37 +109,20 @@ def polish_poses(
     ----------
     particles, owners
         All particles, and the one that each candidate belongs to.
-    spectrum, view, prior
-        As for :func:`explore`.
+    reference, view
+        Spectrum of the map, and how images are compared with it.
+    prior
+        Priors of all particles.
     rotations, shifts
-        The candidates.
+        The candidates, shifts in pixels.
     update
-        How, for instance `solvers.LevenbergMarquardt()`.
+        How a pose is improved, for instance `solvers.LevenbergMarquardt()`.
     batch_size
         Candidates at a time, at most as many as there are particles.
     """
-
-    def polish_batch(places, images, ctf, group, prior):
-        estimate, evidence = _polish(
-            spectrum,
-            view,
-            images,
-            ctf,
-            group,
-            prior,
-            jnp.asarray(rotations[places]),
-            jnp.asarray(shifts[places]),
-            update,
-        )
-        return (
-            estimate.rotation,
-            estimate.shift,
-            estimate.information,
-            estimate.damping,
-            evidence,
-        )
-
-    return Polished(*visit(particles, owners, prior, batch_size, polish_batch))
+    candidates = (prior.take(owners), rotations, shifts)
+    polish = Polish(update)
+    return visit(polish, particles, owners, reference, view, candidates, batch_size)
 
 
 @eqx.filter_jit

@@ -103,7 +103,7 @@ def priors_about(
     max_shift: float,
 ) -> Prior:
     """Return priors about given poses, with a leading axis on every leaf."""
-    count, dtype = len(poses.angles), poses.angles.dtype
+    count, dtype = len(poses), poses.rotations.dtype
     numbers = (angle_std, shift_std, max_angle, max_shift)
     each = [jnp.full(count, number, dtype) for number in numbers]
     return Prior(poses.rotations, poses.shifts, *each)

@@ -2,70 +2,80 @@
 
 import math
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrefine._types import Images
-from jaxrefine.ctf import CTF
-from jaxrefine.data.observation import View
+from jaxrefine.data.observation import Observation, View
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import likelihood
-from jaxrefine.poses._visit import visit
 from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.solvers import retract
+from jaxrefine.poses.visit import visit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_LEAST_CURVATURE = 0.1  # of that of Gauss and Newton
-
-
-@eqx.filter_jit
-def _curvature(
-    spectrum: Spectrum,
-    view: View,
-    images: Images,
-    ctf: CTF | None,
-    group: Int[Array, "b"],
-    prior: Prior,
-    rotations: Float[Array, "b 3 3"],
-    shifts: Float[Array, "b 2"],
-    information: Float[Array, "b 5 5"],
-) -> Float[Array, "b 5 5"]:
-    data, transfer = view.spectra(images, group), view.transfer(ctf, group)
-
-    def one(data, transfer, prior, rotation, shift, information):
-        root, free = jnp.linalg.cholesky(information), prior.free
-        # Columns are five independent errors of one standard deviation.
-        half = jnp.linalg.inv(root).T
-        steps = math.sqrt(5) * jnp.concatenate([half.T, -half.T])
-
-        def gradient(step):
-            place = retract(rotation, shift, free * step)
-            _, slope = likelihood.cost_and_gradient(
-                spectrum, view.disc, data, *place, transfer, view.weights
-            )
-            still = (1 - free) * jnp.diag(prior.information()) * step
-            slope = free * (slope + prior.gradient(*place)) + still
-            return jnp.matmul(half.T, slope, precision=_HIGHEST)
-
-        slopes = jax.lax.map(gradient, steps)
-        mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))
-        whitened = (mean + mean.T) / 2
-        found = jnp.matmul(root, whitened, precision=_HIGHEST)
-        found = jnp.matmul(found, root.T, precision=_HIGHEST)
-        sound = jnp.linalg.eigvalsh(whitened)[0] > _LEAST_CURVATURE
-        return jnp.where(sound, found, information)
-
-    return jax.vmap(one)(data, transfer, prior, rotations, shifts, information)
+# Of the curvature of Gauss and Newton. Below it an ellipsoid would be more than three
+# times as long, farther than the cubature points that it was measured from.
+_LEAST_CURVATURE = 0.1
 
 
 def mean_curvature(
+    reference: Spectrum,
+    observation: Observation,
+    prior: Prior,
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    information: Float[Array, "5 5"],
+) -> Float[Array, "5 5"]:
+    r"""Return the mean Hessian of the cost over the Gaussian posterior of a pose.
+
+    .. math:: \mathbb{E}[\nabla^2 J] = \Sigma^{-1}\, \mathbb{E}[\delta\, \nabla
+       J(\delta)^T], \qquad \delta \sim \mathcal{N}(0, \Sigma)
+
+    (Stein's lemma), the expectation by the spherical-radial cubature rule of third
+    degree: gradients at plus and minus :math:`\sqrt 5` standard deviations along five
+    axes (Arasaratnam and Haykin, IEEE Trans. Automatic Control 54, 2009). Unlike the
+    information of Gauss and Newton it knows the residual and how the cost flattens away
+    from its optimum, so that ellipsoids of its inverse cover more nearly what they
+    should. Where it is not safely positive definite, the given information is returned.
+
+    Parameters
+    ----------
+    reference, observation, rotation, shift
+        As for `likelihood.cost`.
+    prior
+        What is known of the pose.
+    information
+        Inverse of the covariance :math:`\Sigma`, of the rotation vector (radians) and
+        the shift (pixels).
+    """
+    root, free = jnp.linalg.cholesky(information), prior.free
+    # Columns are five independent errors of one standard deviation.
+    half = jnp.linalg.inv(root).T
+    steps = math.sqrt(5) * jnp.concatenate([half.T, -half.T])
+
+    def gradient(step):
+        pose = retract(rotation, shift, free * step)
+        _, slope = likelihood.cost_and_gradient(reference, observation, *pose)
+        fixed = (1 - free) * jnp.diag(prior.information()) * step
+        slope = free * (slope + prior.gradient(*pose)) + fixed
+        return jnp.matmul(half.T, slope, precision=_HIGHEST)
+
+    slopes = jax.lax.map(gradient, steps)
+    mean = (slopes[:5] - slopes[5:]) / (2 * math.sqrt(5))
+    whitened = (mean + mean.T) / 2
+    curvature = jnp.matmul(root, whitened, precision=_HIGHEST)
+    curvature = jnp.matmul(curvature, root.T, precision=_HIGHEST)
+    is_safe = jnp.linalg.eigvalsh(whitened)[0] > _LEAST_CURVATURE
+    return jnp.where(is_safe, curvature, information)
+
+
+def mean_curvatures(
     particles: Particles,
     owners: Int[np.ndarray, " c"],
-    spectrum: Spectrum,
+    reference: Spectrum,
     view: View,
     prior: Prior,
     rotations: Float[np.ndarray, "c 3 3"],
@@ -73,30 +83,11 @@ def mean_curvature(
     information: Float[np.ndarray, "c 5 5"],
     batch_size: int,
 ) -> Float[np.ndarray, "c 5 5"]:
-    r"""Return the mean Hessian of the cost over the Gaussian posterior of each pose.
+    """Return `mean_curvature` for the poses of some of the particles.
 
-    .. math:: \mathbb{E}[\nabla^2 J] = \Sigma^{-1}\, \mathbb{E}[\delta\, \nabla
-       J(\delta)^T], \qquad \delta \sim \mathcal{N}(0, \Sigma)
-
-    by the cubature rule of third degree: gradients at plus and minus :math:`\sqrt 5`
-    standard deviations along five axes. Unlike the information of Gauss and Newton it
-    knows the residual and how the cost flattens away from its optimum, so ellipsoids
-    of its inverse cover what they should more nearly. Where it is not safely positive
-    definite, the given information is returned.
+    Parameters as for `polish.polish_poses`; the information is that of each pose.
     """
-
-    def curvature_of_batch(places, images, ctf, group, prior):
-        found = _curvature(
-            spectrum,
-            view,
-            images,
-            ctf,
-            group,
-            prior,
-            jnp.asarray(rotations[places]),
-            jnp.asarray(shifts[places]),
-            jnp.asarray(information[places]),
-        )
-        return (found,)
-
-    return visit(particles, owners, prior, batch_size, curvature_of_batch)[0]
+    candidates = (prior.take(owners), rotations, shifts, information)
+    return visit(
+        mean_curvature, particles, owners, reference, view, candidates, batch_size
+    )

@@ -6,5 +6,8 @@ from jaxrefine.refinement import loop as loop
 from jaxrefine.refinement import map_step as map_step
 from jaxrefine.refinement import memory as memory
 from jaxrefine.refinement import pose_step as pose_step
+from jaxrefine.refinement import reconstruction as reconstruction
+from jaxrefine.refinement import result as result
+from jaxrefine.refinement import schedule as schedule
 from jaxrefine.refinement import sets as sets
 from jaxrefine.refinement import state as state

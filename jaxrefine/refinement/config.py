@@ -10,28 +10,79 @@ from jaxrefine import symmetry
 from jaxrefine.errors import InputError
 from jaxrefine.maps import tv
 from jaxrefine.operators.gridding import Gridding, Insertion
+from jaxrefine.poses.search import half_period_turn
 from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
 
 
 @final
 @dataclass(frozen=True)
+class Tuning:
+    """Constants of the engine that a person may have a reason to change.
+
+    The defaults were found on the cases ``hjc64``, ``ptch64`` and ``hjc64-low`` of
+    ``benchmarks/refinement.py``. How much the result depends on each of them is
+    measured by ``benchmarks/tuning.py``.
+
+    Attributes
+    ----------
+    supported_fsc
+        Correlation of the maps of the two folds up to where poses are compared. Lower
+        values use more of the images, and more noise of the maps.
+    settled, progress
+        The refinement ends when poses change by less than ``settled`` of their error
+        bars, or by more than ``progress`` of what they changed before.
+    stalled
+        With half sets the refinement ends when the correlation of their maps grows by
+        less than this.
+    sample
+        Particles that scale and noise are measured from in each iteration; fewer are
+        faster, and make the spectrum of the noise rougher.
+    least_per_group
+        Particles of each optics group in this sample, if it has as many.
+    shifts_per_period
+        Steps of the grid of shifts in one period of the finest detail compared.
+    local_shift_steps
+        Radius of the grid of shifts of a local search, in steps.
+    decided
+        Weight of its best hypothesis from which a particle is not searched for again.
+    negligible
+        Hypotheses of less weight than this are not followed.
+    final_rounds
+        How many times the ADMM iterations of a volume update the final map takes.
+    """
+
+    supported_fsc: float = 0.5
+    settled: float = 0.3
+    progress: float = 0.75
+    stalled: float = 2e-3
+    sample: int = 2000
+    least_per_group: int = 200
+    shifts_per_period: int = 8
+    local_shift_steps: int = 3
+    decided: float = 0.99
+    negligible: float = 1e-2
+    final_rounds: int = 3
+
+
+@final
+@dataclass(frozen=True)
 class RefineConfig:
-    """Parameters of the refinement. The defaults want no tuning.
+    """Parameters of the refinement. The defaults need no tuning.
 
     Attributes
     ----------
     angle_spread, shift_spread
         How well the given poses are known: standard deviations of each component of
-        the rotation (radians) and of the shift (pixels).
+        the rotation vector (radians) and of the shift (pixels).
     max_angle, max_shift
-        Largest changes of the given poses, radians and pixels. 0 keeps the angles, or
-        the shifts, as they are given.
+        Largest changes of the given poses, radians and pixels. With 0 the angles, or
+        the shifts, stay as they are given.
     symmetry
         Point group of the map, see :mod:`jaxrefine.symmetry`. The given poses are those
         of a map whose axes are the group's.
-    diameter
-        Of the particle, as a fraction of the box: how far rotations move its rim says
-        how densely they are searched.
+    particle_diameter
+        As a fraction of the box. How far a rotation moves the rim of the particle
+        decides how densely rotations are searched.
     half_sets
         Whether two halves of the particles are refined independently, for a
         gold-standard FSC.
@@ -41,11 +92,13 @@ class RefineConfig:
         Band limit of the first iteration, cycles per box: what the initial map and
         poses support.
     search_r_max
-        Largest band limit of the search.
+        Largest band limit of the search, cycles per box.
     max_r_max
-        Largest band limit at which poses are compared; None for what the map supports.
+        Largest band limit at which poses are compared, cycles per box; None for what
+        the map supports.
     multi_start
-        Outer iterations that search the whole prior, not just about the current poses.
+        Outer iterations, from 0, that search the whole prior, not just about the
+        current poses.
     hypotheses
         Candidate poses of each particle that are followed.
     candidates
@@ -58,13 +111,21 @@ class RefineConfig:
     update
         How candidate poses are polished.
     regulariser
-        Prior on the map's gradient.
+        Prior on the gradient of the map.
     interpolation, search_interpolation
-        How slices are read from the map's spectrum, by the polishing and by the search.
+        How slices are read from the spectrum of the map, by the polishing and by the
+        search.
     insertion
         How slices are inserted; None takes the faster way on the default device.
     batch_size
         Particles at a time.
+    tuning
+        Further constants, which seldom need a change.
+
+    Raises
+    ------
+    InputError
+        If a parameter is out of range, or there is no such point group.
     """
 
     angle_spread: float = 0.45
@@ -72,7 +133,7 @@ class RefineConfig:
     max_angle: float = np.pi
     max_shift: float = 6.0
     symmetry: str = "C1"
-    diameter: float = 2 / 3
+    particle_diameter: float = 2 / 3
     half_sets: bool = False
     iterations: int = 12
     first_r_max: int = 7
@@ -89,6 +150,7 @@ class RefineConfig:
     search_interpolation: Gridding = Gridding(3, 1.5)
     insertion: Insertion | None = None
     batch_size: int = 256
+    tuning: Tuning = Tuning()
 
     @property
     def last_multi_start(self) -> int:
@@ -96,12 +158,12 @@ class RefineConfig:
         return max(self.multi_start, default=-1)
 
     @property
-    def turns(self) -> bool:
+    def refines_angles(self) -> bool:
         """Whether the angles are refined; if not, they stay as they are given."""
         return self.max_angle > 0
 
     @property
-    def moves(self) -> bool:
+    def refines_shifts(self) -> bool:
         """Whether the shifts are refined; if not, they stay as they are given."""
         return self.max_shift > 0
 
@@ -110,27 +172,32 @@ class RefineConfig:
         """The operators of the map's symmetry."""
         return symmetry.operators(self.symmetry)
 
-    def cell(self, r_max: int) -> float:
-        """Return the side of a cell of rotations, in radians.
+    def half_period_turn(self, r_max: int) -> float:
+        """Return `search.half_period_turn` of the particle, radians."""
+        return half_period_turn(self.particle_diameter, r_max)
 
-        One over ``r_max`` for a particle of two thirds of the box; see
-        `search.wanted_candidates`.
+    def search_cell(self, r_max: int) -> float:
+        """Return the side of the cells that rotations are searched in, radians.
+
+        Two thirds of `half_period_turn`, so that cells overlap; candidates that are
+        nearer than this count as one.
         """
-        return 2 / (3 * self.diameter * r_max)
+        return 2 / 3 * self.half_period_turn(r_max)
 
     def __post_init__(self):
         symmetry.operators(self.symmetry)
         for name in ("angle_spread", "shift_spread"):
             if not getattr(self, name) > 0:
-                value = getattr(self, name)
-                raise InputError(f"{name} wants to be positive, not {value}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("max_angle", "max_shift"):
             if not getattr(self, name) >= 0:
-                value = getattr(self, name)
-                raise InputError(f"{name} wants to be at least 0, not {value}")
-        if not 0 < self.diameter <= 1:
+                raise InputError(
+                    f"{name} must be at least 0, got {getattr(self, name)}"
+                )
+        if not 0 < self.particle_diameter <= 1:
             raise InputError(
-                f"diameter wants to be from 0 to 1 of the box, not {self.diameter}"
+                "particle_diameter must be more than 0 and at most 1, a fraction of "
+                f"the box, got {self.particle_diameter}"
             )
         for name in (
             "iterations",
@@ -142,12 +209,13 @@ class RefineConfig:
             "batch_size",
         ):
             if not getattr(self, name) >= 1:
-                value = getattr(self, name)
-                raise InputError(f"{name} wants to be at least 1, not {value}")
+                raise InputError(
+                    f"{name} must be at least 1, got {getattr(self, name)}"
+                )
         if self.max_r_max is not None and not self.max_r_max >= self.first_r_max:
             raise InputError(
-                f"max_r_max wants to be at least first_r_max, {self.first_r_max}, not "
+                f"max_r_max must be at least first_r_max, {self.first_r_max}, got "
                 f"{self.max_r_max}"
             )
         if self.tau is not None and not self.tau > 0:
-            raise InputError(f"tau wants to be positive, not {self.tau}")
+            raise InputError(f"tau must be positive, got {self.tau}")

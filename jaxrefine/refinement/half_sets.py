@@ -22,29 +22,29 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def correlation(
-    first: SetState, second: SetState, whole: ParticleSet
+    first: SetState, second: SetState, members: ParticleSet
 ) -> Float[Array, "shells"]:
     """Return the FSC of two sets' maps, in one frame.
 
     The maps are regularised, and agree beyond what the images say: this tells whether
-    an iteration was worth it. What the resolution is `loop.Result.fsc` tells.
+    an iteration was worth it. What the resolution is `result.Result.fsc` tells.
 
     Parameters
     ----------
     first, second
         The sets; the map of the second is put into the frame of the first.
-    whole
+    members
         The particles and parameters of either.
 
     Returns
     -------
     The correlation at the shells 0 to ``n // 2``.
     """
-    moved = align.move_map(second.mean_map, *_motion(second, first, whole))
+    moved = align.move_map(second.mean_map, *_motion(second, first, members))
     return fsc(first.mean_map, moved)
 
 
-def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState:
+def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetState:
     """Turn and move a set's maps and poses, all together, to those of another set.
 
     Poses stay within their limits.
@@ -53,18 +53,18 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
     ----------
     state, reference
         The set to move, and the one to move it to.
-    whole
+    members
         The particles and parameters of the first.
     """
-    rotation, translation = _motion(state, reference, whole)
+    rotation, translation = _motion(state, reference, members)
     maps = [
-        admm.init(align.move_map(one.coefficients, rotation, translation))
-        for one in state.maps
+        admm.init(align.move_map(fold.coefficients, rotation, translation))
+        for fold in state.maps
     ]
     rotations = jnp.matmul(state.hypotheses.rotations, rotation, precision=_HIGHEST)
     moved = jnp.matmul(rotations[..., :2, :], translation, precision=_HIGHEST)
     rotations, shifts = jax.vmap(lambda prior, *poses: jax.vmap(prior.clip)(*poses))(
-        whole.prior, rotations, state.hypotheses.shifts - moved
+        members.prior, rotations, state.hypotheses.shifts - moved
     )
     return eqx.tree_at(
         lambda s: (s.maps, s.hypotheses.rotations, s.hypotheses.shifts),
@@ -74,22 +74,22 @@ def turned(state: SetState, reference: SetState, whole: ParticleSet) -> SetState
 
 
 def _motion(
-    state: SetState, reference: SetState, whole: ParticleSet
+    state: SetState, reference: SetState, members: ParticleSet
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
     """Return the motion of a set's map to another's, found at the search's band.
 
     Angles that are fixed leave no rotation free, shifts no translation.
     """
-    config, size = whole.config, whole.particles.image_size
+    config, size = members.config, members.particles.image_size
     rotation, translation = align.align_maps(
-        whole.masked(state.mean_map),
-        whole.masked(reference.mean_map),
+        members.masked(state.mean_map),
+        members.masked(reference.mean_map),
         slices.bucket(config.search_r_max, size),
     )
     rotation, translation = on_axes(rotation, translation, config.operators)
-    if not config.turns:
+    if not config.refines_angles:
         rotation = jnp.eye(3, dtype=rotation.dtype)
-    if not config.moves:
+    if not config.refines_shifts:
         translation = jnp.zeros_like(translation)
     return rotation, translation
 

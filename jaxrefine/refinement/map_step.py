@@ -5,6 +5,7 @@ maps, `assess` measures what they are worth, `choose_tau` and `final_map` make o
 all particles.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrefine._types import Volume
 from jaxrefine.data import observation
 from jaxrefine.data.observation import View
-from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, folds
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
@@ -25,24 +26,21 @@ from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
 from jaxrefine.maps.sums import Sums, data_term, insert, solve
 from jaxrefine.poses.hypotheses import Hypotheses, certain
-from jaxrefine.poses.polish import NEGLIGIBLE
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
-_SAMPLE = 2000  # particles that scale and noise are measured from
-_FEWEST = 200  # particles of a group, of those
-_EMPTY, _QUIET = (
-    1e-10,
-    1e-2,
-)  # no data, of the fullest shell; least noise, of the median
-_FAINTEST = 1e-6  # of the fullest shell: the least noise to begin with
-_FINAL_ROUNDS = 3
+# Guards against images that are empty in some shells, filtered or noiseless. They are
+# far from what data with noise have, and far above rounding.
+_EMPTY_SHELL = 1e-10  # power of an empty shell, relative to the fullest
+_LEAST_NOISE = 1e-2  # noise of a shell, relative to the median of its group
+_LEAST_INITIAL_NOISE = 1e-6  # relative to the fullest shell
+# Batches of the insertion are multiples of this, so that few programs are compiled.
 _ROUND = 512
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
+def start(members: ParticleSet, volume: Volume) -> SetState:
     """Begin with a map of unknown scale, and with noise as strong as it is far out.
 
     Of the map only what lies below the first band limit is used. The noise is taken to
@@ -51,21 +49,24 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
     such that its projections have the power of the images beyond that in the first
     three shells, which does not need the poses.
     """
-    count = len(whole.particles)
-    hypotheses = certain(poses, whole.config.hypotheses)
-    shells = whole.particles.image_size // 2 + 1
-    one = jnp.ones(shells, volume.dtype)
-    volume = filter_shells(volume, _up_to(whole.config.first_r_max, one))
-    sums = _measure(whole, hypotheses, [volume] * FOLDS)
+    count, config = len(members), members.config
+    given = Poses(members.prior.rotations, members.prior.shifts)
+    hypotheses = certain(given, config.hypotheses)
+    shells = members.particles.image_size // 2 + 1
+    ones = jnp.ones(shells, volume.dtype)
+    volume = filter_shells(volume, _up_to(config.first_r_max, ones))
+    sums = _measure(members, hypotheses, [volume] * FOLDS)
     power = sums.data / jnp.maximum(sums.count, 1.0)
-    outer = jnp.mean(power[:, 3 * whole.last // 4 : whole.last + 1], axis=1)
-    level = jnp.maximum(outer, _FAINTEST * jnp.max(power[:, 1:], axis=1))
+    outer = jnp.mean(
+        power[:, 3 * members.last_shell // 4 : members.last_shell + 1], axis=1
+    )
+    level = jnp.maximum(outer, _LEAST_INITIAL_NOISE * jnp.max(power[:, 1:], axis=1))
     largest = jnp.max(level)
     level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
     noise = jnp.repeat(level[:, None], shells, axis=1)
-    few = slice(1, 4)
-    signal = jnp.sum((sums.data - noise * sums.count)[:, few])
-    model = jnp.sum(sums.model[:, few])
+    first = slice(1, 4)
+    signal = jnp.sum((sums.data - noise * sums.count)[:, first])
+    model = jnp.sum(sums.model[:, first])
     model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
     scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
     return SetState(
@@ -73,17 +74,17 @@ def start(whole: ParticleSet, poses: Poses, volume: Volume) -> SetState:
         information=jnp.zeros((count, 5, 5), volume.dtype),
         evidence=jnp.zeros(count, volume.dtype),
         maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
-        gain=one,
-        noise=noise / whole.particles.noise_share,
-        tau=jnp.asarray(whole.config.tau or 1.0, volume.dtype),
-        fold_fsc=one,
+        gain=ones,
+        noise=noise / members.particles.noise_share,
+        tau=jnp.asarray(config.tau or 1.0, volume.dtype),
+        fold_fsc=ones,
     )
 
 
-def _up_to(r_max: int, one: Float[Array, "shells"]) -> Float[Array, "shells"]:
+def _up_to(r_max: int, ones: Float[Array, "shells"]) -> Float[Array, "shells"]:
     """Return a gain of 1 up to a shell and 0 beyond, with a cosine edge of 3 shells."""
-    beyond = jnp.clip((jnp.arange(len(one)) - r_max) / 3, 0.0, 1.0)
-    return one * 0.5 * (1 + jnp.cos(jnp.pi * beyond.astype(one.dtype)))
+    beyond = jnp.clip((jnp.arange(len(ones)) - r_max) / 3, 0.0, 1.0)
+    return ones * 0.5 * (1 + jnp.cos(jnp.pi * beyond.astype(ones.dtype)))
 
 
 @eqx.filter_jit
@@ -106,14 +107,14 @@ def _insert(
         insertion,
         view.disc,
         spectra,
-        Poses(matrix_to_euler(turned.reshape(-1, 3, 3)), shifts),
+        Poses(turned.reshape(-1, 3, 3), shifts),
         transfer,
         weights[:, None] * view.inverse_noise[None],
     )
 
 
 def sum_up(
-    whole: ParticleSet,
+    members: ParticleSet,
     hypotheses: Hypotheses,
     noise: Float[Array, "*groups shells"],
     included: Bool[np.ndarray, " particles"],
@@ -124,7 +125,7 @@ def sum_up(
 
     Parameters
     ----------
-    whole, hypotheses
+    members, hypotheses
         The particles, and their poses with weights.
     noise
         Power of the noise by shell, of each group or one for all.
@@ -135,33 +136,33 @@ def sum_up(
     -------
     The sums of each fold's own images.
     """
-    n = whole.particles.image_size
-    everything = observation.view(whole.particles, whole.last, noise)
+    n = members.particles.image_size
+    view = observation.view(members.particles, members.last_shell, noise)
     # Enough slices at a time to outweigh the FFT of the kernel's grid.
-    size = max(_ROUND, n**3 * 2 // len(everything.disc.shells))
-    operators = whole.config.operators
+    size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
+    operators = members.config.operators
     size = max(1, size // len(operators))
     weights = np.asarray(hypotheses.weights) * included[:, None]
-    weights = np.where(weights > NEGLIGIBLE, weights, 0.0)
+    weights = np.where(weights > members.config.tuning.negligible, weights, 0.0)
     sums = []
     for fold in range(FOLDS):
-        members = whole.members(fold)
-        owners, column = np.nonzero(weights[members])
-        owners = members[owners]
+        of_fold = members.of_fold(fold)
+        rows, columns = np.nonzero(weights[of_fold])
+        owners = of_fold[rows]
         total = Sums.zero(n, noise.dtype)
         places = np.arange(len(owners))
         for batch, new in observation.batches(places, _rounded(len(owners), size)):
-            owner, place = owners[batch], column[batch]
-            images, ctf = whole.particles.batch(owner)
-            weight = np.where(np.arange(len(batch)) < new, weights[owner, place], 0.0)
+            owner, column = owners[batch], columns[batch]
+            images, ctf = members.particles.batch(owner)
+            weight = np.where(np.arange(len(batch)) < new, weights[owner, column], 0.0)
             total = total + _insert(
-                whole.insertion,
-                everything,
+                members.insertion,
+                view,
                 images,
                 ctf,
-                whole.particles.group_of(owner),
-                hypotheses.rotations[owner, place],
-                hypotheses.shifts[owner, place],
+                members.particles.group_of(owner),
+                hypotheses.rotations[owner, column],
+                hypotheses.shifts[owner, column],
                 jnp.asarray(weight, noise.dtype),
                 operators,
             )
@@ -186,64 +187,71 @@ def _compare(spectrum, view: View, images, ctf, poses, included):
     )
 
 
-def _measure(whole: ParticleSet, hypotheses: Hypotheses, maps) -> ShellSums:
+def _measure(
+    members: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
+) -> ShellSums:
     """Compare images with the masked maps that they are not in, at their best poses."""
-    particles, dtype = whole.particles, maps[0].dtype
-    plain = jnp.ones(particles.image_size // 2 + 1, dtype)
-    full = observation.view(particles, whole.last, plain)
+    particles, dtype = members.particles, maps[0].dtype
+    tuning = members.config.tuning
+    ones = jnp.ones(particles.image_size // 2 + 1, dtype)
+    view = observation.view(particles, members.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
     poses = hypotheses.best()
     total = None
     for fold in range(FOLDS):
-        members = whole.members(fold)
-        group = particles.group_of(members)
-        share = max(_SAMPLE // len(groups), _FEWEST) // FOLDS
-        members = np.concatenate([_some(members[group == g], share) for g in groups])
-        size = min(whole.config.batch_size, len(members))
-        volume = whole.masked(maps[fold])
-        spectrum = whole.config.interpolation.spectrum(volume, whole.last)
-        for batch, new in observation.batches(members, size):
+        of_fold = members.of_fold(fold)
+        group = particles.group_of(of_fold)
+        share = max(tuning.sample // len(groups), tuning.least_per_group) // FOLDS
+        sample = np.concatenate(
+            [_evenly_spaced(of_fold[group == g], share) for g in groups]
+        )
+        size = min(members.config.batch_size, len(sample))
+        volume = members.masked(maps[fold])
+        spectrum = members.config.interpolation.spectrum(volume, members.last_shell)
+        for batch, new in observation.batches(sample, size):
             images, ctf = particles.batch(batch)
             included = (particles.group_of(batch) == groups) & (np.arange(size) < new)
-            part = _compare(
+            sums = _compare(
                 spectrum,
-                full,
+                view,
                 images,
                 ctf,
-                Poses(poses.angles[batch], poses.shifts[batch]),
+                poses.take(batch),
                 jnp.asarray(included, dtype),
             )
-            total = part if total is None else total + part
+            total = sums if total is None else total + sums
     assert total is not None
     return total
 
 
-def _some(members: Int[np.ndarray, " members"], most: int) -> Int[np.ndarray, " some"]:
+def _evenly_spaced(
+    members: Int[np.ndarray, " members"], most: int
+) -> Int[np.ndarray, " sample"]:
     """Return so many of the members, evenly spaced."""
     count = min(len(members), most)
     return members[np.linspace(0, len(members) - 1, count).astype(int)]
 
 
-def update_maps(whole: ParticleSet, state: SetState, data: folds.Folds) -> SetState:
+def update_maps(members: ParticleSet, state: SetState, data: folds.Folds) -> SetState:
     """Make the folds' maps, each from the other fold.
 
     Parameters
     ----------
-    whole
+    members
         The parameters of the particles.
     state
         The maps and multipliers to start from, and ``tau``.
     data
         The data terms of the folds, see `sum_up` and `folds.folds`.
     """
-    config = whole.config
+    config = members.config
     maps = folds.solve_all(
         data, state.maps, state.tau, config.regulariser, config.admm_iterations
     )
     return eqx.tree_at(lambda s: s.maps, state, maps)
 
 
-def assess(whole: ParticleSet, state: SetState) -> SetState:
+def assess(members: ParticleSet, state: SetState) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
     The scale is common to all groups. The power of the noise, which is taken for what
@@ -252,27 +260,30 @@ def assess(whole: ParticleSet, state: SetState) -> SetState:
 
     Parameters
     ----------
-    whole
+    members
         The particles, a sample of which is compared with the maps.
     state
         Their poses, the folds' maps, and the noise that groups are weighed by.
     """
-    volumes = [one.coefficients for one in state.maps]
-    sums = _measure(whole, state.hypotheses, volumes)
+    volumes = [fold.coefficients for fold in state.maps]
+    sums = _measure(members, state.hypotheses, volumes)
     gain = sums.pooled(observation.relative_precision(state.noise)).gain
     # A shell that the images are empty in says nothing, however small its residual.
-    data, inside = sums.data / jnp.maximum(sums.count, 1.0), slice(1, whole.last + 1)
+    data, inside = (
+        sums.data / jnp.maximum(sums.count, 1.0),
+        slice(1, members.last_shell + 1),
+    )
     fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
-    empty = data <= _EMPTY * fullest
+    empty = data <= _EMPTY_SHELL * fullest
     residual, count = (
         jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
-    power = noise_power(residual, count) / whole.particles.noise_share
+    power = noise_power(residual, count) / members.particles.noise_share
     median = jnp.nanmedian(
         jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )
-    power = jnp.where(empty, jnp.inf, jnp.maximum(power, _QUIET * median))
-    measured = (fullest > 0) & (jnp.arange(data.shape[1])[None] <= whole.last)
+    power = jnp.where(empty, jnp.inf, jnp.maximum(power, _LEAST_NOISE * median))
+    measured = (fullest > 0) & (jnp.arange(data.shape[1])[None] <= members.last_shell)
     noise = jnp.where(measured, power, state.noise)
     return eqx.tree_at(
         lambda s: (s.gain, s.noise, s.fold_fsc),
@@ -300,13 +311,13 @@ class FinalMap:
 
 
 def choose_tau(
-    whole: ParticleSet, state: SetState, sums: list[Sums]
+    members: ParticleSet, state: SetState, sums: list[Sums]
 ) -> tuple[SetState, dict[float, float]]:
     """Choose the regulariser's weight by cross-validation, unless it is given.
 
     Parameters
     ----------
-    whole
+    members
         The parameters of the particles, which may give the weight.
     state
         The folds' maps to start from, and the weight to begin with.
@@ -318,7 +329,7 @@ def choose_tau(
     The state with the folds' maps and the weight that were chosen, and the errors of
     prediction that they were chosen by, if they were.
     """
-    config = whole.config
+    config = members.config
     if config.tau is not None:
         return state, {}
     tau, maps, errors = folds.cross_validate(
@@ -346,7 +357,7 @@ def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalM
     total = sums[0] + sums[1]
     data = data_term(total)
     solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
-    for _ in range(_FINAL_ROUNDS):
+    for _ in range(config.tuning.final_rounds):
         solution = solve(
             data,
             total.peak,

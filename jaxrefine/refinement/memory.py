@@ -114,8 +114,8 @@ def available_bytes() -> int | None:
         return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    found = [int(size) * 1024 for size in sizes] + _left_by_groups()
-    return min(found, default=None)
+    limits = [int(size) * 1024 for size in sizes] + _left_by_groups()
+    return min(limits, default=None)
 
 
 def _left_by_groups() -> list[int]:

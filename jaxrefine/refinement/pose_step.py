@@ -1,7 +1,7 @@
 r"""The pose side of an outer iteration, for one set of particles.
 
 `update_poses` searches, polishes and weighs; `measure_information` says how well the
-poses are known at last, `undetermined` which particles show nothing.
+poses are known in the end, `undetermined` which particles show nothing.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,11 @@ from jaxrefine.data import observation
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import slices
-from jaxrefine.poses import polish, search, uncertainty
-from jaxrefine.poses.polish import NEGLIGIBLE
-from jaxrefine.poses.search import Scan, wanted_candidates
+from jaxrefine.poses import polish, uncertainty
+from jaxrefine.poses.hypotheses import Hypotheses
+from jaxrefine.poses.search import Search, covering_count, search_poses, shift_grid
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
-
-# Shifts are sampled finely enough by an eighth of the finest period.
-_SHIFTS_PER_PERIOD = 8
-_LOCAL_SHIFTS = 3
-_CERTAIN = 0.99
 
 
 @final
@@ -57,13 +52,17 @@ class PoseReport:
 
 
 def update_poses(
-    whole: ParticleSet, state: SetState, iteration: int, r_max: int, key: PRNGKeyArray
+    members: ParticleSet,
+    state: SetState,
+    iteration: int,
+    r_max: int,
+    key: PRNGKeyArray,
 ) -> tuple[SetState, PoseReport]:
     """Search for, polish and weigh the poses of all particles at a band limit.
 
     Parameters
     ----------
-    whole, state
+    members, state
         The particles, and what is known of them.
     iteration
         Outer iteration, from 0.
@@ -72,189 +71,220 @@ def update_poses(
     key
         Draws the candidates.
     """
-    config, count = whole.config, len(whole.particles)
-    keep, places = config.hypotheses, np.arange(count)
+    config, count, tuning = members.config, len(members), members.config.tuning
+    keep, everyone = config.hypotheses, np.arange(count)
     # The last place is for the best pose so far, which no search may lose.
-    last = np.arange(keep + 1) % keep
-    candidates = np.asarray(state.hypotheses.rotations)[:, last]
-    shifts = np.asarray(state.hypotheses.shifts)[:, last]
-    active = np.asarray(state.hypotheses.weights)[:, last] > NEGLIGIBLE
+    places = np.arange(keep + 1) % keep
+    rotations = np.asarray(state.hypotheses.rotations)[:, places]
+    shifts = np.asarray(state.hypotheses.shifts)[:, places]
+    active = np.asarray(state.hypotheses.weights)[:, places] > tuning.negligible
     active[:, keep] = False
-    wide = iteration in config.multi_start
-    undecided = np.asarray(state.hypotheses.weights)[:, 0] < _CERTAIN
-    beyond = iteration > config.last_multi_start
-    searched = undecided if beyond else np.ones(count, bool)
-    size = whole.particles.image_size
-    coarse_r = slices.bucket(min(r_max, config.search_r_max), size)
-    fine = observation.view(whole.particles, r_max, state.noise)
-    polished = []
+    is_wide = iteration in config.multi_start
+    undecided = np.asarray(state.hypotheses.weights)[:, 0] < tuning.decided
+    after_multi_start = iteration > config.last_multi_start
+    searched = undecided if after_multi_start else np.ones(count, bool)
+    search_r_max = slices.bucket(
+        min(r_max, config.search_r_max), members.particles.image_size
+    )
+    view = observation.view(members.particles, r_max, state.noise)
+    results = []
     for fold in range(FOLDS):
-        reference = _reference(whole, state, fold)
-        members = whole.members(fold)
-        chosen = members[searched[members]]
+        of_fold = members.of_fold(fold)
+        chosen = of_fold[searched[of_fold]]
+        volume = reference_map(members, state, fold)
         if len(chosen):
-            found = _explore(whole, state, chosen, reference, coarse_r, wide, key)
-            candidates[chosen, :keep], shifts[chosen, :keep] = found
+            candidates = search_candidates(
+                members, state, chosen, volume, search_r_max, is_wide, key
+            )
+            rotations[chosen, :keep], shifts[chosen, :keep] = candidates
             active[chosen, :keep] = True
-            active[chosen, keep] = _known(state)
-        owners, column = np.nonzero(active[members])
-        owners = members[owners]
-        spectrum = config.interpolation.spectrum(reference, r_max)
-        result = polish.polish_poses(
-            whole.particles,
+            active[chosen, keep] = _were_compared(state)
+        rows, columns = np.nonzero(active[of_fold])
+        owners = of_fold[rows]
+        polished = polish.polish_poses(
+            members.particles,
             owners,
-            spectrum,
-            fine,
-            whole.prior,
-            candidates[owners, column],
-            shifts[owners, column],
+            config.interpolation.spectrum(volume, r_max),
+            view,
+            members.prior,
+            rotations[owners, columns],
+            shifts[owners, columns],
             config.update,
             config.batch_size,
         )
-        polished.append((owners, column, result))
+        results.append((owners, columns, polished))
 
     information = np.zeros((*active.shape, 5, 5), np.float32)
     evidence = np.full(active.shape, -np.inf, np.float32)
-    for owners, column, result in polished:
-        candidates[owners, column] = result.rotations
-        shifts[owners, column] = result.shifts
-        information[owners, column] = result.information
-        evidence[owners, column] = result.evidence
+    for owners, columns, polished in results:
+        rotations[owners, columns] = polished.rotations
+        shifts[owners, columns] = polished.shifts
+        information[owners, columns] = polished.information
+        evidence[owners, columns] = polished.evidence
     dtype = state.noise.dtype
     hypotheses, order = polish.weigh(
-        jnp.asarray(candidates, dtype),
+        jnp.asarray(rotations, dtype),
         jnp.asarray(shifts, dtype),
         jnp.asarray(evidence, dtype),
-        jnp.asarray(config.cell(r_max), dtype),
+        jnp.asarray(config.search_cell(r_max), dtype),
         keep,
         config.operators,
     )
     best = np.asarray(order)[:, 0]
-    before, after = state.hypotheses, hypotheses
-    turn = np.einsum("pij,pij->p", before.rotations[:, 0], after.rotations[:, 0])
-    moved = np.linalg.norm(after.shifts[:, 0] - before.shifts[:, 0], axis=-1)
-    damping = np.concatenate([result.damping for *_, result in polished])
+    damping = np.concatenate([polished.damping for *_, polished in results])
+    angle_change, shift_change = _median_changes(state.hypotheses, hypotheses)
     report = PoseReport(
         searched=int(searched.sum()),
-        search_r_max=coarse_r if searched.any() else 0,
-        decided=float(np.mean(np.asarray(hypotheses.weights)[:, 0] >= _CERTAIN)),
+        search_r_max=search_r_max if searched.any() else 0,
+        decided=float(np.mean(np.asarray(hypotheses.weights)[:, 0] >= tuning.decided)),
         damping=np.median(damping, axis=0).tolist(),
-        angle_change_in_degrees=float(
-            np.rad2deg(np.median(np.arccos(np.clip((turn - 1) / 2, -1, 1))))
-        ),
-        shift_change_in_pixels=float(np.median(moved)),
+        angle_change_in_degrees=float(np.rad2deg(angle_change)),
+        shift_change_in_pixels=shift_change,
     )
     state = eqx.tree_at(
         lambda s: (s.hypotheses, s.information, s.evidence),
         state,
         (
             hypotheses,
-            jnp.asarray(information[places, best], dtype),
-            jnp.asarray(evidence[places, best], dtype),
+            jnp.asarray(information[everyone, best], dtype),
+            jnp.asarray(evidence[everyone, best], dtype),
         ),
     )
     return state, report
 
 
-def _reference(whole: ParticleSet, state: SetState, fold: int) -> Volume:
+def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float]:
+    """Return by how much the best poses have changed, radians and pixels."""
+    trace = np.einsum("pij,pij->p", before.rotations[:, 0], after.rotations[:, 0])
+    turned = np.arccos(np.clip((trace - 1) / 2, -1, 1))
+    moved = np.linalg.norm(after.shifts[:, 0] - before.shifts[:, 0], axis=-1)
+    return float(np.median(turned)), float(np.median(moved))
+
+
+def reference_map(members: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = whole.masked(state.maps[fold].coefficients)
+    volume = members.masked(state.maps[fold].coefficients)
     return filter_shells(volume, state.gain)
 
 
-def _known(state: SetState) -> bool:
+def _were_compared(state: SetState) -> bool:
     """Whether the poses have been compared with images yet."""
     return bool(np.asarray(state.evidence).any())
 
 
-def _explore(
-    whole: ParticleSet,
+def search_candidates(
+    members: ParticleSet,
     state: SetState,
     chosen: Int[np.ndarray, " chosen"],
-    reference: Volume,
+    volume: Volume,
     r_max: int,
-    wide: bool,
+    is_wide: bool,
     key: PRNGKeyArray,
-):
-    """Search about the current hypotheses, and before that in the whole prior.
+) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
+    """Search about the current hypotheses and, if it is wide, in the whole prior first.
 
-    Only what is free is searched: of a fixed orientation or shift there is one.
+    Only what is refined is searched: of a fixed orientation or shift there is one.
+
+    Parameters
+    ----------
+    members, state
+        The particles, and what is known of them.
+    chosen
+        Which of them to search for.
+    volume
+        The map that they are compared with.
+    r_max
+        Band limit, cycles per box.
+    is_wide
+        Whether the whole prior is searched, at the first band limit, before.
+    key
+        Draws the candidates.
     """
-    config, size = whole.config, whole.particles.image_size
+    config, tuning = members.config, members.config.tuning
+    size = members.particles.image_size
     centres = np.array(state.hypotheses.rotations)
     shifts = np.array(state.hypotheses.shifts[:, 0])
 
-    def run(number: int, r_max: int, centres, shifts, scan: Scan):
-        spectrum = config.search_interpolation.spectrum(reference, r_max)
-        return search.search_poses(
+    def run(number, r_max, spread, count, shift_steps, centres, shifts):
+        dtype = state.noise.dtype
+        step = size / (tuning.shifts_per_period * r_max)
+        search = Search(
+            jnp.asarray(spread, dtype),
+            jnp.asarray(step * shift_grid(shift_steps(step)), dtype),
+            jnp.asarray(config.half_period_turn(r_max), dtype),
+            count,
+            config.hypotheses,
+        )
+        return search_poses(
+            search,
             jax.random.fold_in(key, number),
-            whole.particles,
+            members.particles,
             chosen,
-            spectrum,
-            observation.view(whole.particles, r_max, state.noise),
-            whole.prior,
+            config.search_interpolation.spectrum(volume, r_max),
+            observation.view(members.particles, r_max, state.noise),
+            members.prior,
             centres,
             shifts,
-            scan,
-            config.hypotheses,
-            config.diameter,
         )
 
-    spread = config.cell(r_max)
-    if wide:
+    spread = config.search_cell(r_max)
+    if is_wide:
         first = slices.bucket(config.first_r_max, size)
-        step = size / (_SHIFTS_PER_PERIOD * first)
-        everywhere = Scan(
+        cell = config.search_cell(first)
+        rotations, moved = run(
+            0,
+            first,
             config.angle_spread,
-            step,
-            max(1, round(2 * config.shift_spread / step)) if config.moves else 0,
-            # A larger particle wants smaller cells, as a larger spread does.
-            wanted_candidates(1.5 * config.diameter * config.angle_spread, first)
-            if config.turns
-            else 1,
+            covering_count(config.angle_spread, cell) if config.refines_angles else 1,
+            lambda step: (
+                max(1, round(2 * config.shift_spread / step))
+                if config.refines_shifts
+                else 0
+            ),
+            np.asarray(members.prior.rotations)[:, None],
+            np.asarray(members.prior.shifts),
         )
-        about = np.asarray(whole.prior.rotations)[:, None]
-        origin = np.asarray(whole.prior.shifts)
-        rotations, moved = run(0, first, about, origin, everywhere)
         centres = np.tile(centres, (1, 2, 1, 1))
         centres[chosen, : config.hypotheses] = rotations
         # The wide search's shift is the better one only where nothing was known.
-        if not _known(state):
+        if not _were_compared(state):
             shifts[chosen] = moved[:, 0]
-        spread = config.cell(first)
-    nearby = Scan(
+        spread = cell
+    local_count = max(1, config.candidates * config.hypotheses // centres.shape[1])
+    return run(
+        1,
+        r_max,
         spread,
-        size / (_SHIFTS_PER_PERIOD * r_max),
-        _LOCAL_SHIFTS if config.moves else 0,
-        max(1, config.candidates * config.hypotheses // centres.shape[1])
-        if config.turns
-        else 1,
+        local_count if config.refines_angles else 1,
+        lambda step: tuning.local_shift_steps if config.refines_shifts else 0,
+        centres,
+        shifts,
     )
-    return run(1, r_max, centres, shifts, nearby)
 
 
 def measure_information(
-    whole: ParticleSet, state: SetState, r_max: int
+    members: ParticleSet, state: SetState, r_max: int
 ) -> Float[np.ndarray, "particles 5 5"]:
     """Return the information on every best pose, the cost's curvature included."""
     poses = state.hypotheses.best()
-    rotations = np.asarray(state.hypotheses.rotations)[:, 0]
-    shifts, found = np.asarray(poses.shifts), np.array(state.information)
-    view = observation.view(whole.particles, r_max, state.noise)
+    rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
+    information = np.array(state.information)
+    view = observation.view(members.particles, r_max, state.noise)
     for fold in range(FOLDS):
-        members = whole.members(fold)
-        found[members] = uncertainty.mean_curvature(
-            whole.particles,
-            members,
-            whole.config.interpolation.spectrum(_reference(whole, state, fold), r_max),
+        owners = members.of_fold(fold)
+        volume = reference_map(members, state, fold)
+        information[owners] = uncertainty.mean_curvatures(
+            members.particles,
+            owners,
+            members.config.interpolation.spectrum(volume, r_max),
             view,
-            whole.prior,
-            rotations[members],
-            shifts[members],
-            found[members],
-            whole.config.batch_size,
+            members.prior,
+            rotations[owners],
+            shifts[owners],
+            information[owners],
+            members.config.batch_size,
         )
-    return found
+    return information
 
 
 def undetermined(state: SetState) -> Bool[np.ndarray, " particles"]:

@@ -19,7 +19,9 @@ from jaxrefine.poses.prior import Prior, priors_about
 from jaxrefine.refinement.config import RefineConfig
 
 FEWEST = 4
-"""Particles that a set wants at least: two for each fold."""
+"""Least number of particles of a set: two for each fold."""
+
+_UNIT = 1e-3  # how far R R^T may be from 1: rounding of files, and no more
 
 
 @final
@@ -29,6 +31,8 @@ class ParticleSet:
 
     Attributes
     ----------
+    indices
+        Places of the particles of this set among all of the refinement.
     particles, prior
         The particles, and what is known of their poses.
     fold
@@ -39,6 +43,7 @@ class ParticleSet:
         What of a map the particles are compared with; None for all of it.
     """
 
+    indices: Int[np.ndarray, " particles"]
     particles: Particles
     prior: Prior
     fold: Int[np.ndarray, " particles"]
@@ -49,18 +54,21 @@ class ParticleSet:
         """Return what of a map the particles are compared with."""
         return volume if self.mask is None else volume * self.mask
 
+    def __len__(self) -> int:
+        return len(self.particles)
+
     @property
-    def last(self) -> int:
+    def last_shell(self) -> int:
         """The largest band limit, cycles per box."""
         return (self.particles.image_size - 1) // 2
 
     @property
     def insertion(self) -> Insertion:
         """How slices are inserted."""
-        chosen = self.config.insertion
-        return default_insertion() if chosen is None else chosen
+        insertion = self.config.insertion
+        return default_insertion() if insertion is None else insertion
 
-    def members(self, fold: int) -> Int[np.ndarray, " members"]:
+    def of_fold(self, fold: int) -> Int[np.ndarray, " members"]:
         """Return the particles of a fold."""
         return np.flatnonzero(self.fold == fold)
 
@@ -71,8 +79,24 @@ def particle_set(
     key: PRNGKeyArray,
     config: RefineConfig,
     mask: Volume | None = None,
+    indices: Int[np.ndarray, " members"] | None = None,
 ) -> ParticleSet:
-    """Deal particles into two folds, with priors about their poses."""
+    """Deal particles into two folds, with priors about their poses.
+
+    Parameters
+    ----------
+    particles, poses
+        All particles, and their given poses.
+    key
+        Deals the particles of the set.
+    config, mask
+        See `ParticleSet`.
+    indices
+        The particles of the set; None for all.
+    """
+    if indices is None:
+        indices = np.arange(len(particles))
+    particles, poses = particles.take(indices), poses.take(indices)
     prior = priors_about(
         poses,
         config.angle_spread,
@@ -83,7 +107,7 @@ def particle_set(
     order = np.asarray(jax.random.permutation(key, len(particles)))
     fold = np.empty(len(particles), int)
     fold[order] = np.arange(len(particles)) % FOLDS
-    return ParticleSet(particles, prior, fold, config, mask)
+    return ParticleSet(indices, particles, prior, fold, config, mask)
 
 
 def divide(
@@ -93,7 +117,7 @@ def divide(
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None,
     mask: Float[Array, "_ _ _"] | None = None,
-) -> tuple[PRNGKeyArray, list[Int[np.ndarray, " members"]], list[ParticleSet]]:
+) -> tuple[PRNGKeyArray, list[ParticleSet]]:
     """Deal the particles into sets and folds.
 
     Parameters
@@ -111,8 +135,7 @@ def divide(
 
     Returns
     -------
-    A key for the search, the particles of each set, by their places among all, and the
-    sets: one, or two half sets.
+    A key for the search, and the sets: one, or two half sets.
 
     Raises
     ------
@@ -127,10 +150,10 @@ def divide(
     if config.half_sets:
         members = halves(len(particles), dealing, subsets)
     sets = [
-        particle_set(particles.take(some), take(poses, some), fold, config, mask)
-        for some in members
+        particle_set(particles, poses, fold, config, mask, indices)
+        for indices in members
     ]
-    return draw, members, sets
+    return draw, sets
 
 
 def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
@@ -163,21 +186,16 @@ def halves(
         subsets = deal(count, key)
     if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
-            f"half sets want a 1 or a 2 for each of {count} particles, not "
-            f"{sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
+            f"subsets must be 1 or 2 for each of {count} particles, and not all the "
+            f"same, got {sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
         )
     sets = [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
-    if min(len(some) for some in sets) < FEWEST:
+    if min(map(len, sets)) < FEWEST:
         raise InputError(
-            f"each half set wants at least {FEWEST} particles, not {len(sets[0])} and "
-            f"{len(sets[1])}"
+            f"each half set must have at least {FEWEST} particles, got {len(sets[0])} "
+            f"and {len(sets[1])}"
         )
     return sets
-
-
-def take(poses: Poses, some: Int[np.ndarray, " some"]) -> Poses:
-    """Return some of the poses."""
-    return Poses(poses.angles[some], poses.shifts[some])
 
 
 def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, Volume]:
@@ -194,39 +212,54 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
     ------
     InputError
         If there are fewer than 4 particles, images are too small, or images, poses and
-        map do not fit each other, or poses or map are not finite.
+        map do not fit each other, poses or map are not finite, or rotations are not
+        rotation matrices.
     """
     count, n = len(particles), particles.image_size
     if count < FEWEST:
-        raise InputError(f"at least {FEWEST} particles are wanted, not {count}")
+        raise InputError(f"there must be at least {FEWEST} particles, got {count}")
     if n < 16:
-        raise InputError(f"images of side 16 or more are wanted, not {n}")
-    if poses.angles.shape != (count, 3) or poses.shifts.shape != (count, 2):
+        raise InputError(f"images must have a side of at least 16 pixels, got {n}")
+    if poses.rotations.shape != (count, 3, 3) or poses.shifts.shape != (count, 2):
         raise InputError(
-            f"{count} images want as many poses, not angles of shape "
-            f"{poses.angles.shape} and shifts of shape {poses.shifts.shape}"
+            f"poses of {count} images must have rotations of shape ({count}, 3, 3) and "
+            f"shifts of shape ({count}, 2), got {poses.rotations.shape} and "
+            f"{poses.shifts.shape}"
         )
     if volume.shape != (n, n, n):
         raise InputError(
-            f"images of side {n} want a map of that side, not of shape {volume.shape}"
+            f"the map of images of side {n} must have the shape {(n,) * 3}, got "
+            f"{volume.shape}"
         )
     for name, array in (
-        ("angles", poses.angles),
+        ("rotations", poses.rotations),
         ("shifts", poses.shifts),
         ("the map's values", volume),
     ):
         bad = int(np.sum(~np.isfinite(np.asarray(array))))
         if bad:
-            raise InputError(f"{name} must be finite, but {bad} of them are not")
-    angles, shifts = (jnp.asarray(x, jnp.float32) for x in (poses.angles, poses.shifts))
-    return Poses(angles, shifts), jnp.asarray(volume, jnp.float32)
+            raise InputError(f"{name} must be finite, got {bad} that are not")
+    rotations = np.asarray(poses.rotations, np.float64)
+    gram = rotations @ rotations.swapaxes(1, 2)
+    improper = (np.abs(gram - np.eye(3)).max(axis=(1, 2)) > _UNIT) | (
+        np.linalg.det(rotations) < 0
+    )
+    if improper.any():
+        raise InputError(
+            "rotations must be orthogonal matrices of determinant 1, got "
+            f"{improper.sum()} that are not, the first for particle "
+            f"{np.argmax(improper)} (from 0)"
+        )
+    poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), poses)
+    return poses, jnp.asarray(volume, jnp.float32)
 
 
 def _checked_mask(mask: Float[Array, "_ _ _"], n: int) -> Volume:
     """Return a mask in single precision; refuse what does not fit."""
     if mask.shape != (n, n, n):
         raise InputError(
-            f"images of side {n} want a mask of that side, not of shape {mask.shape}"
+            f"the mask of images of side {n} must have the shape {(n,) * 3}, got "
+            f"{mask.shape}"
         )
     check_mask(mask)
     return jnp.asarray(mask, jnp.float32)

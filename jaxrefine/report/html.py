@@ -171,7 +171,7 @@ class Report:
     def determined(self) -> Bool[np.ndarray, " particles"]:
         """The particles that the pictures show."""
         if self.undetermined is None:
-            return np.ones(len(self.poses.angles), bool)
+            return np.ones(len(self.poses), bool)
         return ~self.undetermined
 
 
@@ -219,7 +219,7 @@ def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
 
 def _headlines(report: Report) -> Element:
     """Return the figures that matter most, with their names."""
-    count, n = len(report.poses.angles), len(report.volume)
+    count, n = len(report.poses), len(report.volume)
     figures = {
         "Particles": f"{count}",
         "Box": f"{n} px, {report.box_in_angstroms:.4g} Å",

@@ -109,7 +109,8 @@ def engine():
 @pytest.fixture
 def show(run, engine):
     """Run the demo with the stand-in."""
-    command = replace(DEMO, run=partial(implementation.run, engine=engine))
+    stand_in = {"engine": engine, "make_map": engine.reconstruct}
+    command = replace(DEMO, run=partial(implementation.run, **stand_in))
     return lambda *words: run("demo", *words, commands=[command])
 
 

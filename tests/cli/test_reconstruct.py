@@ -33,8 +33,7 @@ def reconstruct(run, calls):
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))
         return SimpleNamespace(volume=halves[0] + 2, half_maps=halves, lam=0.5, tau=2)
 
-    engine = SimpleNamespace(reconstruct=stand_in)
-    command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
+    command = replace(RECONSTRUCT, run=partial(implementation.run, make_map=stand_in))
     return lambda *words: run("reconstruct", *words, commands=[command])
 
 

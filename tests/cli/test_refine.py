@@ -122,7 +122,7 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     np.testing.assert_allclose(moved, 3 * STEP * np.sqrt(2), atol=1e-5)
     turned = [float(x) for x in after["particles"]["jaxrefineAngleChange"]]
     np.testing.assert_allclose(turned, 0, atol=1e-4)
-    np.testing.assert_allclose(new.poses.angles, old.poses.angles, atol=1e-7)
+    np.testing.assert_allclose(new.poses.rotations, old.poses.rotations, atol=1e-7)
     for at in (np.array([0]), np.array([COUNT - 1])):
         images = (file.particles.batch(at)[0] for file in (old, new))
         np.testing.assert_array_equal(*images)
@@ -268,7 +268,7 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         config = stand_in.calls[-1].config
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
-        assert config.diameter == pytest.approx(expected[4])
+        assert config.particle_diameter == pytest.approx(expected[4])
 
 
 def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):

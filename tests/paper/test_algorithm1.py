@@ -136,7 +136,7 @@ class Scene:
             "pose_iterations": 2,
             "max_trials": 5,
         }
-        return algorithm1.RefineConfig(**settings | changes)
+        return algorithm1.Algorithm1Config(**settings | changes)
 
     def errors(self, state):
         true = self.dataset.truth

@@ -1,0 +1,82 @@
+"""One visitor of candidate poses, for the search, the polishing and the curvature.
+
+Candidates are visited in batches, each with the image of the particle that it belongs
+to. What is done with a candidate is a function of one: it is given the map, the image,
+and whatever the candidate brings along.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from jaxrefine._types import Images
+from jaxrefine.ctf import CTF
+from jaxrefine.data.observation import View, batches
+from jaxrefine.data.particles import Particles
+from jaxrefine.operators.gridding import Spectrum
+
+Comparison = Callable[..., PyTree]
+"""``comparison(reference, observation, *candidate)``, a function of one candidate."""
+
+
+def visit(
+    comparison: Comparison,
+    particles: Particles,
+    owners: Int[np.ndarray, " c"],
+    reference: Spectrum,
+    view: View,
+    candidates: tuple[PyTree, ...],
+    batch_size: int,
+) -> Any:
+    """Compare candidates with the images of their particles.
+
+    Parameters
+    ----------
+    comparison
+        What is done with one candidate: a function, or a pytree that can be called.
+        It is compiled once for each function and each kind of candidates.
+    particles, owners
+        All particles, and the one that each of ``c`` candidates belongs to.
+    reference, view
+        Spectrum of the map, and how images are compared with it.
+    candidates
+        What each candidate brings along: pytrees with a leading axis ``c``.
+    batch_size
+        Candidates at a time, at most as many as there are particles.
+
+    Returns
+    -------
+    The values of the function, with a leading axis ``c``, in NumPy arrays.
+    """
+    size, results = min(batch_size, len(particles)), []
+    for places, new in batches(np.arange(len(owners)), size):
+        chosen = owners[places]
+        images, ctf = particles.batch(chosen)
+        batch = jax.tree.map(lambda leaf, at=places: jnp.asarray(leaf[at]), candidates)
+        group = jnp.asarray(particles.group_of(chosen))
+        values = _compare(comparison, reference, view, images, ctf, group, batch)
+        results.append(jax.tree.map(lambda leaf, n=new: np.asarray(leaf)[:n], values))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
+
+
+@eqx.filter_jit
+def _compare(
+    comparison: Comparison,
+    reference: Spectrum,
+    view: View,
+    images: Images,
+    ctf: CTF | None,
+    group: Int[Array, "b"],
+    candidates: tuple[PyTree, ...],
+) -> PyTree:
+    def compare_one(spectrum, transfer, candidate):
+        observation = view.observation(spectrum, transfer)
+        return comparison(reference, observation, *candidate)
+
+    spectra, transfer = view.spectra(images, group), view.transfer(ctf, group)
+    return jax.vmap(compare_one)(spectra, transfer, candidates)
