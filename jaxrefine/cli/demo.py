@@ -94,8 +94,7 @@ def _run(
         volumes = {}
         for name, given in (("oracle", dataset.truth), ("unrefined", dataset.initial)):
             advance = bars.next(name, 1)
-            made = make_map(particles, given, config, key=key)
-            volumes[name] = made.volume
+            volumes[name] = make_map(particles, given, config, key=key).volume
             advance(None, {})
         start = particles, dataset.initial, scene.initial_map, config
         state = folder.history.resume(lambda: engine.init(*start, key=key))
@@ -185,7 +184,12 @@ def _figures(assessments: Mapping[str, evaluation.Assessment]) -> dict[str, Any]
     return summary
 
 
-def _draw(settings: DemoSettings, images, maps, errors) -> None:
+def _draw(
+    settings: DemoSettings,
+    images: jax.Array,
+    maps: Mapping[str, np.ndarray],
+    errors: Mapping[str, evaluation.PoseErrors],
+) -> None:
     """Write the pictures."""
     out: Path = settings.out
     caption = (

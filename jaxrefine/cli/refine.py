@@ -69,13 +69,13 @@ def run(settings: RefineSettings, engine: _production.Engine = loop) -> None:
         outcome = replace(outcome, columns=outcome.columns | changes)
         _write(settings.out, inputs.source, outcome)
         usage = provenance.usage(folder.history.elapsed_s)
-        made = {name: details[name] for name in ("command", "versions", "device")}
+        origin = {name: details[name] for name in ("command", "versions", "device")}
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
             settings=details["config"],
             rows=folder.history.rows(),
             **_results(inputs, outcome),
-            **made,
+            **origin,
             **usage,
         )
         html.write(settings.out / "report.html", report)

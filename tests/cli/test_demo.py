@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from jaxrefine.cli import demo as implementation
-from jaxrefine.cli.commands.demo import DEMO
+from jaxrefine.cli.commands.demo import DEMO, DemoSettings
 from jaxrefine.io import read_mrc
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.runs.options import declared
 
 BAD_NUMBERS = [
     ("size", 2),
@@ -125,6 +126,11 @@ def test_an_interrupted_demo_carries_on(show, engine, tmp_path):
     show("--out", out, *SMALL, "--seed", 1).assert_refused("other settings (seed)")
     assert show("--out", out, *SMALL).code == 0
     assert engine.iterations == [1, 2, 3]
+    affecting = {
+        option.name for option in declared(DemoSettings) if option.affects_results
+    }
+    marked = json.loads((out / "demo.json").read_text())
+    assert marked["settings"].keys() == affecting
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = show("--out", out, *SMALL)
     assert again.code == 0 and "already, finished" in again.out

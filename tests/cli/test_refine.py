@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.cli import refine as cli_refine
-from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.commands.refine import REFINE, RefineSettings
 from jaxrefine.io import (
     read_mrc,
     read_particles,
@@ -31,6 +31,7 @@ from jaxrefine.io import (
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.history import History
+from jaxrefine.runs.options import declared
 
 N, COUNT, PIXEL = 16, 8, 2.0  # of the data
 STEP = 0.25
@@ -115,16 +116,18 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     added += ["jaxrefineUndetermined", "jaxrefineAngleChange", "jaxrefineShiftChange"]
     assert list(after["particles"]) == [*before["particles"], *added]
     assert after["optics"] == before["optics"]
-    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
-    expected = old.poses.shifts + 3 * STEP
-    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    given, refined = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + 3 * STEP
+    np.testing.assert_allclose(refined.poses.shifts, expected, atol=1e-5)
     moved = [float(x) for x in after["particles"]["jaxrefineShiftChange"]]
     np.testing.assert_allclose(moved, 3 * STEP * np.sqrt(2), atol=1e-5)
     turned = [float(x) for x in after["particles"]["jaxrefineAngleChange"]]
     np.testing.assert_allclose(turned, 0, atol=1e-4)
-    np.testing.assert_allclose(new.poses.rotations, old.poses.rotations, atol=1e-7)
+    np.testing.assert_allclose(
+        refined.poses.rotations, given.poses.rotations, atol=1e-7
+    )
     for at in (np.array([0]), np.array([COUNT - 1])):
-        images = (file.particles.batch(at)[0] for file in (old, new))
+        images = (file.particles.batch(at)[0] for file in (given, refined))
         np.testing.assert_array_equal(*images)
     # Root mean squares of the angle and of the length of the shift.
     table = {name: np.array(after["particles"][name], float) for name in added}
@@ -148,6 +151,10 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     )
     assert report["config"]["multi_start"] == list(RefineConfig().multi_start)
     assert report["wall_s"] > 0 and report["peak_rss_mib"] > 10
+    affecting = {
+        option.name for option in declared(RefineSettings) if option.affects_results
+    }
+    assert report["settings"].keys() == affecting | {"stacks"}
     assert {"jaxrefine", "jax"} <= report["versions"].keys() and report["device"]
 
 
@@ -311,9 +318,9 @@ def test_a_run_carries_on_where_it_stopped(data, refine, stand_in):
     assert refine(*command(data, "--iterations", 4)).code == 0
     assert stand_in.iterations == [1, 2, 3, 4]
     assert [row["iteration"] for row in log(data / "out")] == [1, 2, 3, 4]
-    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
-    expected = old.poses.shifts + 4 * STEP
-    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    given, refined = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + 4 * STEP
+    np.testing.assert_allclose(refined.poses.shifts, expected, atol=1e-5)
 
 
 def test_a_run_that_stopped_at_once_begins_again(data, refine, stand_in):
@@ -359,7 +366,7 @@ def test_other_settings_and_inputs_are_refused(data, refine, stand_in, finished)
     other = command(data, "--iterations", 2, star="plain.star")
     refine(*other).assert_refused("other settings (particles)")
     assert (data / "out/run.json").read_bytes() == report
-    # Memory is no part of the result; of a finished one none is wanted.
+    # Results do not depend on the memory, and a finished run needs none.
     stand_in.stop_after = None
     assert refine(*first, "--batch-size", 3).code == 0
     code, out, _ = refine(*first, "--memory", 0.001)

@@ -11,7 +11,9 @@ import pytest
 
 from jaxrefine import cli
 from jaxrefine import simulate as library
+from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
+from jaxrefine.runs.options import declared
 
 N, VOXEL, COUNT = 20, 2.0, 7
 SIZE, PIXEL = 16, 2.5
@@ -68,6 +70,10 @@ def test_all_files_are_there(folder):
         assert {path.name for path in (folder / name).iterdir()} == FILES
     report = json.loads((folder / "noisy/simulate.json").read_text())
     assert report["finished"] and report["sigma"] > 0
+    affecting = {
+        option.name for option in declared(SimulateSettings) if option.affects_results
+    }
+    assert report["settings"].keys() == affecting
     assert report["settings"]["snr_db"] == -3 and report["settings"]["seed"] == 5
     assert report["pixel_size_in_angstroms"] == PIXEL
 
