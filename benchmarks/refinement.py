@@ -187,13 +187,15 @@ def joint(path: Path) -> dict[str, Any]:
 
     from jaxrefine import evaluation
     from jaxrefine.data.particles import Particles
+    from jaxrefine.euler import euler_to_matrix
     from jaxrefine.geometry import Poses
     from jaxrefine.refinement import loop
 
     with np.load(path) as file:
         data = {name: file[name] for name in file.files}
     images = data.pop("images")
-    poses = Poses(jnp.asarray(data["start"]), jnp.zeros((len(images), 2), jnp.float32))
+    rotations = euler_to_matrix(jnp.asarray(data["start"]))
+    poses = Poses(rotations, jnp.zeros((len(images), 2), jnp.float32))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     rows = []
     result = loop.refine(
@@ -204,12 +206,8 @@ def joint(path: Path) -> dict[str, Any]:
         callback=lambda state, info: rows.append(info.row()),
     )
     wall = time.perf_counter() - begin
-    errors = evaluation.pose_errors(
-        result.poses.angles,
-        result.poses.shifts,
-        jnp.asarray(data["angles"]),
-        jnp.asarray(data["shifts"]),
-    )
+    truth = Poses(euler_to_matrix(jnp.asarray(data["angles"])), data["shifts"])
+    errors = evaluation.pose_errors(result.poses, truth)
     return {
         "mean_fsc": mean_fsc(result.volume, data["volume"]),
         "tau": result.tau,
@@ -229,12 +227,13 @@ def oracle(data: dict[str, np.ndarray]) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jaxrefine.data.particles import Particles
+    from jaxrefine.euler import euler_to_matrix
     from jaxrefine.geometry import Poses
-    from jaxrefine.refinement import loop
+    from jaxrefine.refinement.reconstruction import reconstruct
 
-    poses = Poses(jnp.asarray(data["angles"]), jnp.asarray(data["shifts"]))
+    poses = Poses(euler_to_matrix(jnp.asarray(data["angles"])), data["shifts"])
     begin = time.perf_counter()
-    made = loop.reconstruct(Particles(data["images"]), poses, key=jax.random.key(1))
+    made = reconstruct(Particles(data["images"]), poses, key=jax.random.key(1))
     return {
         "mean_fsc": mean_fsc(made.volume, data["volume"]),
         "tau": made.tau,
@@ -249,6 +248,7 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
 
     from jaxrefine.data import observation
     from jaxrefine.data.particles import Particles
+    from jaxrefine.euler import euler_to_matrix
     from jaxrefine.geometry import Poses, matrix_to_rotvec
     from jaxrefine.operators.gridding import Gridding
     from jaxrefine.poses import polish, uncertainty
@@ -257,7 +257,7 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
 
     particles = Particles(data["images"])
     n, last = particles.image_size, (particles.image_size - 1) // 2
-    truth = Poses(jnp.asarray(data["angles"]), jnp.asarray(data["shifts"]))
+    truth = Poses(euler_to_matrix(jnp.asarray(data["angles"])), data["shifts"])
     noise = jnp.full(n // 2 + 1, data["sigma"] ** 2 * n**2, jnp.float32)
     spectrum = Gridding().spectrum(jnp.asarray(data["volume"]), last)
     view = observation.view(particles, last, noise)
@@ -275,7 +275,7 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
         256,
     )
     pose = done.rotations, done.shifts, done.information
-    curvature = uncertainty.mean_curvature(
+    curvature = uncertainty.mean_curvatures(
         particles, everyone, spectrum, view, known, *pose, 256
     )
     turned = np.einsum("pij,pkj->pik", done.rotations, np.asarray(truth.rotations))

@@ -1,4 +1,4 @@
-"""The default preset of ``jaxrefine refine``: :mod:`jaxrefine.refinement.loop`.
+"""The default preset of ``jaxrefine refine``: :mod:`jaxrefine.refinement`.
 
 Degrees and angstroms become radians and cycles per box here.
 """
@@ -34,10 +34,11 @@ from jaxrefine.runs.progress import Bars
 
 @runtime_checkable
 class Engine(Protocol):
-    """What does the refinement: :mod:`jaxrefine.refinement.loop`, or a stand-in."""
+    """What refines and makes maps: :mod:`jaxrefine.refinement`, or a stand-in."""
 
     init: Any
     refine: Any
+    reconstruct: Any
 
 
 def configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:
@@ -111,10 +112,10 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
     last = (particles.image_size - 1) // 2
     diameter = settings.images.particle_diameter
     if diameter is not None:
-        share = diameter / particles.box_in_angstroms
-        chosen["particle_diameter"] = share
+        chosen["particle_diameter"] = diameter / particles.box_in_angstroms
         for name in ("first_r_max", "search_r_max"):
-            cycles = getattr(default, name) * default.particle_diameter / share
+            cycles = getattr(default, name) * default.particle_diameter
+            cycles /= chosen["particle_diameter"]
             chosen[name] = min(round(cycles), last)
     first = chosen.get("first_r_max", default.first_r_max)
     initial, finest = settings.initial_resolution, settings.max_resolution

@@ -1,7 +1,7 @@
 """``jaxrefine demo``: simulate the built-in phantom, refine it, show the result."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import evaluation, io, simulate
+from jaxrefine import evaluation, io, refinement, simulate
 from jaxrefine.cli._production import Engine
 from jaxrefine.cli.commands.demo import DemoSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
-from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.reconstruction import reconstruct
-from jaxrefine.refinement.result import Reconstruction
 from jaxrefine.report import plots
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -31,11 +28,7 @@ from jaxrefine.runs.progress import Bars
 _SPREAD_OF_LARGEST = 0.65
 
 
-def run(
-    settings: DemoSettings,
-    engine: Engine = loop,
-    make_map: Callable[..., Reconstruction] = reconstruct,
-) -> None:
+def run(settings: DemoSettings, engine: Engine = refinement) -> None:
     """Run the demonstration, or carry on, and print its figures.
 
     ``demo.json`` comes first and marks the folder as the demo's own; ``summary.json``
@@ -45,8 +38,8 @@ def run(
     ----------
     settings
         What to simulate.
-    engine, make_map
-        What does the joint refinement, and what makes the maps at given poses.
+    engine
+        What does the joint refinement and the reconstructions.
 
     Raises
     ------
@@ -60,7 +53,7 @@ def run(
         if folder.finished:
             print(f"{out} holds this demo already, finished")
         else:
-            summary = _run(settings, folder, engine, make_map)
+            summary = _run(settings, folder, engine)
             summary["settings"] = identity
             summary |= environment | provenance.usage(folder.history.elapsed_s)
             io.write_json(out / "summary.json", summary)
@@ -78,12 +71,7 @@ class _Scene:
     dataset: simulate.Dataset
 
 
-def _run(
-    settings: DemoSettings,
-    folder: RunFolder,
-    engine: Engine,
-    make_map: Callable[..., Reconstruction],
-) -> dict[str, Any]:
+def _run(settings: DemoSettings, folder: RunFolder, engine: Engine) -> dict[str, Any]:
     """Write maps and pictures; return the figures of merit."""
     phantom_key, data_key, key = jax.random.split(jax.random.key(settings.seed), 3)
     scene = _simulate(settings, phantom_key, data_key)
@@ -94,7 +82,8 @@ def _run(
         volumes = {}
         for name, given in (("oracle", dataset.truth), ("unrefined", dataset.initial)):
             advance = bars.next(name, 1)
-            volumes[name] = make_map(particles, given, config, key=key).volume
+            reconstruction = engine.reconstruct(particles, given, config, key=key)
+            volumes[name] = reconstruction.volume
             advance(None, {})
         start = particles, dataset.initial, scene.initial_map, config
         state = folder.history.resume(lambda: engine.init(*start, key=key))

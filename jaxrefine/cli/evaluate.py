@@ -39,8 +39,8 @@ def run(settings: EvaluateSettings) -> None:
             raise InputError(f"{path} must hold particles, it holds none.")
     (poses, pixel), (true_poses, true_pixel) = result, truth
     if pixel is not None and true_pixel is not None:  # the result may be binned
-        true_shifts = true_poses.shifts * (true_pixel / pixel)
-        true_poses = Poses(true_poses.rotations, true_shifts)
+        shifts = true_poses.shifts * (true_pixel / pixel)
+        true_poses = Poses(true_poses.rotations, shifts)
     places, matched_by = _match(tables, paths, len(poses), len(true_poses))
     errors = evaluation.pose_errors(poses, true_poses.take(places), operators)
     summary = evaluation.summarise(errors)

@@ -1,7 +1,7 @@
 """``jaxrefine match``: particles and a map in, the particles' poses on a grid out."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -9,19 +9,19 @@ from jaxrefine import io
 from jaxrefine.cli import _maps, _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.match import MatchSettings
-from jaxrefine.poses.matching import Match, MatchConfig, match
+from jaxrefine.poses import matching
 from jaxrefine.runs.progress import Bars
 
 
-def run(settings: MatchSettings, find_poses: Callable[..., Match] = match) -> None:
+def run(settings: MatchSettings, engine: Any = matching) -> None:
     """Match the particles; write them with their poses.
 
     Parameters
     ----------
     settings
         What to do.
-    find_poses
-        Finds the poses, or stands in for what does.
+    engine
+        What matches them: :mod:`jaxrefine.poses.matching`, or a stand-in.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def run(settings: MatchSettings, find_poses: Callable[..., Match] = match) -> No
         r_max = _particles.shell_of(
             "--resolution", settings.resolution, source.particles
         )
-    config = MatchConfig(
+    config = matching.MatchConfig(
         settings.angle_step,
         settings.max_shift,
         settings.shift_step,
@@ -47,7 +47,7 @@ def run(settings: MatchSettings, find_poses: Callable[..., Match] = match) -> No
     )
     with Bars() as bars:
         advance = bars.next("matching", math.ceil(len(source) / config.batch_size))
-        result = find_poses(
+        result = engine.match(
             source.particles, volume, config, callback=lambda done: advance(done, {})
         )
     columns = {"jaxrefineCorrelation": np.asarray(result.scores)}

@@ -1,30 +1,24 @@
 """``jaxrefine reconstruct``: a map from particles at the poses that they have."""
 
-from collections.abc import Callable
-
 import jax
 
-from jaxrefine import io
+from jaxrefine import io, refinement
 from jaxrefine.cli import _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli._production import Engine
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.reconstruction import reconstruct
-from jaxrefine.refinement.result import Reconstruction
 
 
-def run(
-    settings: ReconstructSettings,
-    make_map: Callable[..., Reconstruction] = reconstruct,
-) -> None:
+def run(settings: ReconstructSettings, engine: Engine = refinement) -> None:
     """Make the map, and the half maps if they were asked for.
 
     Parameters
     ----------
     settings
         What to do.
-    make_map
-        Makes the map, or stands in for what does.
+    engine
+        What makes the map: :mod:`jaxrefine.refinement`, or a stand-in.
 
     Raises
     ------
@@ -46,7 +40,9 @@ def run(
 
     key = jax.random.key(settings.seed)
     subsets = source.random_subset if settings.half_sets else None
-    result = make_map(source.particles, source.poses, config, key=key, subsets=subsets)
+    result = engine.reconstruct(
+        source.particles, source.poses, config, key=key, subsets=subsets
+    )
     pixel = source.particles.pixel_size_in_angstroms
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrefine import io
+from jaxrefine import io, refinement
 from jaxrefine.cli import _maps, _particles, _production, _published
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.geometry import Poses, geodesic_distance
-from jaxrefine.refinement import loop
 from jaxrefine.report import html
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -21,7 +20,7 @@ from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 
-def run(settings: RefineSettings, engine: _production.Engine = loop) -> None:
+def run(settings: RefineSettings, engine: _production.Engine = refinement) -> None:
     """Refine, or carry on, or say that it is done.
 
     Parameters

@@ -110,8 +110,7 @@ def engine():
 @pytest.fixture
 def show(run, engine):
     """Run the demo with the stand-in."""
-    stand_in = {"engine": engine, "make_map": engine.reconstruct}
-    command = replace(DEMO, run=partial(implementation.run, **stand_in))
+    command = replace(DEMO, run=partial(implementation.run, engine=engine))
     return lambda *words: run("demo", *words, commands=[command])
 
 
@@ -247,5 +246,5 @@ def test_a_demo_repeats_itself(demo, tmp_path):
     for name in FIGURES - {"wall_s", "peak_rss_mib"}:
         assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-2), name
     for name in MAPS:
-        maps = [read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again)]
-        np.testing.assert_allclose(*maps, atol=1e-2 * np.abs(maps[0]).max())
+        here, there = (read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again))
+        np.testing.assert_allclose(here, there, atol=1e-2 * np.abs(here).max())

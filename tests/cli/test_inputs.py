@@ -71,16 +71,20 @@ def engine():
         calls.append((arguments, options))
         raise KeyboardInterrupt
 
-    return SimpleNamespace(calls=calls, init=stop, refine=stop, stop=stop)
+    names = ("init", "refine", "reconstruct", "match")
+    return SimpleNamespace(calls=calls, **dict.fromkeys(names, stop))
 
 
 @pytest.fixture
 def command(data, run, engine):
     """Run a command on the data, with the engine above."""
     commands = [
-        replace(REFINE, run=partial(refine.run, engine=engine)),
-        replace(RECONSTRUCT, run=partial(reconstruct.run, make_map=engine.stop)),
-        replace(MATCH, run=partial(match.run, find_poses=engine.stop)),
+        replace(each, run=partial(module.run, engine=engine))
+        for each, module in (
+            (REFINE, refine),
+            (RECONSTRUCT, reconstruct),
+            (MATCH, match),
+        )
     ]
 
     def on_the_data(name, *further):

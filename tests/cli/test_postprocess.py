@@ -104,8 +104,10 @@ def test_options_reach_the_library(maps, tmp_path, run, options, b_factor):
     code, text, err = run("postprocess", *command, *options)
     assert (code, err) == (0, "")
     mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
+    one, two = halves_of(maps)
     result = postprocess(
-        *halves_of(maps),
+        one,
+        two,
         mask,
         VOXEL,
         key=jax.random.key(3),

@@ -112,8 +112,8 @@ def test_the_images_are_seen_through_the_ctf_of_the_table(folder):
     astigmatism = np.asarray(ctf.defocus_u - ctf.defocus_v)
     assert (8e3 <= mean).all() and (mean <= 22e3).all() and np.ptp(mean) > 2e3
     assert (0 <= astigmatism).all() and (astigmatism <= 1e3).all()
-    rotations = (each.poses.rotations for each in (file, without))
-    np.testing.assert_allclose(*rotations, atol=1e-8)
+    rotations = without.poses.rotations
+    np.testing.assert_allclose(file.poses.rotations, rotations, atol=1e-8)
     k = np.fft.fftfreq(SIZE, PIXEL)
     points = np.stack(np.meshgrid(k, k), axis=-1)
     inside = (np.abs(points) < 0.49 / PIXEL).all(axis=-1)  # below Nyquist

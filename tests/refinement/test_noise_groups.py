@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import evaluation
+from jaxrefine import evaluation, simulate
 from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
 from jaxrefine.data.particles import Particles
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.geometry import Poses
 from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.maps import admm
 from jaxrefine.maps.fsc import fsc
@@ -21,7 +21,7 @@ from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import hypotheses, likelihood
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
-from jaxrefine.refinement import loop, map_step
+from jaxrefine.refinement import loop, map_step, reconstruction
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, particle_set
 
@@ -76,7 +76,7 @@ class Scene:
         self.truth = blobs()
         rng = np.random.default_rng(1)
         self.poses = Poses(
-            equidistributed_angles(jax.random.key(1), P, SINGLE),
+            simulate.equidistributed_rotations(jax.random.key(1), P, SINGLE),
             jnp.asarray(rng.uniform(-1, 1, (P, 2)), SINGLE),
         )
         defocus = jnp.asarray(rng.uniform(1e4, 2e4, P), SINGLE)
@@ -115,9 +115,8 @@ def costs(spectrum, view, plain, images, ctf, group, poses, weights):
     """Costs in the view, with weights of each particle, and by their definition."""
 
     def one(data, rotation, shift, transfer, weights):
-        return likelihood.cost_and_gradient(
-            spectrum, DISC, data, rotation, shift, transfer, weights
-        )
+        seen = observation.Observation(DISC, weights, data, transfer)
+        return likelihood.cost_and_gradient(spectrum, seen, rotation, shift)
 
     def compare(data, transfer, weights):
         return jax.vmap(one)(data, poses.rotations, poses.shifts, transfer, weights)
@@ -230,7 +229,7 @@ def test_the_sums_are_those_of_the_groups(scene, images):
 def assessed(scene, images, group):
     """The noise that the true poses and map leave, and that at the start."""
     whole = whole_of(scene, images, group)
-    state = map_step.start(whole, scene.poses, scene.truth)
+    state = map_step.start(whole, scene.truth)
     first = np.asarray(state.noise)
     maps = tuple(admm.init(scene.truth) for _ in state.maps)
     state = eqx.tree_at(lambda s: s.maps, state, maps)
@@ -309,7 +308,7 @@ def test_a_shell_may_be_empty_in_one_group(scene, images):
 
 def reconstruct(scene, images, group):
     particles = Particles(images, None, 4.0, group)
-    made = loop.reconstruct(particles, scene.poses, CONFIG, key=KEY)
+    made = reconstruction.reconstruct(particles, scene.poses, CONFIG, key=KEY)
     curve = fsc(jnp.asarray(made.volume), scene.truth)
     return made, float(jnp.mean(curve[1 : LAST + 1]))
 
@@ -372,11 +371,8 @@ def test_poses_are_known_as_well_as_the_noise_allows(scene, run):
     (state,) = result.state.sets
     errors = np.log(np.asarray(state.noise) / np.asarray(scene.power((WHITE, RISING))))
     assert np.abs(errors[:, 2 : LAST + 1].mean(axis=1)).max() < 0.2
-    group, some = GROUP[:96], slice(0, 96)
-    errors = evaluation.pose_errors(
-        *(result.poses.angles, result.poses.shifts),
-        *(scene.poses.angles[some], scene.poses.shifts[some]),
-    )
+    group, some = GROUP[:96], np.arange(96)
+    errors = evaluation.pose_errors(result.poses, scene.poses.take(some))
     variances = np.trace(result.covariances[:, :3, :3], axis1=1, axis2=2)
     for figure in (errors.angle_in_degrees, np.sqrt(variances)):
         quiet, noisy = (np.median(figure[group == g]) for g in (0, 1))
