@@ -63,3 +63,12 @@ def test_importing_changes_no_global_state():
         "assert not xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_loads_nothing_that_is_not_used_yet():
+    """SciPy and matplotlib take as long as the rest; JAX waits for its first use."""
+    code = (
+        "import sys, jaxrefine; assert 'jax' not in sys.modules; jaxrefine.refine; "
+        "assert not {'scipy', 'matplotlib', 'mrcfile'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
