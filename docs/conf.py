@@ -1,4 +1,4 @@
-"""The documentation site: ``sphinx-build -W docs build/site``. No network is needed."""
+"""The documentation site: ``sphinx-build -W docs site``. No network is needed."""
 
 import sys
 from importlib.util import find_spec
