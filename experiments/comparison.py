@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxrefine import evaluation, io
 from jaxrefine._types import Volume
-from jaxrefine.demo import rc_text
+from jaxrefine.cli.demo import rc_text
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
