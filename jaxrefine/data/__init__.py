@@ -1,4 +1,4 @@
-"""Images as they come, and what of them a map is compared with."""
+"""Particle images, their preprocessing, and the spectra that maps are compared with."""
 
 from jaxrefine.data import observation as observation
 from jaxrefine.data import particles as particles

@@ -1,8 +1,8 @@
 """Particle images with their optics, wherever the images are kept.
 
 A run visits particles in batches. Images may be an array in memory, a memory-mapped
-file, or anything else that can be asked for some of its images; nothing here reads more
-than it was asked for.
+file, or any other object from which a subset of images can be read; nothing here reads
+more images than were requested.
 """
 
 import math
@@ -21,15 +21,15 @@ from jaxrefine.errors import InputError
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """What images may come from: NumPy and JAX arrays, memory maps, stacks of files."""
+    """A source of images: NumPy and JAX arrays, memory maps, stacks of files."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Numbers of particles, rows and columns: ``(P, m, m)``."""
+        """Number of particles, rows and columns: ``(P, m, m)``."""
         ...
 
     def __getitem__(self, indices: Any, /) -> Any:
-        """Return the images of an array of indices, as an array ``(len, m, m)``."""
+        """Return the images at an array of indices, ``(len(indices), m, m)``."""
         ...
 
 
@@ -43,18 +43,19 @@ class Particles:
     images
         Images of shape ``(P, m, m)``, indexed ``[particle, y, x]``.
     ctf
-        Their optics, with a leading axis ``P``; None if there is nothing to correct.
+        Optics of the particles, with a leading axis ``P``; None if there is no CTF to
+        correct for.
     pixel_size_in_angstroms
-        One for all of them.
+        Edge of a pixel, the same for all images.
     group
-        The group of each particle, counted from 0, such as its optics group: the noise
-        has one power spectrum in each. None if all are in one.
+        Group of each particle, such as its optics group, counted from 0. The noise has
+        one power spectrum in each group. None puts all particles into one group.
 
     Raises
     ------
     InputError
-        If there are no images, if they are not square, if the optics or the groups
-        are not those of ``P`` particles.
+        If there are no images, if they are not square, if the pixel size is not
+        positive, or if the optics or the groups do not belong to ``P`` particles.
     """
 
     images: ImageSource
@@ -67,26 +68,25 @@ class Particles:
         if len(shape) != 3 or shape[1] != shape[2] or not shape[1]:
             text = " x ".join(map(str, shape))
             raise InputError(
-                f"The images are an array of {text}; particles x m x m is wanted."
+                f"images must be an array of particles x m x m, got {text}"
             )
         if not shape[0]:
-            raise InputError("There are no particles.")
+            raise InputError("images must hold at least one particle, got none")
         if not 0 < self.pixel_size_in_angstroms < math.inf:
             raise InputError(
-                f"The pixel size is {self.pixel_size_in_angstroms} A; a positive "
-                "number is wanted."
+                "pixel_size_in_angstroms must be positive, got "
+                f"{self.pixel_size_in_angstroms}"
             )
         if self.ctf is not None and self.ctf.defocus_u.shape != shape[:1]:
             raise InputError(
-                f"The optics have the shape {self.ctf.defocus_u.shape} for "
-                f"{shape[0]} images; one set for each image is wanted."
+                f"ctf must hold one value for each of {shape[0]} images, got the shape "
+                f"{self.ctf.defocus_u.shape}"
             )
         group = self.group
         if group is not None and (group.shape != shape[:1] or group.min() < 0):
             raise InputError(
-                f"The groups have the shape {group.shape} and count from "
-                f"{group.min(initial=0)} for {shape[0]} images; one for each image is "
-                "wanted, from 0."
+                f"group must hold a number from 0 for each of {shape[0]} images, got "
+                f"the shape {group.shape} and a minimum of {group.min(initial=0)}"
             )
 
     def __len__(self) -> int:
@@ -99,18 +99,18 @@ class Particles:
 
     @property
     def noise_share(self) -> float:
-        """Share of the noise's power that is left in the spectra of the images.
+        """Fraction of the noise's power that remains in the spectra of the images.
 
-        It is 1 unless the images come from a source that masks them with a circle and
-        says so by an attribute of this name, as `preprocess.Masked` does. The noise of
-        masked images is taken for what it is within the circle: its power in their
-        spectra over this share.
+        It is 1 unless the source of the images masks them with a circle and has an
+        attribute of this name, as `preprocess.Masked` has. The noise power within the
+        circle is the power in the spectra of the masked images divided by this
+        fraction.
         """
         return getattr(self.images, "noise_share", 1.0)
 
     @property
     def groups(self) -> int:
-        """Number of groups, of which some may be empty."""
+        """Number of groups, some of which may be empty."""
         return 1 if self.group is None else int(self.group.max()) + 1
 
     @property
@@ -121,18 +121,18 @@ class Particles:
     def group_of(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]
     ) -> Int[np.ndarray, " chosen"]:
-        """Return the groups of some of the particles."""
+        """Return the groups of the particles at the given indices."""
         if self.group is None:
             return np.zeros(len(indices), int)
         return self.group[np.asarray(indices)]
 
     def take(self, indices: Int[np.ndarray | jax.Array, " chosen"]) -> "Particles":
-        """Return some of the particles, in this order; no image is read.
+        """Return the particles at the given indices, in their order, without reading.
 
         Raises
         ------
         InputError
-            If no index is given, or one is not from 0 to ``P - 1``.
+            If `indices` is empty, or an index is not from 0 to ``P - 1``.
         """
         chosen = self._checked(indices)
         if isinstance(self.images, _Chosen):
@@ -145,7 +145,7 @@ class Particles:
     def batch(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]
     ) -> tuple[Images, CTF | None]:
-        """Read some of the images, and their optics, in single precision.
+        """Read the images at the given indices, and their optics, in single precision.
 
         Returns
         -------
@@ -157,8 +157,8 @@ class Particles:
         Raises
         ------
         InputError
-            If an index is not from 0 to ``P - 1``, or an image is not finite; the
-            message counts images from 0, in the data set that they were taken from.
+            If an index is not from 0 to ``P - 1``, or an image is not finite. The
+            message gives the index of the image in the original data set.
         """
         chosen = self._checked(indices)
         values = np.asarray(self.images[chosen], np.float32)
@@ -175,8 +175,8 @@ class Particles:
         chosen = np.asarray(indices)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise InputError(
-                f"Particles {chosen.min()} to {chosen.max()} were asked for; there are "
-                f"0 to {len(self) - 1}."
+                f"indices must be from 0 to {len(self) - 1}, got {chosen.min()} to "
+                f"{chosen.max()}"
             )
         return chosen
 
@@ -186,7 +186,7 @@ class Particles:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Some images of a source, which is asked for them when they are."""
+    """A selection of a source's images, which are read on demand."""
 
     source: ImageSource
     indices: Int[np.ndarray, " chosen"]
@@ -200,6 +200,6 @@ class _Chosen:
         return getattr(self.source, "noise_share", 1.0)
 
     def __getitem__(
-        self, indices: Int[np.ndarray, " some"]
-    ) -> Float32[np.ndarray, "some m m"]:
+        self, indices: Int[np.ndarray, " batch"]
+    ) -> Float32[np.ndarray, "batch m m"]:
         return np.asarray(self.source[self.indices[indices]], np.float32)

@@ -1,8 +1,8 @@
-"""Images as they come: pixels, contrast, background, what lies beyond the particle.
+"""Preprocessing of images as they are read: resampling, normalisation, masking.
 
-Micrographs differ in thickness and dose, so particles are brought to one scale by their
-background, the pixels outside of a circle, as RELION's preprocessing does. Protein is
-to be bright.
+Micrographs differ in thickness and dose, so particles are brought to a common scale by
+their background, the pixels outside a circle, as in RELION's preprocessing. Protein is
+bright afterwards.
 """
 
 from dataclasses import dataclass
@@ -16,94 +16,104 @@ from jaxrefine.data.particles import ImageSource
 from jaxrefine.errors import InputError
 from jaxrefine.operators.resample import interpolation_matrix
 
-_FEWEST = 16  # pixels that a background is measured from
-_EDGE = 5.0  # pixels, as wide as RELION's
-# Up to which particles of 3/4 of the box show once when resampled; and rounding.
+# Fewest background pixels: their standard deviation is then known to about 18 %.
+_FEWEST = 16
+# Width of a mask's soft edge in pixels: RELION's default (--maskedge 5).
+_EDGE = 5.0
+# Largest factor between pixel sizes, with room for rounding. The resampled image then
+# sees 5/4 of the periodically continued original, so that a particle as wide as 3/4 of
+# the box is not repeated in it.
 LARGEST_STEP = 1.25 * (1 + 1e-9)
+
+
+class _Derived:
+    """An image source that computes its images from those of another source."""
+
+    source: ImageSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of particles, rows and columns."""
+        return tuple(self.source.shape)
 
 
 @final
 @dataclass(frozen=True)
-class Resampled:
-    """Images of one side but several pixel sizes on the largest of these, when read.
+class Resampled(_Derived):
+    """Images with different pixel sizes, resampled to the largest when they are read.
 
-    An image is the trigonometric polynomial through its pixels, without frequencies
-    beyond the new Nyquist frequency, and goes on periodically where the new image sees
-    beyond the old one: background there is as noisy as elsewhere, but repeats. Values
-    are multiplied by the step, so that white noise keeps its variance: images that were
-    normalised stay so. The origin stays the pixel ``m // 2``.
+    An image is interpolated by the trigonometric polynomial through its pixels, without
+    frequencies beyond the new Nyquist frequency. Where the new image extends beyond the
+    old one, the polynomial continues periodically: the background there is as noisy as
+    elsewhere, but a repetition. Values are multiplied by the step, so that white noise
+    keeps its variance and normalised images stay normalised. The origin stays the pixel
+    ``m // 2``.
 
     Parameters
     ----------
     source
         Images of shape ``(P, m, m)``.
     step
-        The new edge of a pixel over that of each image's own, 1 to 1.25. Images of
-        step 1 stay as they are.
+        New pixel size over the pixel size of each image, 1 to 1.25. Images with a step
+        of 1 are not changed.
 
     Raises
     ------
     InputError
-        If the steps are out of range, or not as many as the images.
+        If a step is out of range, or if there is not one step for each image.
     """
 
     source: ImageSource
     step: Float[np.ndarray, " P"]
 
     def __post_init__(self):
-        count, least, most = len(self.step), self.step.min(), self.step.max()
+        count, smallest, largest = len(self.step), self.step.min(), self.step.max()
         if count != self.shape[0]:
             raise InputError(
-                f"{count} pixel sizes came with {self.shape[0]} images; one for each "
-                "is wanted."
+                f"step must hold one value for each of {self.shape[0]} images, got "
+                f"{count}"
             )
-        if not 1 <= least <= most <= LARGEST_STEP:
+        if not 1 <= smallest <= largest <= LARGEST_STEP:
             raise InputError(
-                f"Pixels were to grow by factors of {least:g} to {most:g}; 1 to "
-                f"{LARGEST_STEP:g} is wanted."
+                f"step must be from 1 to {LARGEST_STEP:g}, got {smallest:g} to "
+                f"{largest:g}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Numbers of particles, rows and columns."""
-        return tuple(self.source.shape)
 
     @property
     def noise_share(self) -> float:
-        """Share of the noise's power that the source's masks have left."""
+        """Fraction of the noise's power that the source's masks leave."""
         return getattr(self.source, "noise_share", 1.0)
 
-    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "batch m m"]:
         images = np.array(self.source[indices], np.float32)
         steps, m = self.step[indices], self.shape[-1]
         for step in np.unique(steps[steps != 1]):
-            along = _interpolation(m, float(step))
+            matrix = _interpolation(m, float(step))
             chosen = steps == step
-            images[chosen] = step * (along @ images[chosen] @ along.T)
+            images[chosen] = step * (matrix @ images[chosen] @ matrix.T)
         return images
 
 
 @final
 @dataclass(frozen=True)
-class Normalised:
-    """Images brought to a background of mean 0 and standard deviation 1, when read.
-
-    An image source like any other, see `particles.ImageSource`; nothing is kept.
+class Normalised(_Derived):
+    """Images normalised to a background of mean 0 and standard deviation 1 when read.
 
     Parameters
     ----------
     source
         Images of shape ``(P, m, m)``.
     diameter
-        Of the circle around the image's origin ``m // 2``, pixels, outside of which
-        there is background.
+        Diameter in pixels of a circle around the image's origin ``m // 2``. The pixels
+        outside it are background.
     invert
-        Whether protein is dark in the images.
+        Whether protein is dark in the images of the source.
 
     Raises
     ------
     InputError
-        If the circle leaves too few pixels; on reading, if an image is constant there.
+        If there are too few pixels outside the circle. On reading, if an image is
+        constant there.
     """
 
     source: ImageSource
@@ -112,67 +122,63 @@ class Normalised:
 
     def __post_init__(self):
         m = self.shape[-1]
-        left = int(np.sum(outside(m, self.diameter)))
-        if not self.diameter > 0 or left < _FEWEST:
+        count = int(np.sum(outside(m, self.diameter)))
+        if not self.diameter > 0 or count < _FEWEST:
             raise InputError(
-                f"A circle of {self.diameter:g} pixels leaves {left} pixels of images "
-                f"of {m} x {m} as background; at least {_FEWEST} are wanted."
+                f"diameter must be positive and leave at least {_FEWEST} pixels of "
+                f"background in images of {m} x {m}, got {self.diameter:g} pixels, "
+                f"which leave {count}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Numbers of particles, rows and columns."""
-        return tuple(self.source.shape)
 
     @property
     def noise_share(self) -> float:
-        """Share of the noise's power that the source's masks have left."""
+        """Fraction of the noise's power that the source's masks leave."""
         return getattr(self.source, "noise_share", 1.0)
 
-    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "batch m m"]:
         images = np.asarray(self.source[indices], np.float64)
-        around = images[:, outside(self.shape[-1], self.diameter)]
-        spread = around.std(axis=1)
-        flat = np.flatnonzero(spread == 0)
-        if len(flat):
-            number = np.arange(self.shape[0])[indices][flat[0]]
+        background = images[:, outside(self.shape[-1], self.diameter)]
+        deviation = background.std(axis=1)
+        constant = np.flatnonzero(deviation == 0)
+        if len(constant):
+            number = np.arange(self.shape[0])[indices][constant[0]]
             raise InputError(
-                f"Image {number} (from 0) is constant outside of the particle; it has "
+                f"Image {number} (from 0) is constant outside the particle, so it has "
                 "no background to be normalised by."
             )
         sign = -1.0 if self.invert else 1.0
-        mean = around.mean(axis=1)[:, None, None]
-        return ((images - mean) * (sign / spread)[:, None, None]).astype(np.float32)
+        mean = background.mean(axis=1)[:, None, None]
+        return ((images - mean) * (sign / deviation)[:, None, None]).astype(np.float32)
 
 
 @final
 @dataclass(frozen=True)
-class Masked:
-    """Images that fall to 0 outside of a circle about the particle, when read.
+class Masked(_Derived):
+    """Images that are set to 0 outside a circle around the particle when read.
 
     A pixel is multiplied by 1 within the circle, by a cosine that falls to 0 over the
-    next 5 pixels, and by 0 beyond: RELION's ``--zero_mask``. The background wants to be
-    0 on average before, see `Normalised`, or the circle's edge shows.
+    next 5 pixels, and by 0 beyond, as RELION's ``--zero_mask`` does. The background
+    should have mean 0 before, see `Normalised`, or the circle leaves a visible edge.
 
-    The noise is no longer the same everywhere. Its power in the spectrum falls to
-    `noise_share`, but its frequencies are correlated: the images tell as much about
-    what lies within the circle as before, and no more. That is what a sum over
-    independent frequencies says too, if it takes the noise for what it is within the
-    circle, see `particles.Particles`.
+    The mask reduces the noise's power in the spectrum to the fraction `noise_share`,
+    and correlates its frequencies: the images hold as much information as before about
+    what lies within the circle, and no more. A sum over frequencies that are treated as
+    independent has the same amount of information if it uses the noise power within the
+    circle, see `particles.Particles.noise_share`.
 
     Parameters
     ----------
     source
         Images of shape ``(P, m, m)``.
     diameter
-        Of the circle, pixels.
+        Diameter of the circle in pixels.
     centres
         Its centre in each image, (x, y) in pixels from the image's origin ``m // 2``.
 
     Raises
     ------
     InputError
-        If the diameter is not positive, or the centres are not as many as the images.
+        If the diameter is not positive, or if there is not one centre for each image.
     """
 
     source: ImageSource
@@ -181,38 +187,30 @@ class Masked:
 
     def __post_init__(self):
         if not self.diameter > 0:
-            raise InputError(
-                f"A circle of {self.diameter:g} pixels was to be kept of the images; "
-                "a positive diameter is wanted."
-            )
+            raise InputError(f"diameter must be positive, got {self.diameter:g} pixels")
         if len(self.centres) != self.shape[0]:
             raise InputError(
-                f"{len(self.centres)} centres came with {self.shape[0]} images; one "
-                "for each is wanted."
+                f"centres must hold one point for each of {self.shape[0]} images, got "
+                f"{len(self.centres)}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Numbers of particles, rows and columns."""
-        return tuple(self.source.shape)
 
     @property
     def noise_share(self) -> float:
-        """Share of white noise's power that is left by a circle in the middle."""
+        """Fraction of white noise's power that a circle at the origin leaves."""
         return float(np.mean(self._circle(np.zeros((1, 2))) ** 2))
 
-    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "some m m"]:
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "batch m m"]:
         images = np.asarray(self.source[indices], np.float32)
         return images * self._circle(self.centres[indices]).astype(np.float32)
 
     def _circle(
-        self, centres: Float[np.ndarray, "some 2"]
-    ) -> Float[np.ndarray, "some m m"]:
+        self, centres: Float[np.ndarray, "batch 2"]
+    ) -> Float[np.ndarray, "batch m m"]:
         axis = np.arange(self.shape[-1]) - self.shape[-1] // 2
         x, y = (axis - centres[:, [i]] for i in range(2))
         radius = np.hypot(x[:, None], y[:, :, None])
-        place = np.clip((radius - self.diameter / 2) / _EDGE, 0, 1)
-        return 0.5 + 0.5 * np.cos(np.pi * place)
+        position_in_edge = np.clip((radius - self.diameter / 2) / _EDGE, 0, 1)
+        return 0.5 + 0.5 * np.cos(np.pi * position_in_edge)
 
 
 @lru_cache(64)
@@ -221,14 +219,14 @@ def _interpolation(m: int, step: float) -> Float32[np.ndarray, "m m"]:
 
 
 def outside(m: int, diameter: float) -> Bool[np.ndarray, "m m"]:
-    """Return the pixels outside of a circle around the origin ``m // 2``.
+    """Return which pixels lie outside a circle around the origin ``m // 2``.
 
     Parameters
     ----------
     m
-        Side of the images.
+        Side of the images in pixels.
     diameter
-        Of the circle, pixels; those on it are not outside.
+        Diameter of the circle in pixels. A pixel on the circle is not outside.
     """
     axis = np.arange(m) - m // 2
     return axis[:, None] ** 2 + axis**2 > (diameter / 2) ** 2

@@ -81,7 +81,7 @@ def test_groups_go_with_their_particles():
 
 @pytest.mark.parametrize("group", [np.zeros(6, int), np.arange(7) - 1])
 def test_groups_of_other_particles(group):
-    with pytest.raises(InputError, match="for 7 images; one for each image is wanted"):
+    with pytest.raises(InputError, match="each of 7 images"):
         Particles(IMAGES, group=group)
 
 
@@ -117,10 +117,10 @@ def test_an_image_that_is_not_finite_is_named(bad):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (np.zeros((3, 4, 5)), "3 x 4 x 5; particles x m x m"),
-        (np.zeros((4, 4)), "array of 4 x 4"),
-        (np.zeros((3, 0, 0)), "3 x 0 x 0"),
-        (np.zeros((0, 4, 4)), "no particles"),
+        (np.zeros((3, 4, 5)), "particles x m x m, got 3 x 4 x 5"),
+        (np.zeros((4, 4)), "got 4 x 4"),
+        (np.zeros((3, 0, 0)), "got 3 x 0 x 0"),
+        (np.zeros((0, 4, 4)), "at least one particle"),
     ],
 )
 def test_images_of_another_shape(images, words):
@@ -130,23 +130,23 @@ def test_images_of_another_shape(images, words):
 
 @pytest.mark.parametrize("defoci", [1e4, jnp.ones(6)])
 def test_optics_of_other_particles(defoci):
-    with pytest.raises(InputError, match="for 7 images"):
+    with pytest.raises(InputError, match="each of 7 images"):
         Particles(IMAGES, CTF(defoci, defoci))
 
 
 @pytest.mark.parametrize("pixel", [0.0, -1.0, np.nan, np.inf])
 def test_pixel_sizes_that_are_none(pixel):
-    with pytest.raises(InputError, match="pixel size"):
+    with pytest.raises(InputError, match="pixel_size_in_angstroms must be positive"):
         Particles(IMAGES, None, float(pixel))
 
 
 @pytest.mark.parametrize("indices", [[7], [-1, 2]])
 def test_particles_that_are_not_there(indices):
     for ask in (Particles(IMAGES).take, Particles(IMAGES).batch):
-        with pytest.raises(InputError, match="there are 0 to 6"):
+        with pytest.raises(InputError, match="must be from 0 to 6"):
             ask(np.array(indices))
 
 
 def test_no_particles_cannot_be_taken():
-    with pytest.raises(InputError, match="no particles"):
+    with pytest.raises(InputError, match="at least one particle"):
         Particles(IMAGES).take(np.array([], int))

@@ -52,7 +52,7 @@ def test_only_what_is_asked_for_is_read(images):
 
 def test_what_is_refused(images):
     for diameter in (0.0, -1.0, 40.0, float("nan")):
-        with pytest.raises(InputError, match="A circle of"):
+        with pytest.raises(InputError, match="diameter must be positive and leave"):
             Normalised(images, diameter)
     images[3] = 2
     with pytest.raises(InputError, match=r"Image 3 \(from 0\) is constant"):
@@ -114,8 +114,8 @@ def test_masked_noise_is_white_and_weaker():
 @pytest.mark.parametrize(
     ("diameter", "centres", "words"),
     [
-        *((d, CENTRES, "positive diameter") for d in (0.0, -1.0, float("nan"))),
-        (7.0, CENTRES[:5], "5 centres came with 6 images"),
+        *((d, CENTRES, "diameter must be positive") for d in (0.0, -1.0, float("nan"))),
+        (7.0, CENTRES[:5], "each of 6 images, got 5"),
     ],
 )
 def test_circles_that_are_none(images, diameter, centres, words):

@@ -227,10 +227,10 @@ def test_white_noise_stays_white_and_as_strong():
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ([1.0, 1.1], "2 pixel sizes came with 3 images"),
-        ([1.0, 1.1, 0.9], "factors of 0.9 to 1.1"),
-        ([1.0, 1.1, LARGEST_STEP + 0.01], "factors of 1 to 1.26"),
-        ([1.0, 1.1, np.nan], "factors of nan"),
+        ([1.0, 1.1], "each of 3 images, got 2"),
+        ([1.0, 1.1, 0.9], "got 0.9 to 1.1"),
+        ([1.0, 1.1, LARGEST_STEP + 0.01], "got 1 to 1.26"),
+        ([1.0, 1.1, np.nan], "got nan"),
     ],
 )
 def test_steps_that_are_refused(step, words):
