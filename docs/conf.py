@@ -15,7 +15,7 @@ project = "jaxrefine"
 author = "The jaxrefine developers"
 project_copyright = "the jaxrefine developers, BSD 3-Clause licence"
 html_title = "jaxrefine"
-smartquotes = False  # "--option" must stay as it is
+smartquotes_action = "D"  # dashes, not quotes
 
 extensions = [
     "myst_nb",
