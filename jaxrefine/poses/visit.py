@@ -54,13 +54,13 @@ def visit(
     The values of the function, with a leading axis ``c``, in NumPy arrays.
     """
     size, results = min(batch_size, len(particles)), []
-    for places, new in batches(np.arange(len(owners)), size):
+    for places, count in batches(np.arange(len(owners)), size):
         chosen = owners[places]
         images, ctf = particles.batch(chosen)
         batch = jax.tree.map(lambda leaf, at=places: jnp.asarray(leaf[at]), candidates)
         group = jnp.asarray(particles.group_of(chosen))
         values = compare_batch(comparison, reference, view, images, ctf, group, batch)
-        results.append(jax.tree.map(lambda leaf, n=new: np.asarray(leaf)[:n], values))
+        results.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], values))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
 

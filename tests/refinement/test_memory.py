@@ -49,7 +49,7 @@ def test_estimates_are_near_the_peaks_on_record():
         assert 1 / 1.5 < ratio < 1.5, record["case"]
 
 
-def test_more_of_anything_wants_no_less():
+def test_more_of_anything_needs_no_less():
     def at(particles=1000, n=32, **changes):
         return estimate_bytes(particles, n, replace(CONFIG, **changes))
 
@@ -110,7 +110,7 @@ def test_the_largest_batch_that_fits(most):
     for limit in {bytes_ + d for bytes_ in wanted.values() for d in (-1, 0, 1)}:
         fitting = [size for size in sizes if wanted[size] <= limit]
         if not fitting:
-            with pytest.raises(InputError, match="5000 images of side 16 want .* GiB"):
+            with pytest.raises(InputError, match="5000 images of side 16 need .* GiB"):
                 plan(count, n, config, limit)
             continue
         found = plan(count, n, config, limit)
