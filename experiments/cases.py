@@ -19,7 +19,6 @@ from jaxrefine.geometry import (
     Poses,
     Rotations,
     align_rotations_and_hand,
-    matrix_to_euler,
     mirror,
 )
 from jaxrefine.maps.align import align_maps, move_map
@@ -107,7 +106,7 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
         initial_map, rotations = _in_the_frame_of(
             truth, dataset.truth, found.volume, poses
         )
-        initial = Poses(matrix_to_euler(rotations), jnp.zeros_like(poses.shifts))
+        initial = Poses(rotations, jnp.zeros_like(poses.shifts))
         start = (
             f"map and poses of {found.iterations} iterations of RELION ab initio, "
             f"{found.wall_s / 60:.0f} minutes, ending at "
@@ -122,7 +121,7 @@ def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
         initial_map = simulate.blur(truth, config["initial_blur"])
         settings = MatchConfig(max_shift=config["max_shift"] + 1)
         initial = match(Particles(images), initial_map, settings).poses
-        initial = Poses(initial.angles, jnp.zeros_like(initial.shifts))
+        initial = Poses(initial.rotations, jnp.zeros_like(initial.shifts))
         start = ""
     dataset = eqx.tree_at(lambda d: d.initial, dataset, initial)
     return Case(truth, dataset, initial_map, voxel, start)

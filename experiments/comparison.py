@@ -126,9 +126,7 @@ class Record:
         case, number = self.case, len(self.history) + 1
         truth = case.dataset.truth
         curve = fsc(jnp.asarray(volume, case.truth.dtype), case.truth)
-        errors = evaluation.pose_errors(
-            poses.angles, poses.shifts, truth.angles, truth.shifts
-        )
+        errors = evaluation.pose_errors(poses, truth)
         row = {
             "iteration": number,
             **evaluation.resolution_row(curve),
@@ -232,8 +230,7 @@ def _write_poses(out: Path, name: str, poses: Poses, case: Case) -> None:
     images = case.dataset.images
     io.write_poses(
         out / "poses" / f"{slug(name)}.star",
-        np.asarray(poses.angles),
-        np.asarray(poses.shifts),
+        poses,
         case.voxel_size_in_angstroms,
         [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)],
         images.shape[-1],
@@ -277,9 +274,7 @@ def difference_densities(poses: Poses, truth: Poses) -> dict[str, Any]:
     Densities are per degree and per pixel, of all particles, including those outside of
     the bins, whose fraction is given too.
     """
-    angles, shifts = evaluation.pose_differences(
-        poses.angles, poses.shifts, truth.angles, truth.shifts
-    )
+    angles, shifts = evaluation.pose_differences(poses, truth)
     found = {}
     for names, values, edges in (
         (("rot", "tilt", "psi"), angles, _ANGLE_EDGES),

@@ -44,6 +44,7 @@ from jaxrefine.operators.gridding import Gridding
 from jaxrefine.paper import algorithm3
 from jaxrefine.poses import likelihood
 from jaxrefine.poses.matching import MatchConfig, match
+from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 
@@ -85,6 +86,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
         snr_db=config["snr_db"],
     )
     images, poses = dataset.images, dataset.initial
+    euler_poses = algorithm3.EulerPoses.of(poses)
     last = (size - 1) // 2
 
     basis = kbwf.KBWF()
@@ -92,7 +94,7 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
     image_filter = spatial.spline_filter(footprint, size)
     coefficients = kbwf.expand(basis, truth)
     terms = algorithm3.map_terms(footprint, coefficients)
-    transfer = normal.transfer(normal.kernel(footprint, poses.angles, size))
+    transfer = normal.transfer(normal.kernel(footprint, poses.rotations, size))
 
     def in_space(function):
         @eqx.filter_jit
@@ -103,13 +105,13 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
 
             return map_over_particles(one, (images, poses), _BATCH)
 
-        return lambda: evaluate(terms, images, poses)
+        return lambda: evaluate(terms, images, euler_poses)
 
     steps = algorithm3.PoseConfig(*_FIRST_STEPS)
 
     def descend():
         return algorithm3.run(
-            poses, images, coefficients, footprint, image_filter, steps
+            euler_poses, images, coefficients, footprint, image_filter, steps
         )
 
     particles = Particles(np.asarray(images))
@@ -120,15 +122,16 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
 
     @eqx.filter_jit
     def slice_gradients(spectrum, view, images, poses):
-        def one(data, rotation, shift):
+        def of_particle(image_spectrum, rotation, shift):
             return likelihood.cost_and_gradient(
-                spectrum, view.disc, data, rotation, shift, None, view.weights
+                spectrum, view.observation(image_spectrum, None), rotation, shift
             )
 
-        return jax.vmap(one)(view.spectra(images, None), poses.rotations, poses.shifts)
+        image_spectra = view.spectra(images, None)
+        return jax.vmap(of_particle)(image_spectra, poses.rotations, poses.shifts)
 
     def polish(steps: int):
-        return polish.polish_poses(
+        return polish_poses(
             particles,
             everyone,
             Gridding().spectrum(truth, last),

@@ -24,6 +24,9 @@ from jaxrefine.paper import algorithm1
 from jaxrefine.poses.matching import MatchConfig, match
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
+from jaxrefine.refinement.result import RefineInfo
+from jaxrefine.refinement.state import RefineState
 from jaxrefine.simulate import Dataset
 
 Start = Callable[[Dataset], Poses]
@@ -55,7 +58,7 @@ def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
     def run(case: Case, record: Record) -> Outcome:
         poses, key = start(case.dataset), jax.random.key(seed)
         record.expect(1)
-        made = loop.reconstruct(particles_of(case), poses, key=key)
+        made = reconstruct(particles_of(case), poses, key=key)
         record.add(made.volume, poses)
         return Outcome(made.volume, poses, remark=remark)
 
@@ -82,7 +85,7 @@ def refinement(
         state = record.resume(loop.init(*what, key=key))
         record.expect(config.iterations)
 
-        def keep(state: loop.RefineState, info: loop.RefineInfo) -> None:
+        def keep(state: RefineState, info: RefineInfo) -> None:
             record.add(state.volume, state.poses, state, **info.row())
 
         done = loop.refine(*what, key=key, state=state, callback=keep)
@@ -202,7 +205,7 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
         while len(record.history) < rounds:
             found = match(particles, volume, settings)
             poses = found.poses
-            made = loop.reconstruct(particles, poses, key=key)
+            made = reconstruct(particles, poses, key=key)
             volume = jnp.asarray(made.volume)
             used = {"step_deg": found.step_in_degrees, "r_max": found.r_max}
             record.add(volume, poses, (volume, poses), **used)

@@ -64,7 +64,7 @@ def _measured(run: figures.Run) -> dict[str, Any]:
 
 def _poses(folder: Path, name: str) -> Poses:
     path = folder / "poses" / f"{comparison.slug(name)}.star"
-    return Poses(*map(jnp.asarray, io.read_poses(path)))
+    return io.read_poses(path)
 
 
 def main() -> None:

@@ -32,13 +32,13 @@ from methods import initial_poses, true_poses
 from jaxrefine import evaluation, io
 from jaxrefine.data import observation
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses.polish import Polished, polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
-from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
 
 PRESETS = ("smoke", "small", "cpu", "paper")
 
@@ -99,17 +99,13 @@ def from_true_map(seed: int) -> Method:
     def run(case: Case, record: Record) -> Outcome:
         record.expect(1)
         found = polish(case, LevenbergMarquardt(6))
-        poses = Poses(
-            matrix_to_euler(jnp.asarray(found.rotations)), jnp.asarray(found.shifts)
-        )
+        poses = Poses(found.rotations, found.shifts)
         key, particles = jax.random.key(seed), methods.particles_of(case)
-        made = loop.reconstruct(particles, poses, key=key)
+        made = reconstruct(particles, poses, key=key)
         # No step is made: this is the information at the true poses.
         bound = cramer_rao(polish(case, LevenbergMarquardt(0)).information)
         truth = case.dataset.truth
-        errors = evaluation.pose_errors(
-            poses.angles, poses.shifts, truth.angles, truth.shifts
-        )
+        errors = evaluation.pose_errors(poses, truth)
         attained = {
             "angle_error_deg_rms": _rms(np.asarray(errors.angle_in_degrees)),
             "shift_error_px_rms": _rms(np.asarray(errors.shift_in_pixels)),

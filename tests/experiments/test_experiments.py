@@ -19,20 +19,14 @@ import pytest
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import (
-    Poses,
-    equidistributed_angles,
-    euler_to_matrix,
-    geodesic_distance,
-    matrix_to_euler,
-    mirror,
-)
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses, geodesic_distance, mirror
 from jaxrefine.io import write_json, write_mrc
 from jaxrefine.maps.align import move_map
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.simulate import phantom
+from jaxrefine.simulate import equidistributed_rotations, phantom
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -206,7 +200,7 @@ def test_every_baseline_runs(tmp_path):
     assert "1 rounds, steps of 20 degrees" in results["projection matching"]["remark"]
     truth = io.read_poses(out / "poses/truth.star")
     for name in kept:
-        assert io.read_poses(out / f"poses/{name}.star")[0].shape == truth[0].shape
+        assert len(io.read_poses(out / f"poses/{name}.star")) == len(truth)
         assert (out / f"maps/{name}.mrc").exists()
 
 
@@ -641,7 +635,7 @@ def test_a_map_and_its_poses_are_brought_to_the_truths_place(init1, mirrored):
     n, count = 24, 60
     truth = phantom(jax.random.key(0), n).astype(jnp.float32)
     shift = jnp.zeros((count, 2), jnp.float32)
-    poses = Poses(equidistributed_angles(jax.random.key(1), count), shift)
+    poses = Poses(equidistributed_rotations(jax.random.key(1), count), shift)
     poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), poses)
     rotation = euler_to_matrix(jnp.asarray([0.4, 1.1, -0.7], jnp.float32))
     volume = move_map(truth, rotation.T, jnp.asarray([1.5, -2.0, 1.0], jnp.float32))
@@ -650,7 +644,7 @@ def test_a_map_and_its_poses_are_brought_to_the_truths_place(init1, mirrored):
         volume, rotations = cases._mirrored(volume), mirror(rotations)
     off = euler_to_matrix(jnp.asarray([0.0, 1.5, 0.0], jnp.float32))
     rotations = rotations.at[:10].set(rotations[:10] @ off)
-    given = Poses(matrix_to_euler(rotations), shift)
+    given = Poses(rotations, shift)
     moved, found = cases._in_the_frame_of(truth, poses, volume, given)
     assert float(jnp.min(fsc(moved, truth)[: n // 2 - 1])) > 0.99
     distance = geodesic_distance(found, poses.rotations)

@@ -72,7 +72,7 @@ def test_rows_are_told_by_name(tmp_path, star, data):
     io.write_star(tmp_path / "data.star", blocks | {"particles": shuffled})
     original = io.read_particles(star)
     poses = relion.poses_in_order(tmp_path / "data.star", original)
-    np.testing.assert_allclose(poses.angles, data.truth.angles, atol=1e-6)
+    np.testing.assert_allclose(poses.rotations, data.truth.rotations, atol=1e-6)
     np.testing.assert_allclose(poses.shifts, data.truth.shifts, atol=1e-6)
 
     fewer = {name: column[1:] for name, column in shuffled.items()}
@@ -179,7 +179,7 @@ def test_a_run_stops_at_its_limit_and_is_resumed(star, fake, data, truth):
     assert (stopped.iterations, stopped.finished) == (1, False)
     assert 1.5 <= stopped.wall_s < 10
     assert not programs_in(star.parent)
-    np.testing.assert_allclose(stopped.poses.angles, data.truth.angles, atol=1e-6)
+    np.testing.assert_allclose(stopped.poses.rotations, data.truth.rotations, atol=1e-6)
     np.testing.assert_array_equal(stopped.volume, truth)
     assert stopped.report == {
         "resolution_in_angstroms": 20.5,
@@ -244,7 +244,7 @@ def test_true_poses_reconstruct_the_truth(tmp_path, data, truth):
     assert agreement > 0.99
     assert scale == pytest.approx(1, abs=0.02)
 
-    mirrored = Poses(data.truth.angles, -data.truth.shifts)
+    mirrored = Poses(data.truth.rotations, -data.truth.shifts)
     star = relion.write_particles(tmp_path, data.images, mirrored, PIXEL)
     assert at_low_resolution(relion.reconstruct(tmp_path, star), truth)[0] < 0.95
 
@@ -266,12 +266,12 @@ def test_postprocessing_masks_and_denoises(tmp_path, truth):
 
 @needs_relion
 def test_ab_initio_runs(tmp_path, data):
-    few = Poses(data.truth.angles[:6], data.truth.shifts[:6])
+    few = data.truth.take(np.arange(6))
     star = relion.write_particles(tmp_path, data.images[:6], few, PIXEL)
     made = ab_initio(star, 60.0, iterations=(1, 1, 0))
     assert (made.iterations, made.finished, made.half_maps) == (2, True, None)
     assert made.volume.shape == (N, N, N) and made.volume.any()
-    assert made.poses.angles.shape == (6, 3)
+    assert made.poses.rotations.shape == (6, 3, 3)
     assert made.poses.shifts.shape == (6, 2)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxrefine import simulate
 from jaxrefine.data import observation
-from jaxrefine.geometry import Poses, geodesic_distance, matrix_to_euler
+from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.io import write_json
 from jaxrefine.operators import kbwf, spatial
 from jaxrefine.operators.gridding import Gridding
@@ -213,7 +213,7 @@ def test_the_papers_descent_is_that_of_algorithm_3(study):
     start = jax.tree.map(lambda leaf: leaf[0], dataset.initial)
 
     def cost(rotation, shift):
-        at = Poses(matrix_to_euler(rotation), shift)
+        at = algorithm3.EulerPoses.of(Poses(rotation, shift))
         return algorithm3.particle_cost(terms, particle, at) / sigma**2
 
     def objective(rotation, shift):
@@ -232,7 +232,8 @@ def test_the_papers_descent_is_that_of_algorithm_3(study):
     )
     dtype = start.shifts.dtype
     steps = algorithm3.PoseConfig(*jnp.array([0.0, 2e-3, 0.25], dtype))
-    wanted, info = algorithm3.descend(terms, particle, start, steps)
+    euler_start = algorithm3.EulerPoses.of(start)
+    wanted, info = algorithm3.descend(terms, particle, euler_start, steps)
     assert info.shift_moves.all() and found.accepted.all()
     np.testing.assert_allclose(found.rotation, start.rotations, atol=1e-6)
     np.testing.assert_allclose(found.shift, wanted.shifts, atol=1e-5)
