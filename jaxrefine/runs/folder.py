@@ -1,43 +1,51 @@
-"""The folder of a run: it knows what the run was, and carries on where it stopped."""
+"""The folder of a run: what the run is, whether it is finished, and who may write."""
 
-import hashlib
 import json
-import os
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Collection
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, final
 
 from jaxrefine import io
-from jaxrefine.runs.provenance import peak_rss_mib
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import Lock, leftovers, lock
-from jaxrefine.io.checkpoint import DamagedCheckpoint
-
-_METRICS = "metrics.jsonl"
+from jaxrefine.runs.history import History
 
 
+@final
 class RunFolder:
     """A folder that belongs to one run with one set of settings.
 
-    A report, ``NAME.json``, is written first and marks the folder; it is written again,
-    with ``finished`` true, when all else is there. A run that is killed, or whose disk
-    is full, loses no more than the iteration that it was in. On a local disk no other
-    process can write there meanwhile (network file systems may not tell).
+    A report is written first and marks the folder; it is written again, with
+    ``finished`` true, when all other files are there. On a local disk no other process
+    can write to the folder meanwhile (network file systems may not tell).
+
+    Used in a ``with`` statement, the folder is freed at its end for other processes;
+    and if an :class:`InputError` ends it, what the run has made is removed unless there
+    is something in it to carry on from.
 
     Parameters
     ----------
     path
         The folder; made if absent.
     report
-        Name of the report.
+        Name of the report, a JSON file.
     settings
-        All that the results depend on.
+        All that the results depend on. Values are those of JSON.
+    details
+        Further entries of the report, which do not identify the run.
+    may_change
+        Keys of ``settings`` that do not identify the run either, such as time limits:
+        a run that is finished with other values of them is to be carried on.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    finished
+        Whether the run has come to its end.
+    history
+        The iterations of the run, in ``state`` and ``metrics.jsonl``.
 
     Raises
     ------
@@ -46,49 +54,72 @@ class RunFolder:
         process is writing to it.
     """
 
-    def __init__(self, path: Path, report: str, settings: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        report: str,
+        settings: dict[str, Any],
+        *,
+        details: dict[str, Any] | None = None,
+        may_change: Collection[str] = (),
+    ):
         self.path, self._report = path, path / report
-        self._newest = path / "state" / "checkpoint.eqx"
-        self._previous = self._newest.with_name("previous.eqx")
         self._settings = json.loads(json.dumps(settings))
-        self._begin, self._rows, self._earlier = time.perf_counter(), 0, 0.0
-        self.finished, self._made, self._kept = False, not path.exists(), {}
+        self._details, self._kept = details or {}, {}
+        self.finished = False
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; a folder to write to is wanted.")
+            raise InputError(f"{path} must be a folder, got a file.")
+        # Innermost first, to be removed in this order.
+        self._created = [p for p in (path, *path.parents) if not p.exists()]
         with io.writing(path):
             path.mkdir(parents=True, exist_ok=True)
         self._lock: Lock | None = lock(path)
         if self._report.exists():
-            self._recognise()
+            self._recognise(may_change)
         elif set(path.iterdir()) - set(leftovers(path)):
             raise InputError(
-                f"{path} holds files but no {report}; name a new or an empty folder."
+                f"{path} must be a new or an empty folder, or that of a run: it holds "
+                f"files but no {report}."
             )
-        else:
-            self._write(finished=False)
-        for remains in leftovers(path) + leftovers(self._newest.parent):
-            remains.unlink()
+        for temporary in leftovers(path):
+            temporary.unlink()
+        self.history = History(path / "state", path / "metrics.jsonl")
+        if not self._report.exists():
+            try:
+                self._write(finished=False)
+            except InputError:
+                self.give_back()
+                raise
 
-    def _recognise(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and issubclass(kind, InputError):
+            self.give_back()
+        self._lock = None
+
+    def _recognise(self, may_change: Collection[str]) -> None:
+        """Read the report of an earlier process; refuse another run."""
         report = io.read_json(self._report)
-        old = report.get("settings") if isinstance(report, dict) else None
-        if not isinstance(old, dict):
-            raise InputError(f"{self._report} is not the report of such a run.")
-        new, absent = self._settings, object()
-        others = []
-        for name in sorted(new.keys() | old.keys()):
-            pair = old.get(name, absent), new.get(name, absent)
-            # Of another version, to which an option that is not given is none.
-            unknown = absent in pair and (None in pair or any(x is False for x in pair))
-            if pair[0] != pair[1] and not unknown:
-                others.append(name)
+        earlier = report.get("settings") if isinstance(report, dict) else None
+        if not isinstance(earlier, dict):
+            raise InputError(f"{self._report} must be the report of a run, it is not.")
+        changed = _differences(earlier, self._settings)
+        others = [name for name in changed if name not in may_change]
         if others:
             raise InputError(
-                f"{self.path} holds a run with another {', '.join(others)}; repeat its "
-                "command, or name another folder."
+                f"{self.path} holds a run with other settings ({', '.join(others)}); "
+                "repeat its command, or name another folder."
             )
-        self.finished = report.get("finished") is True
+        self.finished = report.get("finished") is True and not changed
         self._kept = report.get("kept", {})
+        if changed:
+            self._write(finished=False)
+
+    def report(self) -> dict[str, Any]:
+        """Return the content of the report."""
+        return io.read_json(self._report)
 
     def keep(self, name: str, value: Any) -> Any:
         """Return what was kept by this name since the run began, or else keep this."""
@@ -97,95 +128,37 @@ class RunFolder:
             self._write(finished=False)
         return self._kept[name]
 
-    def abandon(self) -> None:
-        """Leave nothing behind of a run that has no state yet."""
-        if self._newest.exists() or self._previous.exists():
-            return
-        for path in (self._report, self.path / _METRICS):
-            path.unlink(missing_ok=True)
-        self._lock = None
-        state = self._newest.parent
-        for folder in (state, self.path) if self._made else (state,):
-            with suppress(OSError):  # absent, or with somebody else's files
-                folder.rmdir()
-
-    def resume(self, like: Callable[[], Any]) -> Any:
-        """Return the last state, or None if there is none yet.
-
-        ``like`` makes a state of the same structure, shapes and types; it is asked only
-        if there is one. Rows of the log that are newer than the state are dropped.
-
-        A last state that is damaged, or missing, is replaced by the one before it, with
-        a sentence on standard error.
-
-        Raises
-        ------
-        InputError
-            If there are states but none of them is whole, or if they are those of
-            another version or of another structure.
-        """
-        state = None
-        if self._newest.exists() or self._previous.exists():
-            state, saved = self._load(like())
-            self._rows, self._earlier = saved["rows"], saved["wall_s"]
-        io.keep_lines(self.path / _METRICS, self._rows)
-        return state
-
-    def _load(self, like: Any) -> tuple[Any, Any]:
-        """Load the newest checkpoint that is whole, and make it the newest."""
-        for path in filter(Path.exists, (self._newest, self._previous)):
-            with suppress(DamagedCheckpoint):
-                found = io.load_checkpoint(path, like)
-                if path is self._previous:
-                    print(
-                        f"{self._newest} is missing or damaged; the run carries on "
-                        f"from {path}.",
-                        file=sys.stderr,
-                    )
-                    os.replace(path, self._newest)
-                return found
-        raise InputError(
-            f"Neither {self._newest} nor {self._previous} is a whole checkpoint; "
-            "delete both to begin anew."
-        )
-
-    def record(self, state: Any, row: dict[str, Any]) -> None:
-        """Add a row to the log, and save the state; the one before it is kept, too."""
-        io.append_json_line(self.path / _METRICS, row)
-        self._rows += 1
-        self._newest.parent.mkdir(exist_ok=True)
-        saved = {"rows": self._rows, "wall_s": self._wall()}
-        io.save_checkpoint(self._newest, state, saved, self._previous)
+    def reopen(self) -> None:
+        """Mark a finished run as not finished, since there is more to do."""
+        self.finished = False
+        self._write(finished=False)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the report of a run whose files are all there."""
+        """Write the report of a run whose files are all there.
+
+        Parameters
+        ----------
+        results
+            Further entries of the report.
+        """
         self._write(finished=True, **results)
+        self.finished = True
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the log."""
-        lines = (self.path / _METRICS).read_text(errors="replace").splitlines()
-        rows = []
-        for line in lines:
-            with suppress(ValueError):  # a damaged line is not worth the results
-                rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict)]
+    def give_back(self) -> None:
+        """Remove what this run has made, if there is nothing in it to carry on from.
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what the run is made with, and what it has taken so far."""
-        device = jax.devices()[0]
-        memory = device.memory_stats() or {}
-        return {
-            "versions": {
-                name: version(name) for name in ("jaxrefine", "jax", "jaxlib", "numpy")
-            },
-            "device": f"{device.platform}, {device.device_kind}",
-            "wall_s": self._wall(),
-            "peak_rss_mib": peak_rss_mib(),
-            "peak_device_mib": memory.get("peak_bytes_in_use", 0) / 2**20 or None,
-        }
-
-    def _wall(self) -> float:
-        return self._earlier + time.perf_counter() - self._begin
+        Files that are not its own stay, and with them the report that marks them.
+        """
+        own = {self._report, self.history.log, self.history.newest.parent}
+        if self.history.has_state or set(self.path.iterdir()) - own:
+            return
+        self.history.remove_states()
+        for file in (self._report, self.history.log):
+            file.unlink(missing_ok=True)
+        self._lock = None
+        with suppress(OSError):  # with somebody else's files
+            for folder in self._created:
+                folder.rmdir()
 
     def _write(self, *, finished: bool, **results: Any) -> None:
         io.write_json(
@@ -194,13 +167,24 @@ class RunFolder:
                 "finished": finished,
                 "settings": self._settings,
                 "kept": self._kept,
+                **self._details,
                 **results,
-                **self.provenance(),
             },
         )
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, by which the same input is known again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _differences(earlier: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Return the names of settings that differ.
+
+    A version that did not know an option did as if it was not given: it counts as None
+    or False there.
+    """
+    changed = []
+    for name in sorted(earlier.keys() | present.keys()):
+        if name in earlier and name in present:
+            differs = earlier[name] != present[name]
+        else:
+            differs = (earlier | present)[name] not in (None, False)
+        if differs:
+            changed.append(name)
+    return changed

@@ -6,46 +6,36 @@ import os
 import subprocess
 import sys
 
-import equinox as eqx
 import numpy as np
 import pytest
 
-from jaxrefine import cli
 from jaxrefine.errors import InputError
 from jaxrefine.io import load_checkpoint
 from jaxrefine.runs.folder import RunFolder
 
-resource = pytest.importorskip("resource", reason="wants a Unix system")
-
 # A run of a stand-in, in processes that stop themselves at their n-th call of a
-# function, built-in ones included. Times and versions are left out of the files.
+# function, built-in ones included.
 LOOP = """
-import json, os, signal, sys, traceback
+import json, os, sys, traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from jaxrefine.runs import folder as module
-
-device = SimpleNamespace(platform="none", device_kind="none", memory_stats=dict)
-module.jax = SimpleNamespace(devices=lambda: [device])
-module.time = SimpleNamespace(perf_counter=lambda: 0.0)
-module.version = module.peak_rss_mib = lambda *_: None
+from jaxrefine.runs.folder import RunFolder
 
 def run(out, ledger):
-    folder = module.RunFolder(out, "run.json", {"seed": 1})
-    start = {"iteration": np.zeros((), int), "map": np.linspace(0.0, 1.0, 50)}
-    state = folder.resume(lambda: start) or start
-    os.write(ledger, b"from %d\\n" % state["iteration"])
-    while state["iteration"] < 12:
-        state = {
-            "iteration": state["iteration"] + 1,
-            "map": np.sin(3 * state["map"] + state["iteration"]),
-        }
-        row = {"iteration": int(state["iteration"]), "mean": float(state["map"].mean())}
-        folder.record(state, row)
-        os.write(ledger, b"done %d\\n" % state["iteration"])
-    folder.finish({"mean": float(state["map"].mean())})
+    with RunFolder(out, "run.json", {"seed": 1}) as folder:
+        start = {"iteration": np.zeros((), int), "map": np.linspace(0.0, 1.0, 50)}
+        state = folder.history.resume(lambda: start) or start
+        os.write(ledger, b"from %d\\n" % state["iteration"])
+        while state["iteration"] < 12:
+            state = {
+                "iteration": state["iteration"] + 1,
+                "map": np.sin(3 * state["map"] + state["iteration"]),
+            }
+            row = {"iteration": int(state["iteration"]), "mean": state["map"].mean()}
+            folder.history.record(state, row)
+            os.write(ledger, b"done %d\\n" % state["iteration"])
+        folder.finish({"mean": float(state["map"].mean())})
 
 def attempt(out, calls, end):
     child = os.fork()
@@ -85,7 +75,7 @@ for name, end, seed in json.loads(sys.argv[2]):
     report[name] = codes
 print(json.dumps(report))
 """
-RUNS = [("whole", 9, None)]
+RUNS = [("undisturbed", 9, None)]
 RUNS += [(f"killed{seed}", 9, seed) for seed in range(3)]
 RUNS += [("interrupted", 2, 0)]
 
@@ -93,6 +83,7 @@ RUNS += [("interrupted", 2, 0)]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Undisturbed and disturbed runs: their folder, and their processes' exit codes."""
+    pytest.importorskip("fcntl", reason="needs a Unix system")
     base = tmp_path_factory.mktemp("runs")
     words = [sys.executable, "-c", LOOP, str(base), json.dumps(RUNS)]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
@@ -101,24 +92,37 @@ def runs(tmp_path_factory):
 
 
 def contents(folder):
+    """Every file; of a checkpoint, the arrays, without the time that they took."""
+    like, found = {"iteration": np.zeros((), int), "map": np.zeros(50)}, {}
+    for path in folder.rglob("*"):
+        if path.suffix == ".eqx":
+            state, saved = load_checkpoint(path, like)
+            arrays = {name: value.tobytes() for name, value in state.items()}
+            found[path.name] = arrays, saved["rows"]
+        elif path.is_file():
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def names(folder):
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)) for path in files}
 
 
 def test_runs_end_as_if_nothing_had_stopped_them(runs):
     base, codes, errors = runs
-    whole = contents(base / "whole")
-    assert set(whole) == {
-        "run.json",
-        "metrics.jsonl",
-        "state/checkpoint.eqx",
-        "state/previous.eqx",
+    assert names(base / "undisturbed") == {
+        *("run.json", "metrics.jsonl"),
+        *("state/checkpoint.eqx", "state/previous.eqx"),
     }
-    assert codes["whole"] == [0] and len(whole["metrics.jsonl"].splitlines()) == 12
+    expected = contents(base / "undisturbed")
+    assert codes["undisturbed"] == [0]
+    assert len(expected["metrics.jsonl"].splitlines()) == 12
     assert sum(len(each) - 1 for each in codes.values()) > 100
     for name, _, _ in RUNS:
         assert codes[name][-1] == 0, errors
-        assert contents(base / name) == whole, name
+        assert contents(base / name) == expected, name
+        assert names(base / name) == names(base / "undisturbed")
 
 
 def test_no_more_than_an_iteration_is_lost(runs):
@@ -138,159 +142,157 @@ def test_no_more_than_an_iteration_is_lost(runs):
 # --- in this process
 
 
-class State(eqx.Module):
-    iteration: np.ndarray
-    volume: np.ndarray
+def state(iteration):
+    return {"iteration": np.asarray(iteration), "map": np.full(50, 0.5 + iteration)}
 
 
-def state(iteration, n=8):
-    return State(np.asarray(iteration), np.full((n, n, n), 0.5 + iteration))
+def a_folder(path, settings=None, **further):
+    return RunFolder(path / "out", "run.json", settings or {"seed": 0}, **further)
 
 
-def a_folder(path):
-    return RunFolder(path / "out", "run.json", {"seed": 0})
+def report(path):
+    return json.loads((path / "out/run.json").read_text())
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """A run that stopped after three iterations; its checkpoints."""
-    folder = a_folder(tmp_path)
-    assert folder.resume(lambda: state(0)) is None
-    for i in (1, 2, 3):
-        folder.record(state(i), {"iteration": i})
-    saved = tmp_path / "out/state"
-    return saved / "checkpoint.eqx", saved / "previous.eqx"
+def test_the_report_marks_the_folder(tmp_path):
+    settings = {"seed": 0, "mask": None, "steps": (1, 2)}
+    with a_folder(tmp_path, settings, details={"command": "jaxrefine"}) as folder:
+        assert (
+            report(tmp_path)
+            == folder.report()
+            == {
+                "finished": False,
+                "settings": {"seed": 0, "mask": None, "steps": [1, 2]},
+                "kept": {},
+                "command": "jaxrefine",
+            }
+        )
+        assert folder.keep("batch_size", 5) == folder.keep("batch_size", 7) == 5
+    again = a_folder(tmp_path, settings)
+    assert not again.finished and again.keep("batch_size", 9) == 5
+    again.finish({"resolution": 3.5})
+    assert again.finished and report(tmp_path)["resolution"] == 3.5
+    again = a_folder(tmp_path, settings)
+    assert again.finished
+    again.reopen()
+    assert not a_folder(tmp_path, settings).finished
 
 
-def resumed(path):
-    found = a_folder(path).resume(lambda: state(0))
-    rows = (path / "out/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["iteration"] for row in rows] == [
-        *range(1, int(found.iteration) + 1)
-    ]
-    return found
+def test_another_run_is_refused(tmp_path):
+    with a_folder(tmp_path, {"seed": 0, "map": "a", "mask": None}) as folder:
+        folder.finish({})
+    before = report(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(map, seed\); repeat its"):
+        a_folder(tmp_path, {"seed": 1, "map": "b", "mask": None})
+    assert report(tmp_path) == before
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
+def test_an_option_that_a_version_does_not_know_is_not_given(tmp_path):
+    with a_folder(tmp_path, {"seed": 0, "mask": None, "invert": False}) as folder:
+        folder.finish({})
+    assert a_folder(tmp_path, {"seed": 0, "resample": False}).finished
+    with pytest.raises(InputError, match=r"\(resample\)"):
+        a_folder(tmp_path, {"seed": 0, "resample": True})
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def test_settings_that_may_change_are_carried_on_with(tmp_path):
+    """A time limit, say: with more time there is more to do."""
+    limits = {"may_change": ["limit_min"]}
+    with a_folder(tmp_path, {"seed": 0, "limit_min": 10}, **limits) as folder:
+        folder.finish({})
+    assert a_folder(tmp_path, {"seed": 0, "limit_min": 10}, **limits).finished
+    with pytest.raises(InputError, match=r"\(seed\)"):
+        a_folder(tmp_path, {"seed": 1, "limit_min": 20}, **limits)
+    assert not a_folder(tmp_path, {"seed": 0, "limit_min": 20}, **limits).finished
+    assert report(tmp_path)["settings"]["limit_min"] == 20
+    assert not a_folder(tmp_path, {"seed": 0, "limit_min": 20}, **limits).finished
 
 
-DAMAGES = [truncate, flip, lambda path: path.write_bytes(b""), os.unlink]
+@pytest.mark.parametrize("content", ["[1]", '{"settings": 1}', "{"])
+def test_a_report_of_something_else(tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text(content)
+    with pytest.raises(InputError, match="run.json"):
+        a_folder(tmp_path)
+    assert (tmp_path / "out/run.json").read_text() == content
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=["short", "flipped", "empty", "gone"])
-def test_the_state_before_steps_in(begun, tmp_path, capsys, damage):
-    newest, previous = begun
-    assert eqx.tree_equal(resumed(tmp_path), state(3))
-    assert not capsys.readouterr().err
-    damage(newest)
-    assert eqx.tree_equal(resumed(tmp_path), state(2))
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(newest) in error and str(previous) in error
-    # It is not replaced by the damaged one: it stays until there is a newer one.
-    assert eqx.tree_equal(resumed(tmp_path), state(2))
-    folder = a_folder(tmp_path)
-    folder.resume(lambda: state(0))
-    folder.record(state(3), {"iteration": 3})
-    assert [int(load_checkpoint(path, state(0))[0].iteration) for path in begun] == [
-        3,
-        2,
-    ]
+def test_a_place_that_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="out must be a folder, got a file"):
+        a_folder(tmp_path)
+    with pytest.raises(InputError, match="Cannot write"):
+        a_folder(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:3], ids=["short", "flipped", "empty"])
-def test_without_a_whole_state_nothing_is_touched(begun, tmp_path, damage):
-    for path in begun:
-        damage(path)
-    before = contents(tmp_path)
-    with pytest.raises(InputError, match="delete both to begin anew") as caught:
-        resumed(tmp_path)
-    assert all(str(path) in str(caught.value) for path in begun)
-    assert contents(tmp_path) == before
-    for path in begun:
-        path.unlink()
-    assert a_folder(tmp_path).resume(lambda: state(0)) is None
-
-
-def test_another_structure_is_not_damage(begun, tmp_path):
-    before = contents(tmp_path)
-    with pytest.raises(InputError, match="another structure"):
-        a_folder(tmp_path).resume(lambda: state(0, n=6))
-    assert contents(tmp_path) == before
+# --- refused runs
 
 
 def refuse(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_last_state(begun, tmp_path, monkeypatch, call):
-    folder = a_folder(tmp_path)
-    folder.resume(lambda: state(0))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, refuse)
-        with pytest.raises(InputError, match="Cannot write .*: No space left"):
-            folder.record(state(4), {"iteration": 4})
-    assert sorted(contents(tmp_path / "out/state")) == [path.name for path in begun]
-    assert eqx.tree_equal(resumed(tmp_path), state(3))
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_refused_run_leaves_nothing(tmp_path, existed):
+    """Not even folders that were made above its own; those that were there stay."""
+    base = tmp_path / "new/folder"
+    if existed:
+        (base / "out").mkdir(parents=True)
+    with pytest.raises(InputError, match="bad"), a_folder(base) as folder:
+        folder.history.resume(lambda: state(0))
+        raise InputError("bad input")
+    assert (base / "out").exists() == (tmp_path / "new").exists() == existed
+    assert not names(tmp_path)
 
 
-@pytest.mark.parametrize("size", [0, 55, 500, 4000])
-def test_writes_that_the_system_cuts_short(begun, tmp_path, size):
-    """The system refuses for real to write beyond so many bytes of a file."""
-    folder = a_folder(tmp_path)
-    folder.resume(lambda: state(0))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        with pytest.raises(InputError, match="Cannot write .*: File too large"):
-            folder.record(state(4), {"iteration": 4})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(contents(tmp_path / "out/state")) == [path.name for path in begun]
-    assert eqx.tree_equal(resumed(tmp_path), state(3))
-
-
-def test_a_large_state_on_a_full_disk(begun, tmp_path):
-    """One that does not fit into Python's buffers, whose writers have errors too."""
-    large, folder = state(4, n=40), a_folder(tmp_path)
-    folder.resume(lambda: state(0))
-    before = contents(tmp_path / "out/state")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(InputError, match="Cannot write .*: File too large"):
-            folder.record(large, {"iteration": 4})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents(tmp_path / "out/state") == before
-
-
-@pytest.mark.parametrize("made", [True, False])
-def test_a_disk_that_is_full_at_once(tmp_path, monkeypatch, made):
-    """The same command begins anew when there is room."""
-    if not made:
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_disk_that_is_full_at_once(tmp_path, monkeypatch, existed):
+    """The same command begins again when there is room."""
+    if existed:
         (tmp_path / "out").mkdir()
-    folder = a_folder(tmp_path)
-    folder.resume(lambda: state(0))
+    with a_folder(tmp_path) as folder:
+        folder.history.resume(lambda: state(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refuse)
+            with pytest.raises(InputError, match="No space left"):
+                folder.history.record(state(1), {"iteration": 1})
+        folder.give_back()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         with pytest.raises(InputError, match="No space left"):
-            folder.record(state(1), {"iteration": 1})
-    folder.abandon()
-    assert (tmp_path / "out").exists() != made
-    assert not contents(tmp_path)
-    assert a_folder(tmp_path).resume(lambda: state(0)) is None
+            a_folder(tmp_path)
+    assert (tmp_path / "out").exists() == existed
+    assert not names(tmp_path)
+    assert a_folder(tmp_path).history.resume(lambda: state(0)) is None
 
 
-def test_a_folder_belongs_to_one_process(begun, tmp_path):
-    """As long as it lives; a process may open its folder again."""
+def test_what_can_be_carried_on_stays(tmp_path):
+    """A state, or files beside the report, which marks them as the run's."""
+    with pytest.raises(InputError), a_folder(tmp_path) as folder:
+        folder.history.resume(lambda: state(0))
+        folder.history.record(state(1), {"iteration": 1})
+        raise InputError("bad input")
+    again = a_folder(tmp_path).history.resume(lambda: state(0))
+    assert int(again["iteration"]) == 1
+    with pytest.raises(InputError), a_folder(tmp_path / "other") as folder:
+        (folder.path / "map.mrc").touch()
+        raise InputError("bad input")
+    assert names(tmp_path / "other") == {"out/map.mrc", "out/run.json"}
+    assert not a_folder(tmp_path / "other").finished
+
+
+def test_an_interruption_is_no_refusal(tmp_path):
+    with pytest.raises(KeyboardInterrupt), a_folder(tmp_path):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == {"out/run.json"}
+
+
+# --- processes
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    """As long as it is used; a process may open its folder again."""
     folder = a_folder(tmp_path)
     again = (
         "import sys; from pathlib import Path; from jaxrefine.runs.folder import *\n"
@@ -298,53 +300,30 @@ def test_a_folder_belongs_to_one_process(begun, tmp_path):
         "except InputError as error: print(error)"
     )
     words = [sys.executable, "-c", again, str(tmp_path / "out")]
-    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    assert said == f"Another process is writing to {tmp_path / 'out'}.\n"
-    assert a_folder(tmp_path).rows() == folder.rows()
+
+    def said():
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    busy = f"Another process is writing to {tmp_path / 'out'}.\n"
+    assert said() == busy
+    assert a_folder(tmp_path).report() == folder.report()
     del folder
-    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    assert not said
+    assert not said()
+    with a_folder(tmp_path):
+        assert said() == busy
+    assert not said()
 
 
-def test_a_damaged_log_costs_its_lines_only(begun, tmp_path):
-    path = tmp_path / "out/metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\xff\x00\n" + lines[2])
-    assert [row["iteration"] for row in a_folder(tmp_path).rows()] == [1, 3]
-
-
-@pytest.mark.parametrize("itself", [True, False])
-def test_a_command_ends_with_a_sentence(tmp_path, monkeypatch, capsys, itself):
-    """Whether the system refuses the command itself, or a run's folder."""
-    folder = a_folder(tmp_path)
-
-    def fail(_):
-        refuse() if itself else folder.record(state(1), {"iteration": 1})
-
-    monkeypatch.setattr(cli.fsc, "run", fail)
-    monkeypatch.setattr(os, "fsync", refuse)
-    assert cli.main(["fsc", "a.mrc", "b.mrc"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left on device" in error
-
-
-def test_temporary_files_of_the_dead(begun, tmp_path):
-    """They go; what is not one stays; they do not make a folder someone else's."""
-    name = ".checkpoint.eqx." + 32 * "0" + ".tmp"
-    kept = (".checkpoint.eqx.tmp", "checkpoint.eqx." + 32 * "0" + ".tmp")
-    for each in (name, *kept):
-        (begun[0].parent / each).touch()
+def test_temporary_files_of_the_dead(tmp_path):
+    """They go, and do not make a folder someone else's."""
+    name = ".run.json." + 32 * "0" + ".tmp"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
     a_folder(tmp_path)
-    names = [path.name for path in begun]
-    assert sorted(contents(begun[0].parent)) == sorted([*names, *kept])
-    fresh = tmp_path / "fresh"
-    (fresh / "out").mkdir(parents=True)
-    (fresh / "out" / name).touch()
-    a_folder(fresh)
-    assert set(contents(fresh)) == {"out/run.json"}
+    assert names(tmp_path) == {"out/run.json"}
     (tmp_path / "other/out").mkdir(parents=True)
-    (tmp_path / "other/out/file").touch()
-    (tmp_path / "other/out" / name).touch()
+    for each in ("file", name):
+        (tmp_path / "other/out" / each).touch()
     with pytest.raises(InputError, match="holds files but no run.json"):
         a_folder(tmp_path / "other")
-    assert len(contents(tmp_path / "other")) == 2
+    assert len(names(tmp_path / "other")) == 2

@@ -1,0 +1,124 @@
+"""The iterations of a run on disk: a row for each, and the state after the last."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+
+from jaxrefine import io
+from jaxrefine.errors import InputError
+from jaxrefine.io._atomic import leftovers
+from jaxrefine.io.checkpoint import DamagedCheckpoint
+
+
+@final
+class History:
+    """A log with a row for each iteration, and checkpoints to carry on from.
+
+    A process that is killed at any time, or whose disk is full, loses no more than the
+    iteration that it was in: the state before the last is kept, too, until there is a
+    newer one, and rows that are newer than the state are dropped on resuming.
+
+    Parameters
+    ----------
+    states
+        Folder of the checkpoints, ``checkpoint.eqx`` and ``previous.eqx``. It is made
+        with the first of them.
+    log
+        The file of rows, a line of JSON for each.
+    """
+
+    def __init__(self, states: Path, log: Path):
+        self.log = log
+        self.newest = states / "checkpoint.eqx"
+        self.previous = states / "previous.eqx"
+        self._row_count, self._earlier_s = 0, 0.0
+        self._begin = time.perf_counter()
+        for temporary in leftovers(states):
+            temporary.unlink()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint, damaged or not."""
+        return self.newest.exists() or self.previous.exists()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of work so far, those of interrupted processes included."""
+        return self._earlier_s + time.perf_counter() - self._begin
+
+    def resume(self, like: Callable[[], Any]) -> Any:
+        """Return the last state, or None if there is none yet.
+
+        A last state that is damaged, or missing, is replaced by the one before it, with
+        a sentence on standard error.
+
+        Parameters
+        ----------
+        like
+            Makes a state of the same structure, shapes and types. It is called only if
+            there is a state to load.
+
+        Raises
+        ------
+        InputError
+            If all states are damaged, or if they are those of another version or have
+            another structure.
+        """
+        state = None
+        if self.has_state:
+            state, saved = self._load(like())
+            self._row_count, self._earlier_s = saved["rows"], saved["wall_s"]
+        io.keep_lines(self.log, self._row_count)
+        return state
+
+    def _load(self, like: Any) -> tuple[Any, Any]:
+        """Load the newest intact checkpoint, and make it the newest of all."""
+        for path in filter(Path.exists, (self.newest, self.previous)):
+            with suppress(DamagedCheckpoint):
+                loaded = io.load_checkpoint(path, like)
+                if path is self.previous:
+                    print(
+                        f"{self.newest} is missing or damaged; the run carries on "
+                        f"from {path}.",
+                        file=sys.stderr,
+                    )
+                    os.replace(path, self.newest)
+                return loaded
+        raise InputError(
+            f"Both {self.newest} and {self.previous} are missing or damaged; delete "
+            "them to begin again."
+        )
+
+    def record(self, state: Any, row: dict[str, Any]) -> None:
+        """Add a row to the log and save the state; the state before it is kept, too.
+
+        Raises
+        ------
+        InputError
+            If the system refuses to write: the last state is then still there.
+        """
+        io.append_json_line(self.log, row)
+        self._row_count += 1
+        self.newest.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"rows": self._row_count, "wall_s": self.elapsed_s}
+        io.save_checkpoint(self.newest, state, saved, self.previous)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the log, without lines that are damaged."""
+        rows = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict)]
+
+    def remove_states(self) -> None:
+        """Remove the checkpoints, of a run that will not be carried on."""
+        for path in (self.newest, self.previous):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # absent, or with other files
+            self.newest.parent.rmdir()

@@ -1,0 +1,42 @@
+"""Fingerprints: nothing that results depend on is left out, and nothing else is in."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from jaxrefine.runs.fingerprint import fingerprint
+from jaxrefine.runs.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    map: Path = option(help="the map")
+    mask: Path | None = option(None, help="the mask")
+    out: Path = option(affects_results=False, help="folder to write to")
+    seed: int = option(0, help="seed")
+    batch_size: int = option(1, affects_results=False, help="particles at a time")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "a.mrc").write_bytes(b"a map")
+    return Settings(map=tmp_path / "a.mrc", out=tmp_path / "out")
+
+
+def test_an_option_counts_unless_it_is_said_not_to(settings):
+    first = fingerprint(settings)
+    assert set(first) == {"map", "mask", "seed"}
+    assert fingerprint(replace(settings, seed=1)) != first
+    changed = replace(settings, out=Path("elsewhere"), batch_size=2)
+    assert fingerprint(changed) == first
+
+
+def test_files_count_by_their_content(settings, tmp_path):
+    first = fingerprint(settings)
+    copy = tmp_path / "copy.mrc"
+    copy.write_bytes(b"a map")
+    assert fingerprint(replace(settings, map=copy)) == first
+    assert fingerprint(replace(settings, mask=copy)) != first
+    copy.write_bytes(b"A map")
+    assert fingerprint(replace(settings, map=copy)) != first
