@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import cases
 import comparison
 import methods
-from comparison import Case, Method
+from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
 from settings import ComparisonSettings, Init1Start, RelionSettings
 
@@ -73,7 +73,7 @@ def by_relion(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     return methods.relion_methods(settings)
 
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     "engine": engine,
     "published": published,
     "matching": matching,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import cases
 import comparison
 import methods
-from comparison import Case, Method
+from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
 from settings import ComparisonSettings, Init2Start
 
@@ -47,7 +47,7 @@ def by_relion(settings: Init2Start, case: Case) -> dict[str, Method]:
     return methods.relion_methods(settings, settings.relion_most_poses or None)
 
 
-FAMILIES = {"engine": engine, "relion": by_relion}
+FAMILIES: dict[str, Family] = {"engine": engine, "relion": by_relion}
 """What ``methods`` of the settings may list."""
 
 
