@@ -1,17 +1,13 @@
 """Maps of atomic models: against sums of Gaussians, at every voxel."""
 
 import gzip
-import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 # Name, element, (x, y, z) in Angstrom, occupancy, atomic number, alternative location.
 ATOMS = (
@@ -28,10 +24,9 @@ SIGMA = 0.225 * RESOLUTION
 
 
 @pytest.fixture
-def molmap(monkeypatch):
+def molmap(load):
     pytest.importorskip("gemmi", reason="gemmi, of the extra experiments, is absent")
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    return importlib.import_module("molmap")
+    return load("molmap")
 
 
 @pytest.fixture

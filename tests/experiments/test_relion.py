@@ -33,7 +33,7 @@ def load(name):
 
 
 load("machine")
-relion_program = load("relion_program")
+load("relion_program")
 relion = load("relion")
 needs_relion = pytest.mark.skipif(
     not relion.available(), reason="RELION is not installed"
@@ -120,8 +120,6 @@ SILENT = "time.sleep(60)"
 @pytest.fixture
 def fake(tmp_path, star, truth, monkeypatch):
     """Put a ``relion_refine`` first on the path, and what it writes in its folder."""
-    monkeypatch.setattr(relion, "_SETTLED_S", 0.1)
-    monkeypatch.setattr(relion_program, "_POLL_S", 0.02)
     shutil.copy(star, tmp_path / "template_data.star")
     io.write_mrc(tmp_path / "template_class001.mrc", truth, PIXEL)
     for name, values in {
@@ -175,9 +173,9 @@ def programs_in(folder: Path) -> list[str]:
 def test_a_run_stops_at_its_limit_and_is_resumed(star, fake, data, truth):
     fake(STALLS)
     seen = []
-    stopped = ab_initio(star, 1.5, callback=seen.append)
+    stopped = ab_initio(star, 4.0, callback=seen.append)
     assert (stopped.iterations, stopped.finished) == (1, False)
-    assert 1.5 <= stopped.wall_s < 10
+    assert 4.0 <= stopped.wall_s < 20
     assert not programs_in(star.parent)
     np.testing.assert_allclose(stopped.poses.rotations, data.truth.rotations, atol=1e-6)
     np.testing.assert_array_equal(stopped.volume, truth)
@@ -189,7 +187,7 @@ def test_a_run_stops_at_its_limit_and_is_resumed(star, fake, data, truth):
 
     log = star.parent / "ab_initio.log"
     said = log.read_text()
-    again = ab_initio(star, 1.5, callback=seen.append)
+    again = ab_initio(star, 4.0, callback=seen.append)
     assert (again.iterations, again.wall_s) == (1, stopped.wall_s)
     assert log.read_text() == said
 
