@@ -228,13 +228,11 @@ def study(load):
     """Return a study of Init-1 with the settings of a preset, and others if wished."""
 
     def make(*overrides, out=None):
-        path, settings_class = (
-            Path("configs/hjc_init1.toml"),
-            load("init1").Init1Settings,
+        path, preset = Path("configs/hjc_init1.toml"), "smoke"
+        settings = load("configuration").read(
+            load("init1").Init1Settings, path, preset, overrides
         )
-        read = load("configuration").read
-        settings = read(settings_class, path, "smoke", overrides, volume)
-        return load("harness").Study(settings, path.stem, "smoke", out)
+        return load("harness").Study(settings, path.stem, preset, out)
 
     return make
 
