@@ -1,6 +1,6 @@
-"""Ablation: what each part of the engine is good for.
+"""Ablation: what each part of the engine contributes.
 
-From the same start as Init-1, the joint refinement is run as it is and less one part:
+From the same start as Init-1, the joint refinement is run in full and without one part:
 
 - no multi-start: the initial poses are polished, and no others are searched for;
 - no marching: all frequencies below Nyquist from the first iteration on, in the widest
@@ -9,13 +9,13 @@ From the same start as Init-1, the joint refinement is run as it is and less one
   Marquardt: down the gradient by the angles, then by the shift, each with a line search
   by factors of a quarter, three times (``K_GD``); the cost is the engine's, and the
   first steps are those of the first iteration of the authors' released code, since the
-  paper's own hardly move a pose in any units that we know of;
+  paper's own hardly move a pose in any units that we tried;
 - scaled descent: three steps down the gradient, scaled by the curvature of each
   coordinate, without a line search;
 - one hypothesis: the best candidate of each search alone is followed;
-- no SNR weighting: poses are compared with the maps as they are, whose shells are
-  otherwise weighted by how far the other fold's images bear them out. The engine has no
-  switch for that; the measured weights are replaced by 1.
+- no SNR weighting: poses are compared with the maps as they are. (The engine weights
+  each shell of a map by how well the images of the other fold agree with it, and has no
+  switch for that; the measured weights are replaced by 1.)
 
     python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
 
@@ -186,7 +186,7 @@ class AblationSettings(ComparisonSettings, Init1Start):
 
     methods: tuple[str, ...] = option(
         choices=tuple(FAMILIES),
-        help="what to compare: the engine with oracle and unrefined, and less one part",
+        help="what to compare: the engine in full, and without each of its parts",
     )
 
 

@@ -10,15 +10,15 @@ One update of the poses of simulated particles near the truth, with a map at han
 - slices: the cost with its gradient, one step of Levenberg and Marquardt (the normal
   equations, and those of the trial), and the three steps that the engine makes.
 
-What is made of each image or once for the map is part of the time, but for the map's
+The times include what is computed once for the map or for each image, except the map's
 autocorrelation and spectrum where a cost alone is timed. The normal operator of the
-volume update goes with these; its time does not depend on the particles.
+volume update is timed as well; its time does not depend on the number of particles.
 
     python experiments/cost.py configs/cost.toml --preset cpu
 
-Each time is the median of some rounds in which the functions take turns. The first
-round, which compiles, is told apart. ``metrics.json`` also holds the exponents ``k`` of
-``n**k`` that fit the times best. ``plot_cost.py`` draws it.
+Each time is the median of several rounds in which the functions take turns, without the
+first round, which compiles. ``metrics.json`` also holds the exponents ``k`` of ``n**k``
+that fit the times best. ``plot_cost.py`` draws it.
 """
 
 import sys
@@ -81,7 +81,7 @@ class CostSettings(StudySettings):
 NORMAL_OPERATOR = "normal operator"
 """The one function whose time is not divided by the number of particles."""
 
-_ANGLE_ERROR = 0.1  # radians: a start from which all methods have something to do
+_ANGLE_ERROR = 0.1  # radians: every method can improve on such poses
 _FIRST_STEPS = 2e-4, 2e-3  # the released code's, of angles and shifts
 _BATCH = 8  # particles at once in space, where memory grows with the cube of the side
 

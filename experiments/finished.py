@@ -62,7 +62,7 @@ class Run:
         if not chosen:
             raise InputError(
                 f"{self.folder} must have the result of at least one of "
-                f"{', '.join(methods)}, it has none."
+                f"{', '.join(methods)}, it has none"
             )
         return chosen
 
@@ -137,7 +137,7 @@ def _stored(folder: Path) -> tuple[Path, Mapping[str, Any], str]:
         lacking = done.read_text(encoding="utf-8").strip() if finished else ""
         source = config
     else:
-        raise InputError(f"{folder} must be the folder of a run, it has no run.json.")
+        raise InputError(f"{folder} must be the folder of a run, it has no run.json")
     if not finished:
         raise InputError(
             f"The run in {folder} is not finished; its command resumes it."

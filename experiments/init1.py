@@ -28,7 +28,7 @@ from jaxrefine.runs.options import option
 
 
 def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
-    """Return the ways of our default engine."""
+    """Return our default engine, with its oracle and the unrefined poses."""
     del case
     seed = settings.seed
     return {
@@ -57,7 +57,7 @@ def published(settings: "Init1Settings", case: Case) -> dict[str, Method]:
 
 
 def matching(settings: "Init1Settings", case: Case) -> dict[str, Method]:
-    """Return projection matching, the classical way."""
+    """Return projection matching, the classical method."""
     del case
     config = MatchConfig(
         angle_step_in_degrees=settings.matching_step_deg,
@@ -89,9 +89,11 @@ class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
     methods: tuple[str, ...] = option(
         choices=tuple(FAMILIES), help="families of methods to compare"
     )
-    paper_iterations: int = option(least=1, help="outer iterations of the paper's way")
+    paper_iterations: int = option(
+        least=1, help="outer iterations with the paper's settings"
+    )
     released_iterations: int = option(
-        least=1, help="outer iterations of the released code's way"
+        least=1, help="outer iterations with those of the released code"
     )
     paper_step_scales: tuple[float, ...] = option(
         least=0, above=True, help="factors on the steps that the paper prints"

@@ -2,10 +2,10 @@
 
 Half of the particles each are refined by themselves, starting from a map and poses that
 RELION made ab initio (by projection matching where RELION is not installed), with the
-translations at zero. The map of all particles is masked, and what lies beyond the
-resolution of the half maps is taken away. Beside that, the poses are first found anew
-by global matching with the initial map ("joint, matched first"), for those of RELION's
-that are too far off for a local refinement.
+translations at zero. The map of all particles is masked and filtered to the resolution
+of the half maps. A second joint refinement ("joint, matched first") begins with poses
+that global matching finds in the initial map, since some of RELION's poses are too far
+off for a local refinement.
 
     python experiments/init2.py configs/hjc_init2.toml --preset small --volume MAP.mrc
 
@@ -29,7 +29,7 @@ from jaxrefine.runs.options import option
 
 
 def engine(settings: Init2Start, case: Case) -> dict[str, Method]:
-    """Return the ways of our default engine; poses are not known to start with."""
+    """Return our default engine, for poses that are not known to start with."""
     seed, max_shift = settings.seed, settings.max_shift
     config = RefineConfig(half_sets=True, max_shift=2 * max_shift + 1, iterations=20)
     matching = MatchConfig(max_shift=max_shift + 1)

@@ -1,4 +1,4 @@
-"""What the machine has."""
+"""The machine that studies run on."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Ablation: what the joint refinement comes to less one of its parts.
+"""Ablation: the joint refinement in full, and without one of its parts.
 
 python experiments/plot_ablation.py RUN [RUN ...] --out FILE.png
 """

@@ -53,7 +53,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """
     for run in runs:
         if "axis" not in run.results:
-            raise InputError(f"{run.folder} must be the run of a sweep, it is not.")
+            raise InputError(f"{run.folder} must be the run of a sweep, it is not")
     captions = {run.caption for run in runs}
     if len(captions) > 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Sweeps: how joint refinement fares as one condition changes, all others kept.
+"""Sweeps: joint refinement as one condition changes and all others stay.
 
 The noise, the number of particles or the error of the initial angles takes the values
 that the configuration lists. At each of them the same particles are reconstructed from
@@ -87,7 +87,7 @@ FIGURES = (
 """What ``metrics.json`` gathers of each method at each point."""
 
 MADE = ("commit", "dirty", "measured_by")
-"""What it gathers of how each result was made, where that was kept."""
+"""What it gathers of the commits that each result is from, where they are known."""
 
 BOUND = (
     "bound_angle_deg_rms",
@@ -97,7 +97,7 @@ BOUND = (
 )
 """What it gathers of the Cramer-Rao bound."""
 
-_FLAT = 1e3  # standard deviation of a prior that says nothing: radians or pixels
+_FLAT = 1e3  # standard deviation of an uninformative prior: radians or pixels
 _DRAWS = 200  # of every particle's error, for the medians
 _BATCH = 256
 

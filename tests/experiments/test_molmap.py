@@ -95,13 +95,13 @@ def test_bad_input_is_a_sentence(molmap, model, tmp_path):
     empty.write_text("REMARK nothing\nEND\n")
     wrong.write_text("this is not a model\n")
     for arguments, words in (
-        ((tmp_path / "absent.pdb", 4.0), "absent.pdb is not a file"),
-        ((tmp_path, 4.0), "is not a file; a PDB or mmCIF file is wanted"),
-        ((empty, 4.0), "empty.pdb holds no atoms"),
-        ((wrong, 4.0), "wrong.cif is not a PDB or mmCIF file"),
-        ((model, 0.0), "The resolution is 0 A"),
-        ((model, 4.0, -1.0), "The spacing is -1 A"),
-        ((model, 4.0, 1.0, 0), "The size is 0 voxels"),
+        ((tmp_path / "absent.pdb", 4.0), "absent.pdb: there is no such file"),
+        ((tmp_path, 4.0), "must be a PDB or mmCIF file, got"),
+        ((empty, 4.0), "empty.pdb must hold atoms"),
+        ((wrong, 4.0), "must be a PDB or mmCIF file, got .*wrong.cif"),
+        ((model, 0.0), "The resolution must be positive, got 0 A"),
+        ((model, 4.0, -1.0), "The spacing must be positive, got -1 A"),
+        ((model, 4.0, 1.0, 0), "The size must be at least 1 voxel, got 0"),
     ):
         with pytest.raises(InputError, match=words):
             molmap.molmap(*arguments)

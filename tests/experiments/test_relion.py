@@ -82,7 +82,7 @@ def test_rows_are_told_by_name(tmp_path, star, data):
 
 
 def test_a_file_elsewhere_is_refused(tmp_path, star):
-    with pytest.raises(InputError, match="not in"):
+    with pytest.raises(InputError, match="must be in the folder"):
         relion.reconstruct(tmp_path / "other", star)
 
 
