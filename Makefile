@@ -1,10 +1,12 @@
-.PHONY: lint test bench notebooks
+.PHONY: lint test bench docs notebooks
 lint:
 	ruff check . && ruff format --check . && pyright
 test:
 	pytest
 bench:
 	python benchmarks/run.py
+docs:
+	sphinx-build -W --keep-going docs site
 notebooks:
 	jupytext --to ipynb --update notebooks/0*.py
 	jupyter execute --inplace notebooks/0*.ipynb

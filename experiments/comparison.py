@@ -26,7 +26,7 @@ from settings import ComparisonSettings, DatasetSettings
 
 from jaxrefine import evaluation, io
 from jaxrefine._types import Volume
-from jaxrefine.demo import rc_text
+from jaxrefine.cli.demo import rc_text
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.runs.history import History

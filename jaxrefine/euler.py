@@ -1,7 +1,7 @@
 """Euler angles, as RELION's files and the paper use them.
 
 The angles ``(rot, tilt, psi)`` are in radians. Their rotation is RELION's
-``Euler_angles2matrix``,
+``Euler_angles2matrix``::
 
     R(rot, tilt, psi) = Z(psi) Y(tilt) Z(rot),
 
@@ -37,7 +37,7 @@ def euler_jacobian(angles: Angles) -> Float[Array, "*batch 3 3 3"]:
     """Return the derivatives of ``R`` by ``rot``, ``tilt`` and ``psi``.
 
     ``result[..., i, :, :]`` is ``dR / dangles[..., i]``. With rows ``r_i`` and columns
-    ``c_i`` of ``R``,
+    ``c_i`` of ``R``::
 
         dR/drot  = [-c_1, c_0, 0]  (columns),
         dR/dtilt = [-cos(psi) r_2, sin(psi) r_2, dr_2/dtilt]  (rows),

@@ -107,7 +107,7 @@ def geodesic_distance(
 ) -> Float[Array, "*batch"]:
     """Return the angle between rotations, in radians in ``[0, pi]``.
 
-    With columns ``a_i`` and ``b_i``, the turn from one to the other has
+    With columns ``a_i`` and ``b_i``, the turn from one to the other has::
 
         sin(angle) axis = sum_i a_i x b_i / 2,   cos(angle) = (sum_i a_i . b_i - 1) / 2,
 
@@ -131,7 +131,7 @@ def align_rotations(
     """Return the global rotation ``G`` that best takes ``rotations`` to ``reference``.
 
     Poses are known only up to a rotation of the volume: ``R_p G`` sees ``V(G x)`` as
-    ``R_p`` sees ``V(x)``. This minimises the sum of chordal distances
+    ``R_p`` sees ``V(x)``. This minimises the sum of chordal distances::
 
         sum_p ||R_p G - Ref_p||_F,    ||A - B||_F = 2 sqrt(2) sin(angle(A, B) / 2),
 

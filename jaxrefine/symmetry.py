@@ -27,7 +27,6 @@ import re
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.transform import Rotation
 
 from jaxrefine.errors import InputError
 
@@ -84,6 +83,8 @@ def _axes(group: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
 
 
 def _turn(order: int, axis: tuple[float, float, float]) -> Float[np.ndarray, "3 3"]:
-    """Return the rotation by one step of an axis."""
-    direction = np.array(axis) / np.linalg.norm(axis)
-    return Rotation.from_rotvec(2 * math.pi / order * direction).as_matrix()
+    """Return the rotation by one step of an axis, by Rodrigues' formula."""
+    x, y, z = np.array(axis) / np.linalg.norm(axis)
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    angle = 2 * math.pi / order
+    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross

@@ -60,7 +60,7 @@ phantom = simulate.phantom(jax.random.key(0), 32)
 io.write_mrc("phantom.mrc", phantom, 4.0)
 run(
     "simulate phantom.mrc --out data --particles 400 --snr-db -7 "
-    "--max-shift 2 --init-angle 0.7 --init-blur 3 --ctf"
+    "--max-shift 2 --initial-blur 3 --ctf"
 )
 
 source = io.read_particles("data/particles.star")

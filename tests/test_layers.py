@@ -21,7 +21,6 @@ LAYERS = [
     {"simulate", "evaluation"},
     {"io"},
     {"report", "runs"},
-    {"demo"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -62,5 +61,14 @@ def test_importing_changes_no_global_state():
         "from jax._src import xla_bridge; "
         "assert dict(jax.config.values) == before; "
         "assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_loads_nothing_that_is_not_used_yet():
+    """SciPy and matplotlib take as long as the rest; JAX waits for its first use."""
+    code = (
+        "import sys, jaxrefine; assert 'jax' not in sys.modules; jaxrefine.refine; "
+        "assert not {'scipy', 'matplotlib', 'mrcfile'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

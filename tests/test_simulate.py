@@ -1,4 +1,9 @@
-"""Laws of the simulated data: the phantom, the noise, the projections, the start."""
+"""Laws of the simulated data.
+
+The phantom is compact, without symmetry and the same in every box; the views are evenly
+spaced, the noise has its power, images of a Gaussian are Gaussians at its place, and
+the errors to start from are uniform.
+"""
 
 import math
 
@@ -7,31 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import centred, gaussian, lattice_points
 
-from jaxrefine import geometry, simulate
+from jaxrefine import simulate
 from jaxrefine.ctf import gaussian_psf
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses
+from jaxrefine.euler import euler_to_matrix, matrix_to_euler
+from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.operators import kbwf
 
 KEY = jax.random.key(0)
 SIZES = [31, 32, 48]
 
 
-def centred(n):
-    return np.arange(n) - n // 2
-
-
 def radii(n):
-    z, y, x = np.meshgrid(*[centred(n)] * 3, indexing="ij")
-    return np.sqrt(x**2 + y**2 + z**2)
-
-
-def gaussian(n, width, centre=(0.0, 0.0, 0.0), dtype=jnp.float64):
-    """A Gaussian blob of peak 1 about the point ``(x, y, z)``."""
-    z, y, x = np.meshgrid(*[centred(n)] * 3, indexing="ij")
-    squared = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2
-    return jnp.asarray(np.exp(-0.5 * squared / width**2), dtype)
+    x, y, z = lattice_points(centred(n))
+    return np.sqrt(x**2 + y**2 + z**2).reshape(n, n, n)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -85,15 +81,42 @@ def test_noise_has_the_wanted_power_per_pixel(snr_db):
     assert measured == pytest.approx(snr_db, abs=bound)
 
 
-def test_init1_errors_are_uniform_and_shifts_zero():
-    count, limit = 4000, 0.7
-    poses = Poses(
-        geometry.equidistributed_angles(KEY, count),
-        simulate.random_shifts(KEY, count, 3.0),
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("count", [100, 2000])
+def test_equidistributed_views_are_evenly_spaced(dtype, count):
+    rotations = simulate.equidistributed_rotations(jax.random.key(15), count, dtype)
+    assert rotations.dtype == dtype
+    views = np.asarray(rotations[:, 2], float)
+    assert np.linalg.norm(views.mean(axis=0)) < 1 / count
+    cosines = views @ views.T
+    np.fill_diagonal(cosines, -1)
+    nearest = np.arccos(cosines.max(axis=1))
+    ideal = np.sqrt(8 * np.pi / np.sqrt(3) / count)  # the hexagonal lattice
+    assert 0.75 * ideal < nearest.min() and nearest.max() < 1.05 * ideal
+    psi = np.asarray(matrix_to_euler(rotations)[:, 2], float) % (2 * np.pi)
+    assert abs(psi.mean() - np.pi) < 4 * 2 * np.pi / np.sqrt(12 * count)
+
+
+def test_equidistributed_views_of_many_particles_survive_single_precision():
+    single, double = (
+        simulate.equidistributed_rotations(jax.random.key(16), 200_000, dtype)[:, 2]
+        for dtype in (jnp.float32, jnp.float64)
     )
+    np.testing.assert_allclose(single, double, rtol=0, atol=2e-6)
+
+
+def test_init1_errors_are_uniform_and_shifts_zero():
+    """Of views that no error can take past a pole, where all three angles jump."""
+    limit = 0.7
+    rotations = simulate.equidistributed_rotations(KEY, 4000)
+    angles = matrix_to_euler(rotations)
+    far = (angles[:, 1] > limit) & (angles[:, 1] < math.pi - limit)
+    count = int(far.sum())
+    poses = Poses(rotations[far], simulate.random_shifts(KEY, count, 3.0))
     initial = simulate.init1_poses(jax.random.key(1), poses, limit)
-    errors = np.asarray(initial.angles - poses.angles)
-    assert np.all(np.abs(errors) <= limit * (1 + 1e-12))
+    errors = np.asarray(matrix_to_euler(initial.rotations) - angles[far])
+    errors = (errors + np.pi) % (2 * np.pi) - np.pi
+    assert np.all(np.abs(errors) <= limit + 1e-12)
     assert not np.any(initial.shifts)
     for column in errors.T:
         # Kolmogorov-Smirnov: exceeded with probability 2 exp(-2 * 2^2) < 1e-3.
@@ -117,7 +140,7 @@ def test_blur_of_a_delta_is_a_gaussian(dtype):
     delta = jnp.zeros((n, n, n), dtype).at[n // 2, n // 2, n // 2].set(1)
     blurred = simulate.blur(delta, width)
     assert blurred.dtype == dtype
-    expected = gaussian(n, width) / (2 * math.pi * width**2) ** 1.5
+    expected = gaussian(n, (0.0, 0.0, 0.0), width) / (2 * math.pi * width**2) ** 1.5
     tolerance = 1e-9 if dtype == jnp.float64 else 1e-7
     np.testing.assert_allclose(blurred, expected, atol=tolerance)
     assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
@@ -155,17 +178,17 @@ def test_images_of_a_blob_are_gaussians_at_its_place(
     """
     n, width, centre = 32, 3.0, (3.0, -2.0, 1.0)
     poses = Poses(
-        jnp.asarray([[0.0, 0.0, 0.0], [0.4, 1.1, 2.0]], dtype),
+        euler_to_matrix(jnp.asarray([[0.0, 0.0, 0.0], [0.4, 1.1, 2.0]], dtype)),
         jnp.asarray([[2.5, 1.25], [-1.5, 2.0]], dtype),
     )
     psf = None if psf_width is None else gaussian_psf(psf_width)
-    volume = gaussian(n, width, centre, dtype)
+    volume = gaussian(n, centre, width, dtype=dtype)
     images = simulate.clean_images(volume, poses, basis=basis, psf=psf)
     assert images.shape == (2, n, n) and images.dtype == dtype
 
     variance = width**2 + (psf_width or 0.0) ** 2
     peak = math.sqrt(2 * math.pi) * width * width**2 / variance
-    places = np.asarray(geometry.projection_matrix(poses.angles)) @ np.array(centre)
+    places = np.asarray(poses.rotations)[:, :2] @ np.array(centre)
     np.testing.assert_allclose(places[0], centre[:2], atol=1e-6)
     y, x = np.meshgrid(centred(n), centred(n), indexing="ij")
     for image, (px, py) in zip(images, places + np.asarray(poses.shifts), strict=True):
@@ -186,7 +209,9 @@ def test_dataset_is_what_its_parts_make(dtype):
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(data))
     assert data.images.shape == (12, 20, 20)
     assert jnp.abs(data.truth.shifts).max() <= 2
-    assert jnp.abs(data.initial.angles - data.truth.angles).max() <= 0.5 + 1e-6
+    # Turns by up to half a radian about three axes.
+    off = geodesic_distance(data.initial.rotations, data.truth.rotations)
+    assert 0 < jnp.min(off) and jnp.max(off) <= 1.5
     assert not jnp.any(data.initial.shifts)
 
     clean = simulate.clean_images(volume, data.truth)

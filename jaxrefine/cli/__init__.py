@@ -1,73 +1,81 @@
 """The command line: ``jaxrefine COMMAND``.
 
-Bad input ends with one sentence on standard error and exit code 2, an interruption
-with exit code 130. Each command is a module with two functions, ``add``, which declares
-its options, and ``run``.
+What a command can be told is declared in :mod:`jaxrefine.cli.commands`; what it does is
+in the module of its name here, which is imported when the command runs. Bad input ends
+with one sentence on standard error and exit code 2, an interruption with exit code 130.
 """
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
-from jaxrefine.cli import (
-    demo,
-    evaluate,
-    fsc,
-    match,
-    postprocess,
-    reconstruct,
-    refine,
-    simulate,
-)
+from jaxrefine._version import __version__
+from jaxrefine.cli.commands import COMMANDS, Command
 from jaxrefine.errors import InputError
-from jaxrefine.refinement import memory
-
-_COMMANDS = (demo, simulate, match, refine, reconstruct, postprocess, fsc, evaluate)
+from jaxrefine.runs.options import add_options, settings_from
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(words)
-    options.command_line = shlex.join(["jaxrefine", *words])
+def main(
+    arguments: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS
+) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    arguments
+        The words of the command line; by default those of this process.
+    commands
+        The commands that there are.
+
+    Returns
+    -------
+    The exit code.
+    """
+    options = _parser(commands).parse_args(arguments)
+    (command,) = (each for each in commands if each.name == options.command)
     try:
-        options.run(options)
+        command.run(settings_from(command.settings, vars(options)))
         sys.stdout.flush()
     except InputError as error:
-        print(f"jaxrefine {options.command}: {error}", file=sys.stderr)
-        return 2
+        return _refuse(command, str(error))
     except (MemoryError, RuntimeError) as error:
+        from jaxrefine.refinement import memory
+
         if not memory.ran_out(error):
             raise
-        sentence = "The memory does not suffice; a smaller --batch-size may."
-        print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
-        return 2
+        return _refuse(command, "There is not enough memory; try a smaller batch size.")
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        sentence = f"The system refused: {error}."
-        print(f"jaxrefine {options.command}: {sentence}", file=sys.stderr)
-        return 2
+        return _refuse(command, f"The operating system reports: {error}.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse(command: Command, sentence: str) -> int:
+    print(f"jaxrefine {command.name}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxrefine",
         description="Joint refinement of poses and density map for cryo-EM.",
     )
     parser.add_argument(
-        "--version", action="version", version=f"jaxrefine {version('jaxrefine')}"
+        "--version", action="version", version=f"jaxrefine {__version__}"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in _COMMANDS:
-        module.add(commands)
+    named = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in commands:
+        add_options(
+            named.add_parser(
+                command.name, help=command.summary, description=command.description
+            ),
+            command.settings,
+        )
     return parser

@@ -1,4 +1,4 @@
-"""Files that a command is to write: whether it can is known before its work begins."""
+"""Files that a command writes: whether it can is known before its work begins."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ from jaxrefine import io
 from jaxrefine.errors import InputError
 
 
-def check_writable(out: Path) -> None:
+def check_can_be_written(path: Path) -> None:
     """Refuse a file that cannot be made.
 
     Raises
     ------
     InputError
-        If there is no such folder, it takes no files, or what has this name is no
+        If its folder does not exist or takes no files, or what has this name is not a
         regular file.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"Cannot write {out}: {out.parent} is not a folder.")
-    io.check_writable(out)
+    if not path.parent.is_dir():
+        raise InputError(f"Cannot write {path}: {path.parent} is not a folder.")
+    io.check_writable(path)
 
 
-def check_output(out: Path, *inputs: Path) -> None:
+def check_is_no_input(path: Path, *inputs: Path) -> None:
     """Refuse to write over an input.
 
     Raises
@@ -28,6 +28,6 @@ def check_output(out: Path, *inputs: Path) -> None:
     InputError
         If the file to write is one of the inputs.
     """
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"Cannot write {out}: it is an input.")
+    for each in inputs:
+        if path.exists() and each.exists() and path.samefile(each):
+            raise InputError(f"Cannot write {path}: it is an input.")

@@ -1,146 +1,195 @@
-"""The default engine of ``jaxrefine refine``: :mod:`jaxrefine.refinement.loop`."""
+"""The default preset of ``jaxrefine refine``: :mod:`jaxrefine.refinement`.
 
-import argparse
+Degrees and angstroms become radians and cycles per box here.
+"""
+
 import math
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from jaxrefine import io
-from jaxrefine.cli._images import box_of, shell
-from jaxrefine.cli._outcome import Outcome
+from jaxrefine.cli._particles import shell_of
+from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli.commands.refine import (
+    ANGLE_SPREAD_OF_LIMIT,
+    SHIFT_LIMIT_OF_SPREAD,
+    SHIFT_SPREAD_OF_LIMIT,
+    RefineSettings,
+)
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.refinement import loop, memory
+from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import deal
-from jaxrefine.runs import progress
 from jaxrefine.runs.folder import RunFolder
-
-# Standard deviations of each component, uniform in a ball and in a disc of radius 1.
-_IN_BALL, _IN_DISC = 1 / math.sqrt(5), 1 / 2
+from jaxrefine.runs.progress import Bars
 
 
-def configure(options: argparse.Namespace, source: io.ParticleFile) -> RefineConfig:
-    """Return the parameters that the options ask for.
+@runtime_checkable
+class Engine(Protocol):
+    """What refines and makes maps: :mod:`jaxrefine.refinement`, or a stand-in."""
 
-    Without priors a largest change says how well the poses are known: they are taken to
-    be spread as if uniformly up to it, but rotations no further than by default.
+    init: Any
+    refine: Any
+    reconstruct: Any
+
+
+def configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:
+    """Return the engine's parameters; those that are not given follow from others.
 
     Raises
     ------
     InputError
-        If a resolution is not one of the images', or if options contradict each other.
+        If a resolution or a shift is not one of the images'.
     """
     chosen: dict[str, Any] = {
-        "half_sets": options.half_sets,
-        "symmetry": options.symmetry,
-        **_band_limits(options, source.particles),
+        "half_sets": settings.half_sets,
+        "symmetry": settings.symmetry,
+        "tau": settings.tau,
+        **_rotations(settings),
+        **_shifts(settings, source.particles.image_size),
+        **_band_limits(settings, source.particles),
     }
-    for what, fixed in (("angle", options.fix_angles), ("shift", options.fix_shifts)):
-        for other in (f"max_{what}", f"prior_{what}"):
-            if fixed and getattr(options, other) is not None:
-                raise InputError(
-                    f"--{other.replace('_', '-')} does not go with --fix-{what}s."
-                )
-        if fixed:
-            chosen[f"max_{what}"] = 0.0
-    for name in ("iterations", "batch_size"):
-        if getattr(options, name) is not None:
-            chosen[name] = getattr(options, name)
-    if options.max_angle is not None:
-        chosen["max_angle"] = math.radians(options.max_angle)
-        spread = _IN_BALL * chosen["max_angle"]
-        chosen["angle_spread"] = min(spread, RefineConfig().angle_spread)
-    if options.max_shift is not None:
-        chosen["max_shift"] = options.max_shift
-        chosen["shift_spread"] = _IN_DISC * options.max_shift
-    if options.prior_angle is not None:
-        chosen["angle_spread"] = math.radians(options.prior_angle)
-    if options.prior_shift is not None:
-        chosen["shift_spread"] = options.prior_shift
-        chosen.setdefault(
-            "max_shift", min(3 * options.prior_shift, source.particles.image_size / 2)
-        )
+    if settings.iterations is not None:
+        chosen["iterations"] = settings.iterations
+    if settings.batch_size is not None:
+        chosen["batch_size"] = settings.batch_size
     return RefineConfig(**chosen)
 
 
-def _band_limits(options: argparse.Namespace, particles: Particles) -> dict[str, Any]:
+def _rotations(settings: RefineSettings) -> dict[str, float]:
+    """Return how well the rotations are known, and how far they may turn."""
+    if settings.fix_angles:
+        return {"max_angle": 0.0}
+    chosen: dict[str, float] = {}
+    if settings.max_angle is not None:
+        chosen["max_angle"] = math.radians(settings.max_angle)
+        implied = ANGLE_SPREAD_OF_LIMIT * chosen["max_angle"]
+        chosen["angle_spread"] = min(implied, RefineConfig().angle_spread)
+    if settings.angle_spread is not None:
+        chosen["angle_spread"] = math.radians(settings.angle_spread)
+    return chosen
+
+
+def _shifts(settings: RefineSettings, image_size: int) -> dict[str, float]:
+    """Return how well the shifts are known, and how far they may move."""
+    if settings.fix_shifts:
+        return {"max_shift": 0.0}
+    chosen: dict[str, float] = {}
+    for name in ("max_shift", "shift_spread"):
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if value > image_size / 2:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at most half of the images' side, "
+                f"{image_size // 2} pixels, got {value:g}"
+            )
+        chosen[name] = value
+    if "max_shift" in chosen:
+        implied = SHIFT_SPREAD_OF_LIMIT * chosen["max_shift"]
+        chosen.setdefault("shift_spread", implied)
+    elif "shift_spread" in chosen:
+        implied = SHIFT_LIMIT_OF_SPREAD * chosen["shift_spread"]
+        chosen["max_shift"] = min(implied, image_size / 2)
+    return chosen
+
+
+def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, Any]:
     """Return the band limits, cycles per box, and the diameter in boxes.
 
     A particle of another size than by default is first compared, and searched for, at
     as many cycles per diameter.
     """
     default, chosen = RefineConfig(), {}
-    box, last = box_of(particles), (particles.image_size - 1) // 2
-    if options.particle_diameter is not None:
-        chosen["particle_diameter"] = options.particle_diameter / box
+    last = (particles.image_size - 1) // 2
+    diameter = settings.images.particle_diameter
+    if diameter is not None:
+        chosen["particle_diameter"] = diameter / particles.box_in_angstroms
         for name in ("first_r_max", "search_r_max"):
-            cycles = (
-                getattr(default, name)
-                * default.particle_diameter
-                / chosen["particle_diameter"]
-            )
+            cycles = getattr(default, name) * default.particle_diameter
+            cycles /= chosen["particle_diameter"]
             chosen[name] = min(round(cycles), last)
     first = chosen.get("first_r_max", default.first_r_max)
-    if options.initial_resolution is not None:
-        first = shell("--initial-resolution", options.initial_resolution, particles)
-    if options.max_resolution is not None:
-        most = shell("--max-resolution", options.max_resolution, particles)
-        if options.initial_resolution is not None and first > most:
+    initial, finest = settings.initial_resolution, settings.max_resolution
+    if initial is not None:
+        first = shell_of("--initial-resolution", initial, particles)
+    if finest is not None:
+        most = shell_of("--max-resolution", finest, particles)
+        if initial is not None and first > most:
             raise InputError(
-                f"--max-resolution wants at most --initial-resolution, "
-                f"{options.initial_resolution:g} A, not {options.max_resolution:g}."
+                "--max-resolution must be at most --initial-resolution, "
+                f"{initial:g} angstroms, got {finest:g}"
             )
         chosen["max_r_max"], first = most, min(first, most)
     return {**chosen, "first_r_max": first}
 
 
+def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
+    """Return what the options came to, by their names and in their units.
+
+    None stands for what the refinement chooses by itself.
+    """
+    box = particles.box_in_angstroms
+    finest = None if config.max_r_max is None else box / config.max_r_max
+    return {
+        "iterations": config.iterations,
+        "tau": config.tau,
+        "max_angle": math.degrees(config.max_angle),
+        "max_shift": float(config.max_shift),
+        "angle_spread": math.degrees(config.angle_spread),
+        "shift_spread": float(config.shift_spread),
+        "initial_resolution": box / config.first_r_max,
+        "max_resolution": finest,
+        "particle_diameter": config.particle_diameter * box,
+    }
+
+
 def run(
-    options: argparse.Namespace,
-    source: io.ParticleFile,
-    volume: jax.Array,
-    mask: jax.Array | None,
+    settings: RefineSettings,
+    inputs: Inputs,
     config: RefineConfig,
     folder: RunFolder,
-    bars: progress.Bars,
+    bars: Bars,
+    engine: Engine,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
-    key = jax.random.key(options.seed)
-    subsets = _subsets(source, options.seed) if config.half_sets else None
-    plan = _plan(options, source, config)
-    # Another one would change the last bits of a run that is resumed.
-    batch_size = options.batch_size or folder.keep("batch_size", plan.batch_size)
+    source = inputs.source
+    subsets = _subsets(source, settings.seed) if config.half_sets else None
+    plan = _plan(settings, source, config)
+    # Another batch size would change the last bits of a run that is resumed.
+    batch_size = settings.batch_size or folder.keep("batch_size", plan.batch_size)
     batch_size = min(batch_size, len(source))
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
-    what = (source.particles, source.poses, volume, config)
-    state = folder.resume(lambda: loop.init(*what, key=key, subsets=subsets, mask=mask))
+
+    data = (source.particles, source.poses, inputs.volume)
+    further = {
+        "key": jax.random.key(settings.seed),
+        "subsets": subsets,
+        "mask": inputs.mask,
+    }
+    state = folder.history.resume(lambda: engine.init(*data, config, **further))
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
-    def record(new: Any, info: Any) -> None:
+    def record(latest: Any, info: Any) -> None:
         nonlocal state
         row = info.row()
-        folder.record(new, row)
-        state = new
-        advance(new, row)
+        folder.history.record(latest, row)
+        state = latest
+        advance(latest, row)
 
     def attempt(batch_size: int) -> Any:
-        return loop.refine(
-            *what[:3],
-            replace(config, batch_size=batch_size),
-            key=key,
-            subsets=subsets,
-            mask=mask,
-            state=state,
-            callback=record,
-        )
+        chosen = replace(config, batch_size=batch_size)
+        return engine.refine(*data, chosen, **further, state=state, callback=record)
 
     result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
     undetermined = np.asarray(result.undetermined)
@@ -150,34 +199,25 @@ def run(
         "planned_batch_size": batch_size,
         "estimated_peak_mib": plan.estimated_bytes / 2**20,
     }
-    further = columns(result.log_likelihood, result.covariances)
-    further["jaxrefineUndetermined"] = undetermined.astype(int)
+    columns = _columns(result.log_likelihood, result.covariances)
+    columns["jaxrefineUndetermined"] = undetermined.astype(int)
     if subsets is not None and source.random_subset is None:
-        further["rlnRandomSubset"] = subsets
+        columns["rlnRandomSubset"] = subsets
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
         report["fold_fsc"] = np.asarray(result.state.sets[0].fold_fsc).tolist()
-    found, given = result.poses, source.poses
-    return Outcome(
-        Poses(
-            given.rotations if options.fix_angles else found.rotations,
-            given.shifts if options.fix_shifts else found.shifts,
-        ),
-        np.asarray(result.volume),
-        result.half_maps,
-        further,
-        report,
-    )
+    poses = _refined(settings, source.poses, result.poses)
+    return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 
 
 def _plan(
-    options: argparse.Namespace, source: io.ParticleFile, config: RefineConfig
+    settings: RefineSettings, source: io.ParticleFile, config: RefineConfig
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()
-    if options.memory is not None:
-        free = int(options.memory * 2**30)
+    if settings.memory is not None:
+        free = int(settings.memory * 2**30)
     return memory.plan(len(source), source.particles.image_size, config, free)
 
 
@@ -192,8 +232,18 @@ def _subsets(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"
     return deal(len(source), jax.random.key(seed))
 
 
-def columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:
-    """Return what is known of each particle's pose, for its table.
+def _refined(settings: RefineSettings, given: Poses, refined: Poses) -> Poses:
+    """Return the refined poses, with the given ones for what is fixed, bit by bit."""
+    if settings.fix_angles:
+        shifts = given.shifts if settings.fix_shifts else refined.shifts
+        return eqx.tree_at(lambda poses: poses.shifts, given, shifts)
+    if settings.fix_shifts:
+        return eqx.tree_at(lambda poses: poses.shifts, refined, given.shifts)
+    return refined
+
+
+def _columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:
+    """Return what is known of the pose of each particle, for its table.
 
     The errors are root mean squares to be expected: of the angle of the rotation, in
     degrees, and of the length of the shift, in pixels.

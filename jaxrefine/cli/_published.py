@@ -1,55 +1,45 @@
 """The presets ``paper`` and ``released`` of ``jaxrefine refine``: the spatial model."""
 
-import argparse
 import time
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io
-from jaxrefine.cli._outcome import Outcome
+from jaxrefine import io, paper
+from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
 from jaxrefine.operators import kbwf, spatial
-from jaxrefine.paper import algorithm1, presets
-from jaxrefine.runs import progress
 from jaxrefine.runs.folder import RunFolder
+from jaxrefine.runs.progress import Bars
 
 _BATCH_SIZE = 8
-_MEASURED = 500  # images, for the noise
+_MEASURED = 500  # images that the noise is measured in
 
 
 def configure(
-    options: argparse.Namespace, source: io.ParticleFile
-) -> algorithm1.Algorithm1Config:
+    settings: RefineSettings, source: io.ParticleFile
+) -> paper.Algorithm1Config:
     """Return the preset, at the noise level of the images.
 
     Raises
     ------
     InputError
-        If the options or the particles ask for what the preset cannot do.
+        If the particles have optics, which the published algorithm cannot correct for.
     """
-    names = ("half_sets", "initial_resolution", "max_angle", "max_shift")
-    names += ("prior_angle", "prior_shift", "fix_angles", "fix_shifts", "symmetry")
-    names += ("max_resolution", "memory", "mask", "mask_images")
-    for name in names:
-        if getattr(options, name) not in (None, False, "C1"):
-            raise InputError(
-                f"--{name.replace('_', '-')} does not go with --preset "
-                f"{options.preset}; the default preset has it."
-            )
     if source.particles.ctf is not None:
         raise InputError(
             f"{source.path} has contrast-transfer functions, which --preset "
-            f"{options.preset} cannot correct for; the default preset can."
+            f"{settings.preset} cannot correct for; the default preset can."
         )
-    chosen = {"batch_size": options.batch_size or _BATCH_SIZE}
-    if options.iterations is not None:
-        chosen["iterations"] = options.iterations
-    if options.preset == "paper":
-        return presets.paper_preset(_noise(source), **chosen)
-    return presets.released_preset(**chosen)
+    chosen: dict[str, Any] = {"batch_size": settings.batch_size or _BATCH_SIZE}
+    if settings.iterations is not None:
+        chosen["iterations"] = settings.iterations
+    if settings.preset == "paper":
+        return paper.paper_preset(_noise(source), **chosen)
+    return paper.released_preset(**chosen)
 
 
 def _noise(source: io.ParticleFile) -> float:
@@ -59,30 +49,26 @@ def _noise(source: io.ParticleFile) -> float:
     return float(np.std(np.asarray(images, np.float64)[:, outside(m, float(m))]))
 
 
+def resolved(config: paper.Algorithm1Config) -> dict[str, Any]:
+    """Return what the options came to, by their names."""
+    return {"iterations": config.iterations, "batch_size": config.batch_size}
+
+
 def run(
-    options: argparse.Namespace,
-    source: io.ParticleFile,
-    volume: jax.Array,
-    mask: jax.Array | None,
-    config: algorithm1.Algorithm1Config,
-    folder: RunFolder,
-    bars: progress.Bars,
+    inputs: Inputs, config: paper.Algorithm1Config, folder: RunFolder, bars: Bars
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
-    del options, mask
-    begin = time.perf_counter()
+    begin, source = time.perf_counter(), inputs.source
     basis = kbwf.KBWF()
     images, _ = source.particles.batch(np.arange(len(source)))
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, source.particles.image_size)
-    problem = algorithm1.Problem(images, footprint, image_filter)
-    start = algorithm1.init(source.poses, kbwf.expand(basis, volume))
-    state = folder.resume(lambda: start) or start
+    problem = paper.Problem(images, footprint, image_filter)
+    start = paper.init(source.poses, kbwf.expand(basis, inputs.volume))
+    state = folder.history.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
-    def record(
-        state: algorithm1.Algorithm1State, info: algorithm1.Algorithm1Info
-    ) -> None:
+    def record(state: paper.Algorithm1State, info: paper.Algorithm1Info) -> None:
         row = {
             "iteration": int(state.iteration),
             "objective": float(info.volume.objective[-1]),
@@ -91,9 +77,9 @@ def run(
             "shift_moves": float(jnp.mean(info.pose.shift_moves)),
             "elapsed_s": time.perf_counter() - begin,
         }
-        folder.record(state, row)
+        folder.history.record(state, row)
         advance(state, row)
 
-    state = algorithm1.refine(state, problem, config, record)
+    state = paper.refine(state, problem, config, record)
     refined = kbwf.evaluate(basis, state.volume.coefficients)
     return Outcome(state.poses, np.asarray(refined))

@@ -1,13 +1,12 @@
-"""``jaxrefine evaluate``."""
+"""``jaxrefine evaluate``: how far poses are from the true ones."""
 
-import argparse
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from jaxrefine import evaluation, io, symmetry
-from jaxrefine.cli._outputs import check_output, check_writable
+from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli.commands.evaluate import EvaluateSettings
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 
@@ -17,33 +16,19 @@ _SHOWN = (
 )
 
 
-def add(commands) -> None:
-    """Declare the command."""
-    command = commands.add_parser(
-        "evaluate",
-        help="compare poses with the true ones, up to a rigid motion",
-        description="Tables are RELION's or cryoSPARC's (.cs). Shifts are compared in "
-        "the pixels of RESULT, or as they stand if a table gives no pixel size.",
-    )
-    command.add_argument("result", type=Path, metavar="RESULT.star")
-    command.add_argument("truth", type=Path, metavar="TRUTH.star")
-    command.add_argument(
-        "--symmetry",
-        type=str.upper,
-        default="C1",
-        help="point group of the true map (default C1)",
-    )
-    command.add_argument("--json", type=Path, help="write the figures as JSON")
-    command.set_defaults(run=run)
+def run(settings: EvaluateSettings) -> None:
+    """Print the errors of the poses; write them where it was asked for.
 
-
-def run(options: argparse.Namespace) -> None:
-    """Print the errors of the poses; write them where it was asked for."""
-    if options.json is not None:
-        check_writable(options.json)
-        check_output(options.json, options.result, options.truth)
-    operators = symmetry.operators(options.symmetry)
-    paths = (options.result, options.truth)
+    Raises
+    ------
+    InputError
+        If the tables cannot be used, or their particles not be matched.
+    """
+    if settings.json is not None:
+        check_can_be_written(settings.json)
+        check_is_no_input(settings.json, settings.result, settings.truth)
+    operators = symmetry.operators(settings.symmetry)
+    paths = (settings.result, settings.truth)
     tables = [io.read_blocks(path) for path in paths]
     result, truth = (
         io.poses_on_one_grid(table, path)
@@ -51,17 +36,17 @@ def run(options: argparse.Namespace) -> None:
     )
     for path, (poses, _) in zip(paths, (result, truth), strict=True):
         if not len(poses):
-            raise InputError(f"{path} holds no particles.")
+            raise InputError(f"{path} must hold particles, it holds none.")
     (poses, pixel), (true_poses, true_pixel) = result, truth
     if pixel is not None and true_pixel is not None:  # the result may be binned
-        true_shifts = true_poses.shifts * (true_pixel / pixel)
-        true_poses = Poses(true_poses.rotations, true_shifts)
+        shifts = true_poses.shifts * (true_pixel / pixel)
+        true_poses = Poses(true_poses.rotations, shifts)
     places, matched_by = _match(tables, paths, len(poses), len(true_poses))
     errors = evaluation.pose_errors(poses, true_poses.take(places), operators)
     summary = evaluation.summarise(errors)
     content = {"particles": len(places), "matched_by": matched_by, **summary}
-    if options.json is not None:
-        io.write_json(options.json, content)
+    if settings.json is not None:
+        io.write_json(settings.json, content)
     print(f"{len(places)} particles, matched by {matched_by}")
     print(f"{'':>22}   median      p90      p95")
     for title, name in _SHOWN:

@@ -144,10 +144,12 @@ def view(
     return View(disc, weights, inverse, factor, physical)
 
 
-def batches(indices: Int[np.ndarray, " some"], size: int) -> Iterator[tuple]:
+def batches(
+    indices: Int[np.ndarray, " chosen"], size: int
+) -> Iterator[tuple[Int[np.ndarray, " size"], int]]:
     """Cut indices into batches of one size, the last one filled up by repetition.
 
-    Yields the batch and how many of it are new.
+    Yields each batch, and how many of it are not repetitions.
     """
     for first in range(0, len(indices), size):
         batch = indices[first : first + size]

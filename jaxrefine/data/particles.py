@@ -113,6 +113,11 @@ class Particles:
         """Number of groups, of which some may be empty."""
         return 1 if self.group is None else int(self.group.max()) + 1
 
+    @property
+    def box_in_angstroms(self) -> float:
+        """Side of the images, in angstroms."""
+        return self.image_size * self.pixel_size_in_angstroms
+
     def group_of(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]
     ) -> Int[np.ndarray, " chosen"]:

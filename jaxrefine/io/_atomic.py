@@ -1,4 +1,8 @@
-"""Opening files so that a user gets a sentence, and never half a file."""
+"""Open and write files so that a failure is one clear sentence and no file is partial.
+
+Files are written under a temporary name and then renamed, so that readers see either
+the previous file or the complete new one.
+"""
 
 import os
 import re
@@ -16,13 +20,12 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return the path of a file that exists.
+    """Return the path of an existing file.
 
     Raises
     ------
     InputError
-        If nothing is there, or something other than a file, or if the system refuses
-        to look.
+        If the path does not exist, is not a regular file, or cannot be accessed.
     """
     path = Path(path)
     try:
@@ -30,7 +33,7 @@ def existing_file(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     if is_folder:
-        raise InputError(f"{path} is a folder; a file is wanted.")
+        raise InputError(f"{path} must be a file, but it is a folder.")
     if not is_file:
         raise InputError(f"{path} does not exist.")
     return path
@@ -38,12 +41,12 @@ def existing_file(path: str | Path) -> Path:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a sentence.
+    """Turn an ``OSError`` of the body into an `InputError` that names the file.
 
     Raises
     ------
     InputError
-        If the system refuses: no such folder, no permission, a full disk.
+        If the body raises ``OSError``: no such folder, no permission, a full disk.
     """
     try:
         yield
@@ -53,17 +56,18 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
-    """Give a temporary path in the same folder, which replaces `path` at the end.
+    """Provide a temporary path in the same folder, which replaces `path` at the end.
 
-    When the body raises, the temporary file is removed and whatever was at `path`
-    stays as it was; else that is kept at `previous`, in the same folder, if one is
-    given. The new file has reached the disk before the old one is touched. A process
-    that is killed may leave a temporary file, one of :func:`leftovers`.
+    If the body raises, the temporary file is removed and `path` is left unchanged.
+    Otherwise the file that is replaced is moved to `previous`, a path in the same
+    folder, if that is given. The new file is flushed to disk before the old one is
+    touched. A process that is killed may leave a temporary file behind, which
+    :func:`leftovers` lists.
 
     Raises
     ------
     InputError
-        If the system refuses: no such folder, no permission, a full disk.
+        If the file cannot be written: no such folder, no permission, a full disk.
     """
     path = Path(path)
     _refuse_special(path)
@@ -83,10 +87,10 @@ def atomic_path(path: str | Path, previous: str | Path | None = None) -> Iterato
 
 
 def reserve(path: Path) -> None:
-    """Give a file the room on the disk that it says it has, on systems that can.
+    """Allocate the disk blocks of a sparse file, on systems that support it.
 
-    A full disk is an ``OSError`` here. When a file with holes is filled in through a
-    memory map, it is a signal that ends the process.
+    A full disk raises ``OSError`` here. Without the allocation, it would end the
+    process by a signal when the file is filled in through a memory map.
     """
     if hasattr(os, "posix_fallocate"):
         with open(path, "rb+") as file:
@@ -94,12 +98,12 @@ def reserve(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Try whether a file can be written, and leave nothing behind.
+    """Check that a file can be written, and leave nothing behind.
 
     Raises
     ------
     InputError
-        If it cannot, or something other than a file is there.
+        If it cannot be written, or if the path is not a regular file.
     """
     _refuse_special(path)
     with writing(path), tempfile.TemporaryFile(dir=path.parent):
@@ -114,38 +118,38 @@ def _refuse_special(path: Path) -> None:
 
 @final
 class Lock:
-    """A folder that no other process holds, for as long as this object lives."""
+    """An exclusive lock on a folder, held for as long as this object lives."""
 
     def __init__(self, descriptor: int | None):
         if descriptor is not None:
             weakref.finalize(self, os.close, descriptor)
 
 
-# What this process holds, by device and inode: a process does not stand in its own way.
+# The locks of this process by device and inode, so that it never waits for itself.
 _held: weakref.WeakValueDictionary[tuple[int, int], Lock] = (
     weakref.WeakValueDictionary()
 )
 
 
 def lock(folder: Path) -> Lock:
-    """Hold a folder for this process, where the file system can do so.
+    """Lock a folder for this process, where the file system supports it.
 
-    Network file systems often cannot, since a folder cannot be opened for writing.
+    Network file systems often do not, because a folder cannot be opened for writing.
 
     Raises
     ------
     InputError
-        If another process holds it.
+        If another process has locked the folder.
     """
     status = os.stat(folder)
     key = (status.st_dev, status.st_ino)
-    found = _held.get(key)
-    if found is None:
-        found = _held[key] = _locked(folder)
-    return found
+    held = _held.get(key)
+    if held is None:
+        held = _held[key] = _acquire(folder)
+    return held
 
 
-def _locked(folder: Path) -> Lock:
+def _acquire(folder: Path) -> Lock:
     try:
         import fcntl
     except ImportError:  # Windows
@@ -156,19 +160,22 @@ def _locked(folder: Path) -> Lock:
     except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(f"Another process is writing to {folder}.") from error
-    except OSError:  # not on this file system
+    except OSError:  # The file system does not support locks.
         pass
     return Lock(descriptor)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the temporary files of :func:`atomic_path` in a folder, if it is one."""
-    inside = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in inside if _TEMPORARY.fullmatch(path.name)]
+    """Return the temporary files that :func:`atomic_path` left in a folder.
+
+    The list is empty if the folder does not exist.
+    """
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if _TEMPORARY.fullmatch(path.name)]
 
 
 def _flush_names(folder: Path) -> None:
-    """Bring a folder's list of files to the disk, on systems that can be asked to."""
+    """Flush a folder's list of files to disk, on systems that support it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

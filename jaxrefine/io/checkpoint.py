@@ -1,4 +1,4 @@
-"""The state of a run on disk: a line of JSON, the arrays of a pytree, a checksum."""
+"""Checkpoints of a run: a line of JSON, the arrays of a pytree, and a checksum."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ _DIGEST_SIZE = hashlib.new(_DIGEST).digest_size
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that is not what was once saved, or that cannot be read."""
+    """Raised when a checkpoint cannot be read, is truncated, or was changed."""
 
 
 def save_checkpoint(
@@ -30,20 +30,20 @@ def save_checkpoint(
 ) -> None:
     """Write the leaves of a pytree.
 
-    Arrays and Python numbers are stored; other leaves are not, and come from `like`
-    when the file is loaded. The file appears complete or not at all.
+    Arrays and Python numbers are stored. Other leaves are not; they are taken from
+    `like` when the file is loaded. The file appears complete or not at all.
 
     Parameters
     ----------
     path
         The file.
     tree
-        What to store.
+        The pytree to store.
     metadata
-        Anything that JSON can hold: the iteration, the configuration.
+        Any content that JSON can hold, such as the iteration and the configuration.
     previous
-        Where to keep the file that is replaced, in the same folder; without it, it is
-        lost.
+        Path in the same folder to which the replaced file is moved. Without it, the
+        replaced file is lost.
 
     Raises
     ------
@@ -57,18 +57,20 @@ def save_checkpoint(
         try:
             eqx.tree_serialise_leaves(content, tree)
         except RuntimeError as error:
-            # Equinox says where in the tree it was; a full disk is the file's matter.
-            reason = error
-            while isinstance(reason, RuntimeError):
-                reason = reason.__cause__
-            raise error if reason is None else reason from None
+            # Equinox wraps the OSError of a full disk once for each level of the tree;
+            # `atomic_path` has to see the OSError itself.
+            cause = error
+            while isinstance(cause, RuntimeError):
+                cause = cause.__cause__
+            raise error if cause is None else cause from None
         file.write(content.digest.digest())
 
 
 class _Digested:
-    """A file that is only written to, and the digest of what was.
+    """A write-only file that computes the digest of its content.
 
-    NumPy writes to it by `write`, whose errors have a reason, unlike ``tofile``'s.
+    It is not a real file, so NumPy calls `write` instead of ``ndarray.tofile``, whose
+    errors do not tell the reason.
     """
 
     def __init__(self, file: BinaryIO):
@@ -80,15 +82,15 @@ class _Digested:
 
 
 def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
+    """Read a file that `save_checkpoint` wrote.
 
     Parameters
     ----------
     path
         The file.
     like
-        A pytree of the structure, shapes and types that were saved; its arrays may be
-        ``jax.ShapeDtypeStruct``.
+        A pytree with the structure, shapes and types of the saved one; its arrays may
+        be ``jax.ShapeDtypeStruct``.
 
     Returns
     -------
@@ -100,10 +102,10 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
     Raises
     ------
     DamagedCheckpoint
-        If the file cannot be read, is truncated, or was changed since.
+        If the file cannot be read, is truncated, or was changed after it was saved.
     InputError
-        If the file is missing, is of another version, or holds another structure,
-        shapes or types than `like`.
+        If the file is missing, was saved by another version of jaxrefine, or differs
+        from `like` in structure, shapes or types.
     """
     path = existing_file(path)
     try:
@@ -111,26 +113,27 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
     except OSError as error:
         reason = error.strerror or error
         raise DamagedCheckpoint(f"{path} cannot be read: {reason}.") from error
-    file, whole = io.BytesIO(content), memoryview(content)[:-_DIGEST_SIZE]
+    file, payload = io.BytesIO(content), memoryview(content)[:-_DIGEST_SIZE]
     form, metadata = _header(file.readline())
     if form != _FORMAT and form.startswith(_NAME):
         raise InputError(f"{path} was saved by another version of jaxrefine.")
-    digest = hashlib.new(_DIGEST, whole).digest()
+    digest = hashlib.new(_DIGEST, payload).digest()
     if form != _FORMAT or digest != content[-_DIGEST_SIZE:]:
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint of jaxrefine.")
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint of jaxrefine.")
     try:
         tree = eqx.tree_deserialise_leaves(file, like)
     except (RuntimeError, ValueError, TypeError, EOFError, OSError) as error:
         raise InputError(
-            f"{path} was saved by a run of another structure, shape or type."
+            f"{path} was saved by a run whose arrays have another structure, shape or "
+            "type."
         ) from error
-    if file.tell() < len(whole):
+    if file.tell() < len(payload):
         raise InputError(f"{path} holds more arrays than this run has.")
     return tree, metadata
 
 
 def _header(line: bytes) -> tuple[str, Any]:
-    """Return the format and the metadata of the first line; "" and None without."""
+    """Return the format and metadata in the first line; "" and None if it has none."""
     try:
         header = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the columns of RELION's tables hold: numbers, also those of optics groups."""
+"""Numbers in the columns of RELION's tables, of particles and of optics groups."""
 
 import math
 import reprlib
@@ -11,24 +11,30 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.star import Table
 
 _SINGLE = np.finfo(np.float32)
-_LARGEST_WHOLE = 2**53  # up to which every whole number is a float
-_UNIT_OF_DETECTOR_PIXEL = 1e4  # micrometres, in Angstrom
+_LARGEST_WHOLE = 2**53  # A float64 represents every whole number up to this one.
+_ANGSTROMS_PER_MICROMETRE = 1e4  # rlnDetectorPixelSize is in micrometres.
 
 
 def particle_table(blocks: dict[str, Table], path: str | Path) -> Table:
-    """Return the block ``particles``, or the only one beside ``optics``."""
+    """Return the block ``particles``, or the only block besides ``optics``.
+
+    Raises
+    ------
+    InputError
+        If there is no such block, or more than one candidate.
+    """
     return blocks[particle_block(blocks, path)]
 
 
 def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
-    """Return the name of the block that `particle_table` returns."""
+    """Return the name of the block that `particle_table` returns; raises as it does."""
     if "particles" in blocks:
         return "particles"
     others = [name for name in blocks if name != "optics"]
     if len(others) != 1:
         raise InputError(
-            f"{path} has the blocks {', '.join(map(repr, blocks))}; "
-            "one called 'particles', or one alone, is wanted."
+            f"{path} must have a block 'particles', or a single block besides "
+            f"'optics', got the blocks {', '.join(map(repr, blocks))}."
         )
     return others[0]
 
@@ -36,18 +42,21 @@ def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
 def pixel_sizes(
     blocks: dict[str, Table], particles: Table, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
-    """Return what `pixel_sizes_if_any` does.
+    """Return the pixel size in angstroms of each particle's image.
+
+    See `pixel_sizes_if_any` for the columns that it is read from.
 
     Raises
     ------
     InputError
-        As there, and if the tables give none.
+        If the tables give no pixel size, or one that is not positive in single
+        precision.
     """
     sizes = pixel_sizes_if_any(blocks, particles, path)
     if sizes is None:
         raise InputError(
-            f"{path} has origins in Angstrom but no pixel size; rlnImagePixelSize is "
-            "wanted, with rlnOpticsGroup in an optics block."
+            f"{path} has origins in angstroms but no pixel size; it must have the "
+            "columns rlnOpticsGroup and rlnImagePixelSize in an optics block."
         )
     return sizes
 
@@ -55,15 +64,16 @@ def pixel_sizes(
 def pixel_sizes_if_any(
     blocks: dict[str, Table], particles: Table, path: str | Path
 ) -> Float64[np.ndarray, " particles"] | None:
-    """Return the pixel size in Angstrom of each particle's image, or None.
+    """Return the pixel size in angstroms of each particle's image, or None.
 
-    That is its own ``rlnImagePixelSize`` or its optics group's or, in older files,
-    ``rlnPixelSize``, or the pixel of the detector over the magnification.
+    It is ``rlnImagePixelSize`` of the particle or of its optics group or, in older
+    files, ``rlnPixelSize`` or ``rlnDetectorPixelSize`` divided by
+    ``rlnMagnification``.
 
     Raises
     ------
     InputError
-        If one is not positive in single precision.
+        If a pixel size is not positive in single precision.
     """
     sizes = of_each_if_any(blocks, particles, "rlnImagePixelSize", path)
     if sizes is None and "rlnPixelSize" in particles:
@@ -74,15 +84,15 @@ def pixel_sizes_if_any(
         sizes = np.zeros_like(detector)
         with np.errstate(over="ignore"):
             np.divide(detector, magnification, out=sizes, where=magnification > 0)
-        sizes = _UNIT_OF_DETECTOR_PIXEL * sizes
+        sizes = _ANGSTROMS_PER_MICROMETRE * sizes
     if sizes is None:
         return None
     good = is_single(sizes) & (sizes >= _SINGLE.tiny)
     if not good.all():
         row = int(np.argmin(good))
         raise InputError(
-            f"{path} has pixels of {sizes[row]:g} A (particle {row + 1}); a positive "
-            "number in single precision is wanted."
+            f"{path}: the pixel size must be a positive number in single precision, "
+            f"got {sizes[row]:g} A (particle {row + 1})."
         )
     return sizes
 
@@ -90,17 +100,20 @@ def pixel_sizes_if_any(
 def of_each_if_any(
     blocks: dict[str, Table], particles: Table, name: str, path: str | Path
 ) -> Float64[np.ndarray, " particles"] | None:
-    """Return what `of_each` does, or None if there is no such column."""
-    given = name in particles or name in blocks.get("optics", {})
-    return of_each(blocks, particles, name, path) if given else None
+    """Return what `of_each` does, or None if neither table has the column."""
+    exists = name in particles or name in blocks.get("optics", {})
+    return of_each(blocks, particles, name, path) if exists else None
 
 
 def of_each(
     blocks: dict[str, Table], particles: Table, name: str, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
-    """Return a number of each particle, from its own row or its optics group's.
+    """Return a number for each particle, from its own row or its optics group's.
 
-    Raises what `of_optics_group` does.
+    Raises
+    ------
+    InputError
+        If a value is not a number, or for the reasons of `of_optics_group`.
     """
     if name in particles:
         return numbers(particles, name, path)
@@ -110,33 +123,38 @@ def of_each(
 def of_optics_group(
     blocks: dict[str, Table], particles: Table, name: str, path: str | Path
 ) -> Float64[np.ndarray, " particles"]:
-    """Return a column of the optics groups, for each particle.
+    """Return a column of the optics groups, expanded to one value for each particle.
 
     Raises
     ------
     InputError
         If there is no such column, if a particle's group is missing, or if two groups
-        have one number.
+        have the same number.
     """
     optics = blocks.get("optics", {})
     if not {"rlnOpticsGroup", name} <= optics.keys():
         raise InputError(
-            f"{path} has no optics block with rlnOpticsGroup and {name}, which its "
-            "particles need."
+            f"{path} must have an optics block with the columns rlnOpticsGroup and "
+            f"{name}."
         )
     if "rlnOpticsGroup" not in particles:
-        raise InputError(f"{path} gives the particles no rlnOpticsGroup.")
+        raise InputError(
+            f"{path}: the table of particles must have the column rlnOpticsGroup."
+        )
     values = numbers(optics, name, path)
-    groups, places = np.unique(
+    groups, rows = np.unique(
         whole_numbers(optics, "rlnOpticsGroup", path), return_index=True
     )
     if len(groups) < len(values):
-        raise InputError(f"{path} has two optics groups of one number.")
-    own = whole_numbers(particles, "rlnOpticsGroup", path)
-    unknown = np.setdiff1d(own, groups)
+        raise InputError(f"{path} has two optics groups with the same number.")
+    membership = whole_numbers(particles, "rlnOpticsGroup", path)
+    unknown = np.setdiff1d(membership, groups)
     if len(unknown):
-        raise InputError(f"{path} has no optics group {', '.join(map(str, unknown))}.")
-    return values[places[np.searchsorted(groups, own)]]
+        raise InputError(
+            f"{path} has no optics group {', '.join(map(str, unknown))}, but particles "
+            "that belong to it."
+        )
+    return values[rows[np.searchsorted(groups, membership)]]
 
 
 def numbers(table: Table, name: str, path: str | Path) -> Float64[np.ndarray, " rows"]:
@@ -145,11 +163,11 @@ def numbers(table: Table, name: str, path: str | Path) -> Float64[np.ndarray, " 
     Raises
     ------
     InputError
-        If a value is something else.
+        If a value is not such a number.
     """
     values = np.array([_number(text) for text in table[name]], dtype=np.float64)
-    wanted = "a finite number in single precision"
-    require(is_single(values), table, name, path, wanted)
+    expected = "a finite number in single precision"
+    require(is_single(values), table, name, path, expected)
     return values
 
 
@@ -161,11 +179,11 @@ def whole_numbers(
     Raises
     ------
     InputError
-        If a value is something else.
+        If a value is not a whole number.
     """
     values = numbers(table, name, path)
-    whole = (values == np.rint(values)) & (np.abs(values) <= _LARGEST_WHOLE)
-    require(whole, table, name, path, "a whole number")
+    is_whole = (values == np.rint(values)) & (np.abs(values) <= _LARGEST_WHOLE)
+    require(is_whole, table, name, path, "a whole number")
     return values.astype(np.int64)
 
 
@@ -174,24 +192,25 @@ def require(
     table: Table,
     name: str,
     path: str | Path,
-    wanted: str,
+    expected: str,
 ) -> None:
-    """Raise if some value of a column is not good, naming the first."""
+    """Raise an `InputError` that names the first bad value of a column, if any."""
     if not good.all():
         row = int(np.argmin(good))
         text = reprlib.repr(table[name][row])
         raise InputError(
-            f"{path}, column {name}: {wanted} is wanted, not {text} (row {row + 1})."
+            f"{path}, column {name}: the value must be {expected}, got {text} "
+            f"(row {row + 1})."
         )
 
 
 def is_single(values: Float64[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-    """Whether each value is finite in single precision, in which it is used."""
+    """Return whether each value is finite in single precision, in which it is used."""
     return np.abs(values) <= float(_SINGLE.max)
 
 
 def _number(text: str) -> float:
-    """Return a decimal number; NaN for what is none, and for Python's ``1_0``."""
+    """Parse a decimal number; NaN for other text, and for Python's ``1_0``."""
     try:
         return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
@@ -199,5 +218,5 @@ def _number(text: str) -> float:
 
 
 def fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:
-    """Return numbers as they stand in a column."""
+    """Format numbers for a column, with six decimal places."""
     return [f"{number:.6f}" for number in numbers]

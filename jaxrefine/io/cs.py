@@ -1,9 +1,9 @@
-"""cryoSPARC's tables of particles, told in RELION's words.
+"""cryoSPARC's tables of particles, converted to RELION's columns.
 
 A ``.cs`` file is a structured array of NumPy. Its poses are rotation vectors ``v``
-whose turn ``exp(v^)`` takes the image's axes to the map's: RELION's Euler matrix is the
-transpose, ``exp(-v^)``. Its shifts are RELION's origins. (Source: the conversions of
-pyem and cryoDRGN, which agree.)
+whose rotation ``exp(v^)`` takes the axes of the image to those of the map, so that
+RELION's Euler matrix is the transpose, ``exp(-v^)``. Its shifts are RELION's origins.
+(Source: the conversions of pyem and cryoDRGN, which agree.)
 """
 
 import tokenize
@@ -22,7 +22,7 @@ from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table
 
-_LARGEST_HEADER = 100_000  # bytes
+_LARGEST_HEADER = 100_000  # bytes; NumPy's default of 10_000 is too small for .cs files
 _DAMAGE = (
     ValueError,
     TypeError,
@@ -33,12 +33,13 @@ _DAMAGE = (
 )
 _DEGREE = np.pi / 180
 
-# Column: field, unit of the column in that of the field.
+# RELION's column: cryoSPARC's field, which has the same unit.
 _GROUP_OPTICS = {
     "rlnVoltage": "ctf/accel_kv",
     "rlnSphericalAberration": "ctf/cs_mm",
     "rlnAmplitudeContrast": "ctf/amp_contrast",
 }
+# RELION's column: cryoSPARC's field, and the column's unit in units of the field.
 _PARTICLE_OPTICS = {
     "rlnDefocusU": ("ctf/df1_A", 1.0),
     "rlnDefocusV": ("ctf/df2_A", 1.0),
@@ -54,17 +55,17 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
 
     Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
-    ``alignments3D``, and ``alignments3D/split`` is ``rlnRandomSubset`` less one, unless
-    all particles have the same; both may be missing. Particles that share
-    ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel and
-    box are an optics group. Images in which protein is dark (``blob/sign`` of -1) get a
-    negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations, 2-D alignments and
-    several classes are ignored.
+    ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
+    particles have the same value. Both may be missing. Particles that share
+    ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel size
+    and box size form an optics group. Images in which protein is dark (``blob/sign`` of
+    -1) get a negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations, 2-D
+    alignments and multiple classes are ignored.
 
     Parameters
     ----------
     path
-        The file, with the images' fields in it: as cryoSPARC exports it.
+        The file as cryoSPARC exports it, which includes the fields of the images.
 
     Returns
     -------
@@ -74,9 +75,9 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     Raises
     ------
     InputError
-        If the file is missing or damaged, lacks a field that is needed or has one of
+        If the file is missing or damaged, if it lacks a required field or a field has
         another type, if a number is not finite in single precision or a pixel size not
-        positive, or if protein is dark and there is no CTF to say so.
+        positive, or if protein is dark and there is no CTF to record it in.
     """
     path = existing_file(path)
     fields = _load(path)
@@ -99,13 +100,13 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     }
     if "alignments3D/split" in fields:
         split = _numbers(fields, "alignments3D/split", path)
-        if len(np.unique(split)) > 1:  # else no half sets were made
+        if len(np.unique(split)) > 1:  # Otherwise cryoSPARC made no half sets.
             particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
     return {"optics": optics, "particles": particles}
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    """Return the fields of the table, each with a leading axis of particles."""
+    """Return the fields of the table, each with a leading axis ``particles``."""
     try:
         with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
             table = np.lib.format.read_array(
@@ -123,8 +124,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 def _field(fields: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     if name not in fields:
         raise InputError(
-            f"{path} lacks the field {name}; a table of particles as cryoSPARC exports "
-            "it is wanted."
+            f"{path} lacks the field {name}; it must be a table of particles as "
+            "cryoSPARC exports it."
         )
     return fields[name]
 
@@ -132,17 +133,21 @@ def _field(fields: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
 def _numbers(
     fields: dict[str, np.ndarray], name: str, path: Path, width: int | None = None
 ) -> Float64[np.ndarray, "particles ..."]:
-    """Return a field of one finite number for each particle, or of `width`."""
+    """Return a field with one finite number, or `width` of them, for each particle."""
     field = _field(fields, name, path)
     shape = field.shape[:1] if width is None else (len(field), width)
     if field.dtype.kind not in "iuf" or field.shape != shape:
-        raise InputError(f"{path}, field {name}: {width or 1} numbers are wanted.")
+        count = "one number" if width is None else f"{width} numbers"
+        raise InputError(
+            f"{path}, field {name}: there must be {count} for each particle, got "
+            f"values of shape {field.shape[1:]} and type {field.dtype}."
+        )
     with np.errstate(invalid="ignore"):
         numbers = field.astype(np.float64)
     if not is_single(numbers).all():
         raise InputError(
-            f"{path}, field {name}: a value is NaN, infinite or beyond single "
-            "precision."
+            f"{path}, field {name}: values must be finite in single precision, got "
+            f"{numbers[~is_single(numbers)][0]:g}."
         )
     return numbers
 
@@ -153,29 +158,36 @@ def _pixel_sizes(
     sizes = _numbers(fields, name, path)
     if not (sizes > 0).all():
         raise InputError(
-            f"{path}, field {name}: positive numbers are wanted, not {sizes.min():g}."
+            f"{path}, field {name}: values must be positive, got {sizes.min():g}."
         )
     return sizes
 
 
 def _paths(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
-    """Return a field of paths from the project's folder, which ``>`` may stand for."""
+    """Return a field of paths relative to the project's folder.
+
+    A leading ``>``, which cryoSPARC may write for that folder, is removed.
+    """
     field = _field(fields, name, path)
     try:
         texts = np.char.decode(field, "utf-8") if field.dtype.kind == "S" else field
     except UnicodeDecodeError:
         texts = None
     if texts is None or texts.dtype.kind != "U" or texts.ndim != 1:
-        raise InputError(f"{path}, field {name}: text is wanted.")
+        raise InputError(
+            f"{path}, field {name}: values must be text, got the type {field.dtype}."
+        )
     if not all(text.isprintable() for text in texts.tolist()):
-        raise InputError(f"{path}, field {name}: a path has unprintable characters.")
+        raise InputError(
+            f"{path}, field {name}: paths must have printable characters only."
+        )
     return [text.removeprefix(">") for text in texts.tolist()]
 
 
 def _optics_groups(
     fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path
 ) -> tuple[Table, np.ndarray]:
-    """Return the optics groups, and the place of each particle's among them."""
+    """Return the table of optics groups, and the row of each particle's in it."""
     has_ctf = "ctf/df1_A" in fields
     optics = {
         column: _numbers(fields, name, path)
@@ -202,7 +214,7 @@ def _optics_groups(
 
 
 def _poses(fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path) -> Table:
-    """Return the columns of poses; none if there are no poses in three dimensions."""
+    """Return the columns of poses; none if the file has no 3-D alignments."""
     if "alignments3D/pose" not in fields:
         return {}
     vectors = _numbers(fields, "alignments3D/pose", path, 3)
@@ -215,15 +227,15 @@ def _poses(fields: dict[str, np.ndarray], pixels: np.ndarray, path: Path) -> Tab
 
 
 def _ctf(fields: dict[str, np.ndarray], path: Path) -> Table:
-    """Return the columns of the CTF; none if there are no defoci."""
+    """Return the columns of the CTF; none if the file has no defocus."""
     sign = np.ones(len(fields["blob/path"]))
     if "blob/sign" in fields:
         sign = np.sign(_numbers(fields, "blob/sign", path))
     if "ctf/df1_A" not in fields:
         if (sign < 0).any():
             raise InputError(
-                f"{path} has images in which protein is dark (blob/sign -1), but no "
-                "CTF whose scale could say so; bright protein is wanted."
+                f"{path} has no CTF, so protein must be bright in its images, got "
+                "blob/sign -1."
             )
         return {}
     columns = {}

@@ -1,4 +1,4 @@
-"""JSON reports, written whole or not at all, and logs, written line by line."""
+"""JSON files, written completely or not at all, and logs, written line by line."""
 
 import json
 import math
@@ -11,12 +11,14 @@ from jaxrefine.io._atomic import atomic_path, existing_file, writing
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a report as indented JSON, with null for NaN and infinity.
+    """Write indented JSON, with null for NaN and infinity.
+
+    The file appears complete or not at all.
 
     Raises
     ------
     InputError
-        If the system refuses to write there.
+        If the file cannot be written.
     """
     with atomic_path(path) as temporary:
         text = json.dumps(_with_nulls(content), indent=2, allow_nan=False)
@@ -34,16 +36,18 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(existing_file(path).read_text())
     except ValueError:
-        raise InputError(f"{path} is not JSON.") from None
+        raise InputError(f"{path} is not a JSON file.") from None
 
 
 def append_json_line(path: str | Path, content: Any) -> None:
-    """Add a line to a log, JSON with null for NaN and infinity, and flush it to disk.
+    """Append a line of JSON to a log, and flush it to disk.
+
+    NaN and infinity are written as null.
 
     Raises
     ------
     InputError
-        If the system refuses to write there; a part of the line may be there then.
+        If the file cannot be written; it may then end in an incomplete line.
     """
     line = json.dumps(_with_nulls(content), allow_nan=False) + "\n"
     with writing(path), open(path, "a") as file:
@@ -53,12 +57,12 @@ def append_json_line(path: str | Path, content: Any) -> None:
 
 
 def keep_lines(path: str | Path, count: int) -> None:
-    """Drop all but the first lines of a log; none if there is no log.
+    """Keep only the first `count` lines of a log; a missing log becomes an empty one.
 
     Raises
     ------
     InputError
-        If the system refuses to write there.
+        If the file cannot be written.
     """
     path = Path(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -67,7 +71,7 @@ def keep_lines(path: str | Path, count: int) -> None:
 
 
 def _with_nulls(content: Any) -> Any:
-    """Replace the numbers that JSON cannot hold."""
+    """Replace numbers that JSON cannot represent by None."""
     if isinstance(content, dict):
         return {key: _with_nulls(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -18,7 +18,7 @@ from mrcfile import utils as mrcfile_utils
 from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import atomic_path, existing_file, reserve
 
-_ISOTROPY = 1e-3
+_ISOTROPY = 1e-3  # Edges this close count as equal: cell sizes in headers are rounded.
 _COMPLEX_MODES = (3, 4)
 _MODE, _NSYMBT, _WORD_MAP = slice(12, 16), slice(92, 96), slice(208, 211)
 _BYTE_ORDERS = ("little", "big")
@@ -29,8 +29,8 @@ _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     """Read a cubic density map.
 
-    The axes are brought to ``[z, y, x]`` whatever order the header's ``mapc``,
-    ``mapr`` and ``maps`` declare. The header's origin and start are ignored.
+    The axes are brought into the order ``[z, y, x]``, whatever order the header's
+    ``mapc``, ``mapr`` and ``maps`` declare. The header's origin and start are ignored.
 
     Parameters
     ----------
@@ -42,25 +42,25 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     volume
         Densities, of type float32 whatever the file's mode.
     voxel_size
-        In Angstrom; 1.0 if the header leaves it unset (zero).
+        Edge of a voxel in angstroms; 1.0 if the header leaves it unset (zero).
 
     Raises
     ------
     InputError
         If the file is missing, is not an MRC file, is truncated or complex, or if the
-        map is not cubic, not finite, or has an anisotropic voxel.
+        map is not cubic, is not finite, or has anisotropic voxels.
     """
     path = existing_file(path)
     data, axes, voxel = _read(path)
-    if data.ndim == 4 and len(data) == 1:  # a stack of volumes, of one
+    if data.ndim == 4 and len(data) == 1:  # a stack of one volume
         data = data[0]
     if data.ndim != 3 or len(set(data.shape)) != 1:
         shape = " x ".join(map(str, data.shape))
-        raise InputError(f"{path} holds an array of {shape}; a cubic map is wanted.")
+        raise InputError(f"{path} must hold a cubic map, got an array of {shape}.")
     if sorted(axes) != [1, 2, 3]:
         raise InputError(
-            f"{path} declares the axes mapc, mapr, maps = {axes}; "
-            "a permutation of 1, 2, 3 is wanted."
+            f"{path}: the header's mapc, mapr, maps must be a permutation of 1, 2, 3, "
+            f"got {axes}."
         )
     sections_rows_columns = axes[::-1]
     volume = data.transpose([sections_rows_columns.index(axis) for axis in (3, 2, 1)])
@@ -68,12 +68,12 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
 
 
 def voxel_size(path: str | Path) -> float | None:
-    """Return the edge of a map's voxels in Angstrom; None if it is unset.
+    """Return the edge of a map's voxels in angstroms; None if it is unset.
 
     Raises
     ------
     InputError
-        If the file is missing, is not an MRC file, or has an anisotropic voxel.
+        If the file is missing, is not an MRC file, or has anisotropic voxels.
     """
     path = existing_file(path)
     voxel = _voxel(_header(path)[0])
@@ -93,13 +93,14 @@ def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], 
     images
         Indexed ``[particle, y, x]``, of type float32 whatever the file's mode.
     pixel_size
-        In Angstrom; 1.0 if the header leaves it unset (zero).
+        Edge of a pixel in angstroms; 1.0 if the header leaves it unset (zero).
 
     Raises
     ------
     InputError
         If the file is missing, is not an MRC file, is truncated or complex, or if the
-        images are not square, not finite, transposed, or have an anisotropic pixel.
+        images are not square, are not finite, are transposed, or have anisotropic
+        pixels.
     """
     path = existing_file(path)
     data, axes, voxel = _read(path)
@@ -112,26 +113,28 @@ def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], 
 def map_stack(
     path: str | Path,
 ) -> tuple[Shaped[np.ndarray, "particles m m"], float | None]:
-    """Open a stack of square images without reading them.
+    """Open a stack of square images as a memory map, without reading them.
 
     Returns
     -------
     images
-        A memory map of the file, indexed ``[particle, y, x]``, of the file's type and
+        A memory map of the file, indexed ``[particle, y, x]``, in the file's type and
         byte order. Values are not checked.
     pixel_size
-        In Angstrom; None if the header leaves it unset, NaN if it gives no one size.
+        Edge of a pixel in angstroms; None if the header leaves it unset, NaN if the
+        header's edges are not positive or not equal.
 
     Raises
     ------
     InputError
-        As `read_stack` does, and if the file is compressed; but values that are not
-        finite are not looked for.
+        For the reasons of `read_stack`, except values that are not finite, and if the
+        file is compressed.
     """
     path = existing_file(path)
     if _is_compressed(path):
         raise InputError(
-            f"{path} is compressed; images are read in place, so decompress it."
+            f"{path} is compressed; decompress it first, because its images are read "
+            "in place."
         )
     header, dtype, offset = _header(path)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
@@ -141,7 +144,7 @@ def map_stack(
     pixel = None
     if any(voxel):
         pixel = math.nan
-        with suppress(InputError):  # tables of particles may say their pixel size
+        with suppress(InputError):  # The table of particles may give the pixel size.
             pixel = _isotropic(voxel, path)
     return images, pixel
 
@@ -171,13 +174,7 @@ def write_stack(
 ) -> None:
     """Write a stack of images, indexed ``[particle, y, x]``, as float32.
 
-    The file appears complete or not at all.
-
-    Raises
-    ------
-    InputError
-        If an image is not finite, the pixel size not positive, or the file cannot be
-        written.
+    The file appears complete or not at all. Raises as `write_mrc` does.
     """
     _write(path, images, pixel_size_in_angstroms, is_stack=True)
 
@@ -186,10 +183,10 @@ def write_stack(
 def new_stack(
     path: str | Path, count: int, image_size: int, pixel_size_in_angstroms: float
 ) -> Iterator[Float32[np.ndarray, "particles m m"]]:
-    """Give a stack of images to fill in, which is on disk and not in memory.
+    """Provide a stack of images to fill in, as a memory map of the file.
 
-    The file appears at `path` at the end, or not at all if the body raises. The
-    header's statistics are marked as not computed.
+    The file appears at `path` at the end of the body, or not at all if the body raises.
+    The header's statistics are marked as not computed.
 
     Parameters
     ----------
@@ -203,7 +200,7 @@ def new_stack(
     Raises
     ------
     InputError
-        If the file cannot be written, or the disk has no room for it.
+        If the file cannot be written, or the disk has too little space for it.
     """
     shape = (count, image_size, image_size)
     with atomic_path(path) as temporary, mrcfile.new_mmap(temporary, shape, 2) as mrc:
@@ -232,7 +229,7 @@ def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
 
 
 def _header(path: Path) -> tuple[Any, np.dtype, int]:
-    """Return the header of a file, the type of its values, and where they begin."""
+    """Return a file's header, the type of its values, and their offset in bytes."""
     try:
         _require_start(path)
         with (
@@ -241,7 +238,7 @@ def _header(path: Path) -> tuple[Any, np.dtype, int]:
         ):
             header: Any = mrc.header
         if int(header.mode) in _COMPLEX_MODES:
-            raise InputError(f"{path} holds complex values; a real array is wanted.")
+            raise InputError(f"{path} must hold real values, got complex ones.")
         dtype = mrcfile_utils.data_dtype_from_header(header)
     except InputError:
         raise
@@ -249,11 +246,12 @@ def _header(path: Path) -> tuple[Any, np.dtype, int]:
         raise InputError(f"{path} is not an MRC file, or is damaged.") from None
     offset = header.nbytes + int(header.nsymbt)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
-    wanted, has = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
-    if min(shape) < 1 or (wanted > has and not _is_compressed(path)):
+    expected, actual = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if min(shape) < 1 or (expected > actual and not _is_compressed(path)):
         raise InputError(
-            f"{path} is truncated or damaged: its header announces "
-            f"{' x '.join(map(str, shape))} values, {wanted} bytes; it has {has}."
+            f"{path} is truncated or damaged: according to its header of "
+            f"{' x '.join(map(str, shape))} values it must have {expected} bytes, got "
+            f"{actual}."
         )
     return header, dtype, offset
 
@@ -264,13 +262,13 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _axes(header: Any) -> tuple[int, ...]:
-    """Return (mapc, mapr, maps), which mean x, y, z if they are unset."""
+    """Return (mapc, mapr, maps); (1, 2, 3), that is x, y, z, if they are unset."""
     axes = tuple(int(axis) for axis in (header.mapc, header.mapr, header.maps))
     return axes if any(axes) else (1, 2, 3)
 
 
 def _voxel(header: Any) -> tuple[float, ...]:
-    """Return the edges (x, y, z) of a voxel in Angstrom, zero where they are unset."""
+    """Return the edges (x, y, z) of a voxel in angstroms, zero where they are unset."""
     return tuple(
         float(header.cella[axis]) / float(count) if count else 0.0
         for axis, count in zip("xyz", (header.mx, header.my, header.mz), strict=True)
@@ -283,30 +281,30 @@ def _require_square_images(
     if len(shape) != 3 or shape[1] != shape[2]:
         text = " x ".join(map(str, shape))
         raise InputError(
-            f"{path} holds an array of {text}; a stack of square images is wanted."
+            f"{path} must hold a stack of square images, got an array of {text}."
         )
     if axes != (1, 2, 3):
         raise InputError(
-            f"{path} declares the axes mapc, mapr, maps = {axes}; "
-            "a stack of images must have 1, 2, 3."
+            f"{path}: the header's mapc, mapr, maps must be 1, 2, 3 for a stack of "
+            f"images, got {axes}."
         )
 
 
 def _require_start(path: Path) -> None:
     """Raise if a file does not begin as an MRC file.
 
-    It has the word ``MAP``, or this is an ``InputError``; and in the byte order in
-    which its mode is small an extended header that is not longer than the file, or this
-    is a ``ValueError``. To be asked before `mrcfile`, which takes from any bytes how
-    much to allocate.
+    Without the word ``MAP`` that is an ``InputError``. If the extended header is longer
+    than the file, in the byte order in which the mode is a small number, it is a
+    ``ValueError``. This check must precede `mrcfile`, which allocates as much memory as
+    the header asks for, whatever the bytes are.
     """
     with open(path, "rb") as file:
         start = file.read(_WORD_MAP.stop)
-    longest = path.stat().st_size
+    size = path.stat().st_size
     if start[_WORD_MAP] != b"MAP" and start[:2] in _DECOMPRESSORS:
         with _DECOMPRESSORS[start[:2]](path, "rb") as file:
             start = file.read(_WORD_MAP.stop)
-        longest = math.inf
+        size = math.inf
     if start[_WORD_MAP] != b"MAP":
         raise InputError(f"{path} is not an MRC file: its header lacks the word MAP.")
     lengths = [
@@ -314,7 +312,7 @@ def _require_start(path: Path) -> None:
         for order in _BYTE_ORDERS
         if int.from_bytes(start[_MODE], order) < 2**16
     ]
-    if min(lengths, default=0) > longest:
+    if min(lengths, default=0) > size:
         raise ValueError
 
 
@@ -323,20 +321,21 @@ def _finite(data: np.ndarray, path: Path) -> np.ndarray:
     values = np.array(data, dtype=np.float32, order="C")
     bad = values.size - np.count_nonzero(np.isfinite(values))
     if bad:
-        raise InputError(f"{path} holds {bad} values that are NaN or infinite.")
+        raise InputError(
+            f"{path} must hold finite values, got {bad} that are NaN or infinite."
+        )
     return values
 
 
 def _isotropic(voxel: tuple[float, ...], path: Path) -> float:
-    """Return the edge of a cubic voxel in Angstrom, 1.0 if it is unset."""
+    """Return the edge of a cubic voxel in angstroms, 1.0 if it is unset."""
     if not any(voxel):
         return 1.0
+    edges = " x ".join(f"{edge:g}" for edge in voxel)
     if min(voxel) <= 0 or not all(map(math.isfinite, voxel)):
-        edges = ", ".join(f"{edge:g}" for edge in voxel)
-        raise InputError(f"{path} has a voxel of {edges} A; positive edges are wanted.")
+        raise InputError(f"{path}: the voxel size must be positive, got {edges} A.")
     if max(voxel) - min(voxel) > _ISOTROPY * max(voxel):
-        edges = " x ".join(f"{edge:g}" for edge in voxel)
-        raise InputError(f"{path} has an anisotropic voxel of {edges} A.")
+        raise InputError(f"{path}: the voxel must be isotropic, got {edges} A.")
     return voxel[0]
 
 
@@ -349,13 +348,16 @@ def _write(
 ) -> None:
     if not 0 < voxel_size_in_angstroms < math.inf:
         raise InputError(
-            f"Cannot write {path}: the voxel size is {voxel_size_in_angstroms} A; "
-            "a positive number is wanted."
+            f"Cannot write {path}: the voxel size must be positive, got "
+            f"{voxel_size_in_angstroms} A."
         )
     with np.errstate(over="ignore"):
         values = np.asarray(data, dtype=np.float32)
     if not np.isfinite(values).all():
-        raise InputError(f"Cannot write {path}: it holds NaN or infinite values.")
+        raise InputError(
+            f"Cannot write {path}: the values must be finite in single precision, got "
+            "NaN or infinity."
+        )
     with atomic_path(path) as temporary, mrcfile.new(temporary) as mrc:
         mrc.set_data(values)
         if is_stack:

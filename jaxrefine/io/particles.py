@@ -1,9 +1,9 @@
 """Tables of particles: images, optics and poses together.
 
-A table is RELION's, or is told in RELION's words by :mod:`jaxrefine.io.cs`.
+A table is RELION's, or is converted to RELION's columns by :mod:`jaxrefine.io.cs`.
 
-The origins, which are minus our shifts, and their units are converted here and in
-:mod:`jaxrefine.io.poses` alone.
+Only this module and :mod:`jaxrefine.io.poses` convert RELION's origins, which are minus
+the package's shifts, and their units.
 """
 
 import os
@@ -50,32 +50,33 @@ _PREPARED = {
     "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
     "rlnCtfDataArePhaseFlipped": "phase-flipped",
 }
-_SAME_PIXEL = 1e-3
+_SAME_PIXEL = 1e-3  # Pixel sizes this close, relatively, count as equal: no resampling.
 
 
 @final
 @dataclass(frozen=True)
 class ParticleFile:
-    """A table of particles, and what its columns mean.
+    """A table of particles, and the images, optics and poses that it describes.
 
     Attributes
     ----------
     path
         The file.
     blocks
-        Its tables, untouched; those of a cryoSPARC file as RELION would have them.
+        Its tables, unchanged; those of a cryoSPARC file in RELION's columns.
     particles
-        The images, which are read when they are asked for, with their optics.
+        The images, which are read on demand, with their optics.
     poses
-        The poses: radians, and shifts in pixels of `particles`.
+        The poses: rotation matrices, and shifts in pixels of `particles`.
     pixel_sizes
-        Of each image in its stack, in Angstrom. Where optics groups differ, the images
-        of `particles` are brought to the largest (`preprocess.Resampled`).
+        Pixel size of each image in its stack, in angstroms. Where they differ, the
+        images of `particles` are resampled to the largest (`preprocess.Resampled`).
     has_poses
-        Whether the file has them: if it has neither ``rlnAngleRot`` nor
-        ``rlnAngleTilt``, all poses are zero.
+        Whether the file has poses. If it has neither ``rlnAngleRot`` nor
+        ``rlnAngleTilt``, `poses` holds identity rotations and zero shifts.
     optics_group
-        ``rlnOpticsGroup`` of each particle, from 1; None if the file does not say.
+        ``rlnOpticsGroup`` of each particle, from 1; None if the file has no such
+        column.
     stacks
         The path of each stack of images, by its name in the table.
     """
@@ -94,12 +95,12 @@ class ParticleFile:
 
     @cached_property
     def random_subset(self) -> Int[np.ndarray, " particles"] | None:
-        """``rlnRandomSubset`` of each particle, 1 or 2; None if the file does not say.
+        """``rlnRandomSubset`` of each particle, 1 or 2; None without such a column.
 
         Raises
         ------
         InputError
-            If there is another value, or one of the two alone.
+            If a value is neither 1 nor 2, or if all values are equal.
         """
         table = particle_table(self.blocks, self.path)
         if "rlnRandomSubset" not in table:
@@ -109,48 +110,52 @@ class ParticleFile:
         require(good, table, "rlnRandomSubset", self.path, "1 or 2")
         if len(set(subset)) == 1:
             raise InputError(
-                f"{self.path}, column rlnRandomSubset: half sets want both 1 and 2, "
-                f"not {subset[0]} for all particles."
+                f"{self.path}, column rlnRandomSubset: there must be particles of both "
+                f"half sets, 1 and 2, got {subset[0]} for all particles."
             )
         return subset
 
 
 def read_blocks(path: str | Path) -> dict[str, Table]:
-    """Read a STAR file, or a ``.cs`` file as the blocks of one.
+    """Read the blocks of a STAR file, or of a ``.cs`` file converted to one.
 
-    Raises what `read_star` and `read_cs` do.
+    Raises
+    ------
+    InputError
+        For the reasons of `read_star` and `read_cs`.
     """
     path = Path(path)
     return read_cs(path) if path.suffix == ".cs" else read_star(path)
 
 
 def read_particles(path: str | Path, datadir: str | Path | None = None) -> ParticleFile:
-    """Read a table of particles; the images stay where they are.
+    """Read a table of particles; their images are read later, on demand.
 
     The pixel size is ``rlnImagePixelSize``, ``rlnPixelSize``, ``rlnDetectorPixelSize``
-    over ``rlnMagnification``, or that of the first stack.
-    Where there are several, images are brought to the largest as they are read. The
-    optics are read if there is a column ``rlnDefocusU``; columns of the particles take
-    precedence over those of their optics group. Beam tilt and higher aberrations are
-    ignored. Each optics group has a noise spectrum of its own (`particles.Particles`);
-    without any there is one.
+    divided by ``rlnMagnification``, or that of the first stack. Where pixel sizes
+    differ, images are resampled to the largest as they are read. The optics are read if
+    there is a column ``rlnDefocusU``; columns of the particles take precedence over
+    those of their optics group. Beam tilt and higher aberrations are ignored. Each
+    optics group has its own noise spectrum (`particles.Particles`); without optics
+    groups there is a single one.
 
     Parameters
     ----------
     path
         A STAR file of RELION, of any version, or a ``.cs`` file of cryoSPARC.
     datadir
-        Stacks whose path is relative are looked for here, in the folder of the file, in
-        the working directory, then in the folders above that of the file.
+        Folder in which stacks with a relative path are looked for first; then follow
+        the folder of the file, the working directory, and the folders above that of the
+        file.
 
     Raises
     ------
     InputError
         If the file is not a table of particles with images, if a stack is missing,
-        damaged or too short, if images differ in size, or pixels by more than 25 %, if
-        there are some but not all columns of poses or of optics, if a number is not one
-        in single precision, if the particles are of tomograms, or if the images are
-        multiplied by their CTF or its sign.
+        damaged or too short, if images differ in size, or pixel sizes by more than
+        25 %, if only some of the columns of poses or of optics are there, if a value is
+        not a number in single precision, if the particles are from tomograms, or if the
+        images were multiplied by their CTF or its sign.
     """
     path = Path(path)
     blocks = read_blocks(path)
@@ -173,32 +178,36 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     if sizes is None:
         if np.isnan(images.pixel_size_in_angstroms or 1.0):
             raise InputError(
-                f"{path} gives no pixel size, and {next(iter(stacks.values()))} none "
-                "that is positive and the same along x and y."
+                f"{path} gives no pixel size, so that of the first stack must be "
+                "positive and the same along x and y, which that of "
+                f"{next(iter(stacks.values()))} is not."
             )
         if images.pixel_size_in_angstroms is None and ctf is not None:
             raise InputError(
-                f"{path} gives defoci but no pixel size, nor do its stacks."
+                f"{path} gives defocus values but no pixel size, and neither does its "
+                "first stack."
             )
         sizes = np.full(count, images.pixel_size_in_angstroms or 1.0)
-    pixel = float(sizes.max())
+    pixel_size = float(sizes.max())
     source = images
-    if sizes.min() < pixel * (1 - _SAME_PIXEL):
-        source = Resampled(images, pixel / sizes)
+    if sizes.min() < pixel_size * (1 - _SAME_PIXEL):
+        source = Resampled(images, pixel_size / sizes)
     if ctf is not None:
-        _require_finite(ctf, pixel, path)
-    group = None
+        _require_finite(ctf, pixel_size, path)
+    optics_group = None
     if "rlnOpticsGroup" in table:
-        group = whole_numbers(table, "rlnOpticsGroup", path)
-    places = None if group is None else np.unique(group, return_inverse=True)[1]
+        optics_group = whole_numbers(table, "rlnOpticsGroup", path)
+    noise_group = None
+    if optics_group is not None:
+        _, noise_group = np.unique(optics_group, return_inverse=True)
     return ParticleFile(
         path,
         blocks,
-        Particles(source, ctf, pixel, places),
+        Particles(source, ctf, pixel_size, noise_group),
         poses,
         sizes,
         has_poses,
-        group,
+        optics_group,
         stacks,
     )
 
@@ -209,32 +218,32 @@ def write_particles(
     poses: Poses,
     extra: Mapping[str, Values] | None = None,
 ) -> None:
-    """Write a table that was read, with other poses and further columns.
+    """Write a table that was read, with new poses and additional columns.
 
-    The file is RELION's, whatever was read. Blocks, columns and their order are kept.
-    Origins are written in Angstrom if ``rlnImagePixelSize`` is given and in pixels if
-    not, and also in the other unit if the file has that. Numbers of poses that are
-    as they were read stay as they stand in the file. So do the names of stacks if from
-    one folder, that of the new file or one above, all of them are found. Otherwise,
-    stacks that were found beside the old file are named by their path from the new
-    one's folder, and others by their absolute path.
+    The file is a STAR file, whatever was read. Blocks, columns and their order are
+    kept. Origins are written in angstroms if there is an ``rlnImagePixelSize`` and in
+    pixels otherwise, and also in the other unit if the table has it. A number of a pose
+    that has not changed keeps its text. The names of stacks are kept if all of them are
+    found from one folder: that of the new file or one above. Otherwise, stacks that
+    were found beside the old file get their path relative to the new file's folder, and
+    others their absolute path.
 
     Parameters
     ----------
     path
         The file, which appears complete or not at all.
     particle_file
-        From `read_particles`.
+        The table, from `read_particles`.
     poses
-        The poses to write.
+        The poses to write, one for each particle.
     extra
-        Further columns, which replace those of the same name.
+        Additional columns, which replace those of the same name.
 
     Raises
     ------
     InputError
-        If a column or the poses are not as many as the particles, or the file cannot
-        be written.
+        If there is not one pose, or one value of each column, for each particle, or if
+        the file cannot be written.
     """
     path = Path(path)
     blocks = dict(particle_file.blocks)
@@ -244,21 +253,23 @@ def write_particles(
         **_poses_in_style(blocks, table, particle_file, poses),
         **(extra or {}),
     }
-    read: Table = {}
-    if particle_file.has_poses:  # what else stands there was not read
-        read = _poses_in_style(blocks, table, particle_file, particle_file.poses)
+    columns_read: Table = {}
+    if particle_file.has_poses:
+        columns_read = _poses_in_style(
+            blocks, table, particle_file, particle_file.poses
+        )
     for column, values in columns.items():
         if len(values) != len(particle_file):
             raise InputError(
-                f"Cannot write {path}: {len(values)} values of {column} came with "
-                f"{len(particle_file)} particles."
+                f"Cannot write {path}: there must be one value of {column} for each of "
+                f"{len(particle_file)} particles, got {len(values)}."
             )
         texts = _texts(values)
-        if column in read and column in table:
+        if column in columns_read and column in table:
             texts = [
-                old if new == same else new
-                for old, new, same in zip(
-                    table[column], texts, read[column], strict=True
+                original if text == unchanged else text
+                for original, text, unchanged in zip(
+                    table[column], texts, columns_read[column], strict=True
                 )
             ]
         table[column] = texts
@@ -281,21 +292,26 @@ def write_new_particles(
 ) -> None:
     """Write a RELION 3.1 file of particles that share one optics group.
 
-    RELION wants the group's optics even where it corrects nothing, and the name of a
-    micrograph, which is made up.
+    RELION requires the optics of the group even where it corrects no CTF, and the name
+    of a micrograph, for which ``simulated.mrc`` is written.
 
     Parameters
     ----------
     path
         The file, which appears complete or not at all.
     poses, image_names
-        Of each particle.
+        The pose and the ``rlnImageName`` of each particle.
     image_size, pixel_size_in_angstroms
-        Side of the images in pixels, and of a pixel.
+        Side of the images in pixels, and edge of a pixel.
     group
-        The voltage, spherical aberration and amplitude contrast of the group.
+        Voltage, spherical aberration and amplitude contrast of the optics group.
     ctf
-        The defocus of each particle, and what else is its own.
+        Defocus, phase shift, B-factor and scale of each particle.
+
+    Raises
+    ------
+    InputError
+        If the lengths of the arguments differ, or the file cannot be written.
     """
     optics = {
         "rlnOpticsGroup": ["1"],
@@ -324,25 +340,28 @@ def write_new_particles(
 def image_identities(
     blocks: dict[str, Table], path: str | Path
 ) -> list[tuple[int, Path]] | None:
-    """Return what identifies the image of each particle, wherever its table lies.
+    """Return an identity of each particle's image that different tables share.
 
-    That is its number in its stack and the stack's absolute path; None if the table
-    names no images. The stack need not exist.
+    Returns
+    -------
+    The number of the image in its stack, from 1, and the absolute path of the stack,
+    which need not exist; None if the table names no images.
     """
     path = Path(path)
     table = particle_table(blocks, path)
     if "rlnImageName" not in table:
         return None
-    parts = [split_name(name, path) for name in table["rlnImageName"]]
+    pairs = [split_name(name, path) for name in table["rlnImageName"]]
     folders = search_folders(path)
     absolute = {
         stack: Path(os.path.realpath(locate(stack, folders) or path.parent / stack))
-        for stack in {stack for _, stack in parts}
+        for stack in {stack for _, stack in pairs}
     }
-    return [(number, absolute[stack]) for number, stack in parts]
+    return [(number, absolute[stack]) for number, stack in pairs]
 
 
-# Column: leaf of CTF, unit of the column, default (None where the column is required).
+# Column: field of CTF, its unit, and a default value or the column that has it (None
+# where the column is required).
 _DEGREE = np.pi / 180
 _PARTICLE_OPTICS: dict[str, tuple[str, float, float | str | None]] = {
     "rlnDefocusU": ("defocus_u", 1.0, None),
@@ -377,73 +396,79 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
         leaves[leaf] = jnp.asarray(of_each(blocks, table, name, path))
     contrast = leaves["amplitude_contrast"]
     if not bool(((contrast >= 0) & (contrast <= 1)).all()):
-        raise InputError(f"{path}, column rlnAmplitudeContrast: 0 to 1 is wanted.")
-    if not bool((leaves["voltage"] > 0).all()):
-        raise InputError(f"{path}, column rlnVoltage: positive numbers are wanted.")
+        raise InputError(
+            f"{path}, column rlnAmplitudeContrast: values must be from 0 to 1, got "
+            f"{float(contrast.min()):g} to {float(contrast.max()):g}."
+        )
+    lowest = float(leaves["voltage"].min())
+    if not lowest > 0:
+        raise InputError(
+            f"{path}, column rlnVoltage: values must be positive, got {lowest:g}."
+        )
     return CTF(**leaves)
 
 
-def _require_finite(ctf: CTF, pixel: float, path: Path) -> None:
-    """Raise if a CTF is not a number somewhere, in single precision."""
-    bad = np.flatnonzero(~np.asarray(is_finite(ctf, pixel)))
+def _require_finite(ctf: CTF, pixel_size: float, path: Path) -> None:
+    """Raise if a CTF is not finite at some frequency, in single precision."""
+    bad = np.flatnonzero(~np.asarray(is_finite(ctf, pixel_size)))
     if len(bad):
         raise InputError(
-            f"{path}: the optics of particle {bad[0] + 1} are out of range; its "
-            "contrast-transfer function is not finite."
+            f"{path}: the contrast-transfer function of particle {bad[0] + 1} must be "
+            "finite; its optics are out of range."
         )
 
 
 def _require_single_particles(
     blocks: dict[str, Table], table: Table, path: Path
 ) -> None:
-    """Raise if a table says that its images are those of particles in tomograms."""
-    stacked, name = blocks.get("general", {}), "rlnTomoSubTomosAre2DStacks"
-    if name in stacked and numbers(stacked, name, path).any():
+    """Raise if a table's images are those of particles in tomograms."""
+    general, name = blocks.get("general", {}), "rlnTomoSubTomosAre2DStacks"
+    if name in general and numbers(general, name, path).any():
         raise InputError(
-            f"{path} says {name}: its images are tilt series of particles in "
-            "tomograms; single particles are wanted."
+            f"{path} must be a table of single particles, got {name}: its images are "
+            "tilt series of particles in tomograms."
         )
     dimensions = of_each_if_any(blocks, table, "rlnImageDimensionality", path)
     if dimensions is not None and (dimensions != 2).any():
         raise InputError(
-            f"{path} says rlnImageDimensionality {dimensions[dimensions != 2][0]:g}: "
-            "its images are not of two dimensions; single particles are wanted."
+            f"{path}: rlnImageDimensionality must be 2, for single particles, got "
+            f"{dimensions[dimensions != 2][0]:g}."
         )
 
 
 def _require_raw_images(blocks: dict[str, Table], table: Table, path: Path) -> None:
-    """Raise if a table says that something was done to its images' CTF."""
-    for name, done in _PREPARED.items():
-        said = of_each_if_any(blocks, table, name, path)
-        if said is not None and said.any():
+    """Raise if a table says that the CTF was applied to its images."""
+    for name, treatment in _PREPARED.items():
+        flags = of_each_if_any(blocks, table, name, path)
+        if flags is not None and flags.any():
             raise InputError(
-                f"{path} says {name}: its images are {done}; images as they were "
-                "extracted are wanted."
+                f"{path}: images must be as they were extracted, got {name}: they are "
+                f"{treatment}."
             )
 
 
 def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) -> None:
-    """Raise if a table says another box than the images have."""
+    """Raise if a table states another image size than the images have."""
     sizes = of_each_if_any(blocks, table, "rlnImageSize", path)
     if sizes is not None and (sizes != size).any():
-        said = ", ".join(f"{each:g}" for each in np.unique(sizes))
+        stated = ", ".join(f"{value:g}" for value in np.unique(sizes))
         raise InputError(
-            f"{path} has particles with an rlnImageSize of {said}, but images of "
-            f"{size} pixels; one size is wanted."
+            f"{path}: rlnImageSize must be {size}, the size of the images in pixels, "
+            f"got {stated}."
         )
 
 
 def _pixel_sizes(
     blocks: dict[str, Table], table: Table, path: Path
 ) -> Float[np.ndarray, " particles"] | None:
-    """Return the pixel size of each image, in Angstrom; None if the table has none."""
+    """Return the pixel size of each image, in angstroms; None if the table has none."""
     sizes = pixel_sizes_if_any(blocks, table, path)
     if sizes is not None:
         smallest, largest = float(sizes.min()), float(sizes.max())
         if largest > LARGEST_STEP * smallest:
             raise InputError(
-                f"{path} has pixels of {smallest:g} to {largest:g} A; sizes that "
-                f"differ by {LARGEST_STEP - 1:.0%} at most are wanted."
+                f"{path}: pixel sizes must differ by at most {LARGEST_STEP - 1:.0%}, "
+                f"got {smallest:g} to {largest:g} A."
             )
     return sizes
 
@@ -451,28 +476,29 @@ def _pixel_sizes(
 def _poses_in_style(
     blocks: dict[str, Table], table: Table, particle_file: ParticleFile, poses: Poses
 ) -> Table:
-    """Return the columns of poses, with origins in the units that a table wants."""
-    pixel = particle_file.particles.pixel_size_in_angstroms
+    """Return the columns of poses, with origins in the units that a table uses."""
+    pixel_size = particle_file.particles.pixel_size_in_angstroms
     shifts = np.asarray(poses.shifts, np.float64)
     in_angstroms = "rlnImagePixelSize" in table.keys() | blocks.get("optics", {})
     columns: Table = {}
-    for unit in (pixel, None):
+    for unit in (pixel_size, None):
         suffix = "" if unit is None else "Angst"
-        in_style = (unit is not None) == in_angstroms
-        if in_style or any(f"rlnOrigin{axis}{suffix}" in table for axis in "XY"):
-            own = 1.0 if unit else (pixel / particle_file.pixel_sizes)[:, None]
-            columns |= pose_columns(Poses(poses.rotations, own * shifts), unit)
+        is_preferred = (unit is not None) == in_angstroms
+        if is_preferred or any(f"rlnOrigin{axis}{suffix}" in table for axis in "XY"):
+            # Origins in pixels count those of the stack, not the resampled ones.
+            step = 1.0 if unit else (pixel_size / particle_file.pixel_sizes)[:, None]
+            columns |= pose_columns(Poses(poses.rotations, step * shifts), unit)
     return columns
 
 
 def _renamed(image: str, path: Path, names: Mapping[str, str]) -> str:
-    """Return an image's name with another for its stack, and all else as it was."""
+    """Return an image's name with its stack renamed, and all else unchanged."""
     start, stack = image.find("@") + 1, split_name(image, path)[1]
     return image[:start] + names[stack] + image[start + len(stack) :]
 
 
 def _texts(values: Values) -> list[str]:
-    """Return values as they stand in a column."""
+    """Format the values of a column."""
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.floating):
         return fixed(array.astype(np.float64))

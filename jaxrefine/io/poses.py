@@ -1,4 +1,4 @@
-"""The poses that RELION keeps in STAR files."""
+"""Poses in RELION's STAR files: Euler angles in degrees, and origins."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +24,22 @@ _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
 def read_poses(path: str | Path) -> Poses:
-    """Read the poses of the particles from a RELION file, old or 3.1.
+    """Read the poses of the particles from a RELION file of any version.
 
     Returns
     -------
     The poses. Shifts are the positions of the particles in their images, in pixels,
-    which is *minus* RELION's origin. An origin that the file lacks is zero; one in
-    angstroms (``rlnOriginXAngst``) is divided by the pixel size (``rlnImagePixelSize``
-    of the particle or its optics group), and takes precedence over one in pixels
-    (``rlnOriginX``).
+    which is *minus* RELION's origin. An origin that the file lacks is zero. Origins in
+    angstroms (``rlnOriginXAngst``) are divided by the pixel size
+    (``rlnImagePixelSize`` of the particle or its optics group), and take precedence
+    over origins in pixels (``rlnOriginX``).
 
     Raises
     ------
     InputError
-        If the file is not a STAR file with one table of particles, lacks an angle,
-        holds something that is not a number in single precision, or gives origins in
-        angstroms without the pixel size.
+        If the file is not a STAR file with one table of particles, if it lacks an
+        angle, if a value is not a number in single precision, or if origins are in
+        angstroms and there is no pixel size.
     """
     return _poses_of(read_star(path), path)
 
@@ -62,7 +62,8 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
             origins.append(np.zeros_like(angles[0]))
     if not is_single(np.array(origins)).all():
         raise InputError(
-            f"{path} has origins that are not finite in pixels, in single precision."
+            f"{path}: origins in pixels must be finite in single precision, got a "
+            "number beyond it."
         )
     with jax.enable_x64(True):
         in_radians = jnp.deg2rad(jnp.asarray(np.stack(angles, axis=-1)))
@@ -73,12 +74,14 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
 def poses_on_one_grid(
     blocks: dict[str, Table], path: str | Path
 ) -> tuple[Poses, float | None]:
-    """Return the poses of a table with all shifts in its largest pixels.
+    """Return the poses of a table, with all shifts in units of its largest pixels.
 
     Returns
     -------
-    The poses, see `read_poses`, and the size of the largest pixels in angstroms; None
-    if the table does not say.
+    poses
+        The poses, as `read_poses` returns them.
+    pixel_size
+        The largest pixel size in angstroms; None if the table gives none.
     """
     poses = _poses_of(blocks, path)
     sizes = pixel_sizes_if_any(blocks, particle_table(blocks, path), path)
@@ -102,13 +105,13 @@ def write_poses(
     path
         The file, which appears complete or not at all.
     poses
-        Minus their shifts, in angstroms, are RELION's origins.
+        The poses. RELION's origins are minus their shifts, in angstroms.
     pixel_size_in_angstroms
         The pixel size of the images.
     image_names
         ``rlnImageName`` of each particle, such as ``000001@particles.mrcs``.
     image_size
-        The edge of the images in pixels.
+        Side of the images in pixels.
 
     Raises
     ------
@@ -117,8 +120,8 @@ def write_poses(
     """
     if len(image_names) != len(poses):
         raise InputError(
-            f"Cannot write {path}: {len(image_names)} image names came "
-            f"with {len(poses)} poses."
+            f"Cannot write {path}: there must be one image name for each of "
+            f"{len(poses)} poses, got {len(image_names)}."
         )
     optics = {
         "rlnOpticsGroup": ["1"],
@@ -136,10 +139,10 @@ def write_poses(
 
 
 def pose_columns(poses: Poses, pixel_size_in_angstroms: float | None) -> Table:
-    """Return RELION's columns of poses.
+    """Return RELION's columns for poses.
 
-    Origins are in angstroms (``rlnOriginXAngst``), or without a pixel size in pixels
-    (``rlnOriginX``).
+    Origins are in angstroms (``rlnOriginXAngst``), or in pixels (``rlnOriginX``) if no
+    pixel size is given.
     """
     with jax.enable_x64(True):
         rotations = jnp.asarray(np.asarray(poses.rotations, np.float64))

@@ -14,9 +14,9 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.mrc import map_stack
 from jaxrefine.io.star import quoted
 
-_FORMATS = (":mrcs", ":mrc")  # by which RELION may tell how a stack is to be read
-_OPEN_FILES = 16
-_DIGITS = 18  # of a number that a 64-bit integer holds
+_FORMATS = (":mrcs", ":mrc")  # suffixes by which RELION may tell a stack's format
+_OPEN_FILES = 16  # far below the usual limit of 1024 for a process
+_DIGITS = 18  # Any number of so many digits fits in a 64-bit integer.
 
 
 @final
@@ -29,11 +29,13 @@ class StackImages:
     paths
         The stacks.
     file, index
-        Of each image, its stack's place in `paths` and its own in the stack, from 0.
+        For each image, the index of its stack in `paths` and its index in the stack,
+        both from 0.
     image_size
         Side of the images, in pixels.
     pixel_size_in_angstroms
-        What the first stack's header says; None if it is unset.
+        From the first stack's header: None if it is unset, NaN if it is not one
+        positive number.
     """
 
     paths: tuple[Path, ...]
@@ -49,13 +51,13 @@ class StackImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers of images, rows and columns."""
+        """Number of images, rows and columns."""
         return (len(self.file), self.image_size, self.image_size)
 
     def __getitem__(
         self, indices: Int[np.ndarray, " chosen"]
     ) -> Float32[np.ndarray, "chosen m m"]:
-        """Read the images of an array of indices.
+        """Read the images at an array of indices, as float32 ``(len(indices), m, m)``.
 
         Raises
         ------
@@ -65,19 +67,19 @@ class StackImages:
         indices = np.asarray(indices)
         images = np.empty((len(indices), *self.shape[1:]), np.float32)
         file, index = self.file[indices], self.index[indices]
-        for each in np.unique(file):
-            rows = np.flatnonzero(file == each)
+        for number in np.unique(file):
+            rows = np.flatnonzero(file == number)
             rows = rows[np.argsort(index[rows])]
-            stack, _ = self._map(self.paths[each])
+            stack, _ = self._map(self.paths[number])
             with np.errstate(over="ignore", invalid="ignore"):
                 images[rows] = stack[index[rows]]
-        least, most = images.min(axis=(1, 2)), images.max(axis=(1, 2))
-        good = np.isfinite(least) & np.isfinite(most) & (least < most)
+        lowest, highest = images.min(axis=(1, 2)), images.max(axis=(1, 2))
+        good = np.isfinite(lowest) & np.isfinite(highest) & (lowest < highest)
         if not good.all():
             bad = int(np.argmin(good))
             name = f"{index[bad] + 1:06d}@{self.paths[file[bad]]}"
-            if least[bad] == most[bad] and np.isfinite(least[bad]):
-                raise InputError(f"The image {name} is {least[bad]:g} everywhere.")
+            if lowest[bad] == highest[bad] and np.isfinite(lowest[bad]):
+                raise InputError(f"The image {name} is {lowest[bad]:g} everywhere.")
             raise InputError(f"The image {name} holds a value that is not finite.")
         return images
 
@@ -85,45 +87,46 @@ class StackImages:
 def open_images(
     names: Sequence[str], table: Path, datadir: str | Path | None = None
 ) -> tuple[StackImages, dict[str, Path]]:
-    """Find the images that a table names, and look at the headers of their stacks.
+    """Find the stacks of the images that a table names, and check their headers.
 
     Parameters
     ----------
     names
         ``000001@stack.mrcs``, counted from 1, or ``image.mrc`` alone.
     table, datadir
-        The table, and a folder: stacks are looked for in `search_folders` of them.
+        The table and an optional folder; stacks are looked for in the folders that
+        `search_folders` returns for them.
 
     Returns
     -------
     images
-        The images, unread.
-    found
+        The images, which are not read yet.
+    paths
         The path of each stack, by its name in the table.
 
     Raises
     ------
     InputError
         If a stack is missing, damaged or has fewer images than the table names, if an
-        image without a number is a stack or a volume, or if the images are of different
-        sizes.
+        image without a number is a stack or a volume, or if the images differ in size.
     """
-    parts = [split_name(name, table) for name in names]
-    places = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in parts))}
-    file = np.array([places[stack] for _, stack in parts])
-    index = np.array([number - 1 for number, _ in parts])
-    highest = np.zeros(len(places), np.int64)
+    pairs = [split_name(name, table) for name in names]
+    order = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in pairs))}
+    file = np.array([order[stack] for _, stack in pairs])
+    index = np.array([number - 1 for number, _ in pairs])
+    highest = np.zeros(len(order), np.int64)
     np.maximum.at(highest, file, index)
-    named = zip(names, parts, strict=True)
-    bare = {stack for name, (_, stack) in named if "@" not in name}
+    unnumbered = {
+        stack for name, (_, stack) in zip(names, pairs, strict=True) if "@" not in name
+    }
     folders = search_folders(table, datadir)
-    found, size, pixel = {}, 0, None
-    for stack, place in places.items():
+    paths, size, pixel_size = {}, 0, None
+    for stack, position in order.items():
         path = locate(stack, folders)
         if path is None and os.path.isabs(stack):
             raise InputError(
-                f"{table} names {stack}, where there is no file; other folders are "
-                "searched only for stacks whose path is relative."
+                f"{table} names {stack}, which does not exist; other folders are "
+                "searched only for stacks with a relative path."
             )
         if path is None:
             further = "" if datadir is None else f", nor in {datadir}"
@@ -131,77 +134,78 @@ def open_images(
                 f"{table} names {stack}, which is neither in {table.parent}, nor in "
                 f"a folder above, nor in the working directory{further}."
             )
-        found[stack] = path
-        images, its_pixel = map_stack(path)
-        if stack in bare and len(images) > 1:
+        paths[stack] = path
+        images, stack_pixel_size = map_stack(path)
+        if stack in unnumbered and len(images) > 1:
             raise InputError(
-                f"{table} names {stack} as one image, which has {len(images)} "
-                "sections; single particles are wanted, of a stack with their number "
-                "and @."
+                f"{table} names {stack} without the number of an image, so it must "
+                f"hold one image, got {len(images)} sections."
             )
-        if highest[place] >= len(images):
+        if highest[position] >= len(images):
             raise InputError(
-                f"{table} names image {highest[place] + 1} of {path}, which has "
-                f"{len(images)}."
+                f"{table} names image {highest[position] + 1} of {path}, which has "
+                f"only {len(images)}."
             )
-        if place == 0:
-            size, pixel = images.shape[1], its_pixel
+        if position == 0:
+            size, pixel_size = images.shape[1], stack_pixel_size
         elif images.shape[1] != size:
             raise InputError(
-                f"{table} names images of {images.shape[1]} pixels ({path}) and of "
-                f"{size} ({found[parts[0][1]]}); one size is wanted."
+                f"{table}: all images must have the same size, got "
+                f"{images.shape[1]} pixels ({path}) and {size} "
+                f"({paths[pairs[0][1]]})."
             )
-    paths = tuple(found[stack] for stack in places)
-    return StackImages(paths, file, index, size, pixel), found
+    files = tuple(paths[stack] for stack in order)
+    return StackImages(files, file, index, size, pixel_size), paths
 
 
 def split_name(name: str, table: str | Path) -> tuple[int, str]:
-    """Return the number, from 1, and the stack of an image's name.
+    """Split an image's name into its number, from 1, and its stack.
 
-    RELION's mark of a format after the stack, ``:mrcs``, is left out.
+    RELION's suffix for the format of a stack, ``:mrcs``, is removed.
 
     Parameters
     ----------
     name
         ``000001@stack.mrcs``, or ``image.mrc`` alone, which is number 1.
     table
-        The table that has the name, for the sentence.
+        The table that has the name, for the error message.
 
     Raises
     ------
     InputError
-        If the name is neither.
+        If the name has neither form.
     """
     number, at, stack = name.partition("@")
     if not at:
         number, stack = "1", name
-    for mark in _FORMATS:
-        stack = stack.removesuffix(mark)
-    whole = number.isascii() and number.isdigit() and len(number) <= _DIGITS
-    if not (whole and int(number) >= 1 and stack):
+    for suffix in _FORMATS:
+        stack = stack.removesuffix(suffix)
+    is_number = number.isascii() and number.isdigit() and len(number) <= _DIGITS
+    if not (is_number and int(number) >= 1 and stack):
         raise InputError(
-            f"{table} names the image {name!r}; a number from 1, @ and a stack are "
-            "wanted."
+            f"{table}: an image's name must be a number from 1, @ and a stack, got "
+            f"{name!r}."
         )
     return int(number), stack
 
 
 def search_folders(table: Path, datadir: str | Path | None = None) -> list[Path]:
-    """Return where the stacks of a table are looked for, in this order.
+    """Return the folders in which the stacks of a table are looked for, in order.
 
-    In `datadir`, the table's folder, the working directory, and the folders above the
-    table's: RELION and cryoSPARC name a stack by its path from the project's folder.
+    These are `datadir`, the table's folder, the working directory, and the folders
+    above the table's, because RELION and cryoSPARC name a stack by its path from the
+    project's folder.
 
     Raises
     ------
     InputError
         If `datadir` is not a folder.
     """
-    given = [] if datadir is None else [Path(datadir)]
-    for folder in given:
+    first = [] if datadir is None else [Path(datadir)]
+    for folder in first:
         if not os.path.isdir(folder):
-            raise InputError(f"{folder} is not a folder to look for stacks in.")
-    return [*given, table.parent, Path(), *folders_above(table)]
+            raise InputError(f"datadir must be a folder, got {folder}.")
+    return [*first, table.parent, Path(), *folders_above(table)]
 
 
 def folders_above(table: Path) -> Sequence[Path]:
@@ -210,60 +214,64 @@ def folders_above(table: Path) -> Sequence[Path]:
 
 
 def locate(stack: str, folders: Sequence[Path]) -> Path | None:
-    """Return the path of a stack, in the first folder that has it."""
+    """Return the path of a stack in the first folder that has it; None if none does."""
     for folder in folders:
         path = folder / stack
-        if os.path.isfile(path):  # unlike Path's, False for names that are too long
-            # As the system does: the folder above a link's is that of its target.
-            above = ".." in path.parts
-            return Path(os.path.realpath(path.parent)) / path.name if above else path
+        # Unlike Path.is_file, this is False for a name that is too long.
+        if os.path.isfile(path):
+            # The system resolves ".." after a symbolic link from the link's target.
+            has_parent = ".." in path.parts
+            resolved = Path(os.path.realpath(path.parent)) / path.name
+            return resolved if has_parent else path
     return None
 
 
 def names_from(
-    table: Path, old_table: Path, stacks: Mapping[str, Path]
+    table: Path, source_table: Path, stacks: Mapping[str, Path]
 ) -> dict[str, str]:
-    """Return the names of the stacks in a table that lies elsewhere than the old one.
+    """Return the names of the stacks for a table in another folder than `source_table`.
 
     Parameters
     ----------
-    table, old_table
-        The tables.
+    table, source_table
+        The table that is written, and the one that was read.
     stacks
-        The path of each stack, by its name in the old table.
+        The path of each stack, by its name in the table that was read.
 
     Returns
     -------
-    The new name of each, by its name in the old table. From one folder, that of the new
-    table or one above, all of them are found.
+    The new name of each stack, by its old one. Names are kept if all of them lead to
+    the same stacks from one folder: that of the new table or one above. Otherwise, a
+    stack whose path is relative to the old table gets its path relative to the new one,
+    and any other its absolute path.
 
     Raises
     ------
     InputError
-        If a name is no text that a STAR file can hold.
+        If a STAR file cannot hold a name.
     """
     folders = [table.parent, *folders_above(table)]
-    again = {stack: locate(stack, folders) for stack in stacks}
-    if all(path and path.samefile(stacks[stack]) for stack, path in again.items()):
+    relocated = {stack: locate(stack, folders) for stack in stacks}
+    if all(path and path.samefile(stacks[stack]) for stack, path in relocated.items()):
         for folder in folders:
-            if all(_same(folder / stack, found) for stack, found in stacks.items()):
+            if all(_same(folder / stack, path) for stack, path in stacks.items()):
                 return {stack: stack for stack in stacks}
 
-    def rename(stack: str, found: Path) -> str:
+    def rename(stack: str, path: Path) -> str:
         if os.path.isabs(stack):
             return stack
-        absolute = os.path.abspath(found)
-        if _same(old_table.parent / stack, found):
+        absolute = os.path.abspath(path)
+        if _same(source_table.parent / stack, path):
             relative = os.path.relpath(absolute, os.path.abspath(table.parent))
-            return relative if _same(table.parent / relative, found) else absolute
+            return relative if _same(table.parent / relative, path) else absolute
         return absolute
 
-    renamed = {stack: rename(stack, found) for stack, found in stacks.items()}
+    renamed = {stack: rename(stack, path) for stack, path in stacks.items()}
     for name in renamed.values():
         quoted(name, f"Cannot write {table}")
     return renamed
 
 
 def _same(path: Path, other: Path) -> bool:
-    there = os.path.exists(path) and os.path.exists(other)
-    return there and os.path.samefile(path, other)
+    both_exist = os.path.exists(path) and os.path.exists(other)
+    return both_exist and os.path.samefile(path, other)

@@ -1,10 +1,12 @@
 """Tables in the STAR format.
 
-RELION's dialect: a row is one line, and a block holds one table. A column's name is
-written here without its leading underscore, a block's without its leading ``data_``.
+This is RELION's dialect: a row is one line, and a block holds one table. Names of
+columns are used here without their leading underscore, names of blocks without their
+leading ``data_``.
 """
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,41 +18,41 @@ from jaxrefine.errors import InputError
 from jaxrefine.io._atomic import atomic_path, existing_file
 
 Table = dict[str, list[str]]
-"""The values of each column, all columns of one length."""
+"""The values of each column by its name; all columns have the same length."""
 
 
 class Pairs(Table):
-    """A table of one row that stands in its file as names with values, not as a loop.
+    """A table of one row that its file holds as name-value pairs, not as a loop.
 
-    A block without anything in it is one too, of no columns.
+    An empty block is also read as `Pairs`, without columns.
     """
 
 
 Values = Sequence[Any] | Array | np.ndarray
-"""The values of a column that is to be written: texts, or what has one."""
+"""The values of a column to write: strings, or objects that ``str`` converts."""
 
 _VALUE = re.compile(
     r"""\"(.*?)(?<!\a)\"(?=\s|$)|'(.*?)(?<!\a)'(?=\s|$)|(\S+)""", re.ASCII
 )
 _NEEDS_QUOTES = re.compile(r"""^$|[\s\0\ud800-\udfff]|^(?:["'_#;]|data_|loop_)""")
-_UNWRITABLE = re.compile(r"[\0\a\r\n\ud800-\udfff]")  # also not between quotes
+_UNWRITABLE = re.compile(r"[\0\a\r\n\ud800-\udfff]")  # not even within quotes
 _NOT_IN_NAMES = re.compile(r"[\s\x1c-\x1f\0\ud800-\udfff]", re.ASCII)
 
 
 def read_star(path: str | Path) -> dict[str, Table]:
     """Read every block of a STAR file.
 
-    A block of name-value pairs becomes a table of one row, marked as `Pairs`; an empty
-    loop becomes a table whose columns are empty. Values stay strings, without their
-    quotes; `write_star` writes them back as they were, and comments are lost. In a loop
-    of two columns the second value may be missing, as in RELION, and is empty then. A
-    block of pairs followed by a loop is refused; RELION itself reads only its pairs.
+    A block of name-value pairs becomes a table of one row, of type `Pairs`; an empty
+    loop becomes a table whose columns are empty. Values remain strings, without their
+    quotes; `write_star` writes them back unchanged, but comments are lost. In a loop of
+    two columns the second value may be missing, as in RELION, and is then empty. A
+    block of pairs followed by a loop is an error; RELION itself reads only its pairs.
 
     Raises
     ------
     InputError
         If the file is missing or is not a STAR file, if a row has too few or too many
-        values, or if a block or column occurs twice.
+        values, or if a block or a column occurs twice.
     """
     path = existing_file(path)
     try:
@@ -75,12 +77,13 @@ def read_star(path: str | Path) -> dict[str, Table]:
             _insert(blocks, name, table, where)
         elif table is None:
             raise InputError(
-                f"{where}: this is not a STAR file, no data_ block is open."
+                f"{where}: this is not a STAR file, because it does not begin with a "
+                "data_ block."
             )
         elif alone and first == "loop_":
             if table or in_loop:
                 raise InputError(
-                    f"{where}: the block already holds a table; one is wanted."
+                    f"{where}: a block must hold one table, got a second one."
                 )
             table, in_loop = {}, True
             blocks[name] = table
@@ -91,36 +94,40 @@ def read_star(path: str | Path) -> dict[str, Table]:
                 values = [*values, ""]
             if len(values) != len(table):
                 raise InputError(
-                    f"{where}: the row has {len(values)} values "
-                    f"for {len(table)} columns."
+                    f"{where}: the row must have {len(table)} values, one for each "
+                    f"column, got {len(values)}."
                 )
             for column, value in zip(table.values(), values, strict=True):
                 column.append(value)
         elif len(values) == 2 and first.startswith("_"):
             _insert(table, first[1:], [values[1]], where)
         else:
-            raise InputError(f"{where}: loop_ or one name and one value are wanted.")
+            raise InputError(
+                f"{where}: the line must be loop_, or a name and a value, got "
+                f"{reprlib.repr(line.strip())}."
+            )
     if not blocks:
         raise InputError(f"{path} is not a STAR file: it has no data_ block.")
     return blocks
 
 
 def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> None:
-    """Write blocks in RELION's style: `Pairs` as names with values, others as loops.
+    """Write blocks in RELION's style: `Pairs` as name-value pairs, others as loops.
 
-    Numbers are written with as many digits as tell them from all others. A file with
-    optics groups is marked as of RELION 3.1, which takes one without that mark to be
-    older, and converts it. The file appears complete or not at all.
+    Numbers are written with as many digits as identify them. A file with optics groups
+    is marked with the version of RELION 3.1, because RELION takes a file without that
+    mark for an older one, and converts it. The file appears complete or not at all.
 
     Raises
     ------
     InputError
-        If there are no blocks, if the columns of one differ in length, or those of
-        `Pairs` have not one value, if a column is not a list of values, if a name has
-        blanks or a value cannot be quoted, or if the file cannot be written.
+        If there are no blocks, if the columns of a block differ in length, if a column
+        of `Pairs` does not have exactly one value, if a column is not a list of values,
+        if a name has blanks or a value cannot be quoted, or if the file cannot be
+        written.
     """
     if not blocks:
-        raise InputError(f"Cannot write {path}: one block at least is wanted.")
+        raise InputError(f"Cannot write {path}: there must be at least one block.")
     version = ["", "# version 30001"] if "optics" in blocks else []
     lines = []
     for name, table in blocks.items():
@@ -131,9 +138,16 @@ def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> 
         }
         lengths = {len(column) for column in columns.values()}
         if len(lengths) > 1 or (isinstance(table, Pairs) and lengths - {1}):
-            raise InputError(f"{where}: it has columns of different lengths.")
-        if "" in columns or _NOT_IN_NAMES.search("".join([name, *columns])):
-            raise InputError(f"{where}: names of text without blanks are wanted.")
+            expected = "one value" if isinstance(table, Pairs) else "the same length"
+            raise InputError(
+                f"{where}: all columns must have {expected}, got lengths of "
+                f"{', '.join(map(str, sorted(lengths)))}."
+            )
+        for label in (f"data_{name}", *columns):
+            if not label or _NOT_IN_NAMES.search(label):
+                raise InputError(
+                    f"{where}: names must be text without blanks, got {label!r}."
+                )
         lines += [*version, "", f"data_{name}", ""]
         if isinstance(table, Pairs):
             for column, (value,) in columns.items():
@@ -149,44 +163,46 @@ def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> 
 
 
 def quoted(value: str, where: str) -> str:
-    """Return a value as it stands in a row.
+    r"""Return a value with the quotes that it needs in a row.
+
+    A quote within the value that looks like a closing one is marked by a BEL (``\a``),
+    as RELION does.
 
     Raises
     ------
     InputError
-        If it cannot: it is no text of one line, or needs quotes and has the mark by
-        which RELION tells a quote from the closing one.
+        If the value is not text of one line, or needs quotes and contains a BEL.
     """
     if not _NEEDS_QUOTES.search(value):
         return value
     if _UNWRITABLE.search(value):
         raise InputError(f"{where}: a STAR file cannot hold the value {value!r}.")
-    for mark in "\"'":
-        if not re.search(rf"{mark}\s", value):
-            return f"{mark}{value}{mark}"
+    for quote in "\"'":
+        if not re.search(rf"{quote}\s", value):
+            return f"{quote}{value}{quote}"
     return '"' + re.sub(r'"(?=\s)', '\a"', value) + '"'
 
 
 def _quoted(values: Values, where: str) -> list[str]:
-    """Return a column's values as they stand in rows."""
+    """Return the values of a column with the quotes that they need."""
     array = np.asarray(values) if hasattr(values, "ndim") else None
     if array is not None and array.ndim != 1:
         raise InputError(
-            f"{where}: a list of values is wanted, not an array of shape {array.shape}."
+            f"{where}: values must be a list, got an array of shape {array.shape}."
         )
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         kind = type(values).__name__
-        raise InputError(f"{where}: a list of values is wanted, not one {kind}.")
+        raise InputError(f"{where}: values must be a list, got a single {kind}.")
     values = values if array is None else array
     return [quoted(str(value), where) for value in values]
 
 
 def _values(line: str) -> list[str]:
-    """Split a line into its values, without quotes and comment.
+    """Split a line into its values, without their quotes and without a comment.
 
-    A quote after a BEL does not close a value, and the BEL is not part of that.
+    A quote after a BEL does not close a value, and the BEL is not part of the value.
     """
-    if line.isascii() and not any(mark in line for mark in "\"'#"):
+    if line.isascii() and not any(character in line for character in "\"'#"):
         return line.split()
     values = []
     for match in _VALUE.finditer(line):

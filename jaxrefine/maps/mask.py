@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from scipy import ndimage
 
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
@@ -54,6 +53,8 @@ def soft_mask(
         If the map is flat or not finite, no voxel is above the threshold, or a number
         is out of range.
     """
+    from scipy import ndimage  # slow to import
+
     if min(extend, edge) < 0:
         raise InputError(
             f"The mask is to grow by {extend:g} and an edge of {edge:g} voxels; "

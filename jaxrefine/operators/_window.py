@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpy.polynomial.legendre import leggauss
-from scipy.linalg import null_space
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,6 +83,8 @@ def _best_correction(response, place_weights: np.ndarray) -> np.ndarray:
 
 def _joining_polynomials(width: int, degree: int) -> np.ndarray:
     """Return a basis of symmetric windows whose pieces join; powers are of ``2f``."""
+    from scipy.linalg import null_space  # slow to import
+
     sign = (-1.0) ** np.arange(degree + 1)
     # w_j(1/2) = w_{j-1}(-1/2), and zero at the end; w_{last-j}(f) = w_j(-f).
     left, right = np.eye(width), np.eye(width, k=-1)

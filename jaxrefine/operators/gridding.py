@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
-from scipy.fft import next_fast_len
 
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
@@ -345,6 +344,8 @@ class Gridding(eqx.Module):
         return transpose(jnp.conj(samples))[0]
 
     def _lattice(self, box: int, r_max: int) -> _Lattice:
+        from scipy.fft import next_fast_len  # slow to import
+
         if not 1 <= r_max <= box // 2:
             raise InputError(
                 f"a box of side {box} has frequencies from 1 to {box // 2} cycles per "

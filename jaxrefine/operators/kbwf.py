@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.special import iv
 
 from jaxrefine._types import Points2, Points3, Volume
 from jaxrefine.errors import InputError
@@ -64,6 +63,8 @@ class KBWF(eqx.Module):
     @property
     def _peak(self) -> float:
         """``I_m(alpha)``, the normalisation of eq. (3)."""
+        from scipy.special import iv  # slow to import
+
         return float(iv(self.order, self.taper))
 
 

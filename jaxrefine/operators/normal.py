@@ -23,7 +23,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from scipy.fft import next_fast_len
 
 from jaxrefine._types import Rotations, Scalar, Volume
 from jaxrefine.operators import _tube
@@ -167,6 +166,8 @@ def padded_size(n: int) -> int:
 
     The next size of at least ``2n`` that is even and that the FFT likes.
     """
+    from scipy.fft import next_fast_len  # slow to import
+
     half: int = next_fast_len(n, real=True)  # pyright: ignore[reportAssignmentType]
     return 2 * half
 

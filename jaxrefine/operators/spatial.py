@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.fft import next_fast_len
-from scipy.special import j0
 
 from jaxrefine._batching import map_over_particles, sum_over_particles
 from jaxrefine._types import Image, Images, Volume
@@ -73,6 +71,8 @@ def footprint(
     InputError
         If the PSF is not negligible at its stated radius.
     """
+    from scipy.special import j0  # slow to import
+
     radius = basis.radius + (psf.radius if psf is not None else 0.0)
     # From the frequency alpha / a on the spectrum is a small oscillating tail, falling
     # with the power m + 2; what is cut off here is below 1e-10 of the peak.
@@ -336,6 +336,8 @@ def spline_filter(
         Nodes of the grid per pixel. With the paper's window, 2 gives a relative error
         of 1e-3 and 4 of 5e-5 for white noise, the roughest image there is.
     """
+    from scipy.fft import next_fast_len  # slow to import
+
     margin = math.ceil(footprint.profile.radius) + 4
     least = nodes_per_pixel * (image_size + 2 * margin)
     grid = 2 * next_fast_len(-(-least // 2), real=True)  # pyright: ignore

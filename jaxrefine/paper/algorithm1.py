@@ -131,7 +131,7 @@ class Algorithm1State(eqx.Module):
 
 
 class Algorithm1Info(eqx.Module):
-    """What a human wants to know of an outer iteration."""
+    """What is reported of an outer iteration."""
 
     volume: admm.ADMMInfo
     pose: algorithm3.PoseInfo
@@ -299,19 +299,21 @@ def _check(state: Algorithm1State, problem: Problem) -> None:
     """Refuse data that do not fit each other, in a sentence."""
     images, poses, c = problem.images, state.euler_poses, state.volume.coefficients
     if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[0]:
-        raise InputError(f"images want shape (particles, m, m), not {images.shape}")
+        raise InputError(
+            f"images must have the shape (particles, m, m), got {images.shape}"
+        )
     if poses.angles.shape != (images.shape[0], 3):
         raise InputError(
-            f"{images.shape[0]} images want angles of shape ({images.shape[0]}, 3), "
-            f"not {poses.angles.shape}"
+            f"angles of {images.shape[0]} images must have the shape "
+            f"({images.shape[0]}, 3), got {poses.angles.shape}"
         )
     if poses.shifts.shape != (images.shape[0], 2):
         raise InputError(
-            f"{images.shape[0]} images want shifts of shape ({images.shape[0]}, 2), "
-            f"not {poses.shifts.shape}"
+            f"shifts of {images.shape[0]} images must have the shape "
+            f"({images.shape[0]}, 2), got {poses.shifts.shape}"
         )
     if c.ndim != 3 or len(set(c.shape)) != 1:
-        raise InputError(f"coefficients want shape (n, n, n), not {c.shape}")
+        raise InputError(f"coefficients must have the shape (n, n, n), got {c.shape}")
     for name, array in (
         ("images", images),
         ("angles", poses.angles),
@@ -320,8 +322,9 @@ def _check(state: Algorithm1State, problem: Problem) -> None:
     ):
         if array.dtype != c.dtype:
             raise InputError(
-                f"{name} want the coefficients' type {c.dtype}, not {array.dtype}"
+                f"{name} must have the type of the coefficients, {c.dtype}, got "
+                f"{array.dtype}"
             )
         bad = int(jnp.sum(~jnp.isfinite(array)))
         if bad:
-            raise InputError(f"{name} must be finite, but {bad} of them are not")
+            raise InputError(f"{name} must be finite, got {bad} that are not")

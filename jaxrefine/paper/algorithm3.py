@@ -186,7 +186,7 @@ class PoseConfig(eqx.Module):
     ----------
     angle_step, shift_step
         First trial steps ``alpha_theta`` and ``alpha_t`` of every line search. They
-        carry the inverse units of the cost: images scaled by ``s`` want steps scaled
+        carry the inverse units of the cost: images scaled by ``s`` need steps scaled
         by ``1 / s**2``.
     eta
         Factor in (0, 1) by which a rejected step shrinks.
@@ -207,7 +207,7 @@ class PoseConfig(eqx.Module):
 
 
 class PoseInfo(eqx.Module):
-    """What a human wants to know of each particle's update.
+    """What is reported of each particle's update.
 
     Attributes
     ----------

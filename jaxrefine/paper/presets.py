@@ -33,7 +33,7 @@ def paper_preset(
         If sigma is not positive.
     """
     if not sigma > 0:
-        raise InputError(f"the noise's sigma wants to be positive, not {sigma}")
+        raise InputError(f"sigma must be positive, got {sigma}")
     return Algorithm1Config(
         lam=Schedule(3.0 * sigma),
         rho=Schedule(300.0 * sigma),

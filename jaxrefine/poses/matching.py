@@ -80,17 +80,14 @@ class MatchConfig:
     def __post_init__(self):
         if not 0 <= self.max_shift < math.inf:
             raise InputError(
-                f"The largest shift is {self.max_shift} pixels; 0 or more is wanted."
+                f"max_shift must be at least 0 pixels and finite, got {self.max_shift}"
             )
         if not 0 < self.shift_step < math.inf:
             raise InputError(
-                f"The step of the shifts is {self.shift_step} pixels; a positive "
-                "number is wanted."
+                f"shift_step must be a positive number of pixels, got {self.shift_step}"
             )
         if self.batch_size < 1:
-            raise InputError(
-                f"A batch is {self.batch_size} particles; at least 1 is wanted."
-            )
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 @final
@@ -129,16 +126,16 @@ def directions(step_in_degrees: float) -> Float[np.ndarray, "d 2"]:
     """
     if not 0 < step_in_degrees <= 90:
         raise InputError(
-            f"The angular step is {step_in_degrees} degrees; more than 0 and at most "
-            "90 is wanted."
+            "the angular step must be more than 0 and at most 90 degrees, got "
+            f"{step_in_degrees}"
         )
     step = math.radians(step_in_degrees)
-    found = []
+    parallels = []
     for tilt in np.linspace(0, math.pi, _steps(math.pi, step) + 1):
         count = max(_steps(2 * math.pi * math.sin(tilt), step), 1)
         rot = 2 * math.pi / count * np.arange(count)
-        found.append(np.stack([rot, np.full(count, tilt)], axis=-1))
-    return np.concatenate(found)
+        parallels.append(np.stack([rot, np.full(count, tilt)], axis=-1))
+    return np.concatenate(parallels)
 
 
 def match(
@@ -179,13 +176,12 @@ def match(
     if volume.shape != (m,) * 3:
         text = " x ".join(map(str, volume.shape))
         raise InputError(
-            f"The map is {text} voxels and the images are {m} x {m} pixels; the same "
-            "side is wanted."
+            f"the map must have the side of the images, {m} pixels, got {text} voxels"
         )
     if config.max_shift > m / 2:
         raise InputError(
-            f"The largest shift is {config.max_shift:g} pixels; at most half of the "
-            f"images' side, {m // 2}, is wanted."
+            f"max_shift must be at most half of the side of the images, {m // 2} "
+            f"pixels, got {config.max_shift:g}"
         )
     views = directions(config.angle_step_in_degrees)
     step = math.radians(config.angle_step_in_degrees)
@@ -199,17 +195,17 @@ def match(
     templates = _templates(
         volume.astype(jnp.float32), points, jnp.asarray(views, jnp.float32), chunks
     )
-    found, done = [], 0
-    for places, new in batches(np.arange(len(particles)), size):
+    results, done = [], 0
+    for places, count in batches(np.arange(len(particles)), size):
         images, ctf = particles.batch(places)
         best = _best(
             images, ctf, templates, points, shifts, particles.pixel_size_in_angstroms
         )
-        found.append([np.asarray(values)[:new] for values in best])
-        done += new
+        results.append([np.asarray(values)[:count] for values in best])
+        done += count
         if callback is not None:
             callback(done)
-    columns = zip(*found, strict=True)
+    columns = zip(*results, strict=True)
     scores, angles, moves = (jnp.asarray(np.concatenate(x)) for x in columns)
     return Match(Poses(euler_to_matrix(angles), moves), scores, 180 / half_turn, r_max)
 
@@ -225,8 +221,8 @@ def _band_limit(r_max: int | None, step: float, image_size: int) -> int:
         return max(min(int(1 / step + 1e-9), last), 1)
     if not 1 <= r_max <= last:
         raise InputError(
-            f"The band limit is {r_max} cycles per box; 1 to {last} is wanted for "
-            f"images of {image_size} pixels."
+            f"the band limit of images of {image_size} pixels must be from 1 to {last} "
+            f"cycles per box, got {r_max}"
         )
     return r_max
 
@@ -338,7 +334,7 @@ def _best(
     transfer = jnp.ones_like(spectra.real)
     if ctf is not None:
         physical = points.reshape(-1, 2) / (m * pixel_size_in_angstroms)
-        transfer = jax.vmap(lambda one: one(physical))(ctf).reshape(spectra.shape)
+        transfer = jax.vmap(lambda optics: optics(physical))(ctf).reshape(spectra.shape)
     energy = jnp.matmul(_ring_power(spectra), radii, precision=_HIGHEST)
     gain = radii[None] * jnp.mean(transfer**2, axis=-1)
     pull = (radii[None, :, None] * transfer).astype(spectra.dtype) * spectra

@@ -83,6 +83,11 @@ def retract(
 class PoseUpdate(Protocol):
     """What the refinement asks of a way to improve a pose."""
 
+    @property
+    def iterations(self) -> int:
+        """Steps that are tried."""
+        ...
+
     def minimise(
         self,
         objective: Objective,
@@ -100,8 +105,10 @@ class LevenbergMarquardt(eqx.Module):
 
     .. math:: (A + \mu\,\mathrm{diag} A)\, \delta = -g, \qquad A = J^T W J + \Sigma^{-1}
 
-    A step is accepted only if the cost falls; then the damping falls too, else it
-    grows. One evaluation of the objective per iteration, and one to begin with.
+    Scaling the damping by the diagonal (Marquardt, SIAM J. Appl. Math. 11, 1963) makes
+    the steps independent of the units of angles and shifts. A step is accepted only if
+    the cost falls; the damping then falls to a fifth, or else grows to eight times. One
+    evaluation of the objective per iteration, and one to begin with.
 
     Parameters
     ----------
@@ -138,11 +145,11 @@ class LevenbergMarquardt(eqx.Module):
             there = objective(*trial)
             better = there[0] < cost
             here = (rotation, shift), (cost, gradient, information)
-            new = jax.tree.map(
+            kept = jax.tree.map(
                 lambda a, b: jnp.where(better, a, b), (trial, there), here
             )
-            eased = jnp.where(better, damping / 5, damping * 8)
-            return (*new, eased), (damping, better)
+            next_damping = jnp.where(better, damping / 5, damping * 8)
+            return (*kept, next_damping), (damping, better)
 
         # The first iteration stands still and is accepted: it evaluates the start.
         unknown = (
@@ -197,8 +204,8 @@ class Descent(eqx.Module):
             pose = constraint(*moved)
             cost, gradient, information = objective(*pose)
             better = cost < best[1]
-            found = (pose, cost, information)
-            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+            there = (pose, cost, information)
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), there, best)
             return (pose, gradient, memory, best), better
 
         best = (start, cost, information)

@@ -54,18 +54,18 @@ def visit(
     The values of the function, with a leading axis ``c``, in NumPy arrays.
     """
     size, results = min(batch_size, len(particles)), []
-    for places, new in batches(np.arange(len(owners)), size):
+    for places, count in batches(np.arange(len(owners)), size):
         chosen = owners[places]
         images, ctf = particles.batch(chosen)
         batch = jax.tree.map(lambda leaf, at=places: jnp.asarray(leaf[at]), candidates)
         group = jnp.asarray(particles.group_of(chosen))
-        values = _compare(comparison, reference, view, images, ctf, group, batch)
-        results.append(jax.tree.map(lambda leaf, n=new: np.asarray(leaf)[:n], values))
+        values = compare_batch(comparison, reference, view, images, ctf, group, batch)
+        results.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], values))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
 
 @eqx.filter_jit
-def _compare(
+def compare_batch(
     comparison: Comparison,
     reference: Spectrum,
     view: View,
@@ -74,6 +74,8 @@ def _compare(
     group: Int[Array, "b"],
     candidates: tuple[PyTree, ...],
 ) -> PyTree:
+    """Compare a batch of candidates, one for each image; see `visit`."""
+
     def compare_one(spectrum, transfer, candidate):
         observation = view.observation(spectrum, transfer)
         return comparison(reference, observation, *candidate)

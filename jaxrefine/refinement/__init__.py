@@ -11,3 +11,6 @@ from jaxrefine.refinement import result as result
 from jaxrefine.refinement import schedule as schedule
 from jaxrefine.refinement import sets as sets
 from jaxrefine.refinement import state as state
+from jaxrefine.refinement.loop import init as init
+from jaxrefine.refinement.loop import refine as refine
+from jaxrefine.refinement.reconstruction import reconstruct as reconstruct

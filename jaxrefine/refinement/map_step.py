@@ -151,10 +151,12 @@ def sum_up(
         owners = of_fold[rows]
         total = Sums.zero(n, noise.dtype)
         places = np.arange(len(owners))
-        for batch, new in observation.batches(places, _rounded(len(owners), size)):
+        for batch, count in observation.batches(places, _rounded(len(owners), size)):
             owner, column = owners[batch], columns[batch]
             images, ctf = members.particles.batch(owner)
-            weight = np.where(np.arange(len(batch)) < new, weights[owner, column], 0.0)
+            weight = np.where(
+                np.arange(len(batch)) < count, weights[owner, column], 0.0
+            )
             total = total + _insert(
                 members.insertion,
                 view,
@@ -208,9 +210,9 @@ def _measure(
         size = min(members.config.batch_size, len(sample))
         volume = members.masked(maps[fold])
         spectrum = members.config.interpolation.spectrum(volume, members.last_shell)
-        for batch, new in observation.batches(sample, size):
+        for batch, count in observation.batches(sample, size):
             images, ctf = particles.batch(batch)
-            included = (particles.group_of(batch) == groups) & (np.arange(size) < new)
+            included = (particles.group_of(batch) == groups) & (np.arange(size) < count)
             sums = _compare(
                 spectrum,
                 view,

@@ -1,4 +1,4 @@
-r"""How much memory a refinement will want, and what to do when it is not there.
+r"""How much memory a refinement will need, and what to do when there is too little.
 
 The estimate is a count of the arrays that live at once, of the engine of
 :mod:`jaxrefine.refinement.loop`. Of the two halves of an outer iteration the larger one
@@ -33,7 +33,7 @@ from jaxrefine.refinement.config import RefineConfig
 _T = TypeVar("_T")
 
 LEAST_BATCH = 16
-"""Particles at a time, fewer than which would save nothing."""
+"""Least number of particles at a time; fewer would save nothing."""
 
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -75,7 +75,7 @@ class Plan:
     batch_size
         Particles at a time.
     estimated_bytes, available_bytes
-        Memory that it will want at most, and that there is; None if unknown.
+        The most memory that it will need, and what there is; None if unknown.
     """
 
     particles: int
@@ -195,11 +195,11 @@ def plan(
     """
     limit = math.inf if available_bytes is None else available_bytes
     size = min(config.batch_size, particles)
-    while (wanted := estimate_bytes(particles, image_size, config)) > limit:
+    while (needed := estimate_bytes(particles, image_size, config)) > limit:
         if size <= LEAST_BATCH:
             raise InputError(
-                f"{particles} images of side {image_size} want {wanted / _GIB:.1f} GiB "
-                f"of memory, {size} at a time, but {limit / _GIB:.1f} GiB are free."
+                f"{particles} images of side {image_size} need {needed / _GIB:.1f} GiB "
+                f"of memory, {size} at a time, but {limit / _GIB:.1f} GiB are free"
             )
         size = 2 ** ((size - 1).bit_length() - 1)
         config = replace(config, batch_size=size)
@@ -211,17 +211,17 @@ def plan(
         (slices.bucket(config.first_r_max, image_size), last),
         jax.devices()[0].device_kind,
         size,
-        wanted,
+        needed,
         available_bytes,
     )
 
 
 def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
-    """Return a plan with another batch, and what that wants, whether it fits or not."""
-    wanted = estimate_bytes(
+    """Return a plan with another batch, and what that needs, whether it fits or not."""
+    needed = estimate_bytes(
         plan.particles, plan.image_size, replace(config, batch_size=batch_size)
     )
-    return replace(plan, batch_size=batch_size, estimated_bytes=wanted)
+    return replace(plan, batch_size=batch_size, estimated_bytes=needed)
 
 
 def ran_out(error: Exception) -> bool:
@@ -256,8 +256,8 @@ def retry_on_out_of_memory(
                 raise
             if batch_size <= LEAST_BATCH:
                 raise InputError(
-                    f"The memory does not suffice even for {batch_size} particles at a "
-                    "time."
+                    f"there is too little memory even for {batch_size} particles at a "
+                    "time"
                 ) from error
         # Only here, out of the handler, are the failed attempt's arrays given back.
         half = max(batch_size // 2, LEAST_BATCH)

@@ -21,6 +21,7 @@ from jaxrefine.operators import slices
 from jaxrefine.poses import polish, uncertainty
 from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.search import Search, covering_count, search_poses, shift_grid
+from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
@@ -172,6 +173,77 @@ def _were_compared(state: SetState) -> bool:
     return bool(np.asarray(state.evidence).any())
 
 
+def wide_search(
+    config: RefineConfig, image_size: int, dtype: jax.typing.DTypeLike
+) -> tuple[int, Search]:
+    """Return the band limit of the search of the whole prior, and how it is searched.
+
+    Only what is refined is searched: of a fixed orientation or shift there is one.
+    """
+    r_max = slices.bucket(config.first_r_max, image_size)
+    step = image_size / (config.tuning.shifts_per_period * r_max)
+    steps = max(1, round(2 * config.shift_spread / step))
+    count = covering_count(config.angle_spread, config.search_cell(r_max))
+    return r_max, _search(config, r_max, config.angle_spread, count, step, steps, dtype)
+
+
+def local_search(
+    config: RefineConfig,
+    image_size: int,
+    r_max: int,
+    spread: float,
+    centres: int,
+    dtype: jax.typing.DTypeLike,
+) -> Search:
+    """Return how to search about so many centres at a band limit.
+
+    Only what is refined is searched, as in `wide_search`. The spread of the candidates
+    about the centres is in radians.
+    """
+    step = image_size / (config.tuning.shifts_per_period * r_max)
+    steps = config.tuning.local_shift_steps
+    count = max(1, config.candidates * config.hypotheses // centres)
+    return _search(config, r_max, spread, count, step, steps, dtype)
+
+
+def _search(
+    config: RefineConfig,
+    r_max: int,
+    spread: float,
+    count: int,
+    step: float,
+    steps: int,
+    dtype: jax.typing.DTypeLike,
+) -> Search:
+    grid = shift_grid(steps if config.refines_shifts else 0)
+    return Search(
+        jnp.asarray(spread, dtype),
+        jnp.asarray(grid, dtype) * step,
+        jnp.asarray(config.half_period_turn(r_max), dtype),
+        count if config.refines_angles else 1,
+        config.hypotheses,
+    )
+
+
+def all_centres(
+    hypotheses: Hypotheses,
+    chosen: Int[np.ndarray, " chosen"],
+    rotations: Float[np.ndarray, "chosen h 3 3"],
+) -> Float[np.ndarray, "particles 2*h 3 3"]:
+    """Return the centres of a local search: what a wide search found, and hypotheses.
+
+    Parameters
+    ----------
+    hypotheses
+        Of all particles, ``h`` of each.
+    chosen, rotations
+        The particles that were searched for, and the orientations found.
+    """
+    centres = np.tile(np.array(hypotheses.rotations), (1, 2, 1, 1))
+    centres[chosen, : rotations.shape[1]] = rotations
+    return centres
+
+
 def search_candidates(
     members: ParticleSet,
     state: SetState,
@@ -182,8 +254,6 @@ def search_candidates(
     key: PRNGKeyArray,
 ) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
     """Search about the current hypotheses and, if it is wide, in the whole prior first.
-
-    Only what is refined is searched: of a fixed orientation or shift there is one.
 
     Parameters
     ----------
@@ -200,21 +270,13 @@ def search_candidates(
     key
         Draws the candidates.
     """
-    config, tuning = members.config, members.config.tuning
-    size = members.particles.image_size
+    config, size = members.config, members.particles.image_size
+    dtype = state.noise.dtype
     centres = np.array(state.hypotheses.rotations)
     shifts = np.array(state.hypotheses.shifts[:, 0])
+    spread = config.search_cell(r_max)
 
-    def run(number, r_max, spread, count, shift_steps, centres, shifts):
-        dtype = state.noise.dtype
-        step = size / (tuning.shifts_per_period * r_max)
-        search = Search(
-            jnp.asarray(spread, dtype),
-            jnp.asarray(step * shift_grid(shift_steps(step)), dtype),
-            jnp.asarray(config.half_period_turn(r_max), dtype),
-            count,
-            config.hypotheses,
-        )
+    def run(number, search, r_max, centres, shifts):
         return search_poses(
             search,
             jax.random.fold_in(key, number),
@@ -227,39 +289,18 @@ def search_candidates(
             shifts,
         )
 
-    spread = config.search_cell(r_max)
     if is_wide:
-        first = slices.bucket(config.first_r_max, size)
-        cell = config.search_cell(first)
-        rotations, moved = run(
-            0,
-            first,
-            config.angle_spread,
-            covering_count(config.angle_spread, cell) if config.refines_angles else 1,
-            lambda step: (
-                max(1, round(2 * config.shift_spread / step))
-                if config.refines_shifts
-                else 0
-            ),
-            np.asarray(members.prior.rotations)[:, None],
-            np.asarray(members.prior.shifts),
-        )
-        centres = np.tile(centres, (1, 2, 1, 1))
-        centres[chosen, : config.hypotheses] = rotations
+        first, search = wide_search(config, size, dtype)
+        given = np.asarray(members.prior.rotations)[:, None]
+        origin = np.asarray(members.prior.shifts)
+        rotations, moved = run(0, search, first, given, origin)
+        centres = all_centres(state.hypotheses, chosen, rotations)
         # The wide search's shift is the better one only where nothing was known.
         if not _were_compared(state):
             shifts[chosen] = moved[:, 0]
-        spread = cell
-    local_count = max(1, config.candidates * config.hypotheses // centres.shape[1])
-    return run(
-        1,
-        r_max,
-        spread,
-        local_count if config.refines_angles else 1,
-        lambda step: tuning.local_shift_steps if config.refines_shifts else 0,
-        centres,
-        shifts,
-    )
+        spread = config.search_cell(first)
+    search = local_search(config, size, r_max, spread, centres.shape[1], dtype)
+    return run(1, search, r_max, centres, shifts)
 
 
 def measure_information(

@@ -15,7 +15,7 @@ from jaxrefine.refinement.state import RefineState
 @final
 @dataclass(frozen=True)
 class RefineInfo:
-    """What a human wants to know of an outer iteration.
+    """What is reported of an outer iteration.
 
     Attributes
     ----------

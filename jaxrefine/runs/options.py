@@ -23,6 +23,7 @@ the time that they take to load.
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -120,8 +121,10 @@ class Option:
     @property
     def outcome_by_default(self) -> str:
         """What happens if it is not given, in words; empty if nothing does."""
-        if self.default_text or self.required or self.default in (None, False):
+        if self.default_text or self.required:
             return self.default_text
+        if self.default is None or self.default is False:
+            return ""
         return value_text(self.default)
 
     def value(self, settings: Any) -> Any:
@@ -173,7 +176,9 @@ def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
     return field(default=default, metadata={_OPTION: declared_so})
 
 
-def group(settings_class: Callable[[], Any], section: str) -> Any:
+def group(
+    settings_class: Callable[[], Any], section: str, **changes: Mapping[str, Any]
+) -> Any:
     """Declare a field that holds settings of their own, which commands share.
 
     Parameters
@@ -182,8 +187,10 @@ def group(settings_class: Callable[[], Any], section: str) -> Any:
         A dataclass of options that all have a default.
     section
         The heading of these options in the help.
+    changes
+        What is said of an option otherwise here than where it is declared, by its name.
     """
-    return field(default_factory=settings_class, metadata={_GROUP: section})
+    return field(default_factory=settings_class, metadata={_GROUP: (section, changes)})
 
 
 def declared(settings_class: type) -> tuple[Option, ...]:
@@ -191,9 +198,10 @@ def declared(settings_class: type) -> tuple[Option, ...]:
     hints, options = get_type_hints(settings_class), []
     for each in fields(settings_class):
         if _GROUP in each.metadata:
-            inner = declared(hints[each.name])
-            section = each.metadata[_GROUP]
-            options += [replace(o, group=each.name, section=section) for o in inner]
+            section, changes = each.metadata[_GROUP]
+            place = {"group": each.name, "section": section}
+            for inner in declared(hints[each.name]):
+                options.append(replace(inner, **place, **changes.get(inner.name, {})))
         else:
             kind = _without_none(hints[each.name])
             options.append(replace(each.metadata[_OPTION], name=each.name, kind=kind))
@@ -303,6 +311,11 @@ def words(settings: Any) -> list[str]:
             joined = text.startswith("-")
             flagged += [f"{each.flag}={text}"] if joined else [each.flag, text]
     return positional + flagged
+
+
+def command_line(command: str, settings: Any) -> str:
+    """Return the command line that runs a command with these settings."""
+    return shlex.join(["jaxrefine", command, *words(settings)])
 
 
 def as_json(settings: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run is made with, and what it takes: versions, device, time and memory."""
 
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def environment(
     }
 
 
-def usage(elapsed_s: float) -> dict[str, float | None]:
+def usage(elapsed_s: float) -> dict[str, Any]:
     """Return what a run has taken: seconds, and the most memory, in MiB.
 
     Parameters
@@ -72,3 +73,10 @@ def commit(repository: Path) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
     }
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use; all of them if it cannot tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

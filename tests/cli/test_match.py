@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import cli
 from jaxrefine.ctf import CTF
-from jaxrefine.geometry import Poses, euler_to_matrix
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_particles,
     read_poses,
@@ -38,7 +38,7 @@ def scene():
     shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)
     disc = slices.disc(N, N // 2 - 1)
     spectrum = Gridding().spectrum(jnp.asarray(volume), disc.r_max)
-    truth = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+    truth = Poses(euler_to_matrix(jnp.asarray(angles)), shifts)
     images = slices.to_images(slices.project(spectrum, disc, truth), disc)
     return volume, truth, np.asarray(images, np.float32)
 
@@ -52,7 +52,7 @@ def data(tmp_path, scene):
     write_mrc(folder / "ref.mrc", volume.astype(np.float32), PIXEL)
     write_stack(folder / "images.mrcs", images, PIXEL)
     names = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
-    wrong = Poses(truth.angles + 1, truth.shifts - 3)
+    wrong = Poses(truth.rotations[::-1], truth.shifts - 3)
     path = folder / "particles.star"
     write_new_particles(path, wrong, names, N, PIXEL, CTF(0.0, 0.0))
     blocks = read_star(path)
@@ -64,27 +64,18 @@ def data(tmp_path, scene):
     return folder
 
 
-def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in ("match", *arguments)])
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
 @pytest.mark.parametrize("name", ["particles", "poseless"])
-def test_the_poses_are_found_and_written(data, tmp_path, scene, capsys, name):
+def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     """Also where the table has none."""
     out, path = tmp_path / "out.star", data / f"{name}.star"
-    code, printed, err = run(
-        capsys, path, "--map", data / "ref.mrc", "--out", out, *OPTIONS
-    )
+    words = [path, "--map", data / "ref.mrc", "--out", out, *OPTIONS]
+    code, printed, err = run("match", *words)
     assert code == 0 and "matching" in err and "100%" in err
     assert f"{COUNT} particles, 30 degree steps" in printed
-    angles, shifts = (jnp.asarray(each) for each in read_poses(out))
+    written = read_poses(out)
     truth = scene[1]
-    np.testing.assert_allclose(
-        euler_to_matrix(angles), euler_to_matrix(truth.angles), atol=1e-5
-    )
-    np.testing.assert_array_equal(shifts, truth.shifts)
+    np.testing.assert_allclose(written.rotations, truth.rotations, atol=1e-5)
+    np.testing.assert_array_equal(written.shifts, truth.shifts)
 
     before, after = read_star(path), read_star(out)
     scores = np.array(after["particles"]["jaxrefineCorrelation"], float)
@@ -99,7 +90,7 @@ def test_the_poses_are_found_and_written(data, tmp_path, scene, capsys, name):
     np.testing.assert_array_equal(again.particles.images[np.arange(COUNT)], scene[2])
 
 
-def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, capsys):
+def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
     volume = np.ones((N, N, N), np.float32)
     write_mrc(data / "small.mrc", volume[1:, 1:, 1:], PIXEL)
     write_mrc(data / "fine.mrc", volume, PIXEL / 2)
@@ -117,19 +108,20 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, capsys):
         ({"--map": data / "fine.mrc"}, "voxels of 1 A"),
         ({"--map": data / "zero.mrc"}, "zero everywhere"),
         ({"--map": data / "absent.mrc"}, "absent.mrc does not exist"),
-        ({"--angle-step": 0}, "angular step is 0.0 degrees"),
-        ({"--max-shift": -1}, "largest shift is -1.0 pixels"),
-        ({"--shift-step": 0}, "step of the shifts is 0.0 pixels"),
-        ({"--batch-size": 0}, "A batch is 0 particles"),
-        ({"--resolution": 1}, "--resolution wants 4.57 to 32 A"),
-        ({"--resolution": "nan"}, "--resolution wants 4.57 to 32 A"),
+        (
+            {"--angle-step": 0},
+            "--angle-step must be more than 0 and at most 90",
+        ),
+        ({"--max-shift": -1}, "--max-shift must be at least 0 pixels, got -1"),
+        ({"--shift-step": 0}, "--shift-step must be more than 0 pixels, got 0"),
+        ({"--batch-size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"--resolution": 1}, "--resolution must be from 4.57 to 32 angstroms"),
+        ({"--resolution": "nan"}, "--resolution must be a finite number"),
     ):
         arguments = [x for pair in (usual | changes).items() for x in pair]
-        code, printed, err = run(capsys, star, *arguments)
-        assert (code, printed) == (2, ""), words
-        assert words in err and "Traceback" not in err
+        run("match", star, *arguments).assert_refused(words)
     arguments = [x for pair in usual.items() for x in pair]
-    code, _, err = run(capsys, data / "absent.star", *arguments)
-    assert code == 2 and "absent.star does not exist" in err
+    absent = run("match", data / "absent.star", *arguments)
+    absent.assert_refused("absent.star does not exist")
     assert {path: path.read_bytes() for path in data.iterdir()} == before
     assert not out.exists()

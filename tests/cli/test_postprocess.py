@@ -1,7 +1,6 @@
 """``jaxrefine postprocess``: files and figures are the library's."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,11 @@ import mrcfile
 import numpy as np
 import pytest
 
-from jaxrefine import cli
-from jaxrefine.cli._maps import read_pair
+from jaxrefine.cli.commands.postprocess import PostprocessSettings
 from jaxrefine.io import read_mrc, write_mrc
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
+from jaxrefine.runs.options import declared
 
 N, VOXEL = 24, 2.0
 CURVES = ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_true")
@@ -43,27 +42,28 @@ def maps(tmp_path_factory):
     return folder
 
 
-def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in ("postprocess", *arguments)])
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
 def halves_of(folder):
     return [jnp.asarray(read_mrc(folder / f"half{i}.mrc")[0]) for i in (1, 2)]
+
+
+def affecting(settings_class):
+    """Names of the options that results depend on."""
+    options = declared(settings_class)
+    return {option.name for option in options if option.affects_results}
 
 
 def check_files(out, result, mask):
     content = json.loads((out / "postprocess.json").read_text())
     assert content["finished"] is True
+    assert content["settings"].keys() == affecting(PostprocessSettings)
     for name in CURVES:
         np.testing.assert_allclose(content[name], getattr(result, name), atol=1e-6)
     for name in ("resolution_in_angstroms", "b_factor_in_square_angstroms"):
         assert content[name] == getattr(result, name)
     assert content["randomised_from_shell"] == result.randomised_from
-    wanted = {"postprocess": result.volume, "mask": mask}
-    wanted["postprocess_masked"] = result.masked_volume
-    for name, volume in wanted.items():
+    expected = {"postprocess": result.volume, "mask": mask}
+    expected["postprocess_masked"] = result.masked_volume
+    for name, volume in expected.items():
         written, voxel = read_mrc(out / f"{name}.mrc")
         np.testing.assert_array_equal(written, volume)
         assert voxel == VOXEL
@@ -71,10 +71,10 @@ def check_files(out, result, mask):
     return content
 
 
-def test_by_default_the_mask_is_automatic(maps, tmp_path, capsys):
+def test_by_default_the_mask_is_automatic(maps, tmp_path, run):
     out = tmp_path / "out"
     command = [maps / "half1.mrc", maps / "half2.mrc", "--out", out]
-    code, text, err = run(capsys, *command)
+    code, text, err = run("postprocess", *command)
     assert (code, err) == (0, "")
     one, two = halves_of(maps)
     mask = soft_mask((one + two) / 2, VOXEL)
@@ -87,10 +87,10 @@ def test_by_default_the_mask_is_automatic(maps, tmp_path, capsys):
 
     # The same command changes nothing; another one is refused.
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    code, again, _ = run(capsys, *command)
+    code, again, _ = run("postprocess", *command)
     assert code == 0 and "holds this result already" in again and text in again
-    code, _, err = run(capsys, *command, "--b-factor", "-50")
-    assert code == 2 and "another b_factor" in err
+    code, _, err = run("postprocess", *command, "--b-factor", "-50")
+    assert code == 2 and "other settings (b_factor)" in err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
 
 
@@ -98,14 +98,16 @@ def test_by_default_the_mask_is_automatic(maps, tmp_path, capsys):
     ("options", "b_factor"),
     [(["--auto-b-factor"], GuinierFit()), (["--b-factor", "-80"], -80.0)],
 )
-def test_options_reach_the_library(maps, tmp_path, capsys, options, b_factor):
+def test_options_reach_the_library(maps, tmp_path, run, options, b_factor):
     command = [maps / "half1.mrc", maps / "half2.mrc", "--out", tmp_path / "out"]
     command += ["--mask", maps / "mask.mrc", "--low-pass", "6", "--seed", "3"]
-    code, text, err = run(capsys, *command, *options)
+    code, text, err = run("postprocess", *command, *options)
     assert (code, err) == (0, "")
     mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
+    one, two = halves_of(maps)
     result = postprocess(
-        *halves_of(maps),
+        one,
+        two,
         mask,
         VOXEL,
         key=jax.random.key(3),
@@ -119,38 +121,46 @@ def test_options_reach_the_library(maps, tmp_path, capsys, options, b_factor):
     assert f"B factor: {found:.1f} A^2" in text
 
 
-def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, capsys):
+def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, run):
     """The same maps with voxels of 10 A."""
     for number, half in enumerate(halves_of(maps), start=1):
         write_mrc(tmp_path / f"half{number}.mrc", half, 10.0)
     write_mrc(tmp_path / "mask.mrc", read_mrc(maps / "mask.mrc")[0], 10.0)
     command = [tmp_path / "half1.mrc", tmp_path / "half2.mrc"]
     command += ["--mask", tmp_path / "mask.mrc", "--out", tmp_path / "out"]
-    code, text, _ = run(capsys, *command, "--auto-b-factor")
+    code, text, _ = run("postprocess", *command, "--auto-b-factor")
     assert code == 0 and "not sharpened: From 10 A to the resolution of" in text
     content = json.loads((tmp_path / "out/postprocess.json").read_text())
     assert content["not_sharpened_because"] in text
 
 
-def test_an_unset_voxel_size_is_the_other_maps(maps, tmp_path, capsys):
+def test_an_unset_voxel_size_is_the_other_maps(maps, tmp_path, run):
     """Of either map, here and for ``fsc``; without any it is 1 A."""
     for half in (1, 2):
         volume, _ = read_mrc(maps / f"half{half}.mrc")
         write_mrc(tmp_path / f"half{half}.mrc", volume, VOXEL)
         with mrcfile.open(tmp_path / f"half{half}.mrc", "r+") as mrc:
             mrc.voxel_size = 0
-    for one, two, voxel in ((maps, tmp_path, VOXEL), (tmp_path, maps, VOXEL)):
-        pair = read_pair(one / "half1.mrc", two / "half2.mrc")
-        assert pair[2] == voxel
-    unset = [str(tmp_path / f"half{half}.mrc") for half in (1, 2)]
-    assert read_pair(*map(Path, unset))[2] == 1
-    assert cli.main(["fsc", str(maps / "half1.mrc"), unset[1]]) == 0
-    mixed = capsys.readouterr().out
-    assert cli.main(["fsc", *(str(maps / f"half{half}.mrc") for half in (1, 2))]) == 0
-    assert mixed == capsys.readouterr().out
+    given, unset = (
+        [folder / f"half{half}.mrc" for half in (1, 2)] for folder in (maps, tmp_path)
+    )
+    found = tmp_path / "fsc.json"
+    for one, two, voxel in (
+        (given[0], unset[1], VOXEL),
+        (unset[0], given[1], VOXEL),
+        (*unset, 1.0),
+    ):
+        assert run("fsc", one, two, "--json", found).code == 0
+        assert json.loads(found.read_text())["voxel_size_in_angstroms"] == voxel
+        out = tmp_path / f"{one.parent.name}_{two.parent.name}"
+        words = ["--mask", maps / "mask.mrc", "--out", out]
+        assert run("postprocess", one, two, *words).code == 0
+        report = json.loads((out / "postprocess.json").read_text())
+        assert report["voxel_size_in_angstroms"] == voxel
+    assert run("fsc", given[0], unset[1]).out == run("fsc", *given).out
 
 
-def test_bad_input_is_a_sentence(maps, tmp_path, capsys):
+def test_bad_input_is_a_sentence(maps, tmp_path, run):
     one, two = maps / "half1.mrc", maps / "half2.mrc"
     small, coarse, nan = (tmp_path / f"{x}.mrc" for x in ("small", "coarse", "nan"))
     write_mrc(small, np.ones((12, 12, 12)), VOXEL)
@@ -165,23 +175,27 @@ def test_bad_input_is_a_sentence(maps, tmp_path, capsys):
     out = ("--out", new)
     for arguments, words in (
         ((one, maps / "absent.mrc", *out), "does not exist"),
-        ((one, small, *out), "same size, not 24^3"),
-        ((one, coarse, *out), "same voxel size, not 2 A"),
+        ((one, small, *out), "same size, got 24^3"),
+        ((one, coarse, *out), "same voxel size, got 2 A"),
         ((one, nan, *out), "1 values that are NaN"),
         ((one, one, *out), "The half maps are the same"),
-        ((one, two, *out, "--mask", small), "The mask wants the maps' size 24^3"),
+        (
+            (one, two, *out, "--mask", small),
+            "The mask must have the size of the maps",
+        ),
         ((one, two, *out, "--mask", two), "half2.mrc runs from"),
-        ((one, two, *out, "--seed", "-1"), "--seed wants"),
-        ((one, two, *out, "--low-pass", "0"), "The low-pass is 0 A"),
-        ((one, two, *out, "--b-factor", "inf"), "A B factor of inf A^2"),
+        ((one, two, *out, "--seed", "-1"), "--seed must be at least 0"),
+        (
+            (one, two, *out, "--low-pass", "0"),
+            "--low-pass must be more than 0",
+        ),
+        ((one, two, *out, "--b-factor", "inf"), "--b-factor must be a finite number"),
         ((one, two, "--out", full), "holds files but no postprocess.json"),
-        ((one, two, "--out", small), "small.mrc is a file"),
+        ((one, two, "--out", small), "small.mrc must be a folder"),
         ((one, two, "--out", small / "new"), "Cannot write"),
     ):
-        code, text, err = run(capsys, *arguments)
-        assert (code, text) == (2, ""), arguments
-        assert words in err and err.count("\n") == 1
+        run("postprocess", *arguments).assert_refused(words)
     assert not new.exists()
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
-    with pytest.raises(SystemExit):
-        run(capsys, one, two, *out, "--b-factor", "-9", "--auto-b-factor")
+    both = ("--b-factor", -9, "--auto-b-factor")
+    run("postprocess", one, two, *out, *both).assert_refused("--b-factor")

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from jaxrefine import cli
-from jaxrefine.geometry import euler_to_matrix
+from jaxrefine import simulate as library
+from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
+from jaxrefine.runs.options import declared
 
 N, VOXEL, COUNT = 20, 2.0, 7
 SIZE, PIXEL = 16, 2.5
+ERROR = 17.0  # of the initial Euler angles, degrees
 FILES = {
     *("particles.star", "truth.star", "init.star", "particles.mrcs"),
     *("truth.mrc", "init.mrc", "simulate.json"),
@@ -31,12 +34,6 @@ def blob(centre, width, n=N):
 CENTRE, WIDTH = np.array([2.0, -1.0, 1.5]), 1.5  # of the blob, on the map's grid
 
 
-def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
 def simulate(folder, name, *further):
     """Simulate from the folder's map; return the folder of the data set."""
     command = ["simulate", folder / "map.mrc", "--out", folder / name]
@@ -50,7 +47,7 @@ def folder(tmp_path_factory):
     """Three data sets that differ in their optics and their noise alone."""
     folder = tmp_path_factory.mktemp("simulate")
     write_mrc(folder / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
-    size = ["--size", SIZE, "--init-blur", 1.5, "--init-angle", 0.3]
+    size = ["--size", SIZE, "--initial-blur", 1.5, "--max-angle-error", ERROR]
     simulate(folder, "plain", "--sigma", 0, *size)
     simulate(folder, "seen", "--sigma", 0, "--ctf", "--voltage", 200, *size)
     simulate(folder, "noisy", "--snr-db", -3, "--ctf", "--voltage", 200, *size)
@@ -62,11 +59,21 @@ def images_of(path):
     return np.asarray(file.particles.batch(np.arange(len(file)))[0], float), file
 
 
+def angles_in_radians(path):
+    table = read_star(path)["particles"]
+    names = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+    return np.deg2rad([np.array(table[name], float) for name in names])
+
+
 def test_all_files_are_there(folder):
     for name in ("plain", "seen", "noisy"):
         assert {path.name for path in (folder / name).iterdir()} == FILES
     report = json.loads((folder / "noisy/simulate.json").read_text())
     assert report["finished"] and report["sigma"] > 0
+    affecting = {
+        option.name for option in declared(SimulateSettings) if option.affects_results
+    }
+    assert report["settings"].keys() == affecting
     assert report["settings"]["snr_db"] == -3 and report["settings"]["seed"] == 5
     assert report["pixel_size_in_angstroms"] == PIXEL
 
@@ -78,8 +85,7 @@ def test_the_particle_is_where_the_table_says(folder):
     axis = np.arange(SIZE) - SIZE // 2
     mass = images.sum(axis=(1, 2))
     x, y = (np.tensordot(images.sum(axis=i), axis, 1) / mass for i in (1, 2))
-    rotations = euler_to_matrix(file.poses.angles)
-    seen = np.asarray(rotations)[:, :2] @ (CENTRE * SIZE / N)
+    seen = np.asarray(file.poses.rotations)[:, :2] @ (CENTRE * SIZE / N)
     expected = seen + np.asarray(file.poses.shifts)
     assert np.ptp(expected, axis=0).min() > 2
     np.testing.assert_allclose(np.stack([x, y], 1), expected, atol=0.02)
@@ -106,7 +112,8 @@ def test_the_images_are_seen_through_the_ctf_of_the_table(folder):
     astigmatism = np.asarray(ctf.defocus_u - ctf.defocus_v)
     assert (8e3 <= mean).all() and (mean <= 22e3).all() and np.ptp(mean) > 2e3
     assert (0 <= astigmatism).all() and (astigmatism <= 1e3).all()
-    np.testing.assert_allclose(file.poses.angles, without.poses.angles, atol=1e-8)
+    rotations = without.poses.rotations
+    np.testing.assert_allclose(file.poses.rotations, rotations, atol=1e-8)
     k = np.fft.fftfreq(SIZE, PIXEL)
     points = np.stack(np.meshgrid(k, k), axis=-1)
     inside = (np.abs(points) < 0.49 / PIXEL).all(axis=-1)  # below Nyquist
@@ -130,10 +137,10 @@ def test_the_noise_has_the_level_asked_for(folder):
 
 
 def test_the_start_is_off_by_what_was_asked_for(folder):
-    truth = read_particles(folder / "seen/truth.star")
     start = read_particles(folder / "seen/init.star")
-    error = np.asarray(start.poses.angles - truth.poses.angles)
-    assert 0.1 < np.abs(error).max() <= 0.3 + 1e-6
+    error = angles_in_radians(folder / "seen/init.star")
+    error -= angles_in_radians(folder / "seen/truth.star")
+    assert 0.1 < np.abs(error).max() <= np.deg2rad(ERROR) + 1e-6
     np.testing.assert_array_equal(start.poses.shifts, np.zeros((COUNT, 2)))
     blocks = [read_star(folder / f"seen/{name}.star") for name in ("init", "particles")]
     assert blocks[0] == blocks[1]
@@ -149,7 +156,7 @@ def test_the_start_is_off_by_what_was_asked_for(folder):
 def test_the_batch_size_changes_nothing(folder):
     simulate(
         *(folder, "again", "--sigma", 0.25, "--batch-size", 3),
-        *("--size", SIZE, "--init-blur", 1.5, "--init-angle", 0.3),
+        *("--size", SIZE, "--initial-blur", 1.5, "--max-angle-error", ERROR),
     )
     again, file = images_of(folder / "again/truth.star")
     plain, _ = images_of(folder / "plain/truth.star")
@@ -162,27 +169,27 @@ def test_the_batch_size_changes_nothing(folder):
     )
 
 
-def test_a_finished_data_set_is_left_alone(folder, capsys):
+def test_a_finished_data_set_is_left_alone(folder, run):
     out = folder / "plain"
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
-    command += ["--max-shift", 1, "--size", SIZE, "--init-blur", 1.5]
-    same = ["--init-angle", 0.3, "--sigma", 0]
-    code, text, _ = run(capsys, *command, *same, "--seed", 5)
+    command += ["--max-shift", 1, "--size", SIZE, "--initial-blur", 1.5]
+    same = ["--max-angle-error", ERROR, "--sigma", 0]
+    code, text, _ = run(*command, *same, "--seed", 5)
     assert code == 0 and "already" in text
-    code, text, err = run(capsys, *command, *same, "--seed", 6)
-    assert code == 2 and "another seed" in err and not text
+    code, text, err = run(*command, *same, "--seed", 6)
+    assert code == 2 and "other settings (seed)" in err and not text
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
-def test_an_interruption_leaves_nothing_half_written(folder, capsys, monkeypatch):
+def test_an_interruption_leaves_nothing_half_written(folder, run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.simulate.simulate, "clean_images", stop)
+    monkeypatch.setattr(library, "clean_images", stop)
     out = folder / "stopped"
     command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
-    code, _, err = run(capsys, *command, "--sigma", 1)
+    code, _, err = run(*command, "--sigma", 1)
     assert code == 130 and err.endswith("interrupted\n")
     assert [path.name for path in out.iterdir()] == ["simulate.json"]
     assert not json.loads((out / "simulate.json").read_text())["finished"]
@@ -220,8 +227,8 @@ BAD_OPTIONS = [
     ["--sigma", "nan"],
     ["--max-shift", -1],
     ["--max-shift", "inf"],
-    ["--init-angle", -0.1],
-    ["--init-blur", "nan"],
+    ["--max-angle-error", -0.1],
+    ["--initial-blur", "nan"],
     ["--size", 4],
     ["--size", N + 1],
     ["--seed", -1],
@@ -234,38 +241,40 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize("bad", BAD_OPTIONS, ids=lambda bad: f"{bad[0]} {bad[1]}")
-def test_a_bad_option_is_a_sentence(tmp_path, capsys, bad):
+def test_a_bad_option_is_a_sentence(tmp_path, run, bad):
     write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
     command = ["simulate", tmp_path / "map.mrc", "--out", tmp_path / "out"]
-    code, out, err = run(capsys, *command, "--particles", 3, "--sigma", 1, *bad)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1 and err.startswith("jaxrefine simulate: ")
+    result = run(*command, "--particles", 3, "--sigma", 1, *bad)
+    result.assert_refused("" if bad[1] == N + 1 else bad[0])
+    assert result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_maps_and_folders(tmp_path, capsys):
+def test_bad_maps_and_folders(tmp_path, run):
     write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
     write_mrc(tmp_path / "zero.mrc", np.zeros((N, N, N)), VOXEL)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("precious")
     for name, out, words in (
         ("absent.mrc", "out", "does not exist"),
-        ("zero.mrc", "out", "zero everywhere"),
-        ("map.mrc", "thesis", "name a new or an empty folder"),
-        ("map.mrc", "map.mrc", "is a file"),
+        ("zero.mrc", "out", "must not be zero everywhere"),
+        ("map.mrc", "thesis", "holds files but no simulate.json"),
+        ("map.mrc", "map.mrc", "must be a folder, got a file"),
     ):
         command = ["simulate", tmp_path / name, "--out", tmp_path / out]
-        code, text, err = run(capsys, *command, "--particles", 3, "--sigma", 1)
-        assert (code, text) == (2, "") and words in err and err.count("\n") == 1
+        run(*command, "--particles", 3, "--sigma", 1).assert_refused(words)
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
-    "noise", [[], ["--sigma", "1", "--snr-db", "0"]], ids=["none", "two"]
+    ("noise", "words"),
+    [
+        ([], "--snr-db or --sigma must be given, got neither"),
+        (["--sigma", 1, "--snr-db", 0], "--snr-db must not be given with --sigma"),
+    ],
+    ids=["none", "two"],
 )
-def test_one_noise_level_is_wanted(tmp_path, capsys, noise):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["simulate", "map.mrc", "--out", "x", "--particles", "3", *noise])
-    assert stop.value.code == 2
-    assert "--snr-db" in capsys.readouterr().err
+def test_the_level_of_the_noise_is_given_once(run, noise, words):
+    command = ["simulate", "map.mrc", "--out", "x", "--particles", 3]
+    run(*command, *noise).assert_refused(words)

@@ -84,7 +84,7 @@ def test_truncated_or_changed(path):
         changed[place] ^= 4
         for damaged in (content[:place], bytes(changed), content + b"0"):
             path.write_bytes(damaged)
-            with pytest.raises(DamagedCheckpoint, match="whole checkpoint"):
+            with pytest.raises(DamagedCheckpoint, match="complete checkpoint"):
                 load_checkpoint(path, a_state(n=2))
 
 
@@ -93,7 +93,7 @@ def test_truncated_or_changed(path):
 )
 def test_not_a_checkpoint(path, content):
     path.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="whole checkpoint of jaxrefine"):
+    with pytest.raises(DamagedCheckpoint, match="complete checkpoint of jaxrefine"):
         load_checkpoint(path, a_state())
 
 

@@ -215,39 +215,45 @@ BAD = {
     "no shift": ({"dropped": ["alignments3D/shift"]}, "lacks the field alignments3D/s"),
     "NaN": (
         {"alignments3D__pose": ("<f4", [[0, np.nan, 0]] * COUNT)},
-        "field alignments3D/pose: a value is NaN",
+        "field alignments3D/pose: values must be finite .* got nan",
     ),
     "beyond single precision": (
         {"ctf__df1_A": ("<f8", [1e39] * COUNT)},
-        "field ctf/df1_A: a value is .* beyond single precision",
+        r"field ctf/df1_A: values must be finite in single precision, got 1e\+39",
     ),
     "pixel": (
         {"blob__psize_A": ("<f4", [1, 1, 0, 1, 1])},
-        "field blob/psize_A: positive numbers are wanted, not 0",
+        "field blob/psize_A: values must be positive, got 0",
     ),
     "pixel of shifts": (
         {"alignments3D__psize_A": ("<f4", [1, 1, 1, -2, 1])},
-        "field alignments3D/psize_A: positive numbers are wanted, not -2",
+        "field alignments3D/psize_A: values must be positive, got -2",
     ),
     "two numbers": (
         {"alignments3D__pose": ("<f4", [[0, 0]] * COUNT)},
-        "field alignments3D/pose: 3 numbers are wanted",
+        "field alignments3D/pose: there must be 3 numbers",
     ),
-    "text": ({"ctf__df1_A": ("S3", [b"a"] * COUNT)}, "df1_A: 1 numbers are wanted"),
-    "no text": ({"blob__path": ("<f4", [1] * COUNT)}, "blob/path: text is wanted"),
-    "odd text": ({"blob__path": ("S3", [b"a\nb"] * COUNT)}, "unprintable characters"),
-    "bad text": ({"blob__path": ("S2", [b"\xff"] * COUNT)}, "blob/path: text"),
+    "text": ({"ctf__df1_A": ("S3", [b"a"] * COUNT)}, "df1_A: there must be one number"),
+    "no text": ({"blob__path": ("<f4", [1] * COUNT)}, "blob/path: values must be text"),
+    "odd text": (
+        {"blob__path": ("S3", [b"a\nb"] * COUNT)},
+        "printable characters only",
+    ),
+    "bad text": (
+        {"blob__path": ("S2", [b"\xff"] * COUNT)},
+        "blob/path: values must be text",
+    ),
     "dark": (
         {"dropped": NO_CTF, "blob__sign": ("<f4", [-1] * COUNT)},
-        "protein is dark .* no CTF",
+        "no CTF, so protein must be bright",
     ),
     "boxes": (
         {"blob__shape": ("<u4", [[M, M], [8, 8]] + [[M, M]] * 3)},
-        "rlnImageSize of 6, 8, but images of 6",
+        "rlnImageSize must be 6, .* got 6, 8",
     ),
     "pixels": (
         {"blob__psize_A": ("<f4", [1, 1, 1, 1, 2])},
-        "pixels of 1 to 2 A",
+        "pixel sizes must differ .* got 1 to 2 A",
     ),
     "no particles": (
         {name.replace("/", "__"): (kind, []) for name, (kind, _) in FIELDS.items()}

@@ -205,34 +205,36 @@ def test_not_finite(read, path, bad):
     content = bytearray(path.read_bytes())
     content[1024:1032] = np.array([bad, bad], "<f4").tobytes()
     path.write_bytes(content)
-    assert_one_sentence(read, path, "holds 2 values that are NaN or infinite")
+    assert_one_sentence(
+        read, path, "must hold finite values, got 2 that are NaN or infinite"
+    )
 
 
 @BOTH
 def test_complex_or_anisotropic(read, path):
     write_raw(path, unique_volume().astype(np.complex64))
-    assert_one_sentence(read, path, "holds complex values")
+    assert_one_sentence(read, path, "must hold real values, got complex")
     write_raw(path, unique_volume(), mode=3)  # of 16-bit integers
-    assert_one_sentence(read, path, "holds complex values")
+    assert_one_sentence(read, path, "must hold real values, got complex")
     write_raw(path, unique_volume(), voxel=(1.0, 1.1, 1.0))
-    assert_one_sentence(read, path, "anisotropic voxel of 1 x 1.1")
+    assert_one_sentence(read, path, "must be isotropic, got 1 x 1.1")
 
 
 @BOTH
 @pytest.mark.parametrize("edge", [-1.0, np.nan, np.inf])
 def test_impossible_voxel(read, path, edge):
     write_raw(path, unique_volume(), voxel=(edge, 1.0, 1.0))
-    assert_one_sentence(read, path, "positive edges are wanted")
+    assert_one_sentence(read, path, "voxel size must be positive")
 
 
 def test_not_cubic(path):
     write_raw(path, np.zeros((4, 5, 6), np.float32))
-    assert_one_sentence(read_mrc, path, "4 x 5 x 6; a cubic map is wanted")
-    assert_one_sentence(read_stack, path, "4 x 5 x 6; a stack of square images")
+    assert_one_sentence(read_mrc, path, "cubic map, got an array of 4 x 5 x 6")
+    assert_one_sentence(read_stack, path, "square images, got an array of 4 x 5 x 6")
     write_raw(path, np.zeros((4, 4), np.float32))
-    assert_one_sentence(read_mrc, path, "4 x 4; a cubic map is wanted")
+    assert_one_sentence(read_mrc, path, "cubic map, got an array of 4 x 4")
     write_raw(path, np.zeros((2, 4, 4, 4), np.float32))
-    assert_one_sentence(read_mrc, path, "2 x 4 x 4 x 4; a cubic map is wanted")
+    assert_one_sentence(read_mrc, path, "cubic map, got an array of 2 x 4 x 4 x 4")
 
 
 def test_a_stack_of_one_volume_is_a_map(path):
@@ -252,10 +254,10 @@ def test_axes_that_cannot_be(path):
 @pytest.mark.parametrize(
     ("volume", "voxel", "words"),
     [
-        (unique_volume() + np.nan, 1.0, "NaN or infinite"),
-        (np.full((2, 2, 2), 1e300), 1.0, "NaN or infinite"),
-        (unique_volume(), 0.0, "voxel size is 0.0"),
-        (unique_volume(), float("nan"), "voxel size is nan"),
+        (unique_volume() + np.nan, 1.0, "must be finite"),
+        (np.full((2, 2, 2), 1e300), 1.0, "must be finite"),
+        (unique_volume(), 0.0, "voxel size must be positive, got 0.0"),
+        (unique_volume(), float("nan"), "voxel size must be positive, got nan"),
     ],
 )
 def test_a_refused_write_leaves_the_old_file(path, volume, voxel, words):

@@ -178,15 +178,24 @@ def test_written_as_relion_does(path):
         (b"\x93NUMPY\xff\xfe", "it is not text"),
         (b"MAP\0\0\0\0", "it is not text"),
         (b"{\n", "line 1: this is not a STAR file"),
-        (b"data_\nhello\n", "line 2: loop_ or one name and one value"),
-        (b"data_\n_a 1 2\n", "line 2: loop_ or one name and one value"),
-        (b"data_\n_a\n", "line 2: loop_ or one name and one value"),
-        (b"data_\nloop_\n_a\n_b\n_c\n1\n", "line 6: the row has 1 values for 3"),
-        (b"data_\nloop_\n_a\n_b\n1 2 3\n", "line 5: the row has 3 values for 2"),
-        (b'data_\nloop_\n_a\n_b\n1 "x y\n', "line 5: the row has 3 values for 2"),
-        (b"data_\nloop_\n1 2 3\n", "line 3: the row has 3 values for 0"),
-        (b"data_\nloop_\n_a\n1\nloop_\n_b\n2\n", "line 5: the block already holds"),
-        (b"data_\n_a 1\nloop_\n_b\n2\n", "line 3: the block already holds"),
+        (b"data_\nhello\n", "line 2: the line must be loop_, or a name"),
+        (b"data_\n_a 1 2\n", "line 2: the line must be loop_, or a name"),
+        (b"data_\n_a\n", "line 2: the line must be loop_, or a name"),
+        (
+            b"data_\nloop_\n_a\n_b\n_c\n1\n",
+            "line 6: the row must have 3 values, .* got 1",
+        ),
+        (
+            b"data_\nloop_\n_a\n_b\n1 2 3\n",
+            "line 5: the row must have 2 values, .* got 3",
+        ),
+        (
+            b'data_\nloop_\n_a\n_b\n1 "x y\n',
+            "line 5: the row must have 2 values, .* got 3",
+        ),
+        (b"data_\nloop_\n1 2 3\n", "line 3: the row must have 0 values, .* got 3"),
+        (b"data_\nloop_\n_a\n1\nloop_\n_b\n2\n", "line 5: a block must hold one table"),
+        (b"data_\n_a 1\nloop_\n_b\n2\n", "line 3: a block must hold one table"),
         (b"data_\nloop_\n_a\n_a\n", "line 4: 'a' occurs twice"),
         (b"data_\n_a 1\n_a 2\n", "line 3: 'a' occurs twice"),
         (b"data_x\ndata_x\n", "line 2: 'x' occurs twice"),
@@ -216,8 +225,8 @@ def test_missing_file_and_folder(path):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"a": ["1"], "b": []}, "columns of different lengths"),
-        (Pairs(a=["1", "2"]), "columns of different lengths"),
+        ({"a": ["1"], "b": []}, "columns must have the same length, got .* 0, 1"),
+        (Pairs(a=["1", "2"]), "columns must have one value, got .* 2"),
         (
             {"a": ["b", "two\nlines"]},
             r"column 'a': .* cannot hold the value 'two\\nlin",
@@ -225,14 +234,14 @@ def test_missing_file_and_folder(path):
         ({"a": ["a bell \a in quotes"]}, "cannot hold the value 'a bell"),
         ({"a": ["a\0b"]}, "cannot hold the value"),
         ({"a": ["folder\udcff"]}, r"cannot hold the value 'folder\\udcff'"),
-        ({"a": "word"}, "block 'x', column 'a': a list of values is wanted, not one s"),
-        (Pairs(a="word"), "a list of values is wanted, not one str"),
-        ({"a": b"word"}, "not one bytes"),
-        ({"a": np.array(1.5)}, r"not an array of shape \(\)"),
-        ({"a": np.zeros((2, 1))}, r"not an array of shape \(2, 1\)"),
-        ({"a b": ["1"]}, "names of text without blanks"),
-        ({"": ["1"]}, "names of text without blanks"),
-        ({"a\n": ["1"]}, "names of text without blanks"),
+        ({"a": "word"}, "block 'x', column 'a': values must be a list, got a single s"),
+        (Pairs(a="word"), "values must be a list, got a single str"),
+        ({"a": b"word"}, "got a single bytes"),
+        ({"a": np.array(1.5)}, r"got an array of shape \(\)"),
+        ({"a": np.zeros((2, 1))}, r"got an array of shape \(2, 1\)"),
+        ({"a b": ["1"]}, "names must be text without blanks"),
+        ({"": ["1"]}, "names must be text without blanks"),
+        ({"a\n": ["1"]}, "names must be text without blanks"),
     ],
 )
 def test_a_refused_write_leaves_the_old_file(path, table, words):
@@ -247,7 +256,7 @@ def test_a_refused_write_leaves_the_old_file(path, table, words):
 
 @pytest.mark.parametrize(
     ("blocks", "words"),
-    [({}, "one block at least"), ({"x y": {"a": ["1"]}}, "block 'x y': names of")],
+    [({}, "at least one block"), ({"x y": {"a": ["1"]}}, "block 'x y': names must")],
 )
 def test_blocks_that_could_not_be_read_back(path, blocks, words):
     with pytest.raises(InputError, match=words):

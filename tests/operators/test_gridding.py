@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw, draw_complex, relative_error
 
 from jaxrefine.errors import InputError
 from jaxrefine.operators import gridding
@@ -17,16 +18,6 @@ SIZES = [(16, 7), (15, 7), (12, 6)]
 # the larger of what the design of the window foresees for a ball of white noise and
 # what benchmarks/slices.py measures.
 ACCURACY = {(2, 2.0): 0.1, (3, 1.5): 3e-2, (4, 1.75): 3e-3, (5, 2.0): 3e-4}
-
-
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def draw_complex(*shape, seed=0, dtype=jnp.float64):
-    return jax.lax.complex(
-        draw(*shape, seed=seed, dtype=dtype), draw(*shape, seed=seed + 1, dtype=dtype)
-    )
 
 
 @jax.jit
@@ -59,17 +50,13 @@ def direct(volume, points):
     return np.einsum("zyx,px,py,pz->p", volume, *waves, optimize=True)
 
 
-def relative(value, exact):
-    return np.linalg.norm(np.asarray(value) - exact) / np.linalg.norm(exact)
-
-
 @pytest.mark.parametrize(("n", "r_max"), SIZES)
 @pytest.mark.parametrize("way", ACCURACY)
 def test_spectrum_is_the_direct_sum(way, n, r_max):
     """Also up to Nyquist, where the samples wrap around."""
     volume, points = draw(n, n, n), draw_points(r_max)
     spectrum = Gridding(*way).spectrum(volume, r_max)
-    error = relative(evaluate(spectrum, points), direct(volume, points))
+    error = relative_error(evaluate(spectrum, points), direct(volume, points))
     assert error < ACCURACY[way], error
 
 
@@ -79,7 +66,7 @@ def test_wider_windows_and_finer_grids_are_more_accurate():
 
     def error(width, oversampling):
         spectrum = Gridding(width, oversampling).spectrum(volume, 7)
-        return relative(evaluate(spectrum, points), exact)
+        return relative_error(evaluate(spectrum, points), exact)
 
     by_width = [error(width, 2.0) for width in (2, 3, 4, 5, 6)]
     by_grid = [error(4, oversampling) for oversampling in (1.25, 1.5, 2.0, 3.0)]
@@ -110,9 +97,9 @@ def test_finufft_is_the_adjoint_of_the_direct_sum():
         waves = [np.exp(2j * np.pi / n * np.outer(axis, k)) for axis in points]
         exact = np.einsum("p,px,py,pz->zyx", values, *waves, optimize=True).real
         inserted = Finufft(1e-9).adjoint(points, values, n, r_max)
-        assert relative(inserted, exact) < 1e-8
+        assert relative_error(inserted, exact) < 1e-8
         gridded = Gridding(5, 2.0).adjoint(points, values, n, r_max)
-        assert relative(gridded, np.asarray(inserted)) < ACCURACY[5, 2.0]
+        assert relative_error(gridded, np.asarray(inserted)) < ACCURACY[5, 2.0]
 
 
 @pytest.mark.parametrize("way", [Gridding(2, 2.0), Gridding(3, 1.5), Gridding(4, 1.75)])
@@ -126,15 +113,15 @@ def test_slopes_are_the_derivatives_of_the_interpolant(way):
     value, *slopes = jax.jit(lambda s, p, d: s.value_and_slopes(p, d))(
         spectrum, points, tuple(directions)
     )
-    assert relative(value, np.asarray(evaluate(spectrum, points))) < 1e-13
+    assert relative_error(value, np.asarray(evaluate(spectrum, points))) < 1e-13
     values = draw_complex(100, seed=11)
     along = jax.jit(lambda s, *a: s.slopes_along(*a))(
         spectrum, values, points, tuple(directions)
     )
     for direction, slope, pulled in zip(directions, slopes, along, strict=True):
         exact = np.asarray(derivative(spectrum, points, direction))
-        assert relative(slope, exact) < 1e-12
-        assert relative(pulled, (np.conj(values) * exact).real) < 1e-12
+        assert relative_error(slope, exact) < 1e-12
+        assert relative_error(pulled, (np.conj(values) * exact).real) < 1e-12
 
 
 def test_slopes_are_the_slopes_of_the_spectrum():
@@ -146,7 +133,7 @@ def test_slopes_are_the_slopes_of_the_spectrum():
     exact = direct(np.asarray(volume) * (-2j * np.pi / n) * k, points)
     spectrum = Gridding(5, 2.0).spectrum(volume, r_max)
     slope = spectrum.value_and_slopes(points, (direction,))[1]
-    assert relative(slope, exact) < 2e-3
+    assert relative_error(slope, exact) < 2e-3
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
@@ -190,7 +177,7 @@ def test_single_precision():
     points = tuple(axis.astype(jnp.float32) for axis in points)
     value = evaluate(way.spectrum(volume.astype(jnp.float32), r_max), points)
     assert value.dtype == jnp.complex64
-    assert relative(value, exact) < ACCURACY[4, 1.75]
+    assert relative_error(value, exact) < ACCURACY[4, 1.75]
     values = draw_complex(len(points[0]), dtype=jnp.float32)
     inserted = way.adjoint(points, values, n, r_max)
     assert inserted.dtype == jnp.float32 and bool(jnp.isfinite(inserted).all())

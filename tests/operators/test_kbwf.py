@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import centred, draw, gaussian, lattice_points
 from scipy.integrate import quad
 from scipy.special import iv, j0
 
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import rotvec_to_matrix
 from jaxrefine.io import read_mrc
 from jaxrefine.operators import kbwf
 from jaxrefine.operators.kbwf import KBWF
@@ -189,11 +191,9 @@ def test_evaluate_is_the_double_sum(basis, n, dtype):
     np.testing.assert_allclose(value, exact, rtol=0, atol=atol)
 
 
-def blob(n, width, dtype=jnp.float64):
-    """A Gaussian off centre: negligible at the faces, and band-limited to rounding."""
-    z, y, x = np.meshgrid(*[np.arange(n) - n // 2] * 3, indexing="ij")
-    r2 = (x - 0.3) ** 2 + (y + 0.7) ** 2 + (z - 1.1) ** 2
-    return jnp.asarray(np.exp(-r2 / (2 * width**2)), dtype)
+def blob(n, width):
+    """Off centre: negligible at the faces, and band-limited to rounding."""
+    return gaussian(n, (0.3, -0.7, 1.1), width)
 
 
 @pytest.mark.parametrize("regularisation", [1e-2, 1e-4, 1e-8])
@@ -234,6 +234,20 @@ def test_simulation_basis_holds_a_real_map(data_dir):
     volume = jnp.asarray(read_mrc(data_dir / "hjc_46.mrc")[0], jnp.float64)
     back = kbwf.evaluate(NARROW, kbwf.expand(NARROW, volume))
     assert np.linalg.norm(back - volume) < 1e-3 * np.linalg.norm(volume)
+
+
+@pytest.mark.slow
+def test_evaluate_moved_moves_the_map():
+    """Against the sum over the basis typed out, at every voxel."""
+    basis, n = KBWF(radius=2.0, taper=10.8), 7
+    c = draw(n, n, n, seed=2)
+    rotation = rotvec_to_matrix(jnp.array([0.4, 1.0, -0.3]))
+    d = jnp.array([0.3, -0.2, 0.6])
+    k = jnp.asarray(lattice_points(centred(n)).T, float)
+    where = (k - d[None]) @ rotation.T
+    dense = kbwf.window(basis, where[:, None] - k[None]) @ c.ravel()
+    moved = kbwf.evaluate_moved(basis, c, rotation, d)
+    np.testing.assert_allclose(moved.ravel(), dense, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import (
+    assert_close,
+    centred,
+    draw,
+    draw_angles,
+    draw_rotations,
+    lattice_points,
+    toeplitz,
+)
 
-from jaxrefine import geometry
+from jaxrefine.euler import euler_to_matrix, projection_jacobian
+from jaxrefine.geometry import Poses
 from jaxrefine.maps import tv
 from jaxrefine.operators import kbwf, normal, spatial
 from jaxrefine.operators._radial import RadialSeries
@@ -19,14 +29,6 @@ every_size_and_dtype = pytest.mark.parametrize(
 )
 
 
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def draw_angles(count=3, seed=1, dtype=jnp.float64):
-    return draw(count, 3, seed=seed, dtype=dtype) * 2.0
-
-
 _values = jax.jit(lambda series, squared: series(squared))
 _slopes = jax.jit(lambda series, squared: series.slope(squared))
 
@@ -38,26 +40,12 @@ def lattice(n):
     return np.stack([x, y, z], axis=-1)
 
 
-def direct_kernel(footprint, angles, n):
-    matrices = np.asarray(geometry.projection_matrix(angles), float)
-    seen = np.einsum("pij,...j->p...i", matrices, lattice(n))
+def direct_kernel(footprint, rotations, n):
+    rows = np.asarray(rotations, float)[:, :2]
+    seen = np.einsum("pij,...j->p...i", rows, lattice(n))
     squared = jnp.asarray(np.sum(seen**2, axis=-1))
     values = _values(footprint.autocorrelation, squared)
     return np.asarray(values).sum(axis=0)
-
-
-def toeplitz(kernel):
-    """The dense matrix of ``c -> w * c``."""
-    n = (kernel.shape[0] + 1) // 2
-    k = np.stack(np.meshgrid(*[np.arange(n)] * 3, indexing="ij"), axis=-1)
-    k = k.reshape(-1, 3)
-    z, y, x = np.moveaxis(k[:, None] - k[None] + n - 1, -1, 0)
-    return np.asarray(kernel)[z, y, x]
-
-
-def close(value, exact, relative):
-    scale = np.abs(exact).max()
-    np.testing.assert_allclose(value, exact, rtol=0, atol=relative * scale)
 
 
 @pytest.mark.parametrize(
@@ -68,28 +56,26 @@ def test_kernel_is_equation_32(n, dtype):
     """The tube misses nothing, also where it is wider than the grid."""
     axes = jnp.asarray([[0, 0, 0], [0, np.pi / 2, 0], [np.pi / 2, np.pi / 2, 1]])
     diagonal = jnp.asarray([[np.pi / 4, np.arccos(3**-0.5), 0], [0, np.pi / 4, 0]])
-    angles = jnp.concatenate([draw_angles(), axes, diagonal]).astype(dtype)
-    value = normal.kernel(TIGHT, angles, n)
+    special = euler_to_matrix(jnp.concatenate([axes, diagonal]))
+    rotations = jnp.concatenate([draw_rotations(3), special]).astype(dtype)
+    value = normal.kernel(TIGHT, rotations, n)
     assert value.dtype == dtype
-    exact = direct_kernel(TIGHT, angles.astype(jnp.float64), n)
-    close(value, exact, TOLERANCE[dtype])
+    exact = direct_kernel(TIGHT, rotations, n)
+    assert_close(value, exact, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("n", [4, 7])
 def test_kernel_is_even_and_additive(n):
-    angles = draw_angles(5)
-    value = normal.kernel(TIGHT, angles, n)
-    close(value, value[::-1, ::-1, ::-1], 1e-14)
-    parts = normal.kernel(TIGHT, angles[:2], n) + normal.kernel(TIGHT, angles[2:], n)
-    close(value, parts, 1e-14)
+    rotations = draw_rotations(5)
+    value = normal.kernel(TIGHT, rotations, n)
+    assert_close(value, value[::-1, ::-1, ::-1], 1e-14)
+    first, rest = (normal.kernel(TIGHT, r, n) for r in jnp.split(rotations, [2]))
+    assert_close(value, first + rest, 1e-14)
 
 
-def dense_projection(angles, shift, n, half, spacing):
+def dense_projection(rotation, shift, n, half, spacing):
     """The matrix of eq. (4) on a grid of the image plane, ``(pixels, n**3)``."""
-    k = np.arange(n) - n // 2
-    z, y, x = np.meshgrid(k, k, k, indexing="ij")
-    matrix = np.asarray(geometry.projection_matrix(angles))
-    seen = matrix @ np.stack([x.ravel(), y.ravel(), z.ravel()])
+    seen = np.asarray(rotation)[:2] @ lattice_points(centred(n))
     axis = np.arange(-half, half + spacing, spacing)
     pixels = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 1, 2)
     points = jnp.asarray(pixels - seen.T - np.asarray(shift))
@@ -99,13 +85,13 @@ def dense_projection(angles, shift, n, half, spacing):
 _xray_transform = jax.jit(lambda points: kbwf.xray_transform(BASIS, points))
 
 
-def dense_normal(angles, shifts, n, spacing):
+def dense_normal(rotations, shifts, n, spacing):
     """``H^T H`` with the image plane sampled at a spacing, times the pixel's area."""
     # Every footprint lies inside: sqrt(3) n / 2 for the volume, then shift and radius.
     half = int(np.ceil(0.87 * n + np.abs(shifts).max() + BASIS.radius)) + 1
     total = np.zeros((n**3, n**3))
-    for angle, shift in zip(angles, shifts, strict=True):
-        h = dense_projection(angle, shift, n, half, spacing)
+    for rotation, shift in zip(rotations, shifts, strict=True):
+        h = dense_projection(rotation, shift, n, half, spacing)
         total += h.T @ h * spacing**2
     return total
 
@@ -140,14 +126,14 @@ SHIFTS = np.array([[0.0, 0.0], [0.31, -0.77], [1.5, 0.5]])
 
 def test_normal_operator_is_dense_at_unit_spacing_within_the_aliasing_bound():
     """The derived bound, for shifts of every fraction of a pixel: w ignores them."""
-    n, angles = 5, draw_angles(3)
-    kernel = toeplitz(normal.kernel(TIGHT, angles, n))
+    n, rotations = 5, draw_rotations(3)
+    kernel = toeplitz(normal.kernel(TIGHT, rotations, n))
     peak = kernel.max()
-    bound = len(angles) * aliasing_bound(1.0)
+    bound = len(rotations) * aliasing_bound(1.0)
     # The bound is what design.md calls "up to 1e-3 of the peak".
     assert bound < 2e-3 * peak
     errors = [
-        np.abs(dense_normal(angles, shifts, n, 1.0) - kernel).max()
+        np.abs(dense_normal(rotations, shifts, n, 1.0) - kernel).max()
         for shifts in (SHIFTS, 0 * SHIFTS, SHIFTS[::-1] + 3.21)
     ]
     assert max(errors) < bound
@@ -158,10 +144,10 @@ def test_normal_operator_is_dense_at_unit_spacing_within_the_aliasing_bound():
 @every_parity
 def test_normal_operator_is_dense_at_half_pixel_spacing(n):
     """Where the sum over pixels is the integral, ``H^T H = w *`` tightly."""
-    angles = draw_angles(3)
-    kernel = toeplitz(normal.kernel(TIGHT, angles, n))
+    rotations = draw_rotations(3)
+    kernel = toeplitz(normal.kernel(TIGHT, rotations, n))
     assert 3 * aliasing_bound(0.5) < 1e-8 * kernel.max()
-    close(dense_normal(angles, SHIFTS, n, 0.5), kernel, 1e-8)
+    assert_close(dense_normal(rotations, SHIFTS, n, 0.5), kernel, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +155,12 @@ def test_normal_operator_is_dense_at_half_pixel_spacing(n):
     [(1, jnp.float64), (4, jnp.float64), (5, jnp.float64), (5, jnp.float32)],
 )
 def test_apply_normal_is_the_dense_convolution(n, dtype):
-    kernel = normal.kernel(TIGHT, draw_angles(dtype=dtype), n)
+    kernel = normal.kernel(TIGHT, draw_rotations(3, dtype=dtype), n)
     c = draw(n, n, n, dtype=dtype)
     value = normal.apply_normal(normal.transfer(kernel), c)
     assert value.dtype == dtype
     exact = toeplitz(kernel).astype(float) @ np.asarray(c, float).ravel()
-    close(value, exact.reshape(n, n, n), TOLERANCE[dtype])
+    assert_close(value, exact.reshape(n, n, n), TOLERANCE[dtype])
 
 
 @every_parity
@@ -184,12 +170,13 @@ def test_apply_normal_convolves_with_any_even_kernel(n):
     kernel = kernel + kernel[::-1, ::-1, ::-1]
     c = draw(n, n, n)
     exact = (toeplitz(kernel) @ np.asarray(c).ravel()).reshape(n, n, n)
-    close(normal.apply_normal(normal.transfer(kernel), c), exact, 1e-12)
+    assert_close(normal.apply_normal(normal.transfer(kernel), c), exact, 1e-12)
 
 
 @every_parity
 def test_normal_operator_is_positive_semidefinite(n):
-    transfer = normal.transfer(kernel := normal.kernel(TIGHT, draw_angles(1), n))
+    kernel = normal.kernel(TIGHT, draw_rotations(1), n)
+    transfer = normal.transfer(kernel)
     eigenvalues = np.linalg.eigvalsh(toeplitz(kernel))
     assert eigenvalues.min() > -1e-12 * eigenvalues.max()
     for seed in range(5):
@@ -199,7 +186,7 @@ def test_normal_operator_is_positive_semidefinite(n):
 
 @pytest.mark.parametrize("n", [1, 4, 5, 7])
 def test_transfer_is_the_full_transform(n):
-    kernel = normal.kernel(TIGHT, draw_angles(), n)
+    kernel = normal.kernel(TIGHT, draw_rotations(3), n)
     transfer = normal.transfer(kernel)
     size = transfer.shape[0]
     assert size >= 2 * n - 1 and transfer.shape == (size, size, size // 2 + 1)
@@ -207,13 +194,13 @@ def test_transfer_is_the_full_transform(n):
     padded[: 2 * n - 1, : 2 * n - 1, : 2 * n - 1] = kernel
     full = np.fft.fftn(np.roll(padded, -(n - 1), axis=(0, 1, 2)))
     assert np.abs(full.imag).max() < 1e-12 * np.abs(full).max()
-    close(transfer, full.real[..., : size // 2 + 1], 1e-12)
+    assert_close(transfer, full.real[..., : size // 2 + 1], 1e-12)
 
 
 def test_transfer_is_negative_somewhere_and_must_not_be_clipped():
     """The tube is cut by the box, so its transform on the padded grid rings."""
     n = 8
-    kernel = normal.kernel(TIGHT, draw_angles(1), n)
+    kernel = normal.kernel(TIGHT, draw_rotations(1), n)
     transfer = normal.transfer(kernel)
     assert jnp.min(transfer) < -0.01 * jnp.max(transfer)
     c = draw(n, n, n)
@@ -231,7 +218,7 @@ def test_autocorrelation_is_the_double_sum(n):
     exact = np.empty((2 * n - 1,) * 3)
     for z, y, x in np.ndindex(exact.shape):
         exact[z, y, x] = np.sum(padded[z : z + n, y : y + n, x : x + n] * c)
-    close(value, exact, 1e-13)
+    assert_close(value, exact, 1e-13)
 
 
 def tube_of(c, radius=TIGHT.autocorrelation.radius):
@@ -240,17 +227,16 @@ def tube_of(c, radius=TIGHT.autocorrelation.radius):
 
 @every_size_and_dtype
 def test_sum_over_tube_is_the_quadratic_form(n, dtype):
-    c, angles = draw(n, n, n, dtype=dtype), draw_angles(4, dtype=dtype)
+    c, rotations = draw(n, n, n, dtype=dtype), draw_rotations(4, dtype=dtype)
     series, samples = TIGHT.autocorrelation, tube_of(c)
 
     @jax.jit
-    def both(angle):
-        transfer = normal.transfer(normal.kernel(TIGHT, angle[None], n))
-        rotation = geometry.euler_to_matrix(angle)
+    def both(rotation):
+        transfer = normal.transfer(normal.kernel(TIGHT, rotation[None], n))
         exact = jnp.vdot(c, normal.apply_normal(transfer, c))
         return normal.sum_over_tube(samples, series, rotation), exact
 
-    value, exact = jax.lax.map(both, angles)
+    value, exact = jax.lax.map(both, rotations)
     assert value.dtype == dtype
     # Terms of both signs: rounding is relative to the sum of magnitudes.
     scale = float(jnp.vdot(c, c)) * float(series(jnp.zeros(())))
@@ -272,7 +258,7 @@ def test_gradient_over_tube_is_the_derivative(n, dtype):
     """For each dominant axis: the columns come back in the order x, y, z."""
     series, c = TIGHT.autocorrelation, draw(n, n, n, dtype=dtype)
     samples = tube_of(c)
-    rotations = geometry.euler_to_matrix(draw_angles(12, seed=5, dtype=dtype))
+    rotations = draw_rotations(12, seed=5, dtype=dtype)
     value, gradient = jax.jit(
         jax.vmap(lambda r: normal.sum_over_tube_and_gradient(samples, series, r))
     )(rotations)
@@ -281,11 +267,11 @@ def test_gradient_over_tube_is_the_derivative(n, dtype):
     )(rotations)
     assert gradient.dtype == dtype
     tolerance = {jnp.float64: 1e-10, jnp.float32: 1e-3}[dtype]
-    close(value, same, tolerance)
-    close(gradient, automatic[:, :2], tolerance)
+    assert_close(value, same, tolerance)
+    assert_close(gradient, automatic[:, :2], tolerance)
     assert np.all(automatic[:, 2] == 0)
-    for rotation, found in zip(rotations, gradient, strict=True):
-        close(found, direct_gradient(c, series, rotation[:2]), tolerance)
+    for rotation, columns in zip(rotations, gradient, strict=True):
+        assert_close(columns, direct_gradient(c, series, rotation[:2]), tolerance)
     assert set(np.argmax(np.abs(rotations[:, 2]), axis=-1)) == {0, 1, 2}
 
 
@@ -295,16 +281,16 @@ def test_gradient_over_tube_gives_the_slope_along_each_angle():
     c, angle = draw(n, n, n), draw_angles(1)[0]
 
     def quadratic(angle):
-        kernel = direct_kernel(TIGHT, angle[None], n)
+        kernel = direct_kernel(TIGHT, euler_to_matrix(angle)[None], n)
         return np.vdot(kernel, normal.autocorrelation(c))
 
     def difference(step, h):
         return (quadratic(angle + h * step) - quadratic(angle - h * step)) / (2 * h)
 
     _, gradient = normal.sum_over_tube_and_gradient(
-        tube_of(c), TIGHT.autocorrelation, geometry.euler_to_matrix(angle)
+        tube_of(c), TIGHT.autocorrelation, euler_to_matrix(angle)
     )
-    jacobian = geometry.projection_jacobian(angle)
+    jacobian = projection_jacobian(angle)
     slopes = jnp.einsum("aij,ij->a", jacobian, gradient)
     for slope, step in zip(slopes, jnp.eye(3), strict=True):
         richardson = (4 * difference(step, h / 2) - difference(step, h)) / 3
@@ -317,12 +303,12 @@ def test_gradient_over_tube_gives_the_slope_along_each_angle():
 @pytest.mark.parametrize("n", [1, 4, 5])
 def test_circulant_is_the_nearest_one(n):
     """T. Chan's eigenvalues are ``f^* A f`` for the Fourier modes ``f``."""
-    kernel = normal.kernel(TIGHT, draw_angles(), n)
+    kernel = normal.kernel(TIGHT, draw_rotations(3), n)
     value = normal.circulant_eigenvalues(kernel)
     fourier = np.fft.fft(np.eye(n)) / np.sqrt(n)
     modes = np.kron(np.kron(fourier, fourier), fourier)
     exact = np.einsum("qi,ij,qj->q", modes, toeplitz(kernel), modes.conj()).real
-    close(value, exact.reshape(n, n, n)[..., : n // 2 + 1], 1e-12)
+    assert_close(value, exact.reshape(n, n, n)[..., : n // 2 + 1], 1e-12)
     assert jnp.min(value) > 0
 
 
@@ -330,8 +316,7 @@ def test_circulant_is_the_nearest_one(n):
     ("n", "dtype"), [(4, jnp.float64), (5, jnp.float64), (5, jnp.float32)]
 )
 def test_preconditioned_conjugate_gradient_solves_the_same_system(n, dtype):
-    angles = draw_angles(6, dtype=dtype)
-    kernel = normal.kernel(TIGHT, angles, n)
+    kernel = normal.kernel(TIGHT, draw_rotations(6, dtype=dtype), n)
     transfer, peak = normal.transfer(kernel), jnp.max(kernel)
     rho, shift = peak * 0.5, peak * 0.01
 
@@ -352,11 +337,11 @@ def test_preconditioned_conjugate_gradient_solves_the_same_system(n, dtype):
     )
     solution = solve(b)
     # The residual's tolerance, times the condition number of some hundreds.
-    close(solution, exact, 1e3 * tolerance)
+    assert_close(solution, exact, 1e3 * tolerance)
     # A preconditioner must be symmetric and positive.
     preconditioner = np.asarray(jax.jit(jax.vmap(inverse))(identity), float)
     preconditioner = preconditioner.reshape(n**3, n**3)
-    close(preconditioner, preconditioner.T, TOLERANCE[dtype])
+    assert_close(preconditioner, preconditioner.T, TOLERANCE[dtype])
     assert np.linalg.eigvalsh(preconditioner).min() > 0
     # And it must help: fewer distinct eigenvalues of any size.
     plain, helped = np.linalg.cond(matrix), np.linalg.cond(preconditioner @ matrix)
@@ -366,9 +351,8 @@ def test_preconditioned_conjugate_gradient_solves_the_same_system(n, dtype):
 def test_what_leaves_the_image_is_still_counted():
     """``w * c`` knows no image edge: a map that fills the box needs larger images."""
     n = 12
-    angles = draw_angles()
-    poses = geometry.Poses(angles, jnp.zeros((3, 2)))
-    kernel = normal.kernel(TIGHT, angles, n)
+    poses = Poses(draw_rotations(3), jnp.zeros((3, 2)))
+    kernel = normal.kernel(TIGHT, poses.rotations, n)
     c = draw(n, n, n)
     quadratic = float(jnp.vdot(c, normal.apply_normal(normal.transfer(kernel), c)))
 

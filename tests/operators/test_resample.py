@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw, gaussian
 
 from jaxrefine.errors import InputError
 from jaxrefine.operators.resample import fourier_crop, resample
@@ -30,7 +31,7 @@ def test_band_limited_maps_are_sampled_exactly(n, size):
 
 @pytest.mark.parametrize("n", [8, 9])
 def test_cropping_to_the_same_size_changes_nothing(n):
-    volume = jnp.asarray(np.random.default_rng(0).normal(size=(n, n, n)))
+    volume = draw(n, n, n)
     np.testing.assert_allclose(fourier_crop(volume, n), volume, atol=1e-12)
 
 
@@ -40,15 +41,11 @@ def test_sizes_out_of_range(size):
         fourier_crop(waves(8), size)
 
 
-def noise(n):
-    return jnp.asarray(np.random.default_rng(n).normal(size=(n, n, n)))
-
-
 @pytest.mark.parametrize(("n", "size"), [(12, 7), (13, 9), (12, 11), (13, 13)])
 def test_in_the_same_box_it_is_fourier_cropping(n, size):
     """Of any map, where the new side is odd."""
-    found = resample(noise(n), 1.3, size, 1.3 * n / size)
-    np.testing.assert_allclose(found, fourier_crop(noise(n), size), atol=1e-12)
+    found = resample(draw(n, n, n), 1.3, size, 1.3 * n / size)
+    np.testing.assert_allclose(found, fourier_crop(draw(n, n, n), size), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ def test_in_the_same_box_band_limited_maps_are_exact(n, size):
 @pytest.mark.parametrize("size", [5, 6, 8, 9, 12, 13])
 def test_with_the_same_voxels_it_crops_or_pads(n, size):
     """Samples keep their bits but for rounding, and their places about the origin."""
-    volume, expected = noise(n), np.zeros((size,) * 3)
+    volume, expected = draw(n, n, n), np.zeros((size,) * 3)
     low, high = min(n // 2, size // 2), min(n - n // 2, size - size // 2)
     old, new = (slice(side // 2 - low, side // 2 + high) for side in (n, size))
     expected[new, new, new] = volume[old, old, old]
@@ -73,9 +70,7 @@ def test_with_the_same_voxels_it_crops_or_pads(n, size):
 
 def blob(n, voxel):
     """A Gaussian, off centre, of standard deviation 2.7."""
-    at = (np.arange(n) - n // 2) * voxel
-    z, y, x = (np.exp(-0.5 * ((at - c) / 2.7) ** 2) for c in (1.5, -2.0, 1.0))
-    return jnp.asarray(z[:, None, None] * y[:, None] * x)
+    return gaussian(n, (1.0, -2.0, 1.5), 2.7, voxel)
 
 
 @pytest.mark.parametrize(

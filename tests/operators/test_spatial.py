@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import (
+    assert_close,
+    centred,
+    draw,
+    draw_angles,
+    draw_poses,
+    draw_rotations,
+    lattice_points,
+)
 from scipy.special import j0
 
-from jaxrefine import ctf, geometry
+from jaxrefine import ctf
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import read_mrc, read_poses, read_stack
 from jaxrefine.operators import kbwf, spatial
@@ -20,27 +30,9 @@ NARROW_TIGHT = spatial.footprint(NARROW, tolerance=1e-13)
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
 
 
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def draw_poses(count=3, spread=1.5, seed=1, dtype=jnp.float64):
-    rng = np.random.default_rng(seed)
-    angles = rng.uniform(-np.pi, np.pi, (count, 3))
-    shifts = rng.uniform(-spread, spread, (count, 2))
-    return Poses(jnp.asarray(angles, dtype), jnp.asarray(shifts, dtype))
-
-
-def centred(size):
-    return np.arange(size) - size // 2
-
-
-def dense(basis, angles, shift, n, m):
+def dense(basis, rotation, shift, n, m):
     """The matrix of eq. (4) for one pose, ``(m, m, n, n, n)``, in closed form."""
-    k = centred(n)
-    z, y, x = np.meshgrid(k, k, k, indexing="ij")
-    matrix = np.asarray(geometry.projection_matrix(jnp.asarray(angles)), float)
-    seen = matrix @ np.stack([x.ravel(), y.ravel(), z.ravel()])
+    seen = np.asarray(rotation, float)[:2] @ lattice_points(centred(n))
     pixels = np.stack(np.meshgrid(centred(m), centred(m), indexing="xy"), axis=-1)
     points = pixels[:, :, None, :] - seen.T - np.asarray(shift, float)
     values = kbwf.xray_transform(basis, jnp.asarray(points))
@@ -50,12 +42,8 @@ def dense(basis, angles, shift, n, m):
 def dense_projections(basis, c, poses, m):
     c, n = np.asarray(c, float), c.shape[0]
     each = [
-        np.tensordot(dense(basis, a, t, n, m), c, 3)
-        for a, t in zip(
-            np.asarray(poses.angles, float),
-            np.asarray(poses.shifts, float),
-            strict=True,
-        )
+        np.tensordot(dense(basis, rotation, shift, n, m), c, 3)
+        for rotation, shift in zip(poses.rotations, poses.shifts, strict=True)
     ]
     return np.stack(each)
 
@@ -63,19 +51,11 @@ def dense_projections(basis, c, poses, m):
 def dense_backprojection(basis, images, poses, n):
     images = np.asarray(images, float)
     return sum(
-        np.tensordot(g, dense(basis, a, t, n, g.shape[0]), 2)
-        for g, a, t in zip(
-            images,
-            np.asarray(poses.angles, float),
-            np.asarray(poses.shifts, float),
-            strict=True,
+        np.tensordot(image, dense(basis, rotation, shift, n, len(image)), 2)
+        for image, rotation, shift in zip(
+            images, poses.rotations, poses.shifts, strict=True
         )
     )
-
-
-def close(value, exact, relative):
-    scale = np.abs(exact).max()
-    np.testing.assert_allclose(value, exact, rtol=0, atol=relative * scale)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +70,14 @@ def close(value, exact, relative):
 )
 def test_project_and_backproject_are_the_dense_sums(n, m, dtype):
     """Odd and even, images smaller and larger, windows wider than the volume."""
-    poses, c = draw_poses(dtype=dtype), draw(n, n, n, dtype=dtype)
+    poses, c = draw_poses(3, dtype=dtype), draw(n, n, n, dtype=dtype)
     value = spatial.project(TIGHT, c, poses, m)
     assert value.dtype == dtype and value.shape == (3, m, m)
-    close(value, dense_projections(BASIS, c, poses, m), TOLERANCE[dtype])
+    assert_close(value, dense_projections(BASIS, c, poses, m), TOLERANCE[dtype])
     images = draw(3, m, m, seed=2, dtype=dtype)
     back = spatial.backproject(spatial.PixelFilter(TIGHT), images, poses, n)
     assert back.dtype == dtype and back.shape == (n, n, n)
-    close(back, dense_backprojection(BASIS, images, poses, n), TOLERANCE[dtype])
+    assert_close(back, dense_backprojection(BASIS, images, poses, n), TOLERANCE[dtype])
 
 
 SPECIAL_ANGLES = np.pi / 4 * np.array([[0, 0, 0], [0, 2, 0], [2, 2, 4], [1, 2, 0]])
@@ -106,26 +86,26 @@ SPECIAL_ANGLES = np.pi / 4 * np.array([[0, 0, 0], [0, 2, 0], [2, 2, 4], [1, 2, 0
 def test_project_and_backproject_along_axes_and_diagonals():
     diagonal = np.array([[np.pi / 4, np.arccos(3**-0.5), 0.2], [0, np.pi, 1.0]])
     angles = np.concatenate([SPECIAL_ANGLES, diagonal])
-    poses = Poses(jnp.asarray(angles), jnp.zeros((6, 2)))
+    poses = Poses(euler_to_matrix(jnp.asarray(angles)), jnp.zeros((6, 2)))
     c, images = draw(5, 5, 5), draw(6, 7, 7, seed=3)
     exact = dense_projections(NARROW, c, poses, 7)
-    close(spatial.project(NARROW_TIGHT, c, poses, 7), exact, 1e-12)
+    assert_close(spatial.project(NARROW_TIGHT, c, poses, 7), exact, 1e-12)
     back = spatial.backproject(spatial.PixelFilter(NARROW_TIGHT), images, poses, 5)
-    close(back, dense_backprojection(NARROW, images, poses, 5), 1e-12)
+    assert_close(back, dense_backprojection(NARROW, images, poses, 5), 1e-12)
 
 
 def test_shifts_that_push_the_particle_out_of_the_image():
     n, m = 5, 8
     shifts = [[6.3, -5.0], [9.0, 0.2], [40.0, 0.0], [-1e3, 1e3], [0.0, -1e6]]
-    poses = Poses(draw_poses(5).angles, jnp.asarray(shifts))
+    poses = Poses(draw_rotations(5), jnp.asarray(shifts))
     c, images = draw(n, n, n), draw(5, m, m, seed=4)
     value = spatial.project(TIGHT, c, poses, m)
-    close(value, dense_projections(BASIS, c, poses, m), 1e-12)
+    assert_close(value, dense_projections(BASIS, c, poses, m), 1e-12)
     assert np.any(value[0] != 0) and np.all(value[2:] == 0)
     image_filter = spatial.PixelFilter(TIGHT)
     back = spatial.backproject(image_filter, images, poses, n)
-    close(back, dense_backprojection(BASIS, images, poses, n), 1e-12)
-    gone = Poses(poses.angles[2:], poses.shifts[2:])
+    assert_close(back, dense_backprojection(BASIS, images, poses, n), 1e-12)
+    gone = poses.take(np.arange(2, 5))
     assert np.all(spatial.backproject(image_filter, images[2:], gone, n) == 0)
 
 
@@ -136,7 +116,7 @@ def test_shifts_that_push_the_particle_out_of_the_image():
 def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     """Also with the default footprint: the weights are the same numbers."""
     footprint = spatial.footprint(BASIS)
-    poses, c = draw_poses(dtype=dtype), draw(n, n, n, dtype=dtype)
+    poses, c = draw_poses(3, dtype=dtype), draw(n, n, n, dtype=dtype)
     images = draw(3, m, m, seed=5, dtype=dtype)
 
     def forward(c):
@@ -148,7 +128,7 @@ def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     difference = jnp.vdot(projections, images) - jnp.vdot(c, back)
     assert abs(difference) < TOLERANCE[dtype] * scale
     (transposed,) = jax.linear_transpose(forward, c)(images)
-    close(back, transposed, TOLERANCE[dtype])
+    assert_close(back, transposed, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -158,8 +138,8 @@ def test_batches_do_not_change_the_result(batch_size):
     image_filter = spatial.PixelFilter(NARROW_TIGHT)
     value = spatial.project(NARROW_TIGHT, c, poses, m, batch_size=batch_size)
     back = spatial.backproject(image_filter, images, poses, n, batch_size=batch_size)
-    close(value, spatial.project(NARROW_TIGHT, c, poses, m), 1e-14)
-    close(back, spatial.backproject(image_filter, images, poses, n), 1e-14)
+    assert_close(value, spatial.project(NARROW_TIGHT, c, poses, m), 1e-14)
+    assert_close(back, spatial.backproject(image_filter, images, poses, n), 1e-14)
 
 
 @pytest.mark.parametrize(("across", "down"), [(2, -1), (-3, 4)])
@@ -167,35 +147,37 @@ def test_an_integer_shift_moves_the_image(across, down):
     """Content sits at +t: column index up with x, row index up with y."""
     n, m = 6, 15
     poses, c = draw_poses(2), draw(n, n, n)
-    moved = Poses(poses.angles, poses.shifts + jnp.asarray([[across, down]], float))
+    moved = Poses(poses.rotations, poses.shifts + jnp.asarray([[across, down]], float))
     still = spatial.project(TIGHT, c, poses, m)
     value = spatial.project(TIGHT, c, moved, m)
     rolled = np.roll(still, (down, across), axis=(1, 2))
     rows = slice(max(down, 0), m + min(down, 0))
     columns = slice(max(across, 0), m + min(across, 0))
-    close(value[:, rows, columns], rolled[:, rows, columns], 1e-12)
+    assert_close(value[:, rows, columns], rolled[:, rows, columns], 1e-12)
 
 
 def test_a_quarter_turn_in_plane_turns_the_image():
     """psi + 90 degrees takes the image point (x, y) to (y, -x)."""
     n, m = 6, 11
-    angles, c = draw_poses(3).angles, draw(n, n, n)
+    angles, c = draw_angles(3), draw(n, n, n)
     turned = angles + jnp.asarray([[0, 0, np.pi / 2]])
-    none = jnp.zeros((3, 2))
-    still = spatial.project(TIGHT, c, Poses(angles, none), m)
-    value = spatial.project(TIGHT, c, Poses(turned, none), m)
-    close(value, np.transpose(still, (0, 2, 1))[:, ::-1, :], 1e-12)
+    still, value = (
+        spatial.project(TIGHT, c, Poses(euler_to_matrix(a), jnp.zeros((3, 2))), m)
+        for a in (angles, turned)
+    )
+    assert_close(value, np.transpose(still, (0, 2, 1))[:, ::-1, :], 1e-12)
 
 
 def test_the_opposite_view_is_the_mirror_image():
     """Seen from behind (tilt + 180 degrees), x is reversed and y is not."""
     n, m = 6, 11
-    angles, c = draw_poses(3).angles.at[:, 2].set(0.0), draw(n, n, n)
+    angles, c = draw_angles(3).at[:, 2].set(0.0), draw(n, n, n)
     behind = angles + jnp.asarray([[0, np.pi, 0]])
-    none = jnp.zeros((3, 2))
-    front = spatial.project(TIGHT, c, Poses(angles, none), m)
-    value = spatial.project(TIGHT, c, Poses(behind, none), m)
-    close(value, front[:, :, ::-1], 1e-12)
+    front, value = (
+        spatial.project(TIGHT, c, Poses(euler_to_matrix(a), jnp.zeros((3, 2))), m)
+        for a in (angles, behind)
+    )
+    assert_close(value, front[:, :, ::-1], 1e-12)
 
 
 @pytest.mark.parametrize("basis", [BASIS, NARROW], ids=["paper", "narrow"])
@@ -224,7 +206,7 @@ def test_footprint_without_psf_is_the_closed_form():
         r = np.linspace(0, basis.radius * 1.1, 300)
         points = jnp.asarray(np.stack([r, 0 * r], axis=-1))
         exact = kbwf.xray_transform(basis, points)
-        close(footprint.profile(jnp.asarray(r**2)), exact, 3e-13)
+        assert_close(footprint.profile(jnp.asarray(r**2)), exact, 3e-13)
 
 
 def convolution(f, g, reach, r, spacing):
@@ -250,7 +232,7 @@ def test_autocorrelation_is_the_numerical_one(basis):
     exact = convolution(psi, psi, basis.radius, r, 1 / 16)
     value = footprint.autocorrelation(jnp.asarray(r**2))
     # The tail of the spectrum cut by the quadrature and aliased by the sum.
-    close(value, exact, 1e-9)
+    assert_close(value, exact, 1e-9)
 
 
 @pytest.mark.parametrize("width", [0.5, 1.3])
@@ -267,14 +249,14 @@ def test_footprint_with_a_gaussian_psf_is_the_convolution(width):
     r = np.linspace(0, NARROW.radius + 6 * width - 0.01, 15)
     exact = convolution(psi, gaussian, NARROW.radius, r, 1 / 16)
     # The reference's aliases: the spectrum of phi at 2 pi 16 is 4e-10 of its peak.
-    close(footprint.profile(jnp.asarray(r**2)), exact, 5e-9)
+    assert_close(footprint.profile(jnp.asarray(r**2)), exact, 5e-9)
     # Its autocorrelation: again a Hankel transform, here by an unrelated rule.
     omega, step = np.linspace(0, 30, 6001, retstep=True)
     spectrum = np.asarray(kbwf.fourier_transform(NARROW, jnp.asarray(omega)))
     power = (spectrum * np.exp(-0.5 * (width * omega) ** 2)) ** 2 * omega * step
     exact = j0(np.outer(r, omega)) @ power / (2 * np.pi)
     # The trapezoidal rule's end correction at zero: step^2 / 12 of the peak density.
-    close(footprint.autocorrelation(jnp.asarray(r**2)), exact, 1e-5)
+    assert_close(footprint.autocorrelation(jnp.asarray(r**2)), exact, 1e-5)
 
 
 def test_project_with_a_psf_is_the_blurred_projection():
@@ -288,7 +270,7 @@ def test_project_with_a_psf_is_the_blurred_projection():
     transfer = np.exp(-0.5 * width**2 * (omega[:, None] ** 2 + omega**2))
     filtered = np.fft.ifft2(np.fft.fft2(sharp) * transfer).real
     # Around pi, phi^ is 2 % of its peak and the blur leaves exp(-pi^2 / 2) = 0.7 %.
-    close(value, filtered, 2e-3)
+    assert_close(value, filtered, 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -296,14 +278,14 @@ def test_project_with_a_psf_is_the_blurred_projection():
 )
 def test_spline_filter_backprojects_to_its_accuracy(m, dtype):
     n = 6
-    poses, images = draw_poses(dtype=dtype), draw(3, m, m, seed=7, dtype=dtype)
+    poses, images = draw_poses(3, dtype=dtype), draw(3, m, m, seed=7, dtype=dtype)
     exact = spatial.backproject(spatial.PixelFilter(TIGHT), images, poses, n)
-    # White noise is the hardest image; see test_interpolate.
+    # White noise is the hardest image; see test_spline.
     for nodes, error in [(2, 3e-3), (4, 2e-4)]:
         image_filter = spatial.spline_filter(TIGHT, m, nodes)
         back = spatial.backproject(image_filter, images, poses, n)
         assert back.dtype == dtype
-        close(back, exact, error)
+        assert_close(back, exact, error)
 
 
 def test_spline_filter_refuses_images_of_another_size():
@@ -318,8 +300,8 @@ def test_pixel_sum_gradient_is_its_derivative():
     _, along_x, along_y = surface.value_and_gradient(x, y)
     slopes = jax.grad(lambda x, y: surface(x, y), argnums=(0, 1))
     by_x, by_y = jax.jit(jax.vmap(slopes))(x, y)
-    close(along_x, by_x, 1e-11)
-    close(along_y, by_y, 1e-11)
+    assert_close(along_x, by_x, 1e-11)
+    assert_close(along_y, by_y, 1e-11)
 
 
 def fourier_crop(volume, n):
@@ -349,12 +331,12 @@ def test_relion_agrees(name, data_dir):
     oracle = data_dir / "relion_oracle"
     volume = fourier_crop(read_mrc(oracle / "clean70SRibosome_vol_65p.mrc")[0], 64)
     images = read_stack(oracle / f"rln_proj_64_{name}.mrcs")[0]
-    angles, shifts = read_poses(oracle / f"rln_proj_64_{name}.star")
+    told = read_poses(oracle / f"rln_proj_64_{name}.star")
     footprint = spatial.footprint(NARROW)
     c = kbwf.expand(NARROW, jnp.asarray(volume, jnp.float64))
 
     def correlations(sign):
-        poses = Poses(jnp.asarray(angles), jnp.asarray(sign * shifts))
+        poses = Poses(told.rotations, sign * told.shifts)
         ours = fold(np.asarray(spatial.project(footprint, c, poses, 96)), 64)
         pairs = zip(ours, images, strict=True)
         return np.array([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs])

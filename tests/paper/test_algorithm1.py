@@ -10,12 +10,12 @@ import pytest
 
 from jaxrefine import evaluation, simulate
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses
 from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.operators import kbwf, spatial
 from jaxrefine.paper import algorithm1, presets
+from jaxrefine.paper.algorithm3 import EulerPoses
 
 N = 16
 
@@ -140,11 +140,7 @@ class Scene:
 
     def errors(self, state):
         true = self.dataset.truth
-        return evaluation.summarise(
-            evaluation.pose_errors(
-                state.poses.angles, state.poses.shifts, true.angles, true.shifts
-            )
-        )
+        return evaluation.summarise(evaluation.pose_errors(state.poses, true))
 
     def mean_fsc(self, state, config):
         volume = kbwf.evaluate(self.basis, state.volume.coefficients)
@@ -349,8 +345,8 @@ def replaced(scene, where, value):
 
 BAD = {
     "one pose too few": (
-        lambda t: t[0].poses,
-        lambda s: jax.tree.map(lambda leaf: leaf[1:], s.start().poses),
+        lambda t: t[0].euler_poses,
+        lambda s: jax.tree.map(lambda leaf: leaf[1:], s.start().euler_poses),
     ),
     "one image too few": (
         lambda t: t[1].images,
@@ -374,12 +370,12 @@ BAD = {
         lambda s: s.problem.images.at[2, 3, 4].set(jnp.nan),
     ),
     "an infinite shift": (
-        lambda t: t[0].poses.shifts,
-        lambda s: s.start().poses.shifts.at[2, 1].set(jnp.inf),
+        lambda t: t[0].euler_poses.shifts,
+        lambda s: s.start().euler_poses.shifts.at[2, 1].set(jnp.inf),
     ),
     "an angle of NaN": (
-        lambda t: t[0].poses.angles,
-        lambda s: s.start().poses.angles.at[2, 1].set(jnp.nan),
+        lambda t: t[0].euler_poses.angles,
+        lambda s: s.start().euler_poses.angles.at[2, 1].set(jnp.nan),
     ),
     "a map with NaN": (
         lambda t: t[0].volume.coefficients,
@@ -405,8 +401,8 @@ def test_bad_input_is_refused_in_a_sentence(scene, run, bad):
 
 def test_angles_and_shifts_must_match(scene):
     start = scene.start()
-    poses = Poses(start.poses.angles, start.poses.shifts)
+    poses = EulerPoses(start.euler_poses.angles, start.euler_poses.shifts)
     poses = eqx.tree_at(lambda p: p.shifts, poses, poses.shifts[1:])
-    state = eqx.tree_at(lambda s: s.poses, start, poses)
+    state = eqx.tree_at(lambda s: s.euler_poses, start, poses)
     with pytest.raises(InputError, match="shifts"):
         algorithm1.refine(state, scene.problem, scene.config())

@@ -12,8 +12,8 @@ from jaxrefine import io, simulate
 from jaxrefine.ctf import CTF
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses, geodesic_distance, uniform_rotations
-from jaxrefine.geometry import matrix_to_euler as to_euler
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import matching
@@ -37,13 +37,15 @@ def project(volume, poses, ctf=None):
     return np.asarray(slices.to_images(spectra, disc))
 
 
-def single(*arrays):
-    return Poses(*(jnp.asarray(array, jnp.float32) for array in arrays))
+def poses_of(angles, shifts):
+    """Poses, of single precision, from Euler angles."""
+    rotations = euler_to_matrix(jnp.asarray(angles, jnp.float32))
+    return Poses(rotations, jnp.asarray(shifts, jnp.float32))
 
 
 def errors(poses, truth):
     """Angles in degrees, and distances in pixels."""
-    pair = poses.rotations, truth.rotations.astype(poses.angles.dtype)
+    pair = poses.rotations, truth.rotations.astype(poses.rotations.dtype)
     angles = np.rad2deg(np.asarray(geodesic_distance(*pair)))
     gap = np.asarray(poses.shifts, np.float64) - np.asarray(truth.shifts)
     return angles, np.linalg.norm(gap, axis=1)
@@ -70,7 +72,7 @@ def on_grid(volume):
     chosen = views[rng.integers(0, len(views), COUNT)]
     chosen[:2] = views[[0, -1]]  # the poles
     shifts = rng.integers(-1, 2, (COUNT, 2))
-    truth = single(np.concatenate([chosen, psi[:, None]], axis=1), shifts)
+    truth = poses_of(np.concatenate([chosen, psi[:, None]], axis=1), shifts)
     return truth, project(volume, truth)
 
 
@@ -118,7 +120,7 @@ def all_scores(volume, images, config, ctf):
     ]
     poses = np.array(poses)
     spectrum = Gridding().spectrum(volume, config.r_max)
-    grid = single(poses[:, :3], poses[:, 3:])
+    grid = poses_of(poses[:, :3], poses[:, 3:])
     templates = np.asarray(slices.project(spectrum, disc, grid), np.complex128)
     y, x = np.meshgrid(pixel, pixel, indexing="ij")
     background = images[:, np.hypot(x, y) >= m / 2].mean(axis=1)
@@ -149,7 +151,7 @@ def test_brute_force_finds_the_same():
     best = table.argmax(axis=1)
     found = matching.match(Particles(images, ctf, PIXEL), volume, config)
     np.testing.assert_allclose(found.scores, table.max(axis=1), atol=1e-5)
-    np.testing.assert_allclose(found.poses.angles, grid.angles[best], atol=1e-5)
+    np.testing.assert_allclose(found.poses.rotations, grid.rotations[best], atol=1e-5)
     np.testing.assert_array_equal(found.poses.shifts, grid.shifts[best])
 
 
@@ -168,7 +170,7 @@ def test_poses_of_the_grid_are_found(on_grid, volume):
     done = []
     again = matching.match(Particles(images), volume, config, callback=done.append)
     assert done == [7, 14, 21, 24]
-    np.testing.assert_array_equal(again.poses.angles, found.poses.angles)
+    np.testing.assert_array_equal(again.poses.rotations, found.poses.rotations)
     np.testing.assert_array_equal(again.poses.shifts, found.poses.shifts)
     np.testing.assert_allclose(again.scores, found.scores, atol=1e-5)
 
@@ -179,7 +181,7 @@ def test_background_and_scale_do_not_matter(on_grid, volume):
     noisy = images + images.std() * noise
     found = matching.match(Particles(noisy), volume, CONFIG)
     again = matching.match(Particles(1e3 * noisy + 5e3), 1e-2 * volume, CONFIG)
-    np.testing.assert_array_equal(again.poses.angles, found.poses.angles)
+    np.testing.assert_array_equal(again.poses.rotations, found.poses.rotations)
     np.testing.assert_array_equal(again.poses.shifts, found.poses.shifts)
     np.testing.assert_allclose(again.scores, found.scores, atol=1e-4)
     blank = matching.match(Particles(0 * noisy), volume, CONFIG)
@@ -188,8 +190,8 @@ def test_background_and_scale_do_not_matter(on_grid, volume):
 
 def test_poses_between_are_found_within_about_a_step(volume):
     key = jax.random.key(3)
-    angles = to_euler(uniform_rotations(key, COUNT, jnp.float32))
-    truth = Poses(angles, simulate.random_shifts(key, COUNT, 1.4, jnp.float32))
+    rotations = uniform_rotations(key, COUNT, jnp.float32)
+    truth = Poses(rotations, simulate.random_shifts(key, COUNT, 1.4, jnp.float32))
     found = matching.match(Particles(project(volume, truth)), volume, CONFIG)
     angles, shifts = errors(found.poses, truth)
     assert np.median(angles) < 0.75 * STEP and angles.max() < 1.5 * STEP
@@ -245,7 +247,9 @@ def test_relions_projections(data_dir):
         jnp.asarray(cropped),
         MatchConfig(10.0, max_shift=12.0),
     )
-    truth = single(*map(np.concatenate, zip(*poses, strict=True)))
+    truth = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves).astype(jnp.float32), *poses
+    )
     angles, shifts = errors(found.poses, truth)
     assert angles.max() < 10
     assert shifts[:4].max() < 0.1 and shifts[4:].max() < 3

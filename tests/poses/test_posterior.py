@@ -10,12 +10,12 @@ from scipy.spatial.transform import Rotation
 from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
 from jaxrefine.data.particles import Particles
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import hypotheses, likelihood, polish, search, solvers, uncertainty
 from jaxrefine.poses.prior import priors_about
-from jaxrefine.poses.search import Scan
 from jaxrefine.poses.solvers import LevenbergMarquardt
 
 N, R_MAX, P = 16, 7, 200
@@ -46,7 +46,7 @@ class Scene:
         rng = np.random.default_rng(0)
         angles = rng.uniform(-np.pi, np.pi, (P, 3)).astype(np.float32)
         shifts = rng.uniform(-1, 1, (P, 2)).astype(np.float32)
-        self.truth = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+        self.truth = Poses(euler_to_matrix(jnp.asarray(angles)), shifts)
         defocus = jnp.asarray(rng.uniform(1e4, 2e4, P), SINGLE)
         self.ctf = CTF(defocus, defocus + 300)
         self.noise = jnp.full(N // 2 + 1, (SIGMA * N) ** 2, SINGLE)
@@ -154,7 +154,7 @@ def test_the_curvature_is_the_mean_hessian(scene, polished):
     owners = np.array([5, 9])
     pose = polished.rotations[owners], polished.shifts[owners]
     information = polished.information[owners]
-    found = uncertainty.mean_curvature(
+    found = uncertainty.mean_curvatures(
         scene.particles,
         owners,
         scene.spectrum,
@@ -169,10 +169,8 @@ def test_the_curvature_is_the_mean_hessian(scene, polished):
 
     def cost(step, prior, rotation, shift, data, transfer):
         place = solvers.retract(rotation, shift, step)
-        view = scene.view
-        misfit = likelihood.cost(
-            scene.spectrum, view.disc, data, *place, transfer, view.weights
-        )
+        seen = scene.view.observation(data, transfer)
+        misfit = likelihood.cost(scene.spectrum, seen, *place)
         return misfit + prior.cost(*place)
 
     hessian = jax.vmap(jax.hessian(cost), in_axes=(0, *[None] * 5))
@@ -224,25 +222,17 @@ def test_the_evidence_is_the_integral(scene, polished):
     some, count = [5, 6, 7], 4000
     images, ctf = scene.particles.batch(np.array(some))
     data, transfer = scene.view.spectra(images, None), scene.view.transfer(ctf, None)
-    weights = scene.view.weights
     normal = np.random.default_rng(2).normal(size=(count, 5))
 
     @eqx.filter_jit
     def log_ratio(rotations, shifts, data, transfer, prior):
+        seen = scene.view.observation(data, transfer)
+
         def one(rotation, shift):
-            cost = likelihood.cost(
-                scene.spectrum,
-                scene.view.disc,
-                data,
-                rotation,
-                shift,
-                transfer,
-                weights,
-            )
+            cost = likelihood.cost(scene.spectrum, seen, rotation, shift)
             return -cost - prior.cost(rotation, shift)
 
-        energy = jnp.sum(weights * (data.real**2 + data.imag**2)) / 2
-        return jax.vmap(one)(rotations, shifts) + energy
+        return jax.vmap(one)(rotations, shifts) + seen.energy
 
     for i, particle in enumerate(some):
         information = polished.information[particle].astype(float)
@@ -280,8 +270,11 @@ def test_a_particle_does_not_know_its_batch(scene, polished):
     np.testing.assert_array_equal(result.rotations[2], result.rotations[3])
 
 
-def run_explore(scene, chosen, centres):
+def run_search(scene, chosen, centres, samples_at_once):
+    grid = 0.5 * search.shift_grid(2)
+    numbers = (jnp.asarray(x, SINGLE) for x in (0.2, grid, 1.5 / R_MAX))
     return search.search_poses(
+        search.Search(*numbers, count=40, keep=2),
         jax.random.key(0),
         scene.particles,
         chosen,
@@ -290,23 +283,20 @@ def run_explore(scene, chosen, centres):
         scene.prior,
         centres,
         np.zeros((P, 2), np.float32),
-        Scan(0.2, 0.5, 2, 40),
-        2,
+        samples_at_once,
     )
 
 
 @pytest.mark.slow
-def test_the_search_knows_no_batches_either(scene, monkeypatch):
+def test_the_search_knows_no_batches_either(scene):
     """Its candidates are drawn with the particle's own key."""
     turn = Rotation.from_rotvec([0.2, -0.1, 0.1]).as_matrix().astype(np.float32)
     centres = (turn @ np.asarray(scene.truth.rotations))[:, None]
     points = 40 * len(scene.view.disc.shells)
-    monkeypatch.setattr(search, "_POINTS_AT_ONCE", 40 * points)
-    whole = run_explore(scene, np.arange(P), centres)
+    whole = run_search(scene, np.arange(P), centres, 40 * points)
     assert whole[0].shape == (P, 2, 3, 3) and whole[1].shape == (P, 2, 2)
     few = np.array([150, 4, 33])
-    monkeypatch.setattr(search, "_POINTS_AT_ONCE", 2 * points)
-    part = run_explore(scene, few, centres)
+    part = run_search(scene, few, centres, 2 * points)
     for value, exact in zip(part, whole, strict=True):
         np.testing.assert_allclose(value, exact[few], atol=1e-5)
     # The best candidate is nearer the truth than where the search began.

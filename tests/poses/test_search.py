@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from jaxrefine.geometry import Poses, geodesic_distance, matrix_to_euler
+from jaxrefine.data.observation import Observation
+from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import likelihood, search
@@ -44,7 +45,7 @@ def draw_rotations(count, seed=0, dtype=jnp.float64):
 
 
 def image_at(rotation, shift, transfer=None):
-    poses = Poses(matrix_to_euler(rotation)[None], shift[None])
+    poses = Poses(rotation[None], shift[None])
     transfer = None if transfer is None else transfer[None]
     return slices.project(spectrum(rotation.dtype), DISC, poses, transfer)[0]
 
@@ -62,15 +63,12 @@ def test_likelihoods_are_costs(with_transfer, dtype):
     data = data * jnp.asarray(20, data.dtype)
     weights = jnp.abs(draw(K, seed=4, dtype=dtype))
     transfer = draw(K, seed=5, dtype=dtype) if with_transfer else None
-    values = log_likelihoods(
-        spectrum(dtype), DISC, data, rotations, shifts, transfer, weights
-    )
+    seen = Observation(DISC, weights, data, transfer)
+    values = log_likelihoods(spectrum(dtype), seen, rotations, shifts)
     assert values.shape == (5, 4) and values.dtype == dtype
 
     def cost(rotation, shift):
-        return likelihood.cost(
-            spectrum(dtype), DISC, data, rotation, shift, transfer, weights
-        )
+        return likelihood.cost(spectrum(dtype), seen, rotation, shift)
 
     by_shift = jax.vmap(cost, in_axes=(None, 0))
     costs = jax.jit(jax.vmap(by_shift, in_axes=(0, None)))(rotations, shifts)
@@ -114,13 +112,15 @@ def test_proposals_have_their_centre_and_spread():
     assert propose(jax.random.key(0), centres, jnp.asarray(spread), 1).shape[0] == 3
 
 
-def test_wanted_candidates_grow_within_bounds():
+def test_covering_counts_grow_within_bounds():
     spreads, radii = np.geomspace(1e-3, 3, 20), range(1, 60)
-    table = np.array([[search.wanted_candidates(s, r) for r in radii] for s in spreads])
+    table = np.array(
+        [[search.covering_count(s, 1 / r) for r in radii] for s in spreads]
+    )
     assert (np.diff(table, axis=0) >= 0).all() and (np.diff(table, axis=1) >= 0).all()
     assert table.min() == 24 and table.max() == 4096
     # Where the bounds do not bind, eight times as many at twice the resolution.
-    few, many = (search.wanted_candidates(0.2, r) for r in (10, 20))
+    few, many = (search.covering_count(0.2, 1 / r) for r in (10, 20))
     assert many / few == pytest.approx(8, rel=0.02)
 
 
@@ -144,23 +144,11 @@ def run(key, data, known, centres, spread=0.3, keep=3, separation=0.2, count=150
     weights = DISC.multiplicity.at[jnp.argmin(DISC.shells)].set(0.0) / N**2 / 0.05**2
     shift = jnp.zeros(2)
     spread, separation = jnp.asarray(spread), jnp.asarray(separation)
-    common = (spectrum(), DISC, data)
-    found = search.search_pose(
-        key,
-        *common,
-        None,
-        weights,
-        known,
-        centres,
-        shift,
-        spread,
-        OFFSETS,
-        count,
-        keep,
-        separation,
-    )
+    seen = Observation(DISC, weights, data, None)
+    find = search.Search(spread, OFFSETS, separation, count, keep)
+    found = find(spectrum(), seen, key, known, centres, shift)
     rotations = search.propose(key, centres, spread, count)
-    values = search.log_likelihoods(*common, rotations, OFFSETS, None, weights)
+    values = search.log_likelihoods(spectrum(), seen, rotations, OFFSETS)
     return found, rotations, values
 
 

@@ -1,5 +1,7 @@
 """What brings two sets together, where the map is symmetric."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ from jaxrefine import simulate, symmetry
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import (
     Poses,
-    equidistributed_angles,
     matrix_to_rotvec,
     rotvec_to_matrix,
 )
@@ -49,19 +50,24 @@ def test_a_set_that_drifted_is_brought_back(fixed):
     turn = jnp.asarray(np.asarray(TURN) * (fixed != "angle"), jnp.float32)
     offset = jnp.asarray(np.asarray(OFFSET) * (fixed != "shift"), jnp.float32)
     drifted = align.move_map(volume, rotvec_to_matrix(turn), offset)
-    angles = equidistributed_angles(jax.random.key(1), COUNT, jnp.float32)
+    rotations = simulate.equidistributed_rotations(
+        jax.random.key(1), COUNT, jnp.float32
+    )
     poses = Poses(
-        angles, simulate.random_shifts(jax.random.key(2), COUNT, 1.0, jnp.float32)
+        rotations, simulate.random_shifts(jax.random.key(2), COUNT, 1.0, jnp.float32)
     )
     limits = {} if fixed is None else {f"max_{fixed}": 0.0}
     images = np.zeros((COUNT, N, N), np.float32)
     whole = particle_set(
-        Particles(images), poses, jax.random.key(3), RefineConfig(**limits)
+        Particles(images),
+        poses,
+        jax.random.key(3),
+        dataclasses.replace(RefineConfig(), **limits),
     )
     here, there = (
         eqx.tree_at(
             lambda s: s.maps,
-            map_step.start(whole, poses, volume),
+            map_step.start(whole, volume),
             (admm.init(one), admm.init(one)),
         )
         for one in (volume, drifted)
@@ -95,11 +101,13 @@ def test_no_pose_leaves_its_limits():
     drifted = align.move_map(
         volume, rotvec_to_matrix(TURN.astype(single)), OFFSET.astype(single)
     )
-    poses = Poses(jnp.zeros((COUNT, 3), single), jnp.zeros((COUNT, 2), single))
+    poses = Poses(
+        jnp.tile(jnp.eye(3, dtype=single), (COUNT, 1, 1)), jnp.zeros((COUNT, 2), single)
+    )
     config = RefineConfig(max_angle=0.02, max_shift=0.1)
     images = np.zeros((COUNT, N, N), np.float32)
     whole = particle_set(Particles(images), poses, jax.random.key(3), config)
-    here, there = (map_step.start(whole, poses, volume) for _ in range(2))
+    here, there = (map_step.start(whole, volume) for _ in range(2))
     maps = (admm.init(drifted), admm.init(drifted))
     here = eqx.tree_at(lambda s: s.maps, here, (admm.init(volume), admm.init(volume)))
     there = eqx.tree_at(lambda s: s.maps, there, maps)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import evaluation
+from jaxrefine import evaluation, simulate
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import loop
@@ -42,7 +42,8 @@ def scene():
     squares = [(x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2 for a, b, c in places]
     volume = jnp.asarray(sum(np.exp(-square / 2) for square in squares), SINGLE)
     poses = Poses(
-        equidistributed_angles(jax.random.key(1), P, SINGLE), jnp.zeros((P, 2), SINGLE)
+        simulate.equidistributed_rotations(jax.random.key(1), P, SINGLE),
+        jnp.zeros((P, 2), SINGLE),
     )
     disc = slices.disc(N, LAST)
     clean = slices.project(Gridding(4, 2.0).spectrum(volume, LAST), disc, poses)
@@ -66,7 +67,7 @@ def whole(scene):
 def masked(scene):
     images = Masked(scene[2], DIAMETER, np.zeros((P, 2)))
     assert 0.15 < images.noise_share < 0.35
-    return refined(scene, Particles(images, noise_share=images.noise_share))
+    return refined(scene, Particles(images))
 
 
 def test_the_noise_is_that_in_the_circle(scene, whole, masked):
@@ -89,9 +90,7 @@ def test_a_mask_adds_no_information(whole, masked):
 def test_error_bars_are_honest(scene, masked):
     """Mean squares are what is expected, or less: masked maps are quieter, too."""
     truth = scene[1]
-    errors = evaluation.pose_errors(
-        masked.poses.angles, masked.poses.shifts, truth.angles, truth.shifts
-    )
+    errors = evaluation.pose_errors(masked.poses, truth)
     variances = np.diagonal(masked.covariances, axis1=1, axis2=2)
     for error, expected in (
         (np.deg2rad(errors.angle_in_degrees), variances[:, :3].sum(axis=1)),
@@ -103,7 +102,7 @@ def test_error_bars_are_honest(scene, masked):
 def test_a_better_start_of_the_noise(scene):
     """Before any map is made, too."""
     images = Masked(scene[2], DIAMETER, np.zeros((P, 2)))
-    particles = Particles(images, noise_share=images.noise_share)
+    particles = Particles(images)
     (state,) = loop.init(particles, scene[1], scene[0], CONFIG, key=KEY).sets
     found = np.asarray(state.noise)[0, LAST]
     assert found == pytest.approx((scene[3] * N) ** 2, rel=0.1)

@@ -53,10 +53,7 @@ def test_the_spectrum_of_real_noise_is_found(data_dir):
     (found,) = result.state.sets[0].noise
     np.testing.assert_allclose(found[shells], expected, rtol=0.05)
     errors = evaluation.pose_errors(
-        result.poses.angles.astype(float),
-        result.poses.shifts.astype(float),
-        clean.truth.angles.astype(float),
-        clean.truth.shifts.astype(float),
+        *jax.tree.map(lambda leaf: leaf.astype(float), (result.poses, clean.truth))
     )
     assert evaluation.summarise(errors)["angle_error_deg_median"] < 6
     volume = jnp.asarray(result.volume)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrefine import cli, simulate
 from jaxrefine.ctf import CTF
-from jaxrefine.geometry import Poses, equidistributed_angles
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_json,
     read_mrc,
@@ -48,7 +48,8 @@ def loop(tmp_path_factory):
     write_mrc(folder / "init.mrc", simulate.blur(truth, 2.5), PIXEL)
     draw, place, error = jax.random.split(jax.random.key(1), 3)
     poses = Poses(
-        equidistributed_angles(draw, COUNT), simulate.random_shifts(place, COUNT, 1.0)
+        simulate.equidistributed_rotations(draw, COUNT),
+        simulate.random_shifts(place, COUNT, 1.0),
     )
     u = rng.uniform(8000, 22000, COUNT)
     ctf = CTF(u, u - rng.uniform(0, 1500, COUNT), rng.uniform(0, np.pi, COUNT))

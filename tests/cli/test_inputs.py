@@ -1,17 +1,23 @@
-"""Masks of maps and of images on the command line, and maps on other grids.
+"""What commands read: masks of maps and of images, and maps on other grids.
 
 The engines are stopped as soon as they have been given their inputs.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import cli
+from jaxrefine.cli import match, reconstruct, refine
+from jaxrefine.cli.commands.match import MATCH
+from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
+from jaxrefine.cli.commands.refine import REFINE
 from jaxrefine.ctf import CTF
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_mrc,
@@ -20,8 +26,6 @@ from jaxrefine.io import (
     write_new_particles,
     write_stack,
 )
-from jaxrefine.poses import matching
-from jaxrefine.refinement import loop
 
 N, COUNT, PIXEL = 16, 8, 2.0
 
@@ -51,7 +55,7 @@ def data(tmp_path):
     write_mrc(tmp_path / "map.mrc", blob(N, PIXEL), PIXEL)
     write_mrc(tmp_path / "mask.mrc", ball(N, PIXEL), PIXEL)
     angles, shifts = rng.uniform(-1, 1, (COUNT, 3)), rng.uniform(-2, 2, (COUNT, 2))
-    poses = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+    poses = Poses(euler_to_matrix(jnp.asarray(angles)), shifts)
     names = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
     star = tmp_path / "particles.star"
     write_new_particles(star, poses, names, N, PIXEL, CTF(0.0, 0.0))
@@ -59,40 +63,40 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    """Stop every engine at its first call; return what they were given."""
+def engine():
+    """Engines that stop at their first call, and what they were given."""
     calls = []
 
     def stop(*arguments, **options):
         calls.append((arguments, options))
         raise KeyboardInterrupt
 
-    for module, name in (
-        (loop, "refine"),
-        (loop, "reconstruct"),
-        (matching, "match"),
-    ):
-        monkeypatch.setattr(module, name, stop)
-    return calls
+    names = ("init", "refine", "reconstruct", "match")
+    return SimpleNamespace(calls=calls, **dict.fromkeys(names, stop))
 
 
 @pytest.fixture
-def command(data, capsys):
-    """Run a command on the data; return its exit code and what it wrote."""
+def command(data, run, engine):
+    """Run a command on the data, with the engine above."""
+    commands = [
+        replace(each, run=partial(module.run, engine=engine))
+        for each, module in (
+            (REFINE, refine),
+            (RECONSTRUCT, reconstruct),
+            (MATCH, match),
+        )
+    ]
 
-    def run(name, *further):
+    def on_the_data(name, *further):
         words = [name, data / "particles.star", "--out", data / f"{name}.star"]
         words += [] if name == "reconstruct" else ["--map", data / "map.mrc"]
-        code = cli.main([str(word) for word in (*words, *further)])
-        return code, capsys.readouterr().err
+        return run(*words, *further, commands=commands)
 
-    return run
+    return on_the_data
 
 
-def assert_refused(data, outcome, *words):
-    code, err = outcome
-    assert code == 2 and "Traceback" not in err
-    assert all(each in err for each in words), err
+def assert_refused(data, result, *words):
+    result.assert_refused(*words)
     assert not list(data.glob("*.star/*")) and not (data / "match.star").exists()
 
 
@@ -104,10 +108,10 @@ def assert_refused(data, outcome, *words):
 def test_a_map_on_another_grid(data, command, engine, name, n, voxel, words):
     """It is refused, with a way out; resampled, it is what it was."""
     write_mrc(data / "map.mrc", blob(n, voxel), voxel)
-    offer = "map.mrc has", words, "images of", "; --resample brings it there."
+    offer = "map.mrc has", words, "images of", "; use --resample to bring it"
     assert_refused(data, command(name), *offer)
-    assert command(name, "--resample")[0] == 130
-    ((arguments, _),) = engine
+    assert command(name, "--resample").code == 130
+    ((arguments, _),) = engine.calls
     found = arguments[2 if name == "refine" else 1]
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, blob(N, PIXEL), atol=1e-3)
@@ -122,11 +126,13 @@ def test_a_map_that_does_not_say_its_voxels(data, command, engine):
         path.write_bytes(content)
 
     unset(data / "map.mrc")
-    assert command("match")[0] == 130
-    np.testing.assert_array_equal(engine[0][0][1], blob(N, PIXEL).astype(np.float32))
+    assert command("match").code == 130
+    np.testing.assert_array_equal(
+        engine.calls[0][0][1], blob(N, PIXEL).astype(np.float32)
+    )
     write_mrc(data / "map.mrc", blob(20, 2.0), 2.0)
     unset(data / "map.mrc")
-    words = "map.mrc has 20^3 voxels of a size that it does not say", "is wanted."
+    words = "map.mrc must give its voxel size in its header", "20^3 voxels"
     assert_refused(data, command("match", "--resample"), *words)
 
 
@@ -135,52 +141,51 @@ def test_a_map_that_does_not_say_its_voxels(data, command, engine):
 )
 def test_a_diameter_that_nothing_uses(data, command, engine, words):
     refused = command(*words, "--particle-diameter", 20)
-    assert_refused(data, refused, "--particle-diameter does nothing here without")
-    assert not engine
+    assert_refused(data, refused, "--particle-diameter has no effect here without")
+    assert not engine.calls
 
 
 def test_a_map_on_the_same_grid_keeps_its_bits(data, command, engine):
-    assert command("refine", "--resample", "--mask", data / "mask.mrc")[0] == 130
-    ((arguments, options),) = engine
+    assert command("refine", "--resample", "--mask", data / "mask.mrc").code == 130
+    ((arguments, options),) = engine.calls
     np.testing.assert_array_equal(arguments[2], read_mrc(data / "map.mrc")[0])
     np.testing.assert_array_equal(options["mask"], read_mrc(data / "mask.mrc")[0])
 
 
 def test_a_mask_is_resampled_and_stays_one(data, command, engine):
     write_mrc(data / "mask.mrc", ball(20, 1.7), 1.7)
-    assert command("refine", "--resample", "--mask", data / "mask.mrc")[0] == 130
-    mask = np.asarray(engine[0][1]["mask"])
+    assert command("refine", "--resample", "--mask", data / "mask.mrc").code == 130
+    mask = np.asarray(engine.calls[0][1]["mask"])
     assert mask.min() >= 0 and mask.max() <= 1
     np.testing.assert_allclose(mask, ball(N, PIXEL), atol=0.02)
     # A sharp one would overshoot.
     write_mrc(data / "sharp.mrc", (ball(20, 1.7) > 0.5).astype(np.float32), 1.7)
     options = ["--resample", "--mask", data / "sharp.mrc", "--out", data / "other"]
-    assert command("refine", *options)[0] == 130
-    mask = np.asarray(engine[1][1]["mask"])
+    assert command("refine", *options).code == 130
+    mask = np.asarray(engine.calls[1][1]["mask"])
     assert mask.min() == 0 and mask.max() == 1
 
 
 def test_the_folder_knows_its_mask(data, command, engine):
     options = ["--mask", data / "mask.mrc", "--resample", "--mask-images"]
-    assert command("refine", *options)[0] == 130
+    assert command("refine", *options).code == 130
     settings = json.loads((data / "refine.star/run.json").read_text())["settings"]
     assert settings["resample"] is True and settings["mask_images"] is True
     assert len(settings["mask"]) == 64
     for fewer, words in (
-        (options[:2], "mask_images, resample; "),
-        (options[2:], "mask; "),
+        (options[:2], "mask_images, resample"),
+        (options[2:], "mask"),
     ):
-        code, err = command("refine", *fewer)
-        assert code == 2 and f"another {words}" in err
+        command("refine", *fewer).assert_refused(f"other settings ({words})")
     write_mrc(data / "mask.mrc", ball(N, PIXEL) ** 2, PIXEL)
-    code, err = command("refine", *options)
-    assert code == 2 and "another mask; " in err and len(engine) == 1
+    command("refine", *options).assert_refused("other settings (mask)")
+    assert len(engine.calls) == 1
 
 
 def masks(data):
     soft, write = ball(N, PIXEL), partial(write_mrc, data / "bad.mrc")
-    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "--resample brings")
-    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "--resample brings")
+    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "use --resample")
+    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "use --resample")
     yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc runs from 0 to 1.5; 0 in",)
     yield lambda: write(soft - 0.5, PIXEL), ("bad.mrc runs from -0.5 to 0.5; 0 in",)
     yield lambda: write(0 * soft, PIXEL), ("bad.mrc runs from 0 to 0; 0 in",)
@@ -191,13 +196,13 @@ def test_masks_that_are_none(data, command, engine):
     for make, words in masks(data):
         make()
         assert_refused(data, command("refine", "--mask", data / "bad.mrc"), *words)
-    assert not engine
+    assert not engine.calls
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_the_published_presets_know_no_mask(data, command, preset):
     for options in (["--mask", data / "mask.mrc"], ["--mask-images"]):
-        words = f"{options[0]} does not go with --preset {preset}"
+        words = f"{options[0]} needs --preset default, got --preset {preset}"
         assert_refused(data, command("refine", "--preset", preset, *options), words)
 
 
@@ -209,8 +214,8 @@ def test_images_are_masked_about_the_given_positions(
     data, command, engine, name, options, end
 ):
     """Up to 5 pixels beyond the diameter; ``match`` knows no positions."""
-    assert command(name, "--mask-images", "--normalise", *options)[0] == 130
-    particles = engine[0][0][0]
+    assert command(name, "--mask-images", "--normalise", *options).code == 130
+    particles = engine.calls[0][0][0]
     assert particles.noise_share == particles.images.noise_share
     images, _ = particles.batch(np.arange(COUNT))
     shifts = np.asarray(read_particles(data / "particles.star").poses.shifts)

@@ -1,13 +1,36 @@
-"""What every engine of ``jaxrefine refine`` returns."""
+"""What every preset of ``jaxrefine refine`` is given, and what it returns."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
+import jax
 import numpy as np
 
+from jaxrefine import io
 from jaxrefine.geometry import Poses
 
 
+@final
+@dataclass(frozen=True)
+class Inputs:
+    """What is refined.
+
+    Attributes
+    ----------
+    source
+        The particles, with poses to start from.
+    volume
+        The map to start from, on the grid of the images.
+    mask
+        The solvent mask on the same grid, if there is one.
+    """
+
+    source: io.ParticleFile
+    volume: jax.Array
+    mask: jax.Array | None = None
+
+
+@final
 @dataclass(frozen=True)
 class Outcome:
     """What a refinement came to, with whatever it alone knows.

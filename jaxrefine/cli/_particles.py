@@ -1,0 +1,145 @@
+"""The particles of a command: read, checked, and their images prepared."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxrefine import io
+from jaxrefine.cli.commands.shared import ImageSettings
+from jaxrefine.data.particles import Particles
+from jaxrefine.data.preprocess import Masked, Normalised, Resampled
+from jaxrefine.errors import InputError
+
+_IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
+_IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
+_TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
+_CIRCLE = 0.75  # of the side of the images: what is not background, by default
+
+
+def read(
+    path: Path,
+    settings: ImageSettings,
+    *,
+    with_poses: bool,
+    diameter_used: bool = False,
+) -> io.ParticleFile:
+    """Read the particles; prepare their images as the settings say.
+
+    Parameters
+    ----------
+    path
+        The table of particles.
+    settings
+        How images are found and prepared.
+    with_poses
+        Whether the poses of the particles are used.
+    diameter_used
+        Whether the command uses the diameter of the particle for more than images.
+
+    Raises
+    ------
+    InputError
+        If the particles cannot be used, or lack poses that are used; if the side of
+        the images is odd; if the diameter is larger than the box, or of no use.
+    """
+    source = io.read_particles(path, settings.datadir)
+    particles = source.particles
+    if with_poses and not source.has_poses:
+        raise InputError(
+            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), it has none; "
+            "`jaxrefine match` finds them."
+        )
+    if (
+        settings.invert
+        and particles.ctf is not None
+        and np.any(particles.ctf.scale < 0)
+    ):
+        raise InputError(
+            f"{path} already says that protein is dark (a negative "
+            "rlnCtfScalefactor, or blob/sign); --invert would undo that."
+        )
+    m = particles.image_size
+    if m % 2:
+        raise InputError(
+            f"The side of images must be even, here and in RELION; {path} has images "
+            f"of {m} x {m} pixels."
+        )
+    _tell_what_is_done(source)
+    diameter, box = settings.particle_diameter, particles.box_in_angstroms
+    if diameter is not None and diameter > box:
+        raise InputError(
+            f"--particle-diameter must be at most the box, {box:g} angstroms, got "
+            f"{diameter:g}"
+        )
+    circled = settings.invert or settings.normalise or settings.mask_images
+    if diameter is not None and not (diameter_used or circled):
+        raise InputError(
+            "--particle-diameter has no effect here without --normalise, --invert or "
+            "--mask-images."
+        )
+    circle = _CIRCLE * box if diameter is None else diameter
+    return _prepared(source, settings, circle, with_poses)
+
+
+def _prepared(
+    source: io.ParticleFile, settings: ImageSettings, circle: float, with_poses: bool
+) -> io.ParticleFile:
+    """Normalise and mask the images, outside of a circle given in angstroms."""
+    particles = source.particles
+    pixels = circle / particles.pixel_size_in_angstroms
+    images = particles.images
+    if settings.invert or settings.normalise:
+        images = Normalised(images, pixels, settings.invert)
+    if settings.mask_images:
+        shifts = np.asarray(source.poses.shifts)
+        images = Masked(images, pixels, shifts if with_poses else 0 * shifts)
+    return replace(source, particles=replace(particles, images=images))
+
+
+def _tell_what_is_done(source: io.ParticleFile) -> None:
+    """Tell of images that are resampled, and of optics that are ignored or absent."""
+    pixel, smallest = source.particles.pixel_size_in_angstroms, source.pixel_sizes.min()
+    if isinstance(source.particles.images, Resampled):
+        print(
+            f"{source.path}: images with pixels of {smallest:g} A and more are "
+            f"resampled to {pixel:g} A",
+            file=sys.stderr,
+        )
+    if source.particles.ctf is None:
+        print(
+            f"{source.path} gives no defocus: its images are taken to have no "
+            "contrast-transfer function",
+            file=sys.stderr,
+        )
+    ignored = [
+        name
+        for block in source.blocks.values()
+        for name, values in block.items()
+        if name in _IGNORED and set(values) - _TRIVIAL
+    ]
+    if ignored:
+        print(
+            f"{source.path}: {', '.join(ignored)} are ignored; the optics that count "
+            "here are defocus, spherical aberration and amplitude contrast",
+            file=sys.stderr,
+        )
+
+
+def shell_of(flag: str, resolution: float, particles: Particles) -> int:
+    """Return a resolution in angstroms as a band limit in cycles per box.
+
+    Raises
+    ------
+    InputError
+        If the images do not have it, naming the option.
+    """
+    box, last = particles.box_in_angstroms, (particles.image_size - 1) // 2
+    if not box / (last + 1) < resolution <= box:
+        raise InputError(
+            f"{flag} must be from {box / last:.3g} to {box:g} angstroms for these "
+            f"images, got {resolution:g}"
+        )
+    return math.floor(box / resolution)

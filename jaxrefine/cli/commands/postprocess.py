@@ -1,0 +1,62 @@
+"""What ``jaxrefine postprocess`` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxrefine.cli.commands import shared
+from jaxrefine.cli.commands.command import Command
+from jaxrefine.runs.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessSettings:
+    """How half maps are masked, sharpened and filtered."""
+
+    half1: Path = option(positional=True, metavar="HALF1.mrc", help="one half map")
+    half2: Path = option(positional=True, metavar="HALF2.mrc", help="the other one")
+    out: Path = option(affects_results=False, metavar="DIR", help="folder to write to")
+    mask: Path | None = option(
+        None,
+        metavar="MASK.mrc",
+        default_text="made from the mean of the maps",
+        help="1 in the particle, 0 in the solvent, soft edge",
+    )
+    b_factor: float | None = option(
+        None,
+        unit="square angstroms",
+        metavar="B",
+        default_text="no sharpening",
+        help="sharpen by this B factor, which is negative",
+    )
+    auto_b_factor: bool = option(
+        False,
+        excludes=("b_factor",),
+        help="sharpen by the B factor of the Guinier plot from 10 angstroms to the "
+        "resolution",
+    )
+    low_pass: float | None = option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        default_text="the resolution",
+        help="cut-off of the low-pass filter",
+    )
+    seed: int = shared.seed("the random phases")
+
+
+def run(settings: PostprocessSettings) -> None:
+    """Post-process the half maps."""
+    from jaxrefine.cli import postprocess
+
+    postprocess.run(settings)
+
+
+POSTPROCESS = Command(
+    name="postprocess",
+    summary="measure the resolution of two half maps; sharpen and filter their mean",
+    description="Write postprocess.mrc, postprocess_masked.mrc, mask.mrc, the curves "
+    "in postprocess.json, and fsc.png to a folder.",
+    settings=PostprocessSettings,
+    run=run,
+)

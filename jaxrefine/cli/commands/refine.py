@@ -1,0 +1,176 @@
+"""What ``jaxrefine refine`` can be told."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxrefine.cli.commands import shared
+from jaxrefine.cli.commands.command import Command
+from jaxrefine.runs.options import group, option
+
+PRESETS = ("default", "paper", "released")
+_DEFAULT = PRESETS[:1]
+
+# A largest change says how well poses are known: the standard deviation of each
+# component is that of points spread uniformly in a ball, or in a disc, of this radius.
+ANGLE_SPREAD_OF_LIMIT = 1 / math.sqrt(5)
+SHIFT_SPREAD_OF_LIMIT = 1 / 2
+SHIFT_LIMIT_OF_SPREAD = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineSettings:
+    """How poses and map are refined."""
+
+    particles: Path = option(
+        positional=True,
+        metavar="PARTICLES.star",
+        help="the particles, with rough poses",
+    )
+    map: Path = option(metavar="INIT.mrc", help="the map to start from")
+    out: Path = option(affects_results=False, metavar="DIR", help="folder to write to")
+    mask: Path | None = option(
+        None,
+        presets=_DEFAULT,
+        metavar="MASK.mrc",
+        help="1 in the particle, 0 in the solvent, soft edge: poses are refined with "
+        "masked maps; those that are written are not masked",
+    )
+    resample: bool = shared.resample()
+    half_sets: bool = option(
+        False,
+        presets=_DEFAULT,
+        help="refine two halves of the particles independently, for their Fourier "
+        "shell correlation",
+    )
+    preset: str = option(
+        "default",
+        choices=PRESETS,
+        help="default is fast and corrects for contrast-transfer functions; paper and "
+        "released are the published algorithm, literally and as its authors released "
+        "it",
+    )
+    iterations: int | None = option(
+        None,
+        least=1,
+        default_text="12; paper 20; released 10",
+        help="most outer iterations",
+    )
+    tau: float | None = shared.tau(presets=_DEFAULT)
+    max_angle: float | None = option(
+        None,
+        unit="degrees",
+        least=0,
+        above=True,
+        most=180,
+        presets=_DEFAULT,
+        excludes=("fix_angles",),
+        default_text="180",
+        implies="Unless --angle-spread is given, it becomes "
+        f"{ANGLE_SPREAD_OF_LIMIT:.2f} of this, but no more than its default.",
+        help="largest turn of a pose from the given one",
+    )
+    max_shift: float | None = option(
+        None,
+        unit="pixels",
+        least=0,
+        above=True,
+        presets=_DEFAULT,
+        excludes=("fix_shifts",),
+        default_text="6",
+        implies="Unless --shift-spread is given, it becomes "
+        f"{SHIFT_SPREAD_OF_LIMIT:g} of this.",
+        help="largest move of a particle from the given position",
+    )
+    angle_spread: float | None = option(
+        None,
+        unit="degrees",
+        least=0,
+        above=True,
+        most=180,
+        presets=_DEFAULT,
+        excludes=("fix_angles",),
+        default_text="25.8",
+        help="how well the given angles are known: standard deviation of each "
+        "component of the rotation",
+    )
+    shift_spread: float | None = option(
+        None,
+        unit="pixels",
+        least=0,
+        above=True,
+        presets=_DEFAULT,
+        excludes=("fix_shifts",),
+        default_text="2",
+        implies="Unless --max-shift is given, it becomes "
+        f"{SHIFT_LIMIT_OF_SPREAD} times this, but no more than half of the image.",
+        help="how well the given positions are known: standard deviation along x and y",
+    )
+    fix_angles: bool = option(
+        False, presets=_DEFAULT, help="keep the angles, refine the positions alone"
+    )
+    fix_shifts: bool = option(
+        False, presets=_DEFAULT, help="keep the positions, refine the angles alone"
+    )
+    symmetry: str = shared.symmetry(presets=_DEFAULT)
+    initial_resolution: float | None = option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        presets=_DEFAULT,
+        default_text="a seventh of the box",
+        help="detail that map and poses are good for at first",
+    )
+    max_resolution: float | None = option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        presets=_DEFAULT,
+        default_text="what the map supports",
+        help="finest detail that poses are compared in",
+    )
+    seed: int = shared.seed("everything random")
+    batch_size: int | None = shared.batch_size(
+        None, default_text="256, or what the memory allows; paper and released 8"
+    )
+    memory: float | None = option(
+        None,
+        unit="GiB",
+        least=0,
+        above=True,
+        presets=_DEFAULT,
+        affects_results=False,
+        default_text="what is free",
+        help="most memory to use, which sets --batch-size",
+    )
+    images: shared.ImageSettings = group(
+        shared.ImageSettings,
+        "images",
+        mask_images={"presets": _DEFAULT},
+        particle_diameter={
+            "default_text": "three quarters of the box for --normalise and "
+            "--mask-images; two thirds for the search",
+            "implies": "Unless --initial-resolution is given, it becomes 3/14 of this; "
+            "and a larger particle is searched for more densely.",
+        },
+    )
+
+
+def run(settings: RefineSettings) -> None:
+    """Refine poses and map."""
+    from jaxrefine.cli import refine
+
+    refine.run(settings)
+
+
+REFINE = Command(
+    name="refine",
+    summary="refine the poses of particles and a map jointly",
+    description="Write particles.star, map.mrc, with --half-sets half1.mrc and "
+    "half2.mrc, report.html, run.json and metrics.jsonl to a folder. The same command "
+    "carries on where it was stopped.",
+    settings=RefineSettings,
+    run=run,
+)

@@ -1,0 +1,89 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxrefine.runs.options import option
+
+
+def seed(what: str) -> Any:
+    """Declare the seed of what is drawn at random."""
+    return option(0, least=0, most=2**31 - 1, help=f"seed of {what}")
+
+
+def batch_size(default: int | None, **declaration: Any) -> Any:
+    """Declare how many particles are computed at once."""
+    return option(
+        default,
+        least=1,
+        affects_results=False,
+        help="particles computed at once; memory grows with it",
+        **declaration,
+    )
+
+
+def symmetry(**declaration: Any) -> Any:
+    """Declare the point group of a map."""
+    return option(
+        "C1",
+        convert=str.upper,
+        metavar="GROUP",
+        help="point group of the map, such as C4, D7, T, O or I",
+        **declaration,
+    )
+
+
+def tau(**declaration: Any) -> Any:
+    """Declare the weight of the regulariser."""
+    return option(
+        None,
+        least=0,
+        above=True,
+        default_text="chosen by cross-validation",
+        help="weight of the total-variation regulariser, in units of the noise",
+        **declaration,
+    )
+
+
+def resample() -> Any:
+    """Declare that maps may be resampled."""
+    return option(
+        False, help="bring a map of another box or voxel size to that of the images"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images are found and prepared."""
+
+    invert: bool = option(
+        False,
+        help="protein is dark in the images",
+        implies="Implies --normalise.",
+    )
+    normalise: bool = option(
+        False,
+        help="bring the background of every image, outside of the particle's diameter, "
+        "to mean 0 and standard deviation 1",
+    )
+    mask_images: bool = option(
+        False,
+        help="set images to 0 outside of the particle's diameter, with a soft edge, "
+        "about the given position of the particle (about the centre of the image where "
+        "poses are not used); images should be normalised",
+    )
+    particle_diameter: float | None = option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        default_text="three quarters of the box for --normalise and --mask-images",
+        help="largest diameter of the particle",
+    )
+    datadir: Path | None = option(
+        None,
+        affects_results=False,
+        metavar="DIR",
+        help="where else to look for stacks of images",
+    )

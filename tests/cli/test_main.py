@@ -1,0 +1,145 @@
+"""The command line as a whole: exit codes, usage, and what is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrefine import cli
+from jaxrefine.cli.commands import COMMANDS, Command
+from jaxrefine.cli.commands.fsc import FscSettings
+from jaxrefine.io import write_mrc
+
+PROGRAM = [sys.executable, "-m", "jaxrefine.cli"]
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """A folder with two maps."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        write_mrc(tmp_path / f"{name}.mrc", rng.normal(size=(12, 12, 12)), 2.5)
+    return tmp_path
+
+
+def start(words, **streams):
+    return subprocess.run(list(map(str, words)), text=True, check=False, **streams)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([command.name, "--help"] for command in COMMANDS)]
+)
+def test_help_loads_nothing_heavy(words):
+    """JAX, NumPy and matplotlib take seconds to load."""
+    code = (
+        "import sys\n"
+        "from jaxrefine import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "names = {name.partition('.')[0] for name in sys.modules}\n"
+        "heavy = {'jax', 'jaxlib', 'numpy', 'scipy', 'matplotlib', 'equinox', 'tqdm'}\n"
+        "print(sorted(names & heavy))"
+    )
+    done = start([sys.executable, "-c", code, *words], stdout=subprocess.PIPE)
+    *text, heavy = done.stdout.splitlines()
+    assert done.returncode == 0 and heavy == "[]"
+    assert text[0].startswith("usage: jaxrefine")
+
+
+def test_the_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command.name in text for command in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and "jaxrefine 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["reconcile"],
+        ["fsc"],
+        ["fsc", "a.mrc"],
+        ["fsc", "a.mrc", "b.mrc", "--colour"],
+        ["demo"],
+        ["demo", "--out", "x", "--size", "big"],
+        ["demo", "--out", "x", "--preset", "other"],
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: jaxrefine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError("nobody knows"), 2, "nobody knows"),
+        (MemoryError(), 2, "not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: all of it"), 2, "not enough memory"),
+    ],
+)
+def test_interruptions_and_refusals_are_a_sentence(run, error, code, words):
+    def fail(settings):
+        raise error
+
+    command = Command("fail", "summary", "description", FscSettings, fail)
+    result = run("fail", "a.mrc", "b.mrc", commands=[command])
+    assert (result.code, result.out) == (code, "")
+    assert result.err.count("\n") == 1 and words in result.err
+    assert "None" not in result.err
+
+
+def test_an_error_of_ours_is_not_hidden(run):
+    def fail(settings):
+        raise RuntimeError("a mistake")
+
+    command = Command("fail", "summary", "description", FscSettings, fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run("fail", "a.mrc", "b.mrc", commands=[command])
+
+
+def test_a_process_of_its_own(maps):
+    """Exit codes and streams as a shell sees them."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    good = start([*PROGRAM, "fsc", maps / "a.mrc", maps / "b.mrc"], **both)
+    assert (good.returncode, good.stderr) == (0, "") and "# resolution" in good.stdout
+    bad = start([*PROGRAM, "fsc", maps / "a.mrc", maps / "absent.mrc"], **both)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.count("\n") == 1 and "absent.mrc" in bad.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(maps):
+    reading, writing = os.pipe()
+    os.close(reading)
+    files = [maps / "a.mrc", maps / "b.mrc", "--json", maps / "out.json"]
+    done = start([*PROGRAM, "fsc", *files], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (maps / "out.json").exists()
+
+
+def test_the_installed_command(maps):
+    program = Path(sys.executable).parent / "jaxrefine"
+    if not program.exists():
+        pytest.skip("the package is not installed as a command")
+    done = start(
+        [program, "fsc", maps / "a.mrc", maps / "absent.mrc"], stderr=subprocess.PIPE
+    )
+    assert done.returncode == 2 and "absent.mrc" in done.stderr
