@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import Study
-from machine import available_cores
 from settings import StudySettings
 
 from jaxrefine import io, simulate
@@ -51,6 +50,7 @@ from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 from jaxrefine.runs.options import option
+from jaxrefine.runs.provenance import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)

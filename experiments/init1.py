@@ -93,7 +93,7 @@ class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
         least=1, help="outer iterations with the paper's settings"
     )
     released_iterations: int = option(
-        least=1, help="outer iterations with those of the released code"
+        least=1, help="outer iterations with the settings of the released code"
     )
     paper_step_scales: tuple[float, ...] = option(
         least=0, above=True, help="factors on the steps that the paper prints"

@@ -21,13 +21,13 @@ from typing import Any, final
 
 import numpy as np
 from jaxtyping import Array, Float, Float32
-from machine import available_cores
 from relion_program import complete, mpirun, run
 
 from jaxrefine import io
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.runs.provenance import available_cores
 
 _PROGRAMS = ("mpirun",) + tuple(
     f"relion_{name}" for name in ("refine", "refine_mpi", "reconstruct", "postprocess")
@@ -399,9 +399,7 @@ def _refine(
         state = _carry_on(job, state, limit_s, callback)
     if state.prefix is None:
         log = job.folder / f"{job.name}.log"
-        raise InputError(
-            f"RELION finished no iteration within {limit_s:g} s; see {log}"
-        )
+        raise InputError(f"RELION finished no iteration in {limit_s:g} s; see {log}")
     return job.read(state)
 
 

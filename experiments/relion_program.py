@@ -10,9 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from machine import available_cores
-
 from jaxrefine.errors import InputError
+from jaxrefine.runs.provenance import available_cores
 
 _POLL_S = 0.2  # between two looks at what a program has written
 _PATIENCE_S = 20.0  # for a program that was asked to stop

@@ -32,7 +32,6 @@ def load(name):
     return module
 
 
-load("machine")
 load("relion_program")
 relion = load("relion")
 needs_relion = pytest.mark.skipif(
