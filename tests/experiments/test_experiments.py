@@ -400,7 +400,7 @@ def test_files_of_a_run_that_are_not_json_are_named(load, study, tmp_path):
         ("run.json", lambda: study(out=tmp_path).open()),
     ):
         (tmp_path / name).write_text("{")
-        with pytest.raises(InputError, match=f"{name} is not JSON"):
+        with pytest.raises(InputError, match=f"{name} is not a JSON file"):
             read()
 
 
