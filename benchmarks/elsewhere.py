@@ -1,22 +1,27 @@
-"""Forward slices by other packages, for the table of `benchmarks/slices.py`.
+"""Forward slices by other packages, for the table of :mod:`slices`.
 
-``python benchmarks/elsewhere.py`` needs none of jaxrefine; it times what it can import,
-each package best in an environment of its own: ``pip install aspire``, ``pip install
-torch-projectors`` (0.13.1 wants torch 2.6). 1000 projections of a volume of side 64,
+A case is a package; one that is not installed is skipped. Each is best measured in an
+environment of its own beside jaxrefine: ``pip install aspire``, ``pip install
+torch-projectors`` (0.13.1 needs torch 2.6). 1000 projections of a volume of side 64,
 single precision. Times are minima over rounds; a call's preparation of the volume (its
-padded FFT) is timed where the package offers no way to keep it, and told.
+padded FFT) is timed where the package offers no way to keep it, and named.
 """
 
 import functools
 import importlib.util
-import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from benchmark import Settings, interleaved_times
+from records import Record, markdown_table
 
+CASES = ("aspire", "torch_projectors")
+PARTS = ()
 SIDE, PARTICLES, ROUNDS = 64, 1000, 5
 
 
-def rotations(random: np.random.Generator) -> np.ndarray:
+def random_rotations(random: np.random.Generator) -> np.ndarray:
     """Draw rotations."""
     q, r = np.linalg.qr(random.standard_normal((PARTICLES, 3, 3)))
     q *= np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
@@ -24,33 +29,26 @@ def rotations(random: np.random.Generator) -> np.ndarray:
     return q.astype(np.float32)
 
 
-def fastest(call) -> float:
-    """Return the least time over rounds, in milliseconds."""
-    call()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+def aspire(volume: np.ndarray, rotations: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Return ASPIRE's projector, a non-uniform FFT and an inverse FFT per image."""
+    # Optional packages, which development environments do not have.
+    from aspire.utils import Rotation  # pyright: ignore[reportMissingImports]
+    from aspire.volume import Volume  # pyright: ignore[reportMissingImports]
+
+    source, rotation = Volume(volume), Rotation(rotations)
+    name = "ASPIRE Volume.project (whole images out)"
+    return {name: lambda: source.project(rotation).asnumpy()}
 
 
-def aspire(volume: np.ndarray, turns: np.ndarray) -> None:
-    """Time ASPIRE's projector, a non-uniform FFT and an inverse FFT of each image."""
-    from aspire.utils import Rotation
-    from aspire.volume import Volume
+def torch_projectors(
+    volume: np.ndarray, rotations: np.ndarray
+) -> dict[str, Callable[[], Any]]:
+    """Return torch-projectors' linear interpolation of padded spectra."""
+    # Optional packages, which development environments do not have.
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch_projectors as projectors  # pyright: ignore[reportMissingImports]
 
-    source, rotation = Volume(volume), Rotation(turns)
-    took = fastest(lambda: source.project(rotation).asnumpy())
-    print(f"ASPIRE Volume.project (whole images out): {took:.0f} ms")
-
-
-def torch_projectors(volume: np.ndarray, turns: np.ndarray) -> None:
-    """Time torch-projectors' linear interpolation of a twofold padded spectrum."""
-    import torch
-    import torch_projectors as projectors
-
-    rotation = torch.from_numpy(turns)[None]
+    rotation = torch.from_numpy(rotations)[None]
 
     def project(spectrum, padding: int):
         return projectors.project_3d_to_2d_forw(
@@ -61,25 +59,29 @@ def torch_projectors(volume: np.ndarray, turns: np.ndarray) -> None:
             oversampling=float(padding),
         )
 
+    calls: dict[str, Callable[[], Any]] = {}
     for padding in (1, 2):
         before = (padding - 1) * SIDE // 2
         padded = torch.from_numpy(np.pad(volume, before))
         spectrum = torch.fft.rfftn(torch.fft.ifftshift(padded))[None]
-        took = fastest(functools.partial(project, spectrum, padding))
-        print(f"torch-projectors linear, pad {padding} (spectrum kept): {took:.0f} ms")
+        name = f"torch-projectors linear, pad {padding} (spectrum kept)"
+        calls[name] = functools.partial(project, spectrum, padding)
+    return calls
 
 
-def main() -> None:
-    """Time what can be imported."""
+def measure(case: str, settings: Settings) -> dict[str, Any]:
+    """Time a package, in milliseconds."""
+    if importlib.util.find_spec(case) is None:
+        return {}
     random = np.random.default_rng(0)
     volume = random.standard_normal((SIDE,) * 3).astype(np.float32)
-    turns = rotations(random)
-    for name, measure in (("aspire", aspire), ("torch_projectors", torch_projectors)):
-        if importlib.util.find_spec(name) is None:
-            print(f"{name} is not installed: skipped")
-        else:
-            measure(volume, turns)
+    prepare = {"aspire": aspire, "torch_projectors": torch_projectors}[case]
+    times = interleaved_times(prepare(volume, random_rotations(random)), ROUNDS)
+    return {name: 1e3 * min(values) for name, values in times.items()}
 
 
-if __name__ == "__main__":
-    main()
+def table(records: Sequence[Record]) -> str:
+    """Return the time of every way."""
+    times = (item for each in records for item in each["figures"].items())
+    rows = [(name, f"{time:.0f} ms") for name, time in times]
+    return markdown_table(("1000 projections at 64³", "time"), rows)

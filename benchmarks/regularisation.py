@@ -1,7 +1,5 @@
 """How to choose the regulariser's weight: four ways, on data sets of many kinds.
 
-    python benchmarks/regularisation.py [--data FOLDER] [--json FILE]
-
 True poses; maps are made at each ``tau`` of a grid (lambda = tau sqrt(w[0])), and each
 way picks one:
 
@@ -12,37 +10,38 @@ way picks one:
 - ``discrepancy``: the residual has the energy of the noise (Morozov), which is given.
 """
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from refinement import Case, mean_fsc, simulate
+from benchmark import Settings
+from datasets import Case, mean_fsc, simulate
+from datasets import poses as poses_of
+from records import Record, markdown_table
 
-from jaxrefine.data.particles import Particles
-from jaxrefine.geometry import Poses
+import jaxrefine as jr
 from jaxrefine.maps import admm, folds
 from jaxrefine.maps.sums import Sums, data_term
 from jaxrefine.maps.sums import solve as solve_map
 from jaxrefine.maps.tv import IsotropicTV
 from jaxrefine.refinement import map_step
-from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import particle_set
 
-CASES = [
-    Case("hjc_46.mrc", 46, 500, 0.0),
-    Case("hjc_46.mrc", 46, 20000, -15.0),
-    Case("ptch1_44.mrc", 44, 500, -10.0),
-    Case("ptch1_44.mrc", 44, 500, -15.0),
-    Case("hjc_90.mrc", 64, 1000, -5.0),
-    Case("ptch1_84.mrc", 64, 1000, -5.0),
-    Case("hjc_90.mrc", 64, 3000, -14.2),
-    Case("hjc_90.mrc", 90, 2000, -10.0),
-    Case("hjc_90.mrc", 128, 1000, -5.0),
-]
+CASES = {
+    "hjc46": Case("hjc_46.mrc", 46, 500, 0.0),
+    "hjc46-low": Case("hjc_46.mrc", 46, 20000, -15.0),
+    "ptch44": Case("ptch1_44.mrc", 44, 500, -10.0),
+    "ptch44-low": Case("ptch1_44.mrc", 44, 500, -15.0),
+    "hjc64": Case("hjc_90.mrc", 64, 1000, -5.0),
+    "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
+    "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
+    "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
+    "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
+}
+PARTS = ()
+WAYS = ("best", "cross-validation", "SURE", "discrepancy")
 TAUS = 1.25 ** np.arange(-6, 7)
 ROUNDS, ITERATIONS = 4, 10
 
@@ -62,19 +61,21 @@ def misfit(sums: Sums, volume: jax.Array) -> float:
     return float(folds.prediction_error(data_term(sums), volume))
 
 
-def compare(case: Case, folder: Path) -> dict[str, Any]:
-    """Run one case."""
-    data = simulate(case, folder)
-    count, n = case.particles, case.size
-    poses = Poses(jnp.asarray(data["angles"]), jnp.asarray(data["shifts"]))
+def measure(case: str, settings: Settings) -> dict[str, Any]:
+    """Let each way choose, on one data set."""
+    described = CASES[case]
+    data = simulate(described, settings.data)
+    count, n = described.particles, described.size
+    poses = poses_of(data["angles"], data["shifts"])
     noise = jnp.full(n // 2 + 1, data["sigma"] ** 2 * n**2, jnp.float32)
     everyone = np.ones(count, bool)
 
     def sums_of(images: np.ndarray):
-        particles = Particles(images)
-        whole = particle_set(particles, poses, jax.random.key(1), RefineConfig())
-        state = map_step.start(whole, poses, jnp.zeros((n,) * 3, jnp.float32))
-        return map_step.sum_up(whole, state.hypotheses, noise, everyone)
+        members = particle_set(
+            jr.Particles(images), poses, jax.random.key(1), jr.RefineConfig()
+        )
+        state = map_step.start(members, jnp.zeros((n,) * 3, jnp.float32))
+        return map_step.sum_up(members, state.hypotheses, noise, everyone)
 
     first, second = sums_of(data["images"])
     both = first + second
@@ -101,9 +102,9 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     epsilon = 0.1
     shaken = Sums(both.kernel, both.backprojection + epsilon * ripple)
     for tau in TAUS[::-1]:
-        parts = (both, shaken, first, second)
         starts = [
-            solve(part, start, tau) for part, start in zip(parts, starts, strict=True)
+            solve(sums, start, tau)
+            for sums, start in zip((both, shaken, first, second), starts, strict=True)
         ]
         c, moved, c1, c2 = (start.coefficients for start in starts)
         freedom = float(jnp.vdot(moved - c, ripple)) / epsilon
@@ -117,7 +118,7 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     for name in ("cross-validation", "SURE", "discrepancy"):
         picked[name] = int(np.argmin(table[name]))
     return {
-        "case": case._asdict(),
+        "case": described._asdict(),
         "tau": {name: float(taus[i]) for name, i in picked.items()},
         "mean_fsc": {name: table["fsc"][i] for name, i in picked.items()},
         "taus": taus.tolist(),
@@ -125,25 +126,14 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run all cases and print what each way picks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--json", type=Path, help="write the results")
-    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
-    options = parser.parse_args()
-    results = []
-    for i in options.cases:
-        found = compare(CASES[i], options.data)
-        results.append(found)
-        picks = "  ".join(
-            f"{name} {found['mean_fsc'][name]:.3f} ({tau:.2f})"
-            for name, tau in found["tau"].items()
-        )
-        print(f"{tuple(CASES[i])}: {picks}", flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def table(records: Sequence[Record]) -> str:
+    """Return the mean FSC that each way reaches, and in brackets the tau it picks."""
+    rows = []
+    for each in records:
+        figures = each["figures"]
+        case, fsc, tau = (figures[name] for name in ("case", "mean_fsc", "tau"))
+        molecule = case["file"].split("_")[0].upper()
+        data = f"{molecule} {case['size']}³, P={case['particles']}, "
+        data += f"{case['snr_db']:g} dB (`{each['case']}`)"
+        rows.append((data, *(f"{fsc[way]:.3f} ({tau[way]:.2f})" for way in WAYS)))
+    return markdown_table(("data", *WAYS), rows)

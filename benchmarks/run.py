@@ -1,139 +1,125 @@
-"""Time what the package promises to be fast, and write ``benchmarks/results.json``.
+"""Run benchmarks, and show what they have measured.
 
-Each figure is the median of several interleaved rounds, and a ratio the median of the
-rounds' ratios, so that two functions compared saw the same machine. Run it alone:
-``python benchmarks/run.py``.
+    python benchmarks/run.py                          # all that need no data
+    python benchmarks/run.py refinement --case hjc64 --data FOLDER
+    python benchmarks/run.py --table                  # the stored figures as Markdown
+
+Figures are stored in ``benchmarks/results/NAME.json`` with the machine, the versions
+and the commit, or in the file that ``--json`` names. Run benchmarks when nothing else
+runs on the machine.
 """
 
+import argparse
+import importlib
 import json
-import os
-import platform
-import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from statistics import median
+from typing import cast
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
+import records
+from benchmark import Benchmark, Settings
 
-from jaxrefine import geometry
-from jaxrefine.operators import kbwf, normal, spatial
-from jaxrefine.paper import algorithm3
-
-ROUNDS = 25
-
-
-def rounds(functions: dict) -> dict[str, list[float]]:
-    """Return the times of each function over interleaved rounds."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - start)
-    return times
+NAMES = {
+    "spatial": "the spatial engine: normal operator, pose and volume updates",
+    "slices": "accuracy and speed of reading and inserting central slices",
+    "elsewhere": "slices by the other packages that are installed",
+    "refinement": "joint refinement against the truth, the oracle and RELION",
+    "ctf": "data with CTFs through the command line, and RELION's map of our poses",
+    "regularisation": "four ways to choose the regulariser's weight",
+}
+WITHOUT_DATA = ("spatial", "slices")
 
 
-def seconds(functions: dict) -> dict[str, float]:
-    """Return the median time of each function."""
-    return {name: median(values) for name, values in rounds(functions).items()}
+def load(name: str) -> Benchmark:
+    """Return a benchmark by its name."""
+    return cast(Benchmark, importlib.import_module(name))
 
 
-def normal_operator(n: int) -> dict[str, float]:
-    """Compare ``apply_normal`` with a real FFT pair of the doubled grid."""
-    volume = jax.random.normal(jax.random.key(0), (n, n, n))
-    doubled = jax.random.normal(jax.random.key(1), (2 * n,) * 3)
-    angles = geometry.equidistributed_angles(jax.random.key(2), 20)
-    psi = spatial.footprint(kbwf.KBWF())
-    transfer = normal.transfer(normal.kernel(psi, angles, n))
-    apply = jax.jit(normal.apply_normal)
-    pair = jax.jit(lambda v: jnp.fft.irfftn(jnp.fft.rfftn(v), s=v.shape))
-    times = rounds(
-        {
-            "apply_normal_s": lambda: apply(transfer, volume),
-            "fft_pair_s": lambda: pair(doubled),
-        }
+def markdown() -> str:
+    """Return the stored figures of every benchmark as Markdown, without a title."""
+    sections = []
+    for name, title in NAMES.items():
+        stored = records.read(records.RESULTS / f"{name}.json")
+        if stored:
+            benchmark = load(name)
+            place = {case: place for place, case in enumerate(benchmark.CASES)}
+            stored = sorted(stored, key=lambda each, at=place: at[each["case"]])
+            heading = f"## {title[0].upper()}{title[1:]} (`{name}`)"
+            table, origins = benchmark.table(stored), records.origins(stored)
+            sections.append(f"{heading}\n\n{table}\n{origins}")
+    return "\n".join(sections)
+
+
+def _check(
+    parser: argparse.ArgumentParser,
+    option: str,
+    values: Sequence[str],
+    known: Collection[str],
+) -> None:
+    for value in values:
+        if value not in known:
+            names = ", ".join(known) or "(none)"
+            parser.error(f"{option} must be one of {names}, got {value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Run benchmarks, and show what they have measured.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name:16}{what}" for name, what in NAMES.items()),
     )
-    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
-    return {**{k: median(v) for k, v in times.items()}, "ratio": median(ratios)}
-
-
-def pose_update(n: int, particles: int) -> dict[str, float]:
-    """Time one pose's cost, and its cost with gradient, within a batch."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    psi = spatial.footprint(kbwf.KBWF())
-    image_filter = spatial.spline_filter(psi, n)
-    images = jax.random.normal(keys[0], (particles, n, n))
-    poses = geometry.Poses(
-        geometry.equidistributed_angles(keys[1], particles),
-        jnp.zeros((particles, 2)),
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"a benchmark of the list below; by default {' and '.join(WITHOUT_DATA)}",
     )
-    terms = algorithm3.map_terms(psi, jax.random.normal(keys[2], (n, n, n)))
-
-    def batched(function):
-        @eqx.filter_jit
-        def evaluate(terms, images, poses):
-            def one(image_and_pose):
-                image, where = image_and_pose
-                return function(terms, algorithm3.particle(image_filter, image), where)
-
-            return jax.lax.map(one, (images, poses), batch_size=8)
-
-        return lambda: evaluate(terms, images, poses)
-
-    typical = seconds(
-        {
-            "cost_s": batched(algorithm3.particle_cost),
-            "cost_and_gradient_s": batched(algorithm3.particle_cost_and_gradient),
-        }
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        metavar="CASE",
+        help="what to measure, one benchmark's; by default every case",
     )
-    return {name: value / particles for name, value in typical.items()}
-
-
-def volume_update(n: int, particles: int) -> dict[str, float]:
-    """Time what a volume update asks of each particle."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    psi = spatial.footprint(kbwf.KBWF())
-    image_filter = spatial.spline_filter(psi, n)
-    images = jax.random.normal(keys[0], (particles, n, n))
-    angles = geometry.equidistributed_angles(keys[1], particles)
-    poses = geometry.Poses(angles, jnp.zeros((particles, 2)))
-    typical = seconds(
-        {
-            "kernel_s": lambda: normal.kernel(psi, angles, n),
-            "backproject_s": lambda: spatial.backproject(
-                image_filter, images, poses, n
-            ),
-        }
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="what to measure of each case, for some benchmarks; by default all",
     )
-    return {name: value / particles for name, value in typical.items()}
-
-
-def available_cores() -> int | None:
-    """Return how many cores this process may use, where the system can tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def main() -> None:
-    """Run all, print and store."""
-    cores = available_cores()
-    results = {
-        "cores": cores,
-        "machine": platform.machine(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "normal_operator": {str(n): normal_operator(n) for n in (46, 64, 90)},
-        "pose_update_per_particle": {str(n): pose_update(n, 16) for n in (46, 90)},
-        "volume_update_per_particle": {str(n): volume_update(n, 16) for n in (46, 90)},
-    }
-    text = json.dumps(results, indent=2)
-    print(text)
-    path = Path(__file__).with_name(f"results_{cores}_core.json")
-    path.write_text(text + "\n")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=records.ROOT.parent / "shared" / "data",
+        help="the folder of the real maps (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, help="where to store the figures")
+    parser.add_argument(
+        "--table", action="store_true", help="print the stored figures and stop"
+    )
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(markdown(), end="")
+        return
+    names = options.names or WITHOUT_DATA
+    _check(parser, "NAME", names, NAMES)
+    if len(names) > 1 and (options.case or options.parts or options.json):
+        parser.error("--case, --parts and --json need exactly one NAME")
+    if options.parts and not options.json:
+        parser.error("--parts needs --json: the stored figures are of all parts")
+    settings = Settings(options.data, options.parts)
+    for name in names:
+        benchmark = load(name)
+        cases = options.case or list(benchmark.CASES)
+        _check(parser, "--case", cases, benchmark.CASES)
+        _check(parser, "--parts", options.parts, benchmark.PARTS)
+        path = options.json or records.RESULTS / f"{name}.json"
+        for case in cases:
+            print(f"{name}: {case}", flush=True)
+            record = records.record(case, benchmark.measure(case, settings))
+            print(json.dumps(record["figures"], indent=2), flush=True)
+            records.store(path, record)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The documentation site: ``sphinx-build -W docs build/site``. No network is needed."""
+"""The documentation site: ``sphinx-build -W docs site``. No network is needed."""
 
 import sys
 from importlib.util import find_spec
@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 equinox.filter_jit = lambda function: function
 
 project = "jaxrefine"
-author = "the jaxrefine authors"
-project_copyright = "BSD 3-Clause licence"
+author = "The jaxrefine developers"
+project_copyright = "the jaxrefine developers, BSD 3-Clause licence"
 html_title = "jaxrefine"
-smartquotes = False  # "--option" must stay as it is
+smartquotes_action = "D"  # dashes, not quotes
 
 extensions = [
     "myst_nb",
@@ -44,6 +44,7 @@ html_static_path = ["assets", str(_mathjax / mathjax_path)]
 # of the package (see extensions/names.py), or no link.
 default_role = "py:obj"
 add_module_names = False
+autodoc_default_options = {"no-value": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

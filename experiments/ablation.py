@@ -1,6 +1,6 @@
-"""Ablation: what each part of the engine is good for.
+"""Ablation: what each part of the engine contributes.
 
-From the same start as Init-1, the joint refinement is run as it is and less one part:
+From the same start as Init-1, the joint refinement is run in full and without one part:
 
 - no multi-start: the initial poses are polished, and no others are searched for;
 - no marching: all frequencies below Nyquist from the first iteration on, in the widest
@@ -9,13 +9,13 @@ From the same start as Init-1, the joint refinement is run as it is and less one
   Marquardt: down the gradient by the angles, then by the shift, each with a line search
   by factors of a quarter, three times (``K_GD``); the cost is the engine's, and the
   first steps are those of the first iteration of the authors' released code, since the
-  paper's own hardly move a pose in any units that we know of;
+  paper's own hardly move a pose in any units that we tried;
 - scaled descent: three steps down the gradient, scaled by the curvature of each
   coordinate, without a line search;
 - one hypothesis: the best candidate of each search alone is followed;
-- no SNR weighting: poses are compared with the maps as they are, whose shells are
-  otherwise weighted by how far the other fold's images bear them out. The engine has no
-  switch for that; the measured weights are replaced by 1.
+- no SNR weighting: poses are compared with the maps as they are. (The engine weights
+  each shell of a map by how well the images of the other fold agree with it, and has no
+  switch for that; the measured weights are replaced by 1.)
 
     python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
 
@@ -24,32 +24,29 @@ prints a table, and stores it with curves and maps in the run directory.
 """
 
 import sys
-from dataclasses import replace
-from typing import Any, final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 from unittest.mock import patch
 
 import cases
 import comparison
 import equinox as eqx
-import harness
 import init1
 import jax
 import jax.numpy as jnp
 import methods
 import optax
-from comparison import Case, Method, Outcome, Record
+from comparison import Case, Family, Method, Outcome, Record
 from jaxtyping import Array, Float
+from settings import ComparisonSettings, Init1Start
 
 from jaxrefine.maps.noise import ShellSums
 from jaxrefine.paper.algorithm3 import backtrack
 from jaxrefine.paper.presets import released_preset
 from jaxrefine.poses.solvers import Constraint, Descent, Estimate, Objective, retract
 from jaxrefine.refinement.config import RefineConfig
-
-PRESETS = ("smoke", "small", "cpu", "paper")
-
-KEYS = (*cases.KEYS, "methods")
-"""What the configuration must say."""
+from jaxrefine.runs.options import option
 
 
 @final
@@ -85,14 +82,14 @@ class PaperDescent(eqx.Module):
     ) -> Estimate:
         """Improve one pose."""
         dtype = rotation.dtype
-        parts = (
+        searches = (
             (jnp.array([1, 1, 1, 0, 0], dtype), self.angle_step),
             (jnp.array([0, 0, 0, 1, 1], dtype), self.shift_step),
         )
 
         def descend(pose, _):
             lower = jnp.zeros((), bool)
-            for part, first in parts:
+            for chosen, first_step in searches:
                 rotation, shift = pose
 
                 def move(step, rotation=rotation, shift=shift):
@@ -103,8 +100,8 @@ class PaperDescent(eqx.Module):
                     lambda step, move=move: objective(*move(step))[0],
                     jnp.zeros(5, dtype),
                     cost,
-                    part * gradient,
-                    jnp.asarray(first, dtype),
+                    chosen * gradient,
+                    jnp.asarray(first_step, dtype),
                     jnp.asarray(self.eta, dtype),
                     self.max_trials,
                 )
@@ -113,9 +110,9 @@ class PaperDescent(eqx.Module):
 
         start = constraint(rotation, shift)
         pose, accepted = jax.lax.scan(descend, start, None, self.iterations)
-        (rotation, shift), none = pose, jnp.zeros(self.iterations, dtype)
-        cost, _, information = objective(rotation, shift)
-        return Estimate(rotation, shift, cost, information, none, accepted)
+        cost, _, information = objective(*pose)
+        undamped = jnp.zeros(self.iterations, dtype)
+        return Estimate(*pose, cost, information, undamped, accepted)
 
 
 def paper_descent(sigma: float) -> PaperDescent:
@@ -129,27 +126,28 @@ def paper_descent(sigma: float) -> PaperDescent:
     return PaperDescent(float(angle_step) * sigma**2, float(shift_step) * sigma**2)
 
 
-def reduced(size: int, sigma: float) -> dict[str, RefineConfig]:
-    """Return the engine's parameters less one part, for images of a side and noise."""
-    full = RefineConfig()
-    return {
-        "no multi-start": replace(full, multi_start=()),
-        "no marching": replace(full, first_r_max=(size - 1) // 2),
-        "the paper's descent": replace(full, update=paper_descent(sigma)),
-        "scaled descent": replace(full, update=Descent(optax.sgd(0.5), 3)),
-        "one hypothesis": replace(full, hypotheses=1),
-    }
+REDUCED: dict[str, Callable[[int, float], RefineConfig]] = {
+    "no multi-start": lambda size, sigma: RefineConfig(multi_start=()),
+    "no marching": lambda size, sigma: RefineConfig(first_r_max=(size - 1) // 2),
+    "the paper's descent": lambda size, sigma: RefineConfig(
+        update=paper_descent(sigma)
+    ),
+    "scaled descent": lambda size, sigma: RefineConfig(
+        update=Descent(optax.sgd(0.5), 3)
+    ),
+    "one hypothesis": lambda size, sigma: RefineConfig(hypotheses=1),
+}
+"""The engine with one parameter changed, for images of a side and noise."""
 
 
-def without(config: dict[str, Any], case: Case) -> dict[str, Method]:
-    """Return the joint refinement less one part."""
-    seed, sigma = config["seed"], float(case.dataset.sigma)
-    chosen = {
-        name: methods.refinement(settings, seed)
-        for name, settings in reduced(len(case.truth), sigma).items()
-    }
-    full = methods.refinement(RefineConfig(), seed)
-    return {**chosen, "no SNR weighting": unweighted(full)}
+def reduced(name: str) -> Family:
+    """Return the joint refinement with one parameter changed, see `REDUCED`."""
+
+    def family(settings: Init1Start, case: Case) -> dict[str, Method]:
+        config = REDUCED[name](len(case.truth), float(case.dataset.sigma))
+        return {name: methods.refinement(config, settings.seed)}
+
+    return family
 
 
 def unweighted(method: Method) -> Method:
@@ -167,16 +165,35 @@ def unweighted(method: Method) -> Method:
     return run
 
 
-FAMILIES = {"engine": init1.engine, "without": without}
-"""What ``methods`` of a configuration may list."""
+def without_weights(settings: Init1Start, case: Case) -> dict[str, Method]:
+    """Return the joint refinement without SNR weighting."""
+    del case
+    full = methods.refinement(RefineConfig(), settings.seed)
+    return {"no SNR weighting": unweighted(full)}
 
 
-def main() -> None:
-    """Run what is left of the study, then print its table."""
-    options = harness.parse(__doc__, PRESETS)
-    config = harness.resolve(options, KEYS)
-    comparison.run(options, config, cases.init1, FAMILIES)
+FAMILIES: dict[str, Family] = {
+    "engine": init1.engine,
+    **{name: reduced(name) for name in REDUCED},
+    "no SNR weighting": without_weights,
+}
+"""What ``methods`` of the settings may list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings(ComparisonSettings, Init1Start):
+    """The settings of the study."""
+
+    methods: tuple[str, ...] = option(
+        choices=tuple(FAMILIES),
+        help="what to compare: the engine in full, and without each of its parts",
+    )
+
+
+def main() -> int:
+    """Run what is left of the study, and print its table."""
+    return comparison.main(__doc__, AblationSettings, cases.INIT1, FAMILIES)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(main())

@@ -2,14 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import relion
-from comparison import Case
+from comparison import Case, Start
+from settings import DatasetSettings, Init1Start, Init2Start
 
 from jaxrefine import io, simulate
 from jaxrefine._types import Volume
@@ -19,7 +19,6 @@ from jaxrefine.geometry import (
     Poses,
     Rotations,
     align_rotations_and_hand,
-    matrix_to_euler,
     mirror,
 )
 from jaxrefine.maps.align import align_maps, move_map
@@ -29,151 +28,149 @@ from jaxrefine.runs.progress import Bars
 _PLACED_BY = 4  # cycles per box: where the map is, to some voxels
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-KEYS = (
-    "title",
-    "seed",
-    "size",
-    "particles",
-    "snr_db",
-    "max_angle_error",
-    "max_shift",
-    "initial_blur",
-    "voxel_size_in_angstroms",
-    "batch_size",
-)
-"""What a configuration must say of its data set."""
 
-
-def init1(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
+def init1(settings: Init1Start, start: str, out: Path) -> Case:
     """Simulate a data set with the start Init-1, section IV-B.
 
     The initial map is the truth, blurred, where the paper has one that RELION made
     ab initio.
     """
-    del out
-    truth, dataset = _simulate(config, volume, config["max_angle_error"])
-    initial_map = simulate.blur(truth, config["initial_blur"])
-    return Case(truth, dataset, initial_map, config["voxel_size_in_angstroms"])
+    del start, out
+    truth, dataset = _simulate(settings, settings.max_angle_error)
+    initial_map = simulate.blur(truth, settings.initial_blur)
+    return Case(truth, dataset, initial_map, settings.voxel_size_in_angstroms)
 
 
 _BY_RELION = "map and poses by RELION, ab initio"
 
 
-def start(config: dict[str, Any]) -> str:
-    """Say how `init2` can find map and poses on this machine, as ``start`` wants it."""
+def describe_init2(settings: Init2Start) -> str:
+    """Say how `init2` can find map and poses on this machine."""
     if relion.available():
         return _BY_RELION
     return (
         "poses by projection matching with the truth blurred by "
-        f"{config['initial_blur']:g} voxels (RELION is not installed)"
+        f"{settings.initial_blur:g} voxels (RELION is not installed)"
     )
 
 
-def init2(config: dict[str, Any], volume: Path | None, out: Path) -> Case:
+def init2(settings: Init2Start, start: str, out: Path) -> Case:
     """Simulate a data set with the start Init-2: map and poses made ab initio.
 
-    By RELION, if ``start`` of the configuration says so; otherwise the map is the
+    By RELION, if ``start``, from `describe_init2`, says so; otherwise the map is the
     truth, blurred, and the poses are found by projection matching with it. A map made
     ab initio has a place and a hand of its own: map and poses are brought to the
     truth's, all together, so that curves can be compared. Then the shifts are set to
     zero.
     """
-    truth, dataset = _simulate(config, volume, 0.0)
-    voxel = config["voxel_size_in_angstroms"]
-    images = np.asarray(dataset.images, np.float32)
-    if config["start"] == _BY_RELION:
-        folder = out / "work" / "ab_initio"
-        folder.mkdir(parents=True, exist_ok=True)
-        blank = jax.tree.map(jnp.zeros_like, dataset.truth)
-        with Bars() as bars:
-            found = relion.ab_initio(
-                folder,
-                relion.write_particles(folder, images, blank, voxel),
-                diameter_in_angstroms=0.9 * len(truth) * voxel,
-                seed=config["seed"],
-                limit_s=60 * config["ab_initio_limit_min"],
-                iterations=tuple(config["ab_initio_iterations"]),
-                resolutions=tuple(config["ab_initio_resolutions"]),
-                most_poses=config["relion_most_poses"] or None,
-                callback=_progress(bars, sum(config["ab_initio_iterations"])),
-            )
-        if not found.finished:
-            raise InputError(
-                f"RELION's ab-initio reconstruction wants more than "
-                f"{config['ab_initio_limit_min']} minutes; the same command with "
-                "--set ab_initio_limit_min=MORE carries it on."
-            )
-        poses = found.poses
-        initial_map, rotations = _in_the_frame_of(
-            truth, dataset.truth, found.volume, poses
-        )
-        initial = Poses(matrix_to_euler(rotations), jnp.zeros_like(poses.shifts))
-        start = (
-            f"map and poses of {found.iterations} iterations of RELION ab initio, "
-            f"{found.wall_s / 60:.0f} minutes, ending at "
-            f"{config['ab_initio_resolutions'][-1]:g} Å"
-        )
-        if config["relion_most_poses"]:
-            start += f", --maxsig {config['relion_most_poses']}"
+    truth, dataset = _simulate(settings, 0.0)
+    if start == _BY_RELION:
+        initial_map, rotations, remark = _ab_initio(settings, truth, dataset, out)
     else:
         print(
             "RELION is not installed: Init-2 by projection matching.", file=sys.stderr
         )
-        initial_map = simulate.blur(truth, config["initial_blur"])
-        settings = MatchConfig(max_shift=config["max_shift"] + 1)
-        initial = match(Particles(images), initial_map, settings).poses
-        initial = Poses(initial.angles, jnp.zeros_like(initial.shifts))
-        start = ""
+        initial_map = simulate.blur(truth, settings.initial_blur)
+        images = np.asarray(dataset.images, np.float32)
+        config = MatchConfig(max_shift=settings.max_shift + 1)
+        matched = match(Particles(images), initial_map, config)
+        rotations, remark = matched.poses.rotations, ""
+    initial = Poses(rotations, jnp.zeros_like(dataset.truth.shifts))
     dataset = eqx.tree_at(lambda d: d.initial, dataset, initial)
-    return Case(truth, dataset, initial_map, voxel, start)
+    voxel = settings.voxel_size_in_angstroms
+    return Case(truth, dataset, initial_map, voxel, remark)
+
+
+INIT1 = Start(lambda settings: settings.start, init1)
+INIT2 = Start(describe_init2, init2)
+
+
+def _ab_initio(
+    settings: Init2Start, truth: Volume, dataset: simulate.Dataset, out: Path
+) -> tuple[Volume, Rotations, str]:
+    """Return RELION's map and rotations in the frame of the truth, and a remark."""
+    voxel, folder = settings.voxel_size_in_angstroms, out / "work" / "ab_initio"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.asarray(dataset.images, np.float32)
+    true_poses = dataset.truth
+    same = jnp.broadcast_to(jnp.eye(3), true_poses.rotations.shape)
+    unknown = Poses(same, jnp.zeros_like(true_poses.shifts))
+    with Bars() as bars:
+        reached = relion.ab_initio(
+            folder,
+            relion.write_particles(folder, images, unknown, voxel),
+            diameter_in_angstroms=0.9 * len(truth) * voxel,
+            seed=settings.seed,
+            limit_s=60 * settings.ab_initio_limit_min,
+            iterations=settings.ab_initio_iterations,
+            resolutions=settings.ab_initio_resolutions,
+            most_poses=settings.relion_most_poses or None,
+            callback=_progress(bars, sum(settings.ab_initio_iterations)),
+        )
+    if not reached.finished:
+        raise InputError(
+            "RELION's ab-initio reconstruction takes more than "
+            f"{settings.ab_initio_limit_min:g} minutes; the same command with --set "
+            "ab_initio_limit_min=MORE carries it on."
+        )
+    volume, rotations = in_the_frame_of(
+        truth, true_poses, reached.volume, reached.poses.rotations
+    )
+    remark = (
+        f"map and poses of {reached.iterations} iterations of RELION ab initio, "
+        f"{reached.wall_s / 60:.0f} minutes, ending at "
+        f"{settings.ab_initio_resolutions[-1]:g} Å"
+    )
+    if settings.relion_most_poses:
+        remark += f", --maxsig {settings.relion_most_poses}"
+    return volume, rotations, remark
 
 
 def _simulate(
-    config: dict[str, Any], volume: Path | None, max_angle_error: float
+    settings: DatasetSettings, max_angle_error: float
 ) -> tuple[Volume, simulate.Dataset]:
-    map_key, data_key = jax.random.split(jax.random.key(config["seed"]))
-    if volume is None:
-        truth = simulate.phantom(map_key, config["size"])
+    map_key, data_key = jax.random.split(jax.random.key(settings.seed))
+    if settings.volume is None:
+        truth = simulate.phantom(map_key, settings.size)
     else:
-        truth = jnp.asarray(io.read_mrc(volume)[0])
+        truth = jnp.asarray(io.read_mrc(settings.volume)[0])
     dataset = simulate.make_dataset(
         data_key,
         truth,
-        config["particles"],
-        max_shift=config["max_shift"],
+        settings.particles,
+        max_shift=settings.max_shift,
         max_angle_error=max_angle_error,
-        snr_db=config["snr_db"],
-        batch_size=config["batch_size"],
+        snr_db=settings.snr_db,
+        batch_size=settings.batch_size,
     )
     return truth, dataset
 
 
 def _progress(bars: Bars, iterations: int) -> relion.Callback:
-    """Return what shows how far RELION's ab-initio run is; it tells now and then."""
+    """Return a callback that shows how far RELION's ab-initio run is."""
     advance = bars.next("RELION, ab initio", iterations)
     return lambda now: advance(None, {"iteration": now.iterations, **now.report})
 
 
-def _in_the_frame_of(
-    truth: Volume, true_poses: Poses, volume: np.ndarray, poses: Poses
+def in_the_frame_of(
+    truth: Volume, true_poses: Poses, volume: np.ndarray, rotations: Rotations
 ) -> tuple[Volume, Rotations]:
-    """Move a map and its poses as a whole to the truth's place; also their hand.
+    """Bring a map and its poses to the place, orientation and hand of the truth.
 
-    True poses say how they are turned, which is then polished, and the true map where
-    they are.
+    The true poses tell the orientation, which is then polished, and the true map the
+    place.
     """
-    rotations = poses.rotations
-    rotation, mirrored = align_rotations_and_hand(rotations, true_poses.rotations)
-    found = jnp.asarray(volume)
-    if mirrored:
-        found, rotations = _mirrored(found), mirror(rotations)
-    turned = move_map(found, rotation, jnp.zeros(3, found.dtype))
-    polish, translation = align_maps(turned, truth.astype(found.dtype), _PLACED_BY)
+    rotation, is_mirrored = align_rotations_and_hand(rotations, true_poses.rotations)
+    given = jnp.asarray(volume)
+    if is_mirrored:
+        given, rotations = mirror_map(given), mirror(rotations)
+    turned = move_map(given, rotation, jnp.zeros(3, given.dtype))
+    polish, translation = align_maps(turned, truth.astype(given.dtype), _PLACED_BY)
     rotation = jnp.matmul(rotation, polish, precision=_HIGHEST)
-    moved = move_map(found, rotation, translation)
+    moved = move_map(given, rotation, translation)
     return moved, jnp.matmul(rotations, rotation, precision=_HIGHEST)
 
 
-def _mirrored(volume: Volume) -> Volume:
+def mirror_map(volume: Volume) -> Volume:
     """Return a map's mirror image in the plane ``z = 0``, as `geometry.mirror` does."""
     return volume[::-1] if len(volume) % 2 else jnp.roll(volume[::-1], 1, axis=0)

@@ -11,25 +11,25 @@ measured here once, and kept in the run's folder:
 - ``maps/images.mrcs``: some of the images.
 """
 
-import argparse
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import Study
+from settings import ComparisonSettings, DatasetSettings
 
 from jaxrefine import evaluation, io
 from jaxrefine._types import Volume
 from jaxrefine.cli.demo import rc_text
-from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.runs.history import History
 from jaxrefine.runs.progress import Bars
 from jaxrefine.simulate import Dataset
 
@@ -39,19 +39,19 @@ _SHOWN = 4  # images that are kept for the figures
 class Case(NamedTuple):
     """A simulated data set, the truth behind it and a common start.
 
-    What a reader must know of how the start was found is ``start``.
+    What a reader must know of how the start was made is ``remark``.
     """
 
     truth: Volume
     dataset: Dataset
     initial_map: Volume
     voxel_size_in_angstroms: float
-    start: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method came to.
+    """What a method results in.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Record:
     case
         What the method is given.
     folder
-        The method's own, for its checkpoint or whatever its programs write.
+        The method's own, for its checkpoints or whatever its programs write.
     maps
         Path of its maps, without the iteration's number.
     bars
@@ -95,40 +95,35 @@ class Record:
 
     def __init__(self, case: Case, folder: Path, maps: Path, bars: Bars, name: str):
         self.case, self.folder = case, folder
-        self.history: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self._checkpoints = _checkpoints(folder)
         self._maps, self._bars, self._name = maps, bars, name
-        self._begin, self._earlier = time.perf_counter(), 0.0
         self._advance: Callable[[Any, Mapping[str, Any]], None] | None = None
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of work on this method, those of interrupted runs included."""
-        return self._earlier + time.perf_counter() - self._begin
+        """Seconds of work on this method, those of interrupted processes included."""
+        return self._checkpoints.elapsed_s
 
     def resume(self, fresh: Any) -> Any:
         """Return the last state that was kept, or else the fresh one."""
-        path = self.folder / "state.eqx"
-        if not path.exists():
+        state = self._checkpoints.resume(lambda: fresh)
+        if state is None:
             return fresh
-        state, saved = io.load_checkpoint(path, fresh)
-        self.history = saved["history"]
-        self._earlier = self.history[-1]["elapsed_s"]
+        self.rows = self._checkpoints.rows()
         return state
 
     def expect(self, iterations: int | None) -> None:
         """Open a progress bar; without an end if the number is not known."""
-        self._advance = self._bars.next(self._name, iterations, len(self.history))
+        self._advance = self._bars.next(self._name, iterations, len(self.rows))
 
     def add(
         self, volume: Volume | np.ndarray, poses: Poses, state: Any = None, **numbers
     ) -> None:
         """Measure an iteration, keep its map and, if there is one, the state."""
-        case, number = self.case, len(self.history) + 1
-        truth = case.dataset.truth
+        case, number = self.case, len(self.rows) + 1
         curve = fsc(jnp.asarray(volume, case.truth.dtype), case.truth)
-        errors = evaluation.pose_errors(
-            poses.angles, poses.shifts, truth.angles, truth.shifts
-        )
+        errors = evaluation.pose_errors(poses, case.dataset.truth)
         row = {
             "iteration": number,
             **evaluation.resolution_row(curve),
@@ -136,55 +131,109 @@ class Record:
             **numbers,
             "elapsed_s": self.elapsed_s,
         }
-        self.history.append(row)
+        self.rows.append(row)
         path = self._maps.with_name(f"{self._maps.name}_{number:03d}.mrc")
         io.write_mrc(path, np.asarray(volume), case.voxel_size_in_angstroms)
         if state is not None:
-            saved = {"history": self.history}
-            io.save_checkpoint(self.folder / "state.eqx", state, saved)
+            self._checkpoints.record(state, row)
         if self._advance is not None:
             self._advance(state, row)
+
+
+def _checkpoints(folder: Path) -> History:
+    """Return the checkpoints of the method that has this folder."""
+    return History(folder / "state", folder / "metrics.jsonl")
 
 
 Method = Callable[[Case, Record], Outcome]
 """One way of reconstructing."""
 
-Family = Callable[[dict[str, Any], Case], dict[str, Method]]
-"""From a configuration and a case to some methods, by name."""
+S = TypeVar("S", bound=DatasetSettings)
+C = TypeVar("C", bound=ComparisonSettings)
+S_contra = TypeVar("S_contra", bound=DatasetSettings, contravariant=True)
+
+Family = Callable[[S, Case], dict[str, Method]]
+"""From settings and a case to methods, by name; none if RELION is not installed."""
 
 
-def run(
-    options: argparse.Namespace,
-    config: dict[str, Any],
-    prepare: Callable[[dict[str, Any], Path | None, Path], Case],
-    families: Mapping[str, Family],
-) -> None:
+@dataclass(frozen=True)
+class Start(Generic[S_contra]):
+    """How a data set and the start of its refinement are made.
+
+    Attributes
+    ----------
+    describe
+        Says in words what refinements begin with. A run keeps what is said when it
+        begins.
+    prepare
+        Makes the case, of the settings, these words and the run folder.
+    """
+
+    describe: Callable[[S_contra], str]
+    prepare: Callable[[S_contra, str, Path], Case]
+
+
+def main(
+    description: str | None,
+    settings_class: type[C],
+    start: Start[C],
+    families: Mapping[str, Family[C]],
+) -> int:
+    """Run what is left of a study that the command line asks for.
+
+    Parameters
+    ----------
+    description
+        Of the study, for ``--help``.
+    settings_class
+        Its settings, whose ``methods`` name the families to run.
+    start
+        What refinements begin with.
+    families
+        Methods by the names that ``methods`` may list.
+
+    Returns
+    -------
+    The exit code.
+    """
+
+    def command() -> None:
+        study = harness.parse(description, settings_class)
+        run(study, start, [families[name] for name in study.settings.methods])
+
+    return harness.main(command)
+
+
+def run(study: Study[S], start: Start[S], families: Sequence[Family[S]]) -> None:
     """Run what is left of a study, and print its table.
 
     Parameters
     ----------
-    options, config
-        From `harness.parse` and `harness.resolve`.
-    prepare
-        Makes the case from the configuration, the given map and the run's folder.
+    study
+        What the command line asks for.
+    start
+        What refinements begin with.
     families
-        What ``methods`` of the configuration may list.
+        The methods to run.
+
+    Raises
+    ------
+    InputError
+        If the folder or the data set is refused, or RELION fails.
     """
-    unknown = [name for name in config["methods"] if name not in families]
-    if unknown:
-        known = ", ".join(families)
-        raise InputError(f"methods wants some of {known}, not {', '.join(unknown)}.")
-    out = harness.open_run(options, config)
-    if not harness.finished(out):
-        harness.write_provenance(out)
-        with harness.claimed(out):
-            case = prepare(config, options.volume, out)
-            found = [families[name](config, case) for name in config["methods"]]
-        chosen = {name: method for each in found for name, method in each.items()}
-        text = table(compare(out, case, chosen), config)
-        (out / "table.md").write_text(text + "\n", encoding="utf-8")
-        harness.finish(out, without_relion=not all(found))
-    print(table(harness.read_metrics(out), config))
+    settings = study.settings
+    with study.open() as folder:
+        out, begin = folder.path, folder.keep("start", start.describe(settings))
+        if not folder.finished:
+            case = start.prepare(settings, begin, out)
+            chosen = [family(settings, case) for family in families]
+            harness.add_provenance(out)
+            methods = {name: each for group in chosen for name, each in group.items()}
+            results = compare(out, case, methods)
+            text = table(results, settings.caption(begin))
+            (out / "table.md").write_text(text + "\n", encoding="utf-8")
+            harness.finish(folder, without_relion=not all(chosen))
+    print(table(harness.read_metrics(out), settings.caption(begin)))
     print(f"results are in {out}")
 
 
@@ -202,20 +251,20 @@ def compare(
     for name, volume in (("truth", case.truth), ("initial_map", case.initial_map)):
         io.write_mrc(maps / f"{name}.mrc", np.asarray(volume), voxel)
     _write_poses(out, "truth", case.dataset.truth, case)
-    some = np.asarray(case.dataset.images[:_SHOWN], np.float32)
-    io.write_stack(maps / "images.mrcs", some, voxel)
+    samples = np.asarray(case.dataset.images[:_SHOWN], np.float32)
+    io.write_stack(maps / "images.mrcs", samples, voxel)
     results = harness.read_metrics(out)
     with Bars() as bars:
         for name, method in methods.items():
             folder = out / "work" / slug(name)
-            if name in results and results[name].get("finished", True):
-                (folder / "state.eqx").unlink(missing_ok=True)
+            if name in results and results[name]["finished"]:
+                _checkpoints(folder).remove_states()
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             record = Record(case, folder, maps / slug(name), bars, name)
             outcome = method(case, record)
             wall = record.elapsed_s if outcome.wall_s is None else outcome.wall_s
-            results[name] = _entry(case, outcome, outcome.volume, record.history, wall)
+            results[name] = _entry(case, outcome, outcome.volume, record.rows, wall)
             _write_poses(out, name, outcome.poses, case)
             io.write_mrc(maps / f"{slug(name)}.mrc", outcome.volume, voxel)
             if outcome.processed is not None:
@@ -224,7 +273,7 @@ def compare(
                 io.write_mrc(maps / f"{slug(second)}.mrc", outcome.processed, voxel)
             io.write_json(out / "metrics.json", results)
             if outcome.finished:
-                (folder / "state.eqx").unlink(missing_ok=True)
+                _checkpoints(folder).remove_states()
     return results
 
 
@@ -232,8 +281,7 @@ def _write_poses(out: Path, name: str, poses: Poses, case: Case) -> None:
     images = case.dataset.images
     io.write_poses(
         out / "poses" / f"{slug(name)}.star",
-        np.asarray(poses.angles),
-        np.asarray(poses.shifts),
+        poses,
         case.voxel_size_in_angstroms,
         [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)],
         images.shape[-1],
@@ -258,11 +306,11 @@ def measure(
     volume: np.ndarray, poses: Poses, truth: Volume, true_poses: Poses
 ) -> dict[str, Any]:
     """Return how far a map and its poses are from the true ones."""
-    found = evaluation.assess(volume, poses, truth, true_poses)
+    assessment = evaluation.assess(volume, poses, truth, true_poses)
     return {
-        **found.row(),
-        "fsc": _rounded(found.curve),
-        "fsc_aligned": _rounded(found.aligned_curve),
+        **assessment.row(),
+        "fsc": _rounded(assessment.curve),
+        "fsc_aligned": _rounded(assessment.aligned_curve),
         "differences": difference_densities(poses, true_poses),
     }
 
@@ -277,10 +325,8 @@ def difference_densities(poses: Poses, truth: Poses) -> dict[str, Any]:
     Densities are per degree and per pixel, of all particles, including those outside of
     the bins, whose fraction is given too.
     """
-    angles, shifts = evaluation.pose_differences(
-        poses.angles, poses.shifts, truth.angles, truth.shifts
-    )
-    found = {}
+    angles, shifts = evaluation.pose_differences(poses, truth)
+    densities = {}
     for names, values, edges in (
         (("rot", "tilt", "psi"), angles, _ANGLE_EDGES),
         (("x", "y"), shifts, _SHIFT_EDGES),
@@ -288,21 +334,21 @@ def difference_densities(poses: Poses, truth: Poses) -> dict[str, Any]:
         for name, column in zip(names, np.asarray(values).T, strict=True):
             counts, _ = np.histogram(column, edges)
             width = edges[1] - edges[0]
-            found[name] = {
+            densities[name] = {
                 "first": float(edges[0]),
                 "width": float(width),
                 "density": _rounded(counts / (len(column) * width)),
                 "outside": 1.0 - float(counts.sum()) / len(column),
             }
-    return found
+    return densities
 
 
 def _rounded(values: jax.Array | np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def table(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> str:
-    """Return the results as a Markdown table, with their conditions."""
+def table(results: Mapping[str, Mapping[str, Any]], caption: str) -> str:
+    """Return the results as a Markdown table, with their conditions below."""
     head = (
         "| method | mean FSC | mean FSC, aligned | r_c (shells) | "
         "angle error, median (deg) | p90 | within 10 deg | "
@@ -318,8 +364,8 @@ def table(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -
         for name, r in results.items()
     ]
     remarks = [f"- {name}: {r['remark']}" for name, r in results.items() if r["remark"]]
-    said = ["", harness.caption(config), *([""] if remarks else []), *remarks]
-    return "\n".join([head, *rows, *said])
+    below = ["", caption, *([""] if remarks else []), *remarks]
+    return "\n".join([head, *rows, *below])
 
 
 def slug(name: str) -> str:

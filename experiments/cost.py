@@ -10,20 +10,21 @@ One update of the poses of simulated particles near the truth, with a map at han
 - slices: the cost with its gradient, one step of Levenberg and Marquardt (the normal
   equations, and those of the trial), and the three steps that the engine makes.
 
-What is made of each image or once for the map is part of the time, but for the map's
+The times include what is computed once for the map or for each image, except the map's
 autocorrelation and spectrum where a cost alone is timed. The normal operator of the
-volume update goes with these; its time does not depend on the particles.
+volume update is timed as well; its time does not depend on the number of particles.
 
     python experiments/cost.py configs/cost.toml --preset cpu
 
-Each time is the median of some rounds in which the functions take turns. The first
-round, which compiles, is told apart. ``metrics.json`` also holds the exponents ``k`` of
-``n**k`` that fit the times best. ``plot_cost.py`` draws it.
+Each time is the median of several rounds in which the functions take turns, without the
+first round, which compiles. ``metrics.json`` also holds the exponents ``k`` of ``n**k``
+that fit the times best. ``plot_cost.py`` draws it.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -32,7 +33,8 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import available_cores
+from harness import Study
+from settings import StudySettings
 
 from jaxrefine import io, simulate
 from jaxrefine._batching import map_over_particles
@@ -44,27 +46,42 @@ from jaxrefine.operators.gridding import Gridding
 from jaxrefine.paper import algorithm3
 from jaxrefine.poses import likelihood
 from jaxrefine.poses.matching import MatchConfig, match
+from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
+from jaxrefine.runs.options import option
+from jaxrefine.runs.provenance import available_cores
 
-PRESETS = ("smoke", "cpu")
 
-KEYS = (
-    "title",
-    "seed",
-    "snr_db",
-    "max_shift",
-    "sizes",
-    "particles",
-    "repetitions",
-    "matching_step_deg",
-)
-"""What the configuration must say."""
+@dataclass(frozen=True, kw_only=True)
+class CostSettings(StudySettings):
+    """The settings of the study."""
+
+    sizes: tuple[int, ...] = option(
+        unit="pixels", least=16, help="sides of the images, two or more"
+    )
+    repetitions: int = option(
+        least=1, help="timed calls of each function, after one that is not"
+    )
+    matching_step_deg: float = option(
+        unit="degrees",
+        least=0,
+        above=True,
+        most=90,
+        help="step of the grid of projection matching",
+    )
+
+    def __post_init__(self):
+        if len(set(self.sizes)) < 2:
+            raise InputError(
+                f"sizes must hold at least 2 different sizes, got {list(self.sizes)}"
+            )
+
 
 NORMAL_OPERATOR = "normal operator"
 """The one function whose time is not divided by the number of particles."""
 
-_ANGLE_ERROR = 0.1  # radians: a start from which all methods have something to do
+_ANGLE_ERROR = 0.1  # radians: every method can improve on such poses
 _FIRST_STEPS = 2e-4, 2e-3  # the released code's, of angles and shifts
 _BATCH = 8  # particles at once in space, where memory grows with the cube of the side
 
@@ -72,19 +89,20 @@ Calls = dict[str, Callable[[], Any]]
 """What is timed, by name."""
 
 
-def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], float]]:
+def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], float]]:
     """Simulate particles; return what is timed, and what counts line-search trials."""
-    map_key, data_key = jax.random.split(jax.random.key(config["seed"]))
+    map_key, data_key = jax.random.split(jax.random.key(settings.seed))
     truth = simulate.phantom(map_key, size)
     dataset = simulate.make_dataset(
         data_key,
         truth,
-        config["particles"],
-        max_shift=config["max_shift"],
+        settings.particles,
+        max_shift=settings.max_shift,
         max_angle_error=_ANGLE_ERROR,
-        snr_db=config["snr_db"],
+        snr_db=settings.snr_db,
     )
     images, poses = dataset.images, dataset.initial
+    euler_poses = algorithm3.EulerPoses.of(poses)
     last = (size - 1) // 2
 
     basis = kbwf.KBWF()
@@ -92,24 +110,24 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
     image_filter = spatial.spline_filter(footprint, size)
     coefficients = kbwf.expand(basis, truth)
     terms = algorithm3.map_terms(footprint, coefficients)
-    transfer = normal.transfer(normal.kernel(footprint, poses.angles, size))
+    transfer = normal.transfer(normal.kernel(footprint, poses.rotations, size))
 
     def in_space(function):
         @eqx.filter_jit
         def evaluate(terms, images, poses):
-            def one(particle):
-                image, where = particle
-                return function(terms, algorithm3.particle(image_filter, image), where)
+            def of_particle(image_and_pose):
+                image, pose = image_and_pose
+                return function(terms, algorithm3.particle(image_filter, image), pose)
 
-            return map_over_particles(one, (images, poses), _BATCH)
+            return map_over_particles(of_particle, (images, poses), _BATCH)
 
-        return lambda: evaluate(terms, images, poses)
+        return lambda: evaluate(terms, images, euler_poses)
 
     steps = algorithm3.PoseConfig(*_FIRST_STEPS)
 
     def descend():
         return algorithm3.run(
-            poses, images, coefficients, footprint, image_filter, steps
+            euler_poses, images, coefficients, footprint, image_filter, steps
         )
 
     particles = Particles(np.asarray(images))
@@ -120,15 +138,16 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
 
     @eqx.filter_jit
     def slice_gradients(spectrum, view, images, poses):
-        def one(data, rotation, shift):
+        def of_particle(image_spectrum, rotation, shift):
             return likelihood.cost_and_gradient(
-                spectrum, view.disc, data, rotation, shift, None, view.weights
+                spectrum, view.observation(image_spectrum, None), rotation, shift
             )
 
-        return jax.vmap(one)(view.spectra(images, None), poses.rotations, poses.shifts)
+        image_spectra = view.spectra(images, None)
+        return jax.vmap(of_particle)(image_spectra, poses.rotations, poses.shifts)
 
     def polish(steps: int):
-        return polish.polish_poses(
+        return polish_poses(
             particles,
             everyone,
             Gridding().spectrum(truth, last),
@@ -140,12 +159,12 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
             len(particles),
         )
 
-    finest = config["matching_step_deg"]
+    finest = settings.matching_step_deg
     same, scaled = (
         MatchConfig(
-            angle_step_in_degrees=step, max_shift=config["max_shift"], r_max=last
+            angle_step_in_degrees=step, max_shift=settings.max_shift, r_max=last
         )
-        for step in (finest, finest * max(config["sizes"]) / size)
+        for step in (finest, finest * max(settings.sizes) / size)
     )
     apply = jax.jit(normal.apply_normal)
     calls = {
@@ -171,28 +190,40 @@ def prepare(size: int, config: dict[str, Any]) -> tuple[Calls, Callable[[], floa
     return calls, trials
 
 
-def measure(calls: Calls, repetitions: int) -> tuple[dict, dict]:
-    """Return the median time of each call, and how much longer the first one took."""
+def measure(
+    calls: Calls, repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median time of each call, and how much longer the first one took.
+
+    Parameters
+    ----------
+    calls
+        What is timed, by name.
+    repetitions
+        Rounds that count, in which the calls take turns.
+    clock
+        Tells the time, in seconds.
+    """
 
     def seconds(call: Callable[[], Any]) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         jax.block_until_ready(call())
-        return time.perf_counter() - begin
+        return clock() - begin
 
     first, *rounds = (
         {name: seconds(call) for name, call in calls.items()}
         for _ in range(repetitions + 1)
     )
-    typical = {name: median(one[name] for one in rounds) for name in calls}
+    typical = {name: median(times[name] for times in rounds) for name in calls}
     return typical, {name: first[name] - typical[name] for name in calls}
 
 
-def point(size: int, config: dict[str, Any]) -> dict[str, Any]:
+def point(size: int, settings: CostSettings) -> dict[str, Any]:
     """Measure at one side of the images."""
-    calls, trials = prepare(size, config)
-    typical, compilation = measure(calls, config["repetitions"])
+    calls, trials = prepare(size, settings)
+    typical, compilation = measure(calls, settings.repetitions)
     operator = typical.pop(NORMAL_OPERATOR)
-    count = config["particles"]
+    count = settings.particles
     return {
         "size": size,
         "seconds_per_particle": {name: t / count for name, t in typical.items()},
@@ -235,36 +266,39 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Measure at the sides that are left, then print the table."""
-    options = harness.parse(__doc__, PRESETS)
-    if options.volume is not None:
-        raise InputError(f"Maps are of every size here; {options.volume} is of one.")
-    config = harness.resolve(options, KEYS)
-    if len(set(config["sizes"])) < 2 or config["repetitions"] < 1:
-        raise InputError("Two sizes and one repetition are wanted at least.")
-    out = harness.open_run(options, config)
-    results = harness.read_metrics(out)
-    if not harness.finished(out):
-        harness.write_provenance(out)
-        points = results.get("points", [])
-        # From the smallest, so that a size that is too small leaves nothing behind.
-        for size in sorted(config["sizes"])[len(points) :]:
-            with harness.claimed(out):
-                points.append(point(size, config))
-            results = {
-                "device": jax.devices()[0].device_kind,
-                "threads": available_cores(),
-                "points": points,
-            }
+Measure = Callable[[int, CostSettings], dict[str, Any]]
+"""Measures at one side of the images, as `point` does."""
+
+
+def run(study: Study[CostSettings], measure_at: Measure = point) -> None:
+    """Measure at the sides that are left, and print the table."""
+    settings = study.settings
+    with study.open() as folder:
+        out = folder.path
+        if not folder.finished:
+            points = harness.read_metrics(out).get("points", [])
+            for size in sorted(settings.sizes)[len(points) :]:
+                points.append(measure_at(size, settings))
+                harness.add_provenance(out)
+                io.write_json(out / "metrics.json", _results(points))
+            results = _results(points) | {"exponents": exponents(points)}
             io.write_json(out / "metrics.json", results)
-        results["exponents"] = exponents(points)
-        io.write_json(out / "metrics.json", results)
-        (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
-        harness.finish(out)
-    print(table(results))
+            (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+            harness.finish(folder)
+    print(table(harness.read_metrics(out)))
     print(f"results are in {out}")
 
 
+def _results(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``metrics.json`` holds."""
+    device, threads = jax.devices()[0].device_kind, available_cores()
+    return {"device": device, "threads": threads, "points": points}
+
+
+def main() -> int:
+    """Measure at the sides that are left, and print the table."""
+    return harness.main(lambda: run(harness.parse(__doc__, CostSettings)))
+
+
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(main())

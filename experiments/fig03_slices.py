@@ -3,8 +3,6 @@
 python experiments/fig03_slices.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 
 MAPS = (
@@ -19,14 +17,4 @@ MAPS = (
 
 
 if __name__ == "__main__":
-    sys.exit(
-        figures.main(
-            __doc__,
-            lambda runs: figures.maps(
-                runs,
-                MAPS,
-                surfaces=True,
-                images=True,
-            ),
-        )
-    )
+    figures.main(__doc__, figures.maps, MAPS, surfaces=True, images=True)

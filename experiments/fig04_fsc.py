@@ -3,8 +3,6 @@
 python experiments/fig04_fsc.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 
 METHODS = (
@@ -22,4 +20,4 @@ METHODS = (
 
 
 if __name__ == "__main__":
-    sys.exit(figures.main(__doc__, lambda runs: figures.fsc(runs, METHODS)))
+    figures.main(__doc__, figures.fsc, METHODS)

@@ -3,11 +3,10 @@
 python experiments/fig07_evolution.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 import numpy as np
-from figures import Column, Run
+from figures import Column
+from finished import Run
 
 METHOD = "joint"
 TEXT = (
@@ -18,7 +17,7 @@ TEXT = (
 
 
 def evolution(run: Run) -> list[Column]:
-    """Choose the initial map, the first and the last iteration, and some between."""
+    """Choose the initial map, and up to six iterations from the first to the last."""
     history = run.values("history", [METHOD])[METHOD]
     chosen = np.unique(np.geomspace(1, len(history), 6).round().astype(int))
     shown = [Column("initial map", run.map("initial map"))]
@@ -31,11 +30,12 @@ def evolution(run: Run) -> list[Column]:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        figures.main(
-            __doc__,
-            lambda runs: figures.maps(
-                runs, [METHOD], evolution, text=TEXT, surfaces=True, images=False
-            ),
-        )
+    figures.main(
+        __doc__,
+        figures.maps,
+        [METHOD],
+        evolution,
+        text=TEXT,
+        surfaces=True,
+        images=False,
     )

@@ -3,8 +3,6 @@
 python experiments/fig08_convergence.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 
 METHODS = (
@@ -20,4 +18,4 @@ METHODS = (
 
 
 if __name__ == "__main__":
-    sys.exit(figures.main(__doc__, lambda runs: figures.convergence(runs, METHODS)))
+    figures.main(__doc__, figures.convergence, METHODS)

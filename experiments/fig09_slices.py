@@ -3,8 +3,6 @@
 python experiments/fig09_slices.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 
 MAPS = (
@@ -16,14 +14,4 @@ MAPS = (
 
 
 if __name__ == "__main__":
-    sys.exit(
-        figures.main(
-            __doc__,
-            lambda runs: figures.maps(
-                runs,
-                MAPS,
-                surfaces=True,
-                images=True,
-            ),
-        )
-    )
+    figures.main(__doc__, figures.maps, MAPS, surfaces=True, images=True)

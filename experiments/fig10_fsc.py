@@ -3,8 +3,6 @@
 python experiments/fig10_fsc.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
 
 METHODS = (
@@ -21,4 +19,4 @@ METHODS = (
 
 
 if __name__ == "__main__":
-    sys.exit(figures.main(__doc__, lambda runs: figures.fsc(runs, METHODS)))
+    figures.main(__doc__, figures.fsc, METHODS)

@@ -3,14 +3,7 @@
 python experiments/fig11_angle_errors.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
-from figures import ANGLES, POSES
 
 if __name__ == "__main__":
-    sys.exit(
-        figures.main(
-            __doc__, lambda runs: figures.densities(runs, POSES, ANGLES, "degree")
-        )
-    )
+    figures.main(__doc__, figures.densities, figures.POSES, figures.ANGLES, "degree")

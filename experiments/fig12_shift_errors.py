@@ -3,14 +3,7 @@
 python experiments/fig12_shift_errors.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
-
 import figures
-from figures import POSES, SHIFTS
 
 if __name__ == "__main__":
-    sys.exit(
-        figures.main(
-            __doc__, lambda runs: figures.densities(runs, POSES, SHIFTS, "pixel")
-        )
-    )
+    figures.main(__doc__, figures.densities, figures.POSES, figures.SHIFTS, "pixel")

@@ -1,27 +1,26 @@
 """What the figures of the paper share: finished runs, styles, panels.
 
-A script ``figNN_....py`` reads the folders of runs and draws one picture. Nothing is
-computed but its display: numbers are those of ``metrics.json``, maps those of ``maps``.
+A script ``figNN_....py`` reads the folders of runs and draws one picture. It
+computes nothing but the display: the numbers are those of ``metrics.json``, the maps
+those of ``maps``.
 """
 
 import argparse
 import string
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
-import cases
 import harness
 import numpy as np
-from comparison import slug
+from finished import Run, open_run
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.report import plots
 from jaxrefine.report.plots import TEXT_SIZE
@@ -60,109 +59,70 @@ _SURFACE = LinearSegmentedColormap.from_list(
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    Attributes
+
+def main(
+    description: str | None,
+    draw: Callable[Concatenate[list[Run], P], Figure],
+    *arguments: P.args,
+    **keywords: P.kwargs,
+) -> NoReturn:
+    """Draw the runs that the command line names, and exit.
+
+    Parameters
     ----------
-    folder
-        Where it is.
-    config, results
-        Its configuration, and what it measured of each method.
-    lacking
-        What was left out, as a sentence.
+    description
+        Of the figure, for ``--help``.
+    draw
+        Makes the figure.
+    arguments, keywords
+        What it is called with, after the runs.
+    """
+    sys.exit(
+        save(description, open_run, lambda runs: draw(runs, *arguments, **keywords))
+    )
+
+
+def save(
+    description: str | None,
+    read: Callable[[Path], R],
+    draw: Callable[[list[R]], Figure],
+) -> int:
+    """Draw what the folders hold that the command line names.
+
+    Parameters
+    ----------
+    description
+        Of the figure, for ``--help``.
+    read
+        Reads one of the folders.
+    draw
+        Makes the figure of what was read.
+
+    Returns
+    -------
+    The exit code.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    results: dict[str, dict[str, Any]]
-    lacking: str
-
-    def present(self, methods: Sequence[str]) -> list[str]:
-        """Return those of the methods that were run.
-
-        Raises
-        ------
-        InputError
-            If none was.
-        """
-        found = [name for name in methods if name in self.results]
-        if not found:
-            wanted = ", ".join(methods)
-            raise InputError(f"{self.folder} has a result of none of {wanted}.")
-        return found
-
-    def values(self, key: str, methods: Sequence[str]) -> dict[str, Any]:
-        """Return one entry of the results, by method, of those that were run."""
-        return {name: self.results[name][key] for name in self.present(methods)}
-
-    def map(self, name: str) -> np.ndarray:
-        """Return a map, ``[z, y, x]``, such as "truth" or that of a method.
-
-        Raises
-        ------
-        InputError
-            If the folder holds no maps, or not this one.
-        """
-        if not (self.folder / "maps").is_dir():
-            raise InputError(
-                f"The figure needs the maps of the run, and {self.folder / 'maps'} is "
-                "absent; the run's command in another --out makes them."
-            )
-        return io.read_mrc(self.folder / "maps" / f"{slug(name)}.mrc")[0]
-
-    def images(self) -> np.ndarray:
-        """Return the samples of the images that were kept; perhaps none."""
-        path = self.folder / "maps" / "images.mrcs"
-        return io.read_stack(path)[0] if path.exists() else np.empty((0, 1, 1))
-
-
-def open_run(folder: Path) -> Run:
-    """Read a run's configuration and results.
-
-    Raises
-    ------
-    InputError
-        If the folder holds no comparison of methods, or an unfinished one.
-    """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not the folder of a run: it has no config.json.")
-    config = io.read_json(folder / "config.json")
-    missing = [key for key in cases.KEYS if key not in config]
-    if missing:
-        lacking = ", ".join(missing)
-        raise InputError(f"{folder} holds a run that does not say its {lacking}.")
-    if not (folder / "done").exists():
-        raise InputError(
-            f"The run in {folder} is not finished; its command resumes it."
-        )
-    lacking = (folder / "done").read_text(encoding="utf-8").strip()
-    results = harness.read_metrics(folder)
-    if "RELION, true poses" in results and "RELION auto-refine" not in results:
-        lacking = "RELION's auto-refine was given no time, and is left out."
-    return Run(folder, config, results, lacking)
-
-
-def main(description: str | None, draw: Callable[[list[Run]], Figure]) -> int:
-    """Draw the runs that the command line names; return the exit code."""
-
-    def study() -> None:
+    def command() -> None:
         parser = argparse.ArgumentParser(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
         parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-        options = parser.parse_args()
-        if not options.out.parent.is_dir():
+        given = parser.parse_args()
+        if not given.out.parent.is_dir():
             raise InputError(
-                f"Cannot write {options.out}: {options.out.parent} is not a folder."
+                f"--out must be in an existing folder, got {given.out}: "
+                f"{given.out.parent} is not a folder."
             )
-        figure = draw([open_run(folder) for folder in options.runs])
-        figure.savefig(options.out, format="png")
+        figure = draw([read(folder) for folder in given.runs])
+        figure.savefig(given.out, format="png")
 
-    return harness.main(study)
+    return harness.main(command)
 
 
 # --- curves
@@ -176,9 +136,9 @@ def fsc(runs: Sequence[Run], methods: Sequence[str]) -> Figure:
     )
     figure, panels = _panels(runs, _caption(runs, methods, text))
     for run, axes in zip(runs, panels, strict=True):
-        found = run.values("fsc_aligned", methods)
-        curves = {name: np.array(curve) for name, curve in found.items()}
-        size, voxel = run.config["size"], run.config["voxel_size_in_angstroms"]
+        values = run.values("fsc_aligned", methods)
+        curves = {name: np.array(curve) for name, curve in values.items()}
+        size, voxel = run.settings.size, run.settings.voxel_size_in_angstroms
         plots.draw_fsc(axes, curves, [STYLES[name] for name in curves], size, voxel)
     _add_legend(figure, panels)
     return figure
@@ -194,9 +154,9 @@ def convergence(runs: Sequence[Run], methods: Sequence[str]) -> Figure:
     )
     figure, panels = _panels(runs, _caption(runs, methods, text))
     for run, axes in zip(runs, panels, strict=True):
-        found = run.values("history", methods)
-        widths = np.linspace(4.0, 1.2, len(found))
-        for (name, history), width in zip(found.items(), widths, strict=True):
+        histories = run.values("history", methods)
+        widths = np.linspace(4.0, 1.2, len(histories))
+        for (name, history), width in zip(histories.items(), widths, strict=True):
             colour, dash = STYLES[name]
             look: dict[str, Any] = {"color": colour, "linestyle": dash, "label": name}
             radii = [row["rc"] for row in history]
@@ -205,7 +165,7 @@ def convergence(runs: Sequence[Run], methods: Sequence[str]) -> Figure:
             else:
                 number = [row["iteration"] for row in history]
                 axes.plot(number, radii, lw=width, marker="o", ms=width + 1.5, **look)
-        axes.set_ylim(0, 1.04 * (run.config["size"] // 2))
+        axes.set_ylim(0, 1.04 * (run.settings.size // 2))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plots.label_axes(axes, "iteration", "$r_c$ (Fourier shells)")
     _add_legend(figure, panels)
@@ -239,9 +199,9 @@ def densities(
     figure = plots.captioned_figure(width, 2.9 * len(runs) + 1, caption)
     grid = figure.subplots(len(runs), len(coordinates), squeeze=False)
     for run, row in zip(runs, grid, strict=True):
-        found = run.values("differences", methods)
+        by_method = run.values("differences", methods)
         for (coordinate, label), axes in zip(coordinates.items(), row, strict=True):
-            for name, differences in found.items():
+            for name, differences in by_method.items():
                 bins, (colour, _) = differences[coordinate], STYLES[name]
                 count = len(bins["density"])
                 edges = bins["first"] + bins["width"] * np.arange(count + 1)
@@ -252,10 +212,10 @@ def densities(
             plots.label_axes(axes, f"{label} ({unit}s)", f"density (per {unit})")
         for axes in row[1:]:
             axes.set_ylabel("")
-        row[0].set_title(run.config["title"], size=TEXT_SIZE + 1, loc="left")
+        row[0].set_title(run.settings.title, size=TEXT_SIZE + 1, loc="left")
         labels = [
             f"{name}\n({_percentages(d[c]['outside'] for c in coordinates)} outside)"
-            for name, d in found.items()
+            for name, d in by_method.items()
         ]
         row[-1].legend(
             row[-1].get_legend_handles_labels()[0],
@@ -277,7 +237,7 @@ def _panels(runs: Sequence[Run], caption: str) -> tuple[Figure, list[Axes]]:
     figure = plots.captioned_figure(5.2 * len(runs) + 3, 5.2, caption)
     panels = list(figure.subplots(1, len(runs), squeeze=False)[0])
     for run, axes in zip(runs, panels, strict=True):
-        axes.set_title(run.config["title"], size=TEXT_SIZE + 1, loc="left")
+        axes.set_title(run.settings.title, size=TEXT_SIZE + 1, loc="left")
     return figure, panels
 
 
@@ -353,31 +313,33 @@ def maps(
         )
     bands = [choose(run) if choose else columns(run, names) for run in runs]
     samples = [run.images() if images else () for run in runs]
-    if any(len(some) for some in samples):
+    if any(len(images) for images in samples):
         text += " Left: samples of the noisy images."
-    # Cells; a map's panel takes 2 x 2, an image's one.
-    high = 2 * (len(planes) + surfaces)
-    left = [-(-len(some) // high) for some in samples]
-    wide = [few + 2 * len(band) for few, band in zip(left, bands, strict=True)]
+    # In cells: a map's panel takes 2 x 2 of them, an image's one.
+    height = 2 * (len(planes) + surfaces)
+    image_columns = [-(-len(shown) // height) for shown in samples]
+    width = max(
+        count + 2 * len(band) for count, band in zip(image_columns, bands, strict=True)
+    )
     figure = plots.captioned_figure(
-        _CELL * max(wide) + 0.2,
-        len(runs) * (_CELL * high + 0.6) + 1,
+        _CELL * width + 0.2,
+        len(runs) * (_CELL * height + 0.6) + 1,
         _caption(runs, names, text.strip()),
     )
-    parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
-    for part, run, band, some, few in zip(
-        parts, runs, bands, samples, left, strict=True
+    subfigures = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
+    for subfigure, run, band, shown, left in zip(
+        subfigures, runs, bands, samples, image_columns, strict=True
     ):
-        part.suptitle(run.config["title"], size=TEXT_SIZE + 1, weight="bold")
-        grid = part.add_gridspec(high, few + 2 * len(band))
-        for cell, image in zip(np.ndindex(high, few), some, strict=False):
-            _show(part.add_subplot(grid[cell]), image)
-        share = _share_of_truth(run)
+        subfigure.suptitle(run.settings.title, size=TEXT_SIZE + 1, weight="bold")
+        grid = subfigure.add_gridspec(height, left + 2 * len(band))
+        for cell, image in zip(np.ndindex(height, left), shown, strict=False):
+            _show(subfigure.add_subplot(grid[cell]), image)
+        share = surface_share(run.map("truth"))
         for place, column in enumerate(band):
-            across = slice(few + 2 * place, few + 2 * place + 2)
+            across = slice(left + 2 * place, left + 2 * place + 2)
             panels = [
-                part.add_subplot(grid[row : row + 2, across])
-                for row in range(0, high, 2)
+                subfigure.add_subplot(grid[row : row + 2, across])
+                for row in range(0, height, 2)
             ]
             if surfaces:
                 _show_surface(panels[0], column.volume, share)
@@ -397,7 +359,7 @@ def maps(
 def _show_surface(axes: Axes, volume: np.ndarray, share: float) -> None:
     """Render the surface around a fraction of the voxels."""
     axes.imshow(
-        plots.isosurface(volume, _level(volume, share)),
+        plots.isosurface(volume, surface_level(volume, share)),
         cmap=_SURFACE,
         origin="lower",
         vmin=0,
@@ -407,14 +369,13 @@ def _show_surface(axes: Axes, volume: np.ndarray, share: float) -> None:
     axes.set_axis_off()
 
 
-def _share_of_truth(run: Run) -> float:
-    """Return the fraction of voxels that the surface of the truth is drawn around."""
-    truth = run.map("truth")
+def surface_share(truth: np.ndarray) -> float:
+    """Return the fraction of voxels that the surface of the truth encloses."""
     return float(np.mean(truth >= _THRESHOLD * truth.max()))
 
 
-def _level(volume: np.ndarray, share: float) -> float:
-    """Return the density that a fraction of the voxels are above."""
+def surface_level(volume: np.ndarray, share: float) -> float:
+    """Return the density that a fraction of the voxels exceed."""
     return float(np.quantile(volume, 1 - share))
 
 
@@ -428,7 +389,7 @@ def _caption(runs: Sequence[Run], methods: Sequence[str], text: str) -> str:
     """Add the conditions of the runs to a text, and what is remarked on methods."""
     lines = [text]
     for run in runs:
-        lines.append(harness.caption(run.config))
+        lines.append(run.caption)
         remarks = {}
         for name in methods:
             # The map that poses start with is that of the method that keeps them.

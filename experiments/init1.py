@@ -12,39 +12,25 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 """
 
 import sys
-from typing import Any
+from dataclasses import dataclass
 
 import cases
 import comparison
-import harness
 import methods
-from comparison import Case, Method
+from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
+from settings import ComparisonSettings, Init1Start, RelionSettings
 
 from jaxrefine.paper.presets import paper_preset, released_preset
 from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
-
-PRESETS = ("smoke", "small", "cpu", "paper")
-
-KEYS = (
-    *cases.KEYS,
-    "methods",
-    "paper_iterations",
-    "released_iterations",
-    "paper_step_scales",
-    "matching_rounds",
-    "matching_step_deg",
-    "relion_limit_min",
-    "auto_refine_low_pass",
-)
-"""What the configuration must say."""
+from jaxrefine.runs.options import option
 
 
-def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
-    """Return the ways of our default engine."""
+def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
+    """Return our default engine, with its oracle and the unrefined poses."""
     del case
-    seed = config["seed"]
+    seed = settings.seed
     return {
         "oracle": methods.reconstruction(true_poses, seed),
         "unrefined": methods.reconstruction(initial_poses, seed),
@@ -52,57 +38,82 @@ def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
     }
 
 
-def published(config: dict[str, Any], case: Case) -> dict[str, Method]:
+def published(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm, as printed and as its authors released it."""
-    sigma, batch = float(case.dataset.sigma), config["batch_size"]
-    paper = paper_preset(sigma, config["paper_iterations"], batch)
-    released = released_preset(config["released_iterations"], batch)
+    sigma, batch = float(case.dataset.sigma), settings.batch_size
+    paper = paper_preset(sigma, settings.paper_iterations, batch)
+    released = released_preset(settings.released_iterations, batch)
     chosen = {
         "oracle (paper)": methods.spatial_reconstruction(paper, true_poses),
         "unrefined (paper)": methods.spatial_reconstruction(paper, initial_poses),
         "oracle (released)": methods.spatial_reconstruction(released, true_poses),
         "joint (released)": methods.spatial_refinement(released),
     }
-    for scale in config["paper_step_scales"]:
+    for scale in settings.paper_step_scales:
         name = "joint (paper)" if scale == 1 else f"joint (paper, steps x {scale:g})"
         scaled = methods.with_step_scale(paper, scale)
         chosen[name] = methods.spatial_refinement(scaled)
     return chosen
 
 
-def matching(config: dict[str, Any], case: Case) -> dict[str, Method]:
-    """Return projection matching, the classical way."""
+def matching(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return projection matching, the classical method."""
     del case
-    settings = MatchConfig(
-        angle_step_in_degrees=config["matching_step_deg"],
-        max_shift=config["max_shift"] + 1,
+    config = MatchConfig(
+        angle_step_in_degrees=settings.matching_step_deg,
+        max_shift=settings.max_shift + 1,
     )
-    rounds = config["matching_rounds"]
-    found = methods.projection_matching(settings, rounds, config["seed"])
-    return {"projection matching": found}
+    rounds, seed = settings.matching_rounds, settings.seed
+    return {"projection matching": methods.projection_matching(config, rounds, seed)}
 
 
-def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
+def by_relion(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    return methods.relion_methods(config)
+    return methods.relion_methods(settings)
 
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     "engine": engine,
     "published": published,
     "matching": matching,
     "relion": by_relion,
 }
-"""What ``methods`` of a configuration may list."""
+"""What ``methods`` of the settings may list."""
 
 
-def main() -> None:
-    """Run what is left of the study, then print its table."""
-    options = harness.parse(__doc__, PRESETS)
-    config = harness.resolve(options, KEYS)
-    comparison.run(options, config, cases.init1, FAMILIES)
+@dataclass(frozen=True, kw_only=True)
+class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
+    """The settings of the study."""
+
+    methods: tuple[str, ...] = option(
+        choices=tuple(FAMILIES), help="families of methods to compare"
+    )
+    paper_iterations: int = option(
+        least=1, help="outer iterations with the paper's settings"
+    )
+    released_iterations: int = option(
+        least=1, help="outer iterations with the settings of the released code"
+    )
+    paper_step_scales: tuple[float, ...] = option(
+        least=0, above=True, help="factors on the steps that the paper prints"
+    )
+    matching_rounds: int = option(
+        least=1, help="rounds of projection matching and reconstruction"
+    )
+    matching_step_deg: float = option(
+        unit="degrees",
+        least=0,
+        above=True,
+        most=90,
+        help="step of the grid of projection matching",
+    )
+
+
+def main() -> int:
+    """Run what is left of the study, and print its table."""
+    return comparison.main(__doc__, Init1Settings, cases.INIT1, FAMILIES)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
 Half of the particles each are refined by themselves, starting from a map and poses that
 RELION made ab initio (by projection matching where RELION is not installed), with the
-translations at zero. The map of all particles is masked, and what lies beyond the
-resolution of the half maps is taken away. Beside that, the poses are first found anew
-by global matching with the initial map ("joint, matched first"), for those of RELION's
-that are too far off for a local refinement.
+translations at zero. The map of all particles is masked and filtered to the resolution
+of the half maps. A second joint refinement ("joint, matched first") begins with poses
+that global matching finds in the initial map, since some of RELION's poses are too far
+off for a local refinement.
 
     python experiments/init2.py configs/hjc_init2.toml --preset small --volume MAP.mrc
 
@@ -14,66 +14,56 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 """
 
 import sys
-from typing import Any
+from dataclasses import dataclass
 
 import cases
 import comparison
-import harness
 import methods
-from comparison import Case, Method
+from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
+from settings import ComparisonSettings, Init2Start
 
 from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
-
-PRESETS = ("smoke", "small", "cpu", "paper")
-
-KEYS = (
-    *cases.KEYS,
-    "methods",
-    "relion_limit_min",
-    "relion_most_poses",
-    "ab_initio_limit_min",
-    "ab_initio_iterations",
-    "ab_initio_resolutions",
-    "auto_refine_low_pass",
-)
-"""What the configuration must say."""
+from jaxrefine.runs.options import option
 
 
-def engine(config: dict[str, Any], case: Case) -> dict[str, Method]:
-    """Return the ways of our default engine; poses are not known to start with."""
-    seed = config["seed"]
-    reach = 2 * config["max_shift"] + 1
-    settings = RefineConfig(half_sets=True, max_shift=reach, iterations=20)
-    matching = MatchConfig(max_shift=config["max_shift"] + 1)
+def engine(settings: Init2Start, case: Case) -> dict[str, Method]:
+    """Return our default engine, for poses that are not known to start with."""
+    seed, max_shift = settings.seed, settings.max_shift
+    config = RefineConfig(half_sets=True, max_shift=2 * max_shift + 1, iterations=20)
+    matching = MatchConfig(max_shift=max_shift + 1)
     return {
         "oracle": methods.reconstruction(true_poses, seed),
-        "unrefined": methods.reconstruction(initial_poses, seed, case.start),
-        "joint": methods.refinement(settings, seed),
-        "joint, matched first": methods.refinement(settings, seed, matching),
+        "unrefined": methods.reconstruction(initial_poses, seed, case.remark),
+        "joint": methods.refinement(config, seed),
+        "joint, matched first": methods.refinement(config, seed, matching),
     }
 
 
-def by_relion(config: dict[str, Any], case: Case) -> dict[str, Method]:
+def by_relion(settings: Init2Start, case: Case) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     del case
-    return methods.relion_methods(config, config["relion_most_poses"] or None)
+    return methods.relion_methods(settings, settings.relion_most_poses or None)
 
 
-FAMILIES = {"engine": engine, "relion": by_relion}
-"""What ``methods`` of a configuration may list."""
+FAMILIES: dict[str, Family] = {"engine": engine, "relion": by_relion}
+"""What ``methods`` of the settings may list."""
 
 
-def main() -> None:
-    """Run what is left of the study, then print its table."""
-    options = harness.parse(__doc__, PRESETS)
-    config = harness.resolve(options, KEYS)
-    before = harness.stored_config(options, config)
-    # A run keeps its start, should RELION come or go.
-    config["start"] = before.get("start") or cases.start(config)
-    comparison.run(options, config, cases.init2, FAMILIES)
+@dataclass(frozen=True, kw_only=True)
+class Init2Settings(ComparisonSettings, Init2Start):
+    """The settings of the study."""
+
+    methods: tuple[str, ...] = option(
+        choices=tuple(FAMILIES), help="families of methods to compare"
+    )
+
+
+def main() -> int:
+    """Run what is left of the study, and print its table."""
+    return comparison.main(__doc__, Init2Settings, cases.INIT2, FAMILIES)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(main())

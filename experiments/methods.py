@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import relion
 from comparison import Case, Method, Outcome, Record
+from settings import RelionSettings
 
 from jaxrefine import io
 from jaxrefine._types import Volume
@@ -24,6 +24,9 @@ from jaxrefine.paper import algorithm1
 from jaxrefine.poses.matching import MatchConfig, match
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.reconstruction import reconstruct
+from jaxrefine.refinement.result import RefineInfo
+from jaxrefine.refinement.state import RefineState
 from jaxrefine.simulate import Dataset
 
 Start = Callable[[Dataset], Poses]
@@ -41,7 +44,7 @@ def initial_poses(dataset: Dataset) -> Poses:
 
 
 def particles_of(case: Case) -> Particles:
-    """Return a case's images as the engine wants them."""
+    """Return a case's images as the engine takes them."""
     images = np.asarray(case.dataset.images, np.float32)
     return Particles(images, None, case.voxel_size_in_angstroms)
 
@@ -55,9 +58,9 @@ def reconstruction(start: Start, seed: int, remark: str = "") -> Method:
     def run(case: Case, record: Record) -> Outcome:
         poses, key = start(case.dataset), jax.random.key(seed)
         record.expect(1)
-        made = loop.reconstruct(particles_of(case), poses, key=key)
-        record.add(made.volume, poses)
-        return Outcome(made.volume, poses, remark=remark)
+        volume = reconstruct(particles_of(case), poses, key=key).volume
+        record.add(volume, poses)
+        return Outcome(volume, poses, remark=remark)
 
     return run
 
@@ -72,24 +75,24 @@ def refinement(
 
     def run(case: Case, record: Record) -> Outcome:
         key, particles = jax.random.key(seed), particles_of(case)
-        poses, kept = case.dataset.initial, record.folder / "matched.eqx"
-        if matching is not None and kept.exists():
-            poses, _ = io.load_checkpoint(kept, poses)
+        poses, matched = case.dataset.initial, record.folder / "matched.eqx"
+        if matching is not None and matched.exists():
+            poses, _ = io.load_checkpoint(matched, poses)
         elif matching is not None:
             poses = match(particles, case.initial_map, matching).poses
-            io.save_checkpoint(kept, poses, {})
-        what = (particles, poses, case.initial_map, config)
-        state = record.resume(loop.init(*what, key=key))
+            io.save_checkpoint(matched, poses, {})
+        problem = (particles, poses, case.initial_map, config)
+        state = record.resume(loop.init(*problem, key=key))
         record.expect(config.iterations)
 
-        def keep(state: loop.RefineState, info: loop.RefineInfo) -> None:
+        def keep(state: RefineState, info: RefineInfo) -> None:
             record.add(state.volume, state.poses, state, **info.row())
 
-        done = loop.refine(*what, key=key, state=state, callback=keep)
+        result = loop.refine(*problem, key=key, state=state, callback=keep)
         processed = None
-        if done.half_maps is not None:
-            processed = _post_processed(case, done.volume, done.half_maps, key)
-        return Outcome(done.volume, done.poses, processed)
+        if result.half_maps is not None:
+            processed = _post_processed(case, result.volume, result.half_maps, key)
+        return Outcome(result.volume, result.poses, processed)
 
     return run
 
@@ -101,11 +104,12 @@ def _post_processed(
     key: jax.Array,
 ) -> np.ndarray:
     """Mask a map, and take away what is beyond the resolution of its half maps."""
-    voxel, whole = case.voxel_size_in_angstroms, jnp.asarray(volume)
-    mask = _tight_mask(whole, voxel)
+    voxel, joint_map = case.voxel_size_in_angstroms, jnp.asarray(volume)
+    mask = _tight_mask(joint_map, voxel)
     first, second = map(jnp.asarray, half_maps)
-    found = postprocess(first, second, mask, voxel, key=key)
-    return np.asarray(low_pass(whole, voxel, found.resolution_in_angstroms) * mask)
+    processed = postprocess(first, second, mask, voxel, key=key)
+    resolution = processed.resolution_in_angstroms
+    return np.asarray(low_pass(joint_map, voxel, resolution) * mask)
 
 
 def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:
@@ -190,7 +194,7 @@ def _problem(
 
 
 def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method:
-    """Match with a grid of projections and reconstruct, some rounds.
+    """Match with a grid of projections and reconstruct, ``rounds`` times.
 
     The given poses are not used; the maps are made by our volume update.
     """
@@ -199,14 +203,13 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
         particles, key = particles_of(case), jax.random.key(seed)
         volume, poses = record.resume((case.initial_map, case.dataset.initial))
         record.expect(rounds)
-        while len(record.history) < rounds:
-            found = match(particles, volume, settings)
-            poses = found.poses
-            made = loop.reconstruct(particles, poses, key=key)
-            volume = jnp.asarray(made.volume)
-            used = {"step_deg": found.step_in_degrees, "r_max": found.r_max}
-            record.add(volume, poses, (volume, poses), **used)
-        last = record.history[-1]
+        while len(record.rows) < rounds:
+            matched = match(particles, volume, settings)
+            poses = matched.poses
+            volume = jnp.asarray(reconstruct(particles, poses, key=key).volume)
+            grid = {"step_deg": matched.step_in_degrees, "r_max": matched.r_max}
+            record.add(volume, poses, (volume, poses), **grid)
+        last = record.rows[-1]
         remark = (
             f"{rounds} rounds, steps of {last['step_deg']:g} degrees, up to "
             f"{last['r_max']} cycles per box, maps by our volume update"
@@ -217,23 +220,23 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
 
 
 def relion_methods(
-    config: dict[str, Any], most_poses: int | None = None
+    settings: RelionSettings, most_poses: int | None = None
 ) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
     if not relion.available():
         print("RELION is not installed; its results are left out.", file=sys.stderr)
         return {}
-    chosen = {"RELION, true poses": relion_reconstruction(true_poses)}
-    limit = 60 * config["relion_limit_min"]
-    if limit > 0:
-        chosen["RELION auto-refine"] = relion_refinement(
-            config["auto_refine_low_pass"],
-            config["max_shift"] > 0,
-            limit,
-            config["seed"],
+    programs = {"RELION, true poses": relion_reconstruction(true_poses)}
+    limit_s = 60 * settings.relion_limit_min
+    if limit_s > 0:
+        programs["RELION auto-refine"] = relion_refinement(
+            settings.auto_refine_low_pass,
+            settings.max_shift > 0,
+            limit_s,
+            settings.seed,
             most_poses,
         )
-    return chosen
+    return programs
 
 
 def relion_reconstruction(start: Start) -> Method:
@@ -259,8 +262,8 @@ def relion_refinement(
 ) -> Method:
     """Refine by ``relion_refine_mpi --auto_refine`` and ``relion_postprocess``.
 
-    The offsets' range and step are the paper's. What the time limit stops is the result
-    of the last iteration, and marked as such.
+    The range and the step of the offsets are the paper's. Where the time limit stops
+    it, the result is that of the last iteration, and marked as such.
     """
 
     def run(case: Case, record: Record) -> Outcome:
@@ -272,14 +275,14 @@ def relion_refinement(
         record.expect(None)
 
         def keep(now: relion.Refined) -> None:
-            told = [row["relion_iteration"] for row in record.history]
-            if now.iterations in told:  # before an interruption
+            recorded = [row["relion_iteration"] for row in record.rows]
+            if now.iterations in recorded:  # before an interruption
                 return
             number = jnp.asarray(now.iterations, jnp.int32)
-            own = {"relion_iteration": now.iterations, **now.report}
-            record.add(now.volume, now.poses, number, **own)
+            report = {"relion_iteration": now.iterations, **now.report}
+            record.add(now.volume, now.poses, number, **report)
 
-        found = relion.auto_refine(
+        reached = relion.auto_refine(
             record.folder,
             star,
             np.asarray(case.initial_map),
@@ -292,20 +295,20 @@ def relion_refinement(
             most_poses=most_poses,
             callback=keep,
         )
-        assert found.half_maps is not None
-        mean = (found.half_maps[0] + found.half_maps[1]) / 2
+        assert reached.half_maps is not None
+        mean = (reached.half_maps[0] + reached.half_maps[1]) / 2
         mask = np.asarray(_tight_mask(jnp.asarray(mean), voxel))
-        processed = relion.postprocess(record.folder, *found.half_maps, mask, voxel)
+        processed = relion.postprocess(record.folder, *reached.half_maps, mask, voxel)
         remark = (
-            f"{found.iterations} iterations, {found.wall_s / 60:.0f} minutes, from "
+            f"{reached.iterations} iterations, {reached.wall_s / 60:.0f} minutes, from "
             f"{low_pass_in_angstroms:.0f} Å"
         )
         if most_poses is not None:
             remark += f", --maxsig {most_poses}"
-        if not found.finished:
+        if not reached.finished:
             remark += ", not converged: stopped by a time limit"
         return Outcome(
-            mean, found.poses, processed, remark, found.wall_s, found.finished
+            mean, reached.poses, processed, remark, reached.wall_s, reached.finished
         )
 
     return run

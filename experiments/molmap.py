@@ -68,9 +68,9 @@ def molmap(
         spacing = _SPACING * resolution_in_angstroms
     for name, value in (("resolution", resolution_in_angstroms), ("spacing", spacing)):
         if not 0 < value < math.inf:
-            raise InputError(f"The {name} is {value:g} A; a positive number is wanted.")
+            raise InputError(f"The {name} must be positive, got {value:g} A")
     if size is not None and size < 1:
-        raise InputError(f"The size is {size} voxels; at least 1 is wanted.")
+        raise InputError(f"The size must be at least 1 voxel, got {size}")
     points, weights = _read_atoms(path)
     low, high = points.min(axis=0), points.max(axis=0)
     half = (high - low).max() / 2 + _PADDING * resolution_in_angstroms
@@ -95,17 +95,21 @@ def _read_atoms(
             "pip install 'jaxrefine[experiments]' brings it."
         ) from None
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file; a PDB or mmCIF file is wanted.")
+        raise InputError(
+            f"The model must be a PDB or mmCIF file, got {path}: there is no such file"
+        )
     try:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a PDB or mmCIF file: {first}.") from None
+        raise InputError(
+            f"The model must be a PDB or mmCIF file, got {path}: {first}"
+        ) from None
     atoms = [a.atom for a in structure[0].all()] if len(structure) else []
     points = np.array([atom.pos.tolist() for atom in atoms]).reshape(-1, 3)
     weights = np.array([atom.occ * atom.element.atomic_number for atom in atoms])
     if not weights.any():
-        raise InputError(f"{path} holds no atoms.")
+        raise InputError(f"{path} must hold atoms, it has none")
     return points, weights
 
 

@@ -1,14 +1,13 @@
-"""Ablation: what the joint refinement comes to less one of its parts.
+"""Ablation: the joint refinement in full, and without one of its parts.
 
 python experiments/plot_ablation.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
 from collections.abc import Sequence
 
 import figures
-import harness
-from figures import STYLES, Run
+from figures import STYLES
+from finished import Run
 from matplotlib.figure import Figure
 
 from jaxrefine.report import plots
@@ -44,7 +43,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         "for no SNR weighting, which is another program. The paper's descent has the "
         "first steps of its authors' released code."
     )
-    captions = " ".join(harness.caption(run.config) for run in runs)
+    captions = " ".join(run.caption for run in runs)
     figure = plots.captioned_figure(13.0, 3.2 * len(runs) + 0.9, f"{text} {captions}")
     grid = figure.subplots(len(runs), len(PANELS), squeeze=False, sharey="row")
     for run, row in zip(runs, grid, strict=True):
@@ -55,11 +54,11 @@ def draw(runs: Sequence[Run]) -> Figure:
             axes.bar_label(bars, fmt=form, padding=3, size=plots.TEXT_SIZE - 2)
             axes.margins(x=0.2)
             plots.label_axes(axes, label, "")
-        title = f"{run.config['title']}, {run.config['snr_db']:g} dB"
+        title = f"{run.settings.title}, {run.settings.snr_db:g} dB"
         row[0].set_title(title, size=plots.TEXT_SIZE + 1, loc="left")
         row[0].invert_yaxis()
     return figure
 
 
 if __name__ == "__main__":
-    sys.exit(figures.main(__doc__, draw))
+    figures.main(__doc__, draw)

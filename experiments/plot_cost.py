@@ -3,15 +3,17 @@
 python experiments/plot_cost.py RUN --out FILE.png
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import figures
 import harness
-from cost import NORMAL_OPERATOR
+from cost import NORMAL_OPERATOR, CostSettings
+from finished import settings_of
 from matplotlib.figure import Figure
 
-from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.report import plots
 
@@ -28,29 +30,45 @@ LOOKS = {
 """Colour and dashes of each function."""
 
 
-def draw(run: Path) -> Figure:
-    """Draw the times of a finished run.
+class CostRun(NamedTuple):
+    """A finished run of ``cost.py``: its settings, and what it measured."""
+
+    settings: CostSettings
+    results: dict[str, Any]
+
+
+def read(folder: Path) -> CostRun:
+    """Read a finished run.
 
     Raises
     ------
     InputError
-        If the folder does not hold one.
+        If the folder holds none.
     """
-    if not (run / "done").exists():
-        raise InputError(f"{run} is not the folder of a finished run.")
-    config, results = io.read_json(run / "config.json"), harness.read_metrics(run)
-    if "exponents" not in results:
-        raise InputError(f"{run} is not a run of cost.py.")
+    return CostRun(settings_of(CostSettings, folder), harness.read_metrics(folder))
+
+
+def draw(runs: Sequence[CostRun]) -> Figure:
+    """Draw the times of one run.
+
+    Raises
+    ------
+    InputError
+        If there are several.
+    """
+    if len(runs) != 1:
+        raise InputError(f"RUN must be one folder, got {len(runs)}")
+    settings, results = runs[0]
     points, exponents = results["points"], results["exponents"]
     sizes = [point["size"] for point in points]
     trials = ", ".join(f"{point['line_search_trials']:.1f}" for point in points)
     text = (
-        f"Medians of {config['repetitions']} calls on {results['device']}, "
+        f"Medians of {settings.repetitions} calls on {results['device']}, "
         f"{results['threads']} threads, without compilation; legend: best fit to a "
-        f"power of n. {config['particles']} particles of the built-in phantom at once, "
-        f"{config['snr_db']:g} dB, seed {config['seed']}; all frequencies below "
-        f"Nyquist. Projection matching: steps of {config['matching_step_deg']:g} "
-        f"degrees (1/n: at n = {max(sizes)}), shifts up to {config['max_shift']:g} px. "
+        f"power of n. {settings.particles} particles of the built-in phantom at once, "
+        f"{settings.snr_db:g} dB, seed {settings.seed}; all frequencies below "
+        f"Nyquist. Projection matching: steps of {settings.matching_step_deg:g} "
+        f"degrees (1/n: at n = {max(sizes)}), shifts up to {settings.max_shift:g} px. "
         f"Algorithm 3: three steps, with {trials} trials in a line search on average. "
         "LM: three steps."
     )
@@ -61,9 +79,9 @@ def draw(run: Path) -> Figure:
         label = f"{name} ($n^{{{exponents[name]:.1f}}}$)"
         look = {"color": colour, "linestyle": dash, "lw": 2, "marker": "o", "ms": 4}
         axes.plot(sizes, times, label=label, **look)
-    whole = [1e3 * point["normal_operator_s"] for point in points]
+    operator_times = [1e3 * point["normal_operator_s"] for point in points]
     label = f"{NORMAL_OPERATOR}, in all ($n^{{{exponents[NORMAL_OPERATOR]:.1f}}}$)"
-    axes.plot(sizes, whole, "0.6", lw=4, zorder=1, label=label)
+    axes.plot(sizes, operator_times, "0.6", lw=4, zorder=1, label=label)
     axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -78,16 +96,5 @@ def draw(run: Path) -> Figure:
     return figure
 
 
-def main() -> None:
-    """Draw the run that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    options = parser.parse_args()
-    draw(options.run).savefig(options.out, format="png")
-
-
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(figures.save(__doc__, read, draw))

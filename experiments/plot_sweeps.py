@@ -3,13 +3,12 @@
 python experiments/plot_sweeps.py RUN [RUN ...] --out FILE.png
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import figures
-import harness
-from figures import STYLES, Run
+from figures import STYLES
+from finished import Run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -53,11 +52,14 @@ def draw(runs: Sequence[Run]) -> Figure:
         If a run is not a sweep, or the runs are of different conditions.
     """
     for run in runs:
-        if "axis" not in run.config:
-            raise InputError(f"{run.folder} is not the run of a sweep.")
-    captions = {harness.caption(run.config) for run in runs}
+        if "axis" not in run.results:
+            raise InputError(f"{run.folder} must be the run of a sweep, it is not")
+    captions = {run.caption for run in runs}
     if len(captions) > 1:
-        raise InputError("The sweeps are of different conditions; draw each by itself.")
+        raise InputError(
+            "Sweeps that are drawn together must be of the same conditions; draw these "
+            "each by itself."
+        )
     text = (
         f"{captions.pop()} Each row varies one of these. FSC with the true map, the "
         "rigid motion that the poses leave free undone; r_c, where it falls to 0.5, of "
@@ -69,7 +71,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     grid = figure.subplots(len(runs), len(PANELS), squeeze=False)
     curves: dict[str, Any] = {}
     for run, row in zip(runs, grid, strict=True):
-        axis, points = run.config["axis"], harness.read_metrics(run.folder)["points"]
+        axis, points = run.results["axis"], run.results["points"]
         values = [point["value"] for point in points]
         for (merit, label), axes in zip(PANELS.items(), row, strict=True):
             for name, (colour, dash) in METHODS.items():
@@ -106,4 +108,4 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(figures.main(__doc__, draw))
+    figures.main(__doc__, draw)

@@ -1,9 +1,9 @@
 """RELION 3.1 as a baseline: its own programs, run on the data that our methods get.
 
-Programs run in a working folder of the caller's and name its files from there, so that
-the folder can be moved. What they say goes to ``NAME.log`` there. The options are those
-of RELION's own jobs (``pipeline_jobs.cpp`` of 3.1.3) unless an argument changes them;
-images are simulated ones, hence not normalised, and maps are on their scale.
+The programs run in a working folder that the caller names, with paths relative to it,
+so that the folder can be moved. What they print goes to ``NAME.log`` there. The options
+are those of RELION's own jobs (``pipeline_jobs.cpp`` of 3.1.3) unless an argument
+changes them. The images are simulated and not normalised; maps are on their scale.
 
 A refinement survives interruptions: ``NAME.json`` holds its options, the time spent
 and its last finished iteration, from which the same call carries on.
@@ -17,18 +17,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32
-from machine import available_cores
 from relion_program import complete, mpirun, run
 
 from jaxrefine import io
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.runs.provenance import available_cores
 
 _PROGRAMS = ("mpirun",) + tuple(
     f"relion_{name}" for name in ("refine", "refine_mpi", "reconstruct", "postprocess")
@@ -39,7 +38,7 @@ _SHARED = "--oversampling 1 --flatten_solvent --zero_mask --dont_check_norm"
 _HALVING = 2  # oversampling 1: RELION halves the steps that it is given
 _COMPUTING = "--dont_combine_weights_via_disc --pool 3 --pad 2 --skip_gridding"
 
-_NO_ESTIMATE = 999.0  # RELION's word for it
+_NO_ESTIMATE = 999.0  # what RELION writes for a number that it does not know
 _REPORTED = {
     "resolution_in_angstroms": "rlnCurrentResolution",
     "angle_accuracy_in_degrees": "rlnOverallAccuracyRotations",
@@ -52,7 +51,7 @@ _REPORTED = {
 @final
 @dataclass(frozen=True)
 class Refined:
-    """What a refinement has come to, at its end or after an iteration.
+    """The state of a refinement, at its end or after an iteration.
 
     Attributes
     ----------
@@ -65,8 +64,8 @@ class Refined:
     finished
         Whether RELION came to its end before the time limit.
     report
-        What RELION says of the iteration: resolution, angular step and, but for the
-        last iteration of `auto_refine`, estimated accuracies and changes of the poses.
+        What RELION reports of the iteration: resolution, angular step and, except in
+        the last iteration of `auto_refine`, estimated accuracies and changes of poses.
     half_maps
         The maps of the two halves, unregularised at the end; None where the particles
         are not halved.
@@ -94,9 +93,9 @@ def version() -> str | None:
     if shutil.which("relion_refine") is None:
         return None
     command = ["relion_refine", "--version"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"version:\s*(\S+)", said)
-    return found and found[1]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    match = re.search(r"version:\s*(\S+)", text)
+    return match and match[1]
 
 
 def write_particles(
@@ -267,20 +266,20 @@ def auto_refine(
 
 def _open(folder: Path, star: Path) -> io.ParticleFile:
     if star.parent.resolve() != folder.resolve():
-        raise InputError(f"{star} is not in {folder}, where RELION is to run.")
+        raise InputError(f"{star} must be in the folder that RELION runs in, {folder}")
     return io.read_particles(star)
 
 
 def _always(diameter_in_angstroms: float, most_poses: int | None) -> str:
-    """Return the options that a continuation wants again."""
+    """Return the options that a continuation must be given again."""
     options = f"{_COMPUTING} --particle_diameter {diameter_in_angstroms:g}"
     return options if most_poses is None else f"{options} --maxsig {most_poses}"
 
 
 def _digest(data: io.ParticleFile, more: bytes = b"") -> str:
-    """Return what tells a table, its images and something more from others.
+    """Return a digest of a table, of its images and of further bytes.
 
-    The images' values count, since the files say when they were written.
+    Of the images the values count alone, since the files hold the time of writing.
     """
     digest = hashlib.sha256(data.path.read_bytes() + more)
     for path in data.stacks.values():
@@ -291,18 +290,17 @@ def _digest(data: io.ParticleFile, more: bytes = b"") -> str:
 def poses_in_order(path: Path, order: io.ParticleFile) -> Poses:
     """Read poses in the order of another file's particles.
 
-    RELION may sort its particles; they are told by the names of their images. Raises
-    `InputError` if the files do not hold the same particles.
+    RELION may sort its particles; they are identified by the names of their images.
+    Raises `InputError` if the files do not hold the same particles.
     """
-    found = io.read_particles(path)
-    names, wanted = (
-        io.image_identities(file.blocks, file.path) or [] for file in (found, order)
+    particles = io.read_particles(path)
+    names, ordered_names = (
+        io.image_identities(file.blocks, file.path) or [] for file in (particles, order)
     )
-    if sorted(names) != sorted(wanted):
-        raise InputError(f"{path} and {order.path} do not hold the same particles.")
+    if sorted(names) != sorted(ordered_names):
+        raise InputError(f"{path} and {order.path} must hold the same particles")
     place = {name: i for i, name in enumerate(names)}
-    rows = np.array([place[name] for name in wanted])
-    return jax.tree.map(lambda leaf: leaf[rows], found.poses)
+    return particles.poses.take(np.array([place[name] for name in ordered_names]))
 
 
 # --- refinements, which can be interrupted
@@ -310,7 +308,7 @@ def poses_in_order(path: Path, order: io.ParticleFile) -> Poses:
 
 @dataclass(frozen=True)
 class _State:
-    """What is kept of a run. The last iteration is named by its files' prefix."""
+    """The state of a run on disk; ``prefix`` begins the names of the last files."""
 
     inputs: list[str]
     wall_s: float = 0.0
@@ -340,18 +338,18 @@ class _Job:
 
         Files that have changed lately may still be written.
         """
-        parts = ["optimiser.star", "data.star", "sampling.star"]
+        endings = ["optimiser.star", "data.star", "sampling.star"]
         for half in ("half1_", "half2_") if self.halves else ("",):
-            parts += [f"{half}model.star", f"{half}class001.mrc"]
-        found, now = [], time.time()
+            endings += [f"{half}model.star", f"{half}class001.mrc"]
+        iterations, now = [], time.time()
         for path in self.folder.glob(f"{root}_it*_optimiser.star"):
             prefix = path.name.removesuffix("_optimiser.star")
             number = int(prefix.rpartition("_it")[2])
-            paths = [self.folder / f"{prefix}_{part}" for part in parts]
+            paths = [self.folder / f"{prefix}_{ending}" for ending in endings]
             ages = [now - path.stat().st_mtime for path in paths if path.exists()]
-            if number > done and len(ages) == len(parts) and min(ages) >= settled_s:
-                found.append((number, prefix))
-        return sorted(found)
+            if number > done and len(ages) == len(endings) and min(ages) >= settled_s:
+                iterations.append((number, prefix))
+        return sorted(iterations)
 
     def read(self, state: _State) -> Refined:
         """Return the last iteration of a run."""
@@ -364,19 +362,23 @@ class _Job:
         half_maps = None
         if self.halves:
             end = "class001.mrc" if split else "class001_unfil.mrc"
-            one, two = (io.read_mrc(file(f"half{i}_{end}"))[0] for i in (1, 2))
-            half_maps = (one, two)
+            half1, half2 = (io.read_mrc(file(f"half{i}_{end}"))[0] for i in (1, 2))
+            half_maps = (half1, half2)
         if split and half_maps is not None:
             volume = (half_maps[0] + half_maps[1]) / 2
         else:
             volume = io.read_mrc(file("class001.mrc"))[0]
-        said = {}
+        general: dict[str, Any] = {}
         for name in ("half1_model" if split else "model", "sampling", "optimiser"):
             if (path := file(f"{name}.star")).exists():
-                said |= next(iter(io.read_star(path).values()))  # what is general
-        report = {k: float(said[v][0]) for k, v in _REPORTED.items() if v in said}
+                general |= next(iter(io.read_star(path).values()))  # the first block
+        report = {
+            name: float(general[label][0])
+            for name, label in _REPORTED.items()
+            if label in general
+        }
         report = {k: value for k, value in report.items() if value != _NO_ESTIMATE}
-        report["angle_step_in_degrees"] = float(said["rlnPsiStep"][0]) / _HALVING
+        report["angle_step_in_degrees"] = float(general["rlnPsiStep"][0]) / _HALVING
         done = state.iterations, state.wall_s, state.finished
         return Refined(volume, poses, *done, report, half_maps)
 
@@ -390,14 +392,14 @@ def _refine(
         saved = _State(**io.read_json(job.state_path))
         if saved.inputs != state.inputs:
             raise InputError(
-                f"{job.state_path} is of a run with other inputs; name another folder."
+                f"{job.state_path} is of a run with other inputs; name another folder"
             )
         state = saved
     if not state.finished and state.wall_s < limit_s:
         state = _carry_on(job, state, limit_s, callback)
     if state.prefix is None:
         log = job.folder / f"{job.name}.log"
-        raise InputError(f"RELION finished no iteration in {limit_s:g} s; see {log}.")
+        raise InputError(f"RELION finished no iteration in {limit_s:g} s; see {log}")
     return job.read(state)
 
 

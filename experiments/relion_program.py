@@ -10,9 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from machine import available_cores
-
 from jaxrefine.errors import InputError
+from jaxrefine.runs.provenance import available_cores
 
 _POLL_S = 0.2  # between two looks at what a program has written
 _PATIENCE_S = 20.0  # for a program that was asked to stop
@@ -21,7 +20,7 @@ _SHORT_S = 3600.0  # enough for a program that does not iterate
 
 
 def mpirun(processes: int) -> list[str]:
-    """Return the launcher; Open MPI wants to be told of root and of few cores."""
+    """Return the launcher; Open MPI must be told of root and of few cores."""
     scarce = processes > available_cores() // 2  # a core may count twice
     as_root = ["--allow-run-as-root"] * (os.geteuid() == 0)
     return ["mpirun", "-n", str(processes), *as_root, *["--oversubscribe"] * scarce]
@@ -30,7 +29,7 @@ def mpirun(processes: int) -> list[str]:
 def complete(folder: Path, name: str, options: list[str]) -> None:
     """Run a program that has nothing to show until it ends."""
     if not run(folder, name, [f"relion_{name}", *options], _SHORT_S, lambda: None):
-        raise InputError(f"relion_{name} took more than {_SHORT_S:g} s in {folder}.")
+        raise InputError(f"relion_{name} took more than {_SHORT_S:g} s in {folder}")
 
 
 def run(
@@ -71,8 +70,8 @@ def run(
     return code == 0
 
 
-def _last_error(said: str) -> str:
+def _last_error(text: str) -> str:
     """Return the last error that RELION reports, or the last line."""
     pattern = r"^ERROR:\s*(?:ERROR:\s*)?(\S.*)$"
-    lines = re.findall(pattern, said, re.MULTILINE) or said.split("\n")
+    lines = re.findall(pattern, text, re.MULTILINE) or text.split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -2,8 +2,8 @@
 
     python experiments/remeasure.py RUN [RUN ...]
 
-Correlations and pose errors are those of today's code; iterations, times and remarks
-stay. Results whose poses were not kept stay whole. The runs may be sweeps.
+Correlations and pose errors are measured by the present code; iterations, times and
+remarks stay, and so do all results whose poses were not kept. The runs may be sweeps.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import comparison
-import figures
 import harness
 import jax.numpy as jnp
 import sweeps
+from finished import Run, open_run
 
 from jaxrefine import io
 from jaxrefine.geometry import Poses
@@ -29,24 +29,24 @@ def remeasure(folder: Path) -> None:
     InputError
         If the folder holds no finished run, or its maps are gone.
     """
-    run = figures.open_run(folder)
-    if not (folder / "points").is_dir():
+    run = open_run(folder)
+    if "points" in run.results:
+        axis, points = run.results["axis"], []
+        for value in (point["value"] for point in run.results["points"]):
+            inner = folder / "points" / f"{axis}={value:g}"
+            remeasure(inner)
+            points.append(sweeps.summary(value, harness.read_metrics(inner)))
+        io.write_json(folder / "metrics.json", {"axis": axis, "points": points})
+        text = sweeps.table(axis, points, run.caption)
+    else:
         results = _measured(run)
         io.write_json(folder / "metrics.json", results)
-        text = comparison.table(results, run.config)
-    else:
-        axis, points = run.config["axis"], []
-        for value in run.config[f"{axis}_values"]:
-            point = folder / "points" / f"{axis}={value:g}"
-            remeasure(point)
-            points.append(sweeps.summary(value, harness.read_metrics(point)))
-        io.write_json(folder / "metrics.json", {"axis": axis, "points": points})
-        text = sweeps.table(axis, points, run.config)
+        text = comparison.table(results, run.caption)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _measured(run: figures.Run) -> dict[str, Any]:
-    """Return a run's results with measures of today, which say by what commit."""
+def _measured(run: Run) -> dict[str, Any]:
+    """Return the results of a run, measured anew, with the commit that did so."""
     measured_by = harness.commit()
     truth, true_poses = jnp.asarray(run.map("truth")), _poses(run.folder, "truth")
     results = {}
@@ -55,8 +55,8 @@ def _measured(run: figures.Run) -> dict[str, Any]:
         method = name.removesuffix(", post-processed")
         if (run.folder / "poses" / f"{comparison.slug(method)}.star").exists():
             poses = _poses(run.folder, method)
-            found = comparison.measure(run.map(name), poses, truth, true_poses)
-            results[name] = entry | found | {"measured_by": measured_by}
+            merits = comparison.measure(run.map(name), poses, truth, true_poses)
+            results[name] = entry | merits | {"measured_by": measured_by}
         else:
             print(f"{run.folder}: the poses of {name} are absent; it stays as it is")
     return results
@@ -64,7 +64,7 @@ def _measured(run: figures.Run) -> dict[str, Any]:
 
 def _poses(folder: Path, name: str) -> Poses:
     path = folder / "poses" / f"{comparison.slug(name)}.star"
-    return Poses(*map(jnp.asarray, io.read_poses(path)))
+    return io.read_poses(path)
 
 
 def main() -> None:

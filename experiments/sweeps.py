@@ -1,4 +1,4 @@
-"""Sweeps: how joint refinement fares as one condition changes, all others kept.
+"""Sweeps: joint refinement as one condition changes and all others stay.
 
 The noise, the number of particles or the error of the initial angles takes the values
 that the configuration lists. At each of them the same particles are reconstructed from
@@ -13,9 +13,9 @@ Every point is a run of `comparison` in ``points/AXIS=VALUE``; ``metrics.json`` 
 what ``plot_sweeps.py`` draws.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cases
@@ -26,27 +26,55 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 from comparison import Case, Method, Outcome, Record
+from harness import Study
 from jaxtyping import Float
 from methods import initial_poses, true_poses
+from settings import Init1Start
 
 from jaxrefine import evaluation, io
 from jaxrefine.data import observation
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses.polish import Polished, polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
-from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
-
-PRESETS = ("smoke", "small", "cpu", "paper")
+from jaxrefine.refinement.reconstruction import reconstruct
+from jaxrefine.runs.options import option
 
 AXES = ("snr_db", "particles", "max_angle_error")
 """What can be swept; the values of ``AXIS`` are ``AXIS_values``."""
 
-KEYS = (*cases.KEYS, "axis", *(f"{axis}_values" for axis in AXES))
-"""What the configuration must say."""
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(Init1Start):
+    """The settings of the study; every value of the axis replaces its own."""
+
+    axis: str = option(choices=AXES, help="what is swept")
+    snr_db_values: tuple[float, ...] = option(
+        unit="decibels", help="signal-to-noise ratios of a sweep of snr_db"
+    )
+    particles_values: tuple[int, ...] = option(
+        least=1, help="numbers of particles of a sweep of particles"
+    )
+    max_angle_error_values: tuple[float, ...] = option(
+        unit="radians", least=0, help="largest errors of a sweep of max_angle_error"
+    )
+
+    def __post_init__(self):
+        if not self.values:
+            raise InputError(f"{self.axis}_values must not be empty")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The values of the axis."""
+        return getattr(self, f"{self.axis}_values")
+
+    def at(self, value: float) -> "SweepSettings":
+        """Return the settings of one of the points."""
+        return replace(self, **{self.axis: value})
+
 
 FIGURES = (
     "mean_fsc",
@@ -59,7 +87,7 @@ FIGURES = (
 """What ``metrics.json`` gathers of each method at each point."""
 
 MADE = ("commit", "dirty", "measured_by")
-"""What it gathers of how each result was made, where that was kept."""
+"""What it gathers of the commits that each result is from, where they are known."""
 
 BOUND = (
     "bound_angle_deg_rms",
@@ -69,22 +97,22 @@ BOUND = (
 )
 """What it gathers of the Cramer-Rao bound."""
 
-_FLAT = 1e3  # standard deviation of a prior that says nothing: radians or pixels
+_FLAT = 1e3  # standard deviation of an uninformative prior: radians or pixels
 _DRAWS = 200  # of every particle's error, for the medians
 _BATCH = 256
 
 
-def family(config: dict[str, Any], case: Case) -> dict[str, Method]:
+def family(settings: Init1Start, case: Case) -> dict[str, Method]:
     """Return what is compared at every point."""
     del case
-    seed = config["seed"]
-    # How well the poses are known is what the engine takes for granted at 0.7 rad.
-    spread = RefineConfig().angle_spread * config["max_angle_error"] / 0.7
-    settings = RefineConfig(angle_spread=spread)
+    seed = settings.seed
+    # The engine's default is for the errors of up to 0.7 rad of Init-1.
+    spread = RefineConfig().angle_spread * settings.max_angle_error / 0.7
+    config = RefineConfig(angle_spread=spread)
     return {
         "oracle": methods.reconstruction(true_poses, seed),
         "unrefined": methods.reconstruction(initial_poses, seed),
-        "joint": methods.refinement(settings, seed),
+        "joint": methods.refinement(config, seed),
         "true map": from_true_map(seed),
     }
 
@@ -98,24 +126,20 @@ def from_true_map(seed: int) -> Method:
 
     def run(case: Case, record: Record) -> Outcome:
         record.expect(1)
-        found = polish(case, LevenbergMarquardt(6))
-        poses = Poses(
-            matrix_to_euler(jnp.asarray(found.rotations)), jnp.asarray(found.shifts)
-        )
+        polished = polish(case, LevenbergMarquardt(6))
+        poses = Poses(polished.rotations, polished.shifts)
         key, particles = jax.random.key(seed), methods.particles_of(case)
-        made = loop.reconstruct(particles, poses, key=key)
+        volume = reconstruct(particles, poses, key=key).volume
         # No step is made: this is the information at the true poses.
-        bound = cramer_rao(polish(case, LevenbergMarquardt(0)).information)
+        bound = cramer_rao(np.asarray(polish(case, LevenbergMarquardt(0)).information))
         truth = case.dataset.truth
-        errors = evaluation.pose_errors(
-            poses.angles, poses.shifts, truth.angles, truth.shifts
-        )
+        errors = evaluation.pose_errors(poses, truth)
         attained = {
             "angle_error_deg_rms": _rms(np.asarray(errors.angle_in_degrees)),
             "shift_error_px_rms": _rms(np.asarray(errors.shift_in_pixels)),
         }
-        record.add(made.volume, poses, **bound, **attained)
-        return Outcome(made.volume, poses)
+        record.add(volume, poses, **bound, **attained)
+        return Outcome(volume, poses)
 
     return run
 
@@ -154,45 +178,43 @@ def cramer_rao(information: Float[np.ndarray, "particles 5 5"]) -> dict[str, flo
     covariance = np.linalg.inv(information.astype(float))
     draws = np.random.default_rng(0).standard_normal((_DRAWS, 5))
     errors = np.einsum("pij,dj->pdi", np.linalg.cholesky(covariance), draws)
-    found = {}
-    for name, unit, part in (
+    bound = {}
+    for name, unit, components in (
         ("angle_deg", np.rad2deg(1.0), slice(0, 3)),
         ("shift_px", 1.0, slice(3, 5)),
     ):
-        square = np.einsum("pii->p", covariance[:, part, part])
-        length = np.linalg.norm(errors[..., part], axis=-1)
-        found[f"bound_{name}_rms"] = float(unit * np.sqrt(square.mean()))
-        found[f"bound_{name}_median"] = float(unit * np.median(length))
-    return found
+        square = np.einsum("pii->p", covariance[:, components, components])
+        length = np.linalg.norm(errors[..., components], axis=-1)
+        bound[f"bound_{name}_rms"] = float(unit * np.sqrt(square.mean()))
+        bound[f"bound_{name}_median"] = float(unit * np.median(length))
+    return bound
 
 
 def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def sweep(options: argparse.Namespace, config: dict[str, Any]) -> None:
+def sweep(study: Study[SweepSettings]) -> None:
     """Run what is left of a sweep, and print its table."""
-    axis = config["axis"]
-    if axis not in AXES:
-        raise InputError(f"axis wants one of {', '.join(AXES)}, not {axis}.")
-    config = config | {"config": f"{config['config']}_{axis}"}
-    out = harness.open_run(options, config)
-    if not harness.finished(out):
-        harness.write_provenance(out)
-        points = []
-        for value in config[f"{axis}_values"]:
-            folder = out / "points" / f"{axis}={value:g}"
-            here = config | {axis: value, "methods": ["sweep"]}
-            inner = argparse.Namespace(volume=options.volume, out=folder)
-            with harness.claimed(out), harness.claimed(folder.parent):
-                comparison.run(inner, here, cases.init1, {"sweep": family})
-            points.append(summary(value, harness.read_metrics(folder)))
-            io.write_json(out / "metrics.json", {"axis": axis, "points": points})
-        (out / "table.md").write_text(
-            table(axis, points, config) + "\n", encoding="utf-8"
-        )
-        harness.finish(out)
-    print(table(axis, harness.read_metrics(out)["points"], config))
+    settings = study.settings
+    axis, caption = settings.axis, settings.caption(settings.start)
+    study = replace(study, config=f"{study.config}_{axis}")
+    with study.open() as folder:
+        out = folder.path
+        folder.keep("start", settings.start)
+        if not folder.finished:
+            points = []
+            for value in settings.values:
+                inner = out / "points" / f"{axis}={value:g}"
+                point = replace(study, settings=settings.at(value), out=inner)
+                comparison.run(point, cases.INIT1, [family])
+                harness.add_provenance(out)
+                points.append(summary(value, harness.read_metrics(inner)))
+                io.write_json(out / "metrics.json", {"axis": axis, "points": points})
+            text = table(axis, points, caption)
+            (out / "table.md").write_text(text + "\n", encoding="utf-8")
+            harness.finish(folder)
+    print(table(axis, harness.read_metrics(out)["points"], caption))
     print(f"results are in {out}")
 
 
@@ -209,8 +231,8 @@ def summary(value: float, results: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
 
 
-def table(axis: str, points: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
-    """Return the points as a Markdown table, with what all but the axis are."""
+def table(axis: str, points: list[dict[str, Any]], caption: str) -> str:
+    """Return the points as a Markdown table, with their conditions below."""
     rows = [
         f"| {axis} | method | mean FSC | mean FSC, aligned | r_c (shells) | "
         "angle error, median (deg) | bound (deg) | within 10 deg | wall (s) |",
@@ -225,17 +247,16 @@ def table(axis: str, points: list[dict[str, Any]], config: Mapping[str, Any]) ->
             f"| {100 * r['fraction_within_10_deg']:.1f} % | {r['wall_s']:.0f} |"
             for name, r in point["methods"].items()
         ]
-    said = f"{harness.caption(config)} Of these, {axis} varies."
+    below = f"{caption} Of these, {axis} varies."
     if axis == "max_angle_error":
-        said += " The engine is told how large it may be."
-    return "\n".join([*rows, "", said])
+        below += " The engine is told how large it may be."
+    return "\n".join([*rows, "", below])
 
 
-def main() -> None:
-    """Run what is left of the sweep, then print its table."""
-    options = harness.parse(__doc__, PRESETS)
-    sweep(options, harness.resolve(options, KEYS))
+def main() -> int:
+    """Run what is left of the sweep, and print its table."""
+    return harness.main(lambda: sweep(harness.parse(__doc__, SweepSettings)))
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(main))
+    sys.exit(main())

@@ -51,6 +51,12 @@ def lattice_points(axis):
     return np.stack([x.ravel(), y.ravel(), z.ravel()])
 
 
+def fft_radii(n):
+    """Lengths of the frequencies of ``fftn``, in cycles per box."""
+    k = np.fft.fftfreq(n, 1 / n)
+    return np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2)
+
+
 def gaussian(n, centre, width, voxel=1.0, dtype=jnp.float64):
     """A Gaussian of height 1, centre ``(x, y, z)`` and width in the unit of a voxel."""
     at = centred(n) * voxel
@@ -75,6 +81,24 @@ def toeplitz(kernel):
     x, y, z = lattice_points(np.arange(n))
     lag_z, lag_y, lag_x = (axis[:, None] - axis + n - 1 for axis in (z, y, x))
     return np.asarray(kernel, float)[lag_z, lag_y, lag_x]
+
+
+def slice_frequencies(disc, poses):
+    """Where the slices of a disc lie in the volume's Fourier space, ``(P, k, 3)``."""
+    omega, rows = np.asarray(disc.frequencies), np.asarray(poses.rotations)[:, :2]
+    return np.einsum("ki,pij->pkj", omega, rows)
+
+
+def slice_matrix(disc, poses, transfer=None):
+    """The dense matrix from voxels to the images' spectra, ``(P, k, n**3)``."""
+    n = disc.image_size
+    voxels = lattice_points(centred(n))
+    waves = np.exp(-2j * np.pi / n * slice_frequencies(disc, poses) @ voxels)
+    moves = np.asarray(poses.shifts) @ np.asarray(disc.frequencies).T
+    gain = np.exp(-2j * np.pi / n * moves)
+    if transfer is not None:
+        gain = gain * np.asarray(transfer)
+    return gain[..., None] * waves
 
 
 def relative_error(value, exact):

@@ -57,8 +57,10 @@ def test_astigmatism_turns_with_its_angle():
     for direction, defocus in ((angle, 16000.0), (angle + np.pi / 2, 11000.0)):
         round_one = CTF(defocus, defocus)
         for turn in (0, np.pi):
-            both = (on_circle(c, 0.08, [direction + turn]) for c in (ctf, round_one))
-            np.testing.assert_allclose(*both, atol=1e-9)
+            values, expected = (
+                on_circle(c, 0.08, [direction + turn]) for c in (ctf, round_one)
+            )
+            np.testing.assert_allclose(values, expected, atol=1e-9)
 
 
 def test_envelope_and_phase_plate():

@@ -225,7 +225,7 @@ def test_dataset_is_what_its_parts_make(dtype):
     assert not jnp.any(data.truth.shifts == other.truth.shifts)
     # Compiled as one function rather than by parts, it rounds differently.
     noiseless = make(KEY, sigma=0.0)
-    rounding = 100 * jnp.finfo(dtype).eps * float(jnp.abs(clean).max())
+    rounding = 100 * float(jnp.finfo(dtype).eps) * float(jnp.abs(clean).max())
     np.testing.assert_allclose(noiseless.images, clean, rtol=0, atol=rounding)
 
 

@@ -1,5 +1,6 @@
 """The options of every command, from the declarations that its parser is made of."""
 
+import re
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -21,10 +22,16 @@ def insert(app: Sphinx, page: str, source: list[str]) -> None:
 def sections() -> list[str]:
     """Return a section for each command, in Markdown."""
     return [
-        f"## jaxrefine {each.name}\n\n{sentence(each.summary)} {each.description}\n\n"
-        f"{markdown_table(each.settings)}"
+        f"## jaxrefine {each.name}\n\n"
+        + as_code(f"{sentence(each.summary)} {each.description}\n\n")
+        + as_code(markdown_table(each.settings))
         for each in COMMANDS
     ]
+
+
+def as_code(text: str) -> str:
+    """Return a text with its options in backticks."""
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
 
 
 def sentence(text: str) -> str:

@@ -60,10 +60,17 @@ def clean_types(
     options: object,
     lines: list[str],
 ) -> None:
-    """Shorten the types of a docstring that napoleon has converted, and quote stars."""
+    """Correct the fields of a docstring that napoleon has made.
+
+    The types of fields are shortened, and their stars quoted. Attributes that are told
+    together must be one word, lest the first of them is taken for a type.
+    """
     for number, line in enumerate(lines):
         if line.startswith((":vartype ", ":type ")):
             lines[number] = shorten(line).replace("*", r"\*")
+        elif line.startswith(":ivar "):
+            names, text = line.removeprefix(":ivar ").split(":", 1)
+            lines[number] = f":ivar {names.replace(', ', ',')}:{text}"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -36,15 +36,21 @@ def packages() -> list[Path]:
 
 def page(package: Path) -> str:
     """Return the page of a package: its docstring, its functions, its modules."""
-    name = dotted(package)
-    title = name if package != PACKAGE else "jaxrefine: single modules"
-    lines = [title, "=" * len(title), "", summary(package / "__init__.py"), ""]
+    title = dotted(package) if package != PACKAGE else "jaxrefine: single modules"
+    lines = [title, "=" * len(title), "", f".. automodule:: {dotted(package)}", ""]
     lines += directives(private_origins(package))
-    for path in sorted(package.glob("*.py")):
-        if not path.stem.startswith("_"):
-            lines += [path.stem, "-" * len(path.stem), ""]
-            lines += directives([("module", f"{name}.{path.stem}")])
+    for heading in modules(package):
+        lines += [heading, "-" * len(heading), ""]
+        lines += directives([("module", f"{dotted(package)}.{heading}")])
     return "\n".join(lines)
+
+
+def modules(package: Path) -> list[str]:
+    """Return the public modules of a package, with packages inside it and theirs."""
+    paths = package.glob("*.py") if package == PACKAGE else package.rglob("*.py")
+    found = {path.relative_to(package).with_suffix("").parts for path in paths}
+    found = {parts[:-1] if parts[-1] == "__init__" else parts for parts in found}
+    return [".".join(p) for p in sorted(found) if p and not p[-1].startswith("_")]
 
 
 def directives(objects: list[tuple[str, str]]) -> list[str]:

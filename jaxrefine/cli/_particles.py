@@ -90,15 +90,13 @@ def _prepared(
     """Normalise and mask the images, outside of a circle given in angstroms."""
     particles = source.particles
     pixels = circle / particles.pixel_size_in_angstroms
-    images, share = particles.images, 1.0
+    images = particles.images
     if settings.invert or settings.normalise:
         images = Normalised(images, pixels, settings.invert)
     if settings.mask_images:
         shifts = np.asarray(source.poses.shifts)
         images = Masked(images, pixels, shifts if with_poses else 0 * shifts)
-        share = images.noise_share
-    particles = replace(particles, images=images, noise_share=share)
-    return replace(source, particles=particles)
+    return replace(source, particles=replace(particles, images=images))
 
 
 def _tell_what_is_done(source: io.ParticleFile) -> None:

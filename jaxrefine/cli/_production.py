@@ -34,10 +34,11 @@ from jaxrefine.runs.progress import Bars
 
 @runtime_checkable
 class Engine(Protocol):
-    """What does the refinement: :mod:`jaxrefine.refinement`, or a stand-in."""
+    """What refines and makes maps: :mod:`jaxrefine.refinement`, or a stand-in."""
 
     init: Any
     refine: Any
+    reconstruct: Any
 
 
 def configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:

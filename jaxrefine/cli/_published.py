@@ -6,13 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io
+from jaxrefine import io, paper
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
 from jaxrefine.operators import kbwf, spatial
-from jaxrefine.paper import algorithm1, presets
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -22,7 +21,7 @@ _MEASURED = 500  # images that the noise is measured in
 
 def configure(
     settings: RefineSettings, source: io.ParticleFile
-) -> algorithm1.Algorithm1Config:
+) -> paper.Algorithm1Config:
     """Return the preset, at the noise level of the images.
 
     Raises
@@ -39,8 +38,8 @@ def configure(
     if settings.iterations is not None:
         chosen["iterations"] = settings.iterations
     if settings.preset == "paper":
-        return presets.paper_preset(_noise(source), **chosen)
-    return presets.released_preset(**chosen)
+        return paper.paper_preset(_noise(source), **chosen)
+    return paper.released_preset(**chosen)
 
 
 def _noise(source: io.ParticleFile) -> float:
@@ -50,13 +49,13 @@ def _noise(source: io.ParticleFile) -> float:
     return float(np.std(np.asarray(images, np.float64)[:, outside(m, float(m))]))
 
 
-def resolved(config: algorithm1.Algorithm1Config) -> dict[str, Any]:
+def resolved(config: paper.Algorithm1Config) -> dict[str, Any]:
     """Return what the options came to, by their names."""
     return {"iterations": config.iterations, "batch_size": config.batch_size}
 
 
 def run(
-    inputs: Inputs, config: algorithm1.Algorithm1Config, folder: RunFolder, bars: Bars
+    inputs: Inputs, config: paper.Algorithm1Config, folder: RunFolder, bars: Bars
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     begin, source = time.perf_counter(), inputs.source
@@ -64,14 +63,12 @@ def run(
     images, _ = source.particles.batch(np.arange(len(source)))
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, source.particles.image_size)
-    problem = algorithm1.Problem(images, footprint, image_filter)
-    start = algorithm1.init(source.poses, kbwf.expand(basis, inputs.volume))
+    problem = paper.Problem(images, footprint, image_filter)
+    start = paper.init(source.poses, kbwf.expand(basis, inputs.volume))
     state = folder.history.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
-    def record(
-        state: algorithm1.Algorithm1State, info: algorithm1.Algorithm1Info
-    ) -> None:
+    def record(state: paper.Algorithm1State, info: paper.Algorithm1Info) -> None:
         row = {
             "iteration": int(state.iteration),
             "objective": float(info.volume.objective[-1]),
@@ -83,6 +80,6 @@ def run(
         folder.history.record(state, row)
         advance(state, row)
 
-    state = algorithm1.refine(state, problem, config, record)
+    state = paper.refine(state, problem, config, record)
     refined = kbwf.evaluate(basis, state.volume.coefficients)
     return Outcome(state.poses, np.asarray(refined))

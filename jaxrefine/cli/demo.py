@@ -71,7 +71,7 @@ class _Scene:
     dataset: simulate.Dataset
 
 
-def _run(settings: DemoSettings, folder: RunFolder, engine: Any) -> dict[str, Any]:
+def _run(settings: DemoSettings, folder: RunFolder, engine: Engine) -> dict[str, Any]:
     """Write maps and pictures; return the figures of merit."""
     phantom_key, data_key, key = jax.random.split(jax.random.key(settings.seed), 3)
     scene = _simulate(settings, phantom_key, data_key)
@@ -82,8 +82,8 @@ def _run(settings: DemoSettings, folder: RunFolder, engine: Any) -> dict[str, An
         volumes = {}
         for name, given in (("oracle", dataset.truth), ("unrefined", dataset.initial)):
             advance = bars.next(name, 1)
-            made = engine.reconstruct(particles, given, config, key=key)
-            volumes[name] = made.volume
+            reconstruction = engine.reconstruct(particles, given, config, key=key)
+            volumes[name] = reconstruction.volume
             advance(None, {})
         start = particles, dataset.initial, scene.initial_map, config
         state = folder.history.resume(lambda: engine.init(*start, key=key))
@@ -173,7 +173,12 @@ def _figures(assessments: Mapping[str, evaluation.Assessment]) -> dict[str, Any]
     return summary
 
 
-def _draw(settings: DemoSettings, images, maps, errors) -> None:
+def _draw(
+    settings: DemoSettings,
+    images: jax.Array,
+    maps: Mapping[str, np.ndarray],
+    errors: Mapping[str, evaluation.PoseErrors],
+) -> None:
     """Write the pictures."""
     out: Path = settings.out
     caption = (

@@ -1,17 +1,16 @@
 """``jaxrefine reconstruct``: a map from particles at the poses that they have."""
 
-from typing import Any
-
 import jax
 
 from jaxrefine import io, refinement
 from jaxrefine.cli import _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli._production import Engine
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.refinement.config import RefineConfig
 
 
-def run(settings: ReconstructSettings, engine: Any = refinement) -> None:
+def run(settings: ReconstructSettings, engine: Engine = refinement) -> None:
     """Make the map, and the half maps if they were asked for.
 
     Parameters

@@ -68,13 +68,13 @@ def run(settings: RefineSettings, engine: _production.Engine = refinement) -> No
         outcome = replace(outcome, columns=outcome.columns | changes)
         _write(settings.out, inputs.source, outcome)
         usage = provenance.usage(folder.history.elapsed_s)
-        made = {name: details[name] for name in ("command", "versions", "device")}
+        origin = {name: details[name] for name in ("command", "versions", "device")}
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
             settings=details["config"],
             rows=folder.history.rows(),
             **_results(inputs, outcome),
-            **made,
+            **origin,
             **usage,
         )
         html.write(settings.out / "report.html", report)
@@ -172,7 +172,7 @@ def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
 
 def _summary(out: Path, report: html.Report) -> str:
     """Return the result in a sentence."""
-    text = f"{len(report.poses.shifts)} particles and a map are in {out}"
+    text = f"{len(report.poses)} particles and a map are in {out}"
     if report.half_set_fsc is not None:
         text += f"; the half maps agree to {html.resolution(report, 'A')}, FSC 0.143"
     if report.undetermined is not None and report.undetermined.any():

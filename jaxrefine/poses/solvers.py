@@ -83,6 +83,11 @@ def retract(
 class PoseUpdate(Protocol):
     """What the refinement asks of a way to improve a pose."""
 
+    @property
+    def iterations(self) -> int:
+        """Steps that are tried."""
+        ...
+
     def minimise(
         self,
         objective: Objective,

@@ -55,15 +55,16 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     low, high = np.percentile(np.array(rows), (1, 99.8))
     figure = captioned_figure(7.6, 2.15 * len(rows) + 0.75, caption)
     grid = figure.subplots(len(rows), 3, squeeze=False)
+    pictures = []
     for axes_row, name, slices in zip(grid, volumes, rows, strict=True):
         axes_row[0].set_ylabel(
             textwrap.fill(name, 20), size=TEXT_SIZE + 1, fontweight="bold"
         )
         for axes, picture in zip(axes_row, slices, strict=True):
-            shown = show_picture(axes, picture, low, high)
+            pictures.append(show_picture(axes, picture, low, high))
     for axes, plane in zip(grid[0], ("xy", "xz", "yz"), strict=True):
         axes.set_title(f"{plane[0]} →, {plane[1]} ↑", size=TEXT_SIZE)
-    bar = figure.colorbar(shown, ax=grid, shrink=0.8, aspect=30, extend="both")
+    bar = figure.colorbar(pictures[0], ax=grid, shrink=0.8, aspect=30, extend="both")
     bar.set_label("density", size=TEXT_SIZE)
     bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
     figure.savefig(path, format="png")

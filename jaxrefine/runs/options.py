@@ -10,7 +10,8 @@ The settings of a command are a frozen dataclass whose fields carry the declarat
         )
 
 The type of a field is its annotation: ``bool``, ``int``, ``float``, ``str`` or
-``Path``, each of which may be None. From the declarations follow the parser
+``Path``, each of which may be None. (Settings that no command line gives may also hold
+tuples of these, whose entries their reader checks.) From the declarations follow the parser
 (:func:`add_options`, :func:`settings_from`), the checks of the values (:func:`check`),
 the words that give the same settings again (:func:`words`), the entries of a run's
 report (:func:`as_json`) and the table in the documentation (:func:`markdown_table`). Of
@@ -92,7 +93,7 @@ class Option:
     metavar: str = ""
     convert: Callable[[str], Any] | None = None
     name: str = ""
-    kind: type = str
+    kind: Any = str
     group: str = ""
     section: str = ""
 
@@ -207,7 +208,7 @@ def declared(settings_class: type) -> tuple[Option, ...]:
     return tuple(options)
 
 
-def _without_none(annotation: Any) -> type:
+def _without_none(annotation: Any) -> Any:
     if get_origin(annotation) in (UnionType, Union):
         (annotation,) = set(get_args(annotation)) - {type(None)}
     return annotation

@@ -9,6 +9,7 @@ import pytest
 from jaxrefine import cli
 from jaxrefine.cli.commands import COMMANDS
 from jaxrefine.ctf import CTF
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import write_mrc, write_new_particles, write_stack
 
@@ -50,8 +51,8 @@ def data(tmp_path):
     images = rng.normal(size=(COUNT, N, N)).astype(np.float32)
     write_stack(tmp_path / "particles.mrcs", images, PIXEL)
     write_mrc(tmp_path / "init.mrc", rng.normal(size=(N, N, N)), PIXEL)
-    angles = jnp.asarray(rng.uniform(-1, 1, (COUNT, 3)))
-    poses = Poses(angles, jnp.asarray(rng.uniform(-1, 1, (COUNT, 2))))
+    rotations = euler_to_matrix(jnp.asarray(rng.uniform(-1, 1, (COUNT, 3))))
+    poses = Poses(rotations, rng.uniform(-1, 1, (COUNT, 2)))
     names = [f"{i:06d}@particles.mrcs" for i in range(1, COUNT + 1)]
     defocus = jnp.linspace(1e4, 2e4, COUNT)
     for name, ctf in (("particles", CTF(defocus, defocus)), ("plain", None)):

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from jaxrefine.cli import demo as implementation
-from jaxrefine.cli.commands.demo import DEMO
+from jaxrefine.cli.commands.demo import DEMO, DemoSettings
 from jaxrefine.io import read_mrc
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.runs.options import declared
 
 BAD_NUMBERS = [
     ("size", 2),
@@ -124,6 +125,11 @@ def test_an_interrupted_demo_carries_on(show, engine, tmp_path):
     show("--out", out, *SMALL, "--seed", 1).assert_refused("other settings (seed)")
     assert show("--out", out, *SMALL).code == 0
     assert engine.iterations == [1, 2, 3]
+    affecting = {
+        option.name for option in declared(DemoSettings) if option.affects_results
+    }
+    marked = json.loads((out / "demo.json").read_text())
+    assert marked["settings"].keys() == affecting
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = show("--out", out, *SMALL)
     assert again.code == 0 and "already, finished" in again.out
@@ -240,5 +246,5 @@ def test_a_demo_repeats_itself(demo, tmp_path):
     for name in FIGURES - {"wall_s", "peak_rss_mib"}:
         assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-2), name
     for name in MAPS:
-        maps = [read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again)]
-        np.testing.assert_allclose(*maps, atol=1e-2 * np.abs(maps[0]).max())
+        here, there = (read_mrc(folder / f"{name}.mrc")[0] for folder in (out, again))
+        np.testing.assert_allclose(here, there, atol=1e-2 * np.abs(here).max())

@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from jaxrefine import evaluation, symmetry
-from jaxrefine.geometry import (
-    euler_to_matrix,
-    matrix_to_euler,
-    matrix_to_rotvec,
-    rotvec_to_matrix,
-)
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses, matrix_to_rotvec, rotvec_to_matrix
 from jaxrefine.io import write_poses, write_star
 
 COUNT = 30
 RNG = np.random.default_rng(0)
 ANGLES = RNG.uniform(-np.pi, np.pi, (COUNT, 3))
+ROTATIONS = np.asarray(euler_to_matrix(jnp.asarray(ANGLES)))
 SHIFTS = RNG.uniform(-3, 3, (COUNT, 2))
 NAMES = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
 
@@ -28,22 +25,22 @@ def turned(degrees):
     axes = RNG.normal(size=(COUNT, 3))
     axes *= np.deg2rad(degrees) / np.linalg.norm(axes, axis=1, keepdims=True)
     turns = rotvec_to_matrix(jnp.asarray(axes))
-    return np.asarray(matrix_to_euler(turns @ euler_to_matrix(jnp.asarray(ANGLES))))
+    return np.asarray(turns) @ ROTATIONS
 
 
-def write(path, angles=ANGLES, shifts=SHIFTS, names=NAMES):
+def write(path, rotations=ROTATIONS, shifts=SHIFTS, names=NAMES):
     path.parent.mkdir(exist_ok=True)
-    write_poses(path, angles, shifts, 1.5, list(names), 32)
+    write_poses(path, Poses(rotations, shifts), 1.5, list(names), 32)
     return path
 
 
 @pytest.fixture(scope="module")
 def noisy():
     """Poses that are off, and the errors that the library finds."""
-    angles = turned(RNG.uniform(0, 12, (COUNT, 1)))
+    rotations = turned(RNG.uniform(0, 12, (COUNT, 1)))
     shifts = SHIFTS + RNG.normal(0, 0.3, SHIFTS.shape)
-    arrays = map(jnp.asarray, (angles, shifts, ANGLES, SHIFTS))
-    return angles, shifts, evaluation.summarise(evaluation.pose_errors(*arrays))
+    errors = evaluation.pose_errors(Poses(rotations, shifts), Poses(ROTATIONS, SHIFTS))
+    return rotations, shifts, evaluation.summarise(errors)
 
 
 def test_shifts_are_compared_in_the_results_pixels(tmp_path, run):
@@ -73,9 +70,8 @@ def test_a_table_is_not_written_over(tmp_path, run):
 
 def test_the_truth_is_without_error(tmp_path, run):
     """In any global frame, too."""
-    frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))
-    moved = matrix_to_euler(euler_to_matrix(jnp.asarray(ANGLES)) @ frame)
-    paths = write(tmp_path / "a.star", np.asarray(moved)), write(tmp_path / "b.star")
+    frame = np.asarray(rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3])))
+    paths = write(tmp_path / "a.star", ROTATIONS @ frame), write(tmp_path / "b.star")
     code, _, err = run("evaluate", *paths, "--json", tmp_path / "out.json")
     assert (code, err) == (0, "")
     content = json.loads((tmp_path / "out.json").read_text())
@@ -87,10 +83,10 @@ def test_the_truth_is_without_error(tmp_path, run):
 
 
 def test_the_order_of_the_particles_does_not_matter(tmp_path, run, noisy):
-    angles, shifts, expected = noisy
+    rotations, shifts, expected = noisy
     order = RNG.permutation(COUNT)
     names = [NAMES[i] for i in order]
-    result = write(tmp_path / "result.star", angles[order], shifts[order], names)
+    result = write(tmp_path / "result.star", rotations[order], shifts[order], names)
     truth = write(tmp_path / "truth.star")
     code, out, _ = run("evaluate", result, truth, "--json", tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
@@ -104,9 +100,9 @@ def test_the_order_of_the_particles_does_not_matter(tmp_path, run, noisy):
 
 def test_images_are_recognised_in_another_folder(tmp_path, run, noisy):
     """A result in a folder of its own names the stack by another path."""
-    angles, shifts, expected = noisy
+    rotations, shifts, expected = noisy
     names = [name.replace("@", "@../data/") for name in NAMES[::-1]]
-    result = write(tmp_path / "out/r.star", angles[::-1], shifts[::-1], names)
+    result = write(tmp_path / "out/r.star", rotations[::-1], shifts[::-1], names)
     truth = write(tmp_path / "data/truth.star")
     code, out, _ = run("evaluate", result, truth)
     assert code == 0 and "matched by image name" in out
@@ -114,7 +110,7 @@ def test_images_are_recognised_in_another_folder(tmp_path, run, noisy):
 
 
 def test_a_part_of_the_particles(tmp_path, run):
-    result = write(tmp_path / "r.star", ANGLES[3:9], SHIFTS[3:9], NAMES[3:9])
+    result = write(tmp_path / "r.star", ROTATIONS[3:9], SHIFTS[3:9], NAMES[3:9])
     code, out, _ = run("evaluate", result, write(tmp_path / "truth.star"))
     assert code == 0 and out.startswith("6 particles, matched by image name")
     assert "100.0 % within 5 degrees" in out
@@ -142,13 +138,12 @@ def test_files_without_names(tmp_path, run):
 
 def test_a_table_of_cryosparc(tmp_path, run):
     """It has the transposes of RELION's matrices, and origins in its own pixels."""
-    rotations = euler_to_matrix(jnp.asarray(ANGLES))
     columns = {
         "blob/path": np.array([b"images.mrcs"] * COUNT),
         "blob/idx": np.arange(COUNT, dtype=np.uint32),
         "blob/psize_A": np.full(COUNT, 1.5, np.float32),
         "blob/shape": np.full((COUNT, 2), 32, np.uint32),
-        "alignments3D/pose": -np.asarray(matrix_to_rotvec(rotations)),
+        "alignments3D/pose": -np.asarray(matrix_to_rotvec(jnp.asarray(ROTATIONS))),
         "alignments3D/shift": -SHIFTS,
     }
     kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
@@ -165,14 +160,12 @@ def test_a_table_of_cryosparc(tmp_path, run):
 
 def test_equivalent_poses_are_one(tmp_path, run, noisy):
     """A symmetric map's poses may be any of the equivalents, in any frame of it."""
-    angles, shifts, expected = noisy
+    rotations, shifts, expected = noisy
     group = symmetry.operators("O")
-    frame = rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3]))
-    some = jnp.asarray(group[RNG.integers(24, size=COUNT)])
-    true = matrix_to_euler(euler_to_matrix(jnp.asarray(ANGLES)) @ some)
-    moved = matrix_to_euler(euler_to_matrix(jnp.asarray(angles)) @ frame)
-    result = write(tmp_path / "r.star", np.asarray(moved), shifts)
-    truth = write(tmp_path / "t.star", np.asarray(true))
+    frame = np.asarray(rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3])))
+    equivalent = np.asarray(group[RNG.integers(24, size=COUNT)])
+    result = write(tmp_path / "r.star", rotations @ frame, shifts)
+    truth = write(tmp_path / "t.star", ROTATIONS @ equivalent)
     words = (result, truth, "--json", tmp_path / "out.json")
     assert run("evaluate", *words, "--symmetry", "o")[0] == 0
     content = json.loads((tmp_path / "out.json").read_text())
@@ -186,9 +179,9 @@ def test_equivalent_poses_are_one(tmp_path, run, noisy):
 def test_bad_input_is_a_sentence(tmp_path, run):
     truth = write(tmp_path / "truth.star")
     other = write(
-        tmp_path / "o.star", ANGLES[:9], SHIFTS[:9], [f"{n}x" for n in NAMES[:9]]
+        tmp_path / "o.star", ROTATIONS[:9], SHIFTS[:9], [f"{n}x" for n in NAMES[:9]]
     )
-    empty = write(tmp_path / "e.star", ANGLES[:0], SHIFTS[:0], [])
+    empty = write(tmp_path / "e.star", ROTATIONS[:0], SHIFTS[:0], [])
     write_star(tmp_path / "p.star", {"": {"rlnImageName": NAMES}})
     for arguments, words in (
         ([other, truth], "9 particles cannot be matched with 30"),

@@ -17,6 +17,7 @@ from jaxrefine.cli.commands.match import MATCH
 from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.commands.refine import REFINE
 from jaxrefine.ctf import CTF
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_mrc,
@@ -54,7 +55,7 @@ def data(tmp_path):
     write_mrc(tmp_path / "map.mrc", blob(N, PIXEL), PIXEL)
     write_mrc(tmp_path / "mask.mrc", ball(N, PIXEL), PIXEL)
     angles, shifts = rng.uniform(-1, 1, (COUNT, 3)), rng.uniform(-2, 2, (COUNT, 2))
-    poses = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+    poses = Poses(euler_to_matrix(jnp.asarray(angles)), shifts)
     names = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
     star = tmp_path / "particles.star"
     write_new_particles(star, poses, names, N, PIXEL, CTF(0.0, 0.0))

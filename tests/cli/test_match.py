@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxrefine.ctf import CTF
-from jaxrefine.geometry import Poses, euler_to_matrix
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_particles,
     read_poses,
@@ -37,7 +38,7 @@ def scene():
     shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)
     disc = slices.disc(N, N // 2 - 1)
     spectrum = Gridding().spectrum(jnp.asarray(volume), disc.r_max)
-    truth = Poses(jnp.asarray(angles), jnp.asarray(shifts))
+    truth = Poses(euler_to_matrix(jnp.asarray(angles)), shifts)
     images = slices.to_images(slices.project(spectrum, disc, truth), disc)
     return volume, truth, np.asarray(images, np.float32)
 
@@ -51,7 +52,7 @@ def data(tmp_path, scene):
     write_mrc(folder / "ref.mrc", volume.astype(np.float32), PIXEL)
     write_stack(folder / "images.mrcs", images, PIXEL)
     names = [f"{i:06d}@images.mrcs" for i in range(1, COUNT + 1)]
-    wrong = Poses(truth.angles + 1, truth.shifts - 3)
+    wrong = Poses(truth.rotations[::-1], truth.shifts - 3)
     path = folder / "particles.star"
     write_new_particles(path, wrong, names, N, PIXEL, CTF(0.0, 0.0))
     blocks = read_star(path)
@@ -71,12 +72,10 @@ def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     code, printed, err = run("match", *words)
     assert code == 0 and "matching" in err and "100%" in err
     assert f"{COUNT} particles, 30 degree steps" in printed
-    angles, shifts = (jnp.asarray(each) for each in read_poses(out))
+    written = read_poses(out)
     truth = scene[1]
-    np.testing.assert_allclose(
-        euler_to_matrix(angles), euler_to_matrix(truth.angles), atol=1e-5
-    )
-    np.testing.assert_array_equal(shifts, truth.shifts)
+    np.testing.assert_allclose(written.rotations, truth.rotations, atol=1e-5)
+    np.testing.assert_array_equal(written.shifts, truth.shifts)
 
     before, after = read_star(path), read_star(out)
     scores = np.array(after["particles"]["jaxrefineCorrelation"], float)

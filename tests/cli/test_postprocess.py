@@ -8,9 +8,11 @@ import mrcfile
 import numpy as np
 import pytest
 
+from jaxrefine.cli.commands.postprocess import PostprocessSettings
 from jaxrefine.io import read_mrc, write_mrc
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
+from jaxrefine.runs.options import declared
 
 N, VOXEL = 24, 2.0
 CURVES = ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_true")
@@ -44,17 +46,24 @@ def halves_of(folder):
     return [jnp.asarray(read_mrc(folder / f"half{i}.mrc")[0]) for i in (1, 2)]
 
 
+def affecting(settings_class):
+    """Names of the options that results depend on."""
+    options = declared(settings_class)
+    return {option.name for option in options if option.affects_results}
+
+
 def check_files(out, result, mask):
     content = json.loads((out / "postprocess.json").read_text())
     assert content["finished"] is True
+    assert content["settings"].keys() == affecting(PostprocessSettings)
     for name in CURVES:
         np.testing.assert_allclose(content[name], getattr(result, name), atol=1e-6)
     for name in ("resolution_in_angstroms", "b_factor_in_square_angstroms"):
         assert content[name] == getattr(result, name)
     assert content["randomised_from_shell"] == result.randomised_from
-    wanted = {"postprocess": result.volume, "mask": mask}
-    wanted["postprocess_masked"] = result.masked_volume
-    for name, volume in wanted.items():
+    expected = {"postprocess": result.volume, "mask": mask}
+    expected["postprocess_masked"] = result.masked_volume
+    for name, volume in expected.items():
         written, voxel = read_mrc(out / f"{name}.mrc")
         np.testing.assert_array_equal(written, volume)
         assert voxel == VOXEL
@@ -95,8 +104,10 @@ def test_options_reach_the_library(maps, tmp_path, run, options, b_factor):
     code, text, err = run("postprocess", *command, *options)
     assert (code, err) == (0, "")
     mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
+    one, two = halves_of(maps)
     result = postprocess(
-        *halves_of(maps),
+        one,
+        two,
         mask,
         VOXEL,
         key=jax.random.key(3),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def reconstruct(run, calls):
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))
         return SimpleNamespace(volume=halves[0] + 2, half_maps=halves, lam=0.5, tau=2)
 
-    engine = SimpleNamespace(reconstruct=stand_in)
+    engine: Any = SimpleNamespace(init=None, refine=None, reconstruct=stand_in)
     command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
     return lambda *words: run("reconstruct", *words, commands=[command])
 

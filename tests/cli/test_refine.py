@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.cli import refine as cli_refine
-from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.commands.refine import REFINE, RefineSettings
 from jaxrefine.io import (
     read_mrc,
     read_particles,
@@ -31,6 +31,7 @@ from jaxrefine.io import (
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.history import History
+from jaxrefine.runs.options import declared
 
 N, COUNT, PIXEL = 16, 8, 2.0  # of the data
 STEP = 0.25
@@ -78,7 +79,7 @@ def stand_in():
     def init(particles, poses, *_, **__):
         return State(jnp.zeros((), jnp.int32), poses.shifts)
 
-    seen.refine, seen.init = refine, init
+    seen.refine, seen.init, seen.reconstruct = refine, init, None
     return seen
 
 
@@ -115,17 +116,19 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     added += ["jaxrefineUndetermined", "jaxrefineAngleChange", "jaxrefineShiftChange"]
     assert list(after["particles"]) == [*before["particles"], *added]
     assert after["optics"] == before["optics"]
-    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
-    expected = old.poses.shifts + 3 * STEP
-    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    given, refined = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + 3 * STEP
+    np.testing.assert_allclose(refined.poses.shifts, expected, atol=1e-5)
     moved = [float(x) for x in after["particles"]["jaxrefineShiftChange"]]
     np.testing.assert_allclose(moved, 3 * STEP * np.sqrt(2), atol=1e-5)
     turned = [float(x) for x in after["particles"]["jaxrefineAngleChange"]]
     np.testing.assert_allclose(turned, 0, atol=1e-4)
-    np.testing.assert_allclose(new.poses.angles, old.poses.angles, atol=1e-7)
+    np.testing.assert_allclose(
+        refined.poses.rotations, given.poses.rotations, atol=1e-7
+    )
     for at in (np.array([0]), np.array([COUNT - 1])):
-        images = (file.particles.batch(at)[0] for file in (old, new))
-        np.testing.assert_array_equal(*images)
+        before_it, after_it = (file.particles.batch(at)[0] for file in (given, refined))
+        np.testing.assert_array_equal(before_it, after_it)
     # Root mean squares of the angle and of the length of the shift.
     table = {name: np.array(after["particles"][name], float) for name in added}
     np.testing.assert_allclose(table[added[0]], np.arange(COUNT) - 0.5)
@@ -148,6 +151,10 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     )
     assert report["config"]["multi_start"] == list(RefineConfig().multi_start)
     assert report["wall_s"] > 0 and report["peak_rss_mib"] > 10
+    affecting = {
+        option.name for option in declared(RefineSettings) if option.affects_results
+    }
+    assert report["settings"].keys() == affecting | {"stacks"}
     assert {"jaxrefine", "jax"} <= report["versions"].keys() and report["device"]
 
 
@@ -268,7 +275,7 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         config = stand_in.calls[-1].config
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
-        assert config.diameter == pytest.approx(expected[4])
+        assert config.particle_diameter == pytest.approx(expected[4])
 
 
 def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
@@ -311,9 +318,9 @@ def test_a_run_carries_on_where_it_stopped(data, refine, stand_in):
     assert refine(*command(data, "--iterations", 4)).code == 0
     assert stand_in.iterations == [1, 2, 3, 4]
     assert [row["iteration"] for row in log(data / "out")] == [1, 2, 3, 4]
-    old, new = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
-    expected = old.poses.shifts + 4 * STEP
-    np.testing.assert_allclose(new.poses.shifts, expected, atol=1e-5)
+    given, refined = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + 4 * STEP
+    np.testing.assert_allclose(refined.poses.shifts, expected, atol=1e-5)
 
 
 def test_a_run_that_stopped_at_once_begins_again(data, refine, stand_in):
@@ -359,7 +366,7 @@ def test_other_settings_and_inputs_are_refused(data, refine, stand_in, finished)
     other = command(data, "--iterations", 2, star="plain.star")
     refine(*other).assert_refused("other settings (particles)")
     assert (data / "out/run.json").read_bytes() == report
-    # Memory is no part of the result; of a finished one none is wanted.
+    # Results do not depend on the memory, and a finished run needs none.
     stand_in.stop_after = None
     assert refine(*first, "--batch-size", 3).code == 0
     code, out, _ = refine(*first, "--memory", 0.001)
@@ -554,27 +561,27 @@ def test_the_published_algorithm_runs_and_resumes(data, run):
     """An interrupted run ends as an uninterrupted one."""
     words = ["--preset", "released", "--iterations", 2]
     assert run(*command(data, *words, star="plain.star")).code == 0
-    whole = read_mrc(data / "out/map.mrc")[0]
-    assert whole.std() > 0
+    undisturbed = read_mrc(data / "out/map.mrc")[0]
+    assert undisturbed.std() > 0
     assert [row["iteration"] for row in log(data / "out")] == [1, 2]
     again = command(data, *words, star="plain.star")
     again[again.index(data / "out")] = data / "again"
     with interrupted_after(1):
         assert run(*again).code == 130
     assert run(*again).code == 0
-    np.testing.assert_array_equal(read_mrc(data / "again/map.mrc")[0], whole)
+    np.testing.assert_array_equal(read_mrc(data / "again/map.mrc")[0], undisturbed)
     tables = [read_star(data / f"{x}/particles.star") for x in ("out", "again")]
     assert tables[0] == tables[1]
 
 
 @pytest.mark.slow
 def test_the_production_engine_runs_and_resumes(simulated, tmp_path, run):
-    """Poses and map come closer to the truth; a stopped run ends as a whole one."""
+    """Poses and map come closer to the truth; a stopped run ends like others."""
     start = ["refine", simulated / "particles.star", "--map", simulated / "init.mrc"]
     start += ["--iterations", 2, "--max-shift", 2]
-    assert run(*start, "--out", tmp_path / "whole").code == 0
+    assert run(*start, "--out", tmp_path / "undisturbed").code == 0
     errors = []
-    for table in (simulated / "init.star", tmp_path / "whole/particles.star"):
+    for table in (simulated / "init.star", tmp_path / "undisturbed/particles.star"):
         words = ["evaluate", table, simulated / "truth.star", "--json"]
         assert run(*words, tmp_path / "errors.json").code == 0
         errors.append(json.loads((tmp_path / "errors.json").read_text()))
@@ -583,17 +590,20 @@ def test_the_production_engine_runs_and_resumes(simulated, tmp_path, run):
     assert errors[1]["matched_by"] == "image name"
 
     with interrupted_after(1):
-        assert run(*start, "--out", tmp_path / "parts").code == 130
-    assert run(*start, "--out", tmp_path / "parts").code == 0
-    for name in ("whole", "parts"):
+        assert run(*start, "--out", tmp_path / "stopped").code == 130
+    assert run(*start, "--out", tmp_path / "stopped").code == 0
+    for name in ("undisturbed", "stopped"):
         assert [row["iteration"] for row in log(tmp_path / name)] == [1, 2]
-    maps = [read_mrc(tmp_path / f"{name}/map.mrc")[0] for name in ("whole", "parts")]
+    undisturbed, stopped = (
+        read_mrc(tmp_path / f"{name}/map.mrc")[0] for name in ("undisturbed", "stopped")
+    )
     # Sums over particles in threads differ from run to run, by rounding.
-    np.testing.assert_allclose(*maps, atol=1e-3 * maps[0].max())
-    tables = [
-        read_particles(tmp_path / f"{x}/particles.star") for x in ("whole", "parts")
-    ]
-    np.testing.assert_allclose(*(t.poses.shifts for t in tables), atol=3e-3)
+    np.testing.assert_allclose(undisturbed, stopped, atol=1e-3 * undisturbed.max())
+    undisturbed, stopped = (
+        read_particles(tmp_path / f"{name}/particles.star").poses.shifts
+        for name in ("undisturbed", "stopped")
+    )
+    np.testing.assert_allclose(undisturbed, stopped, atol=3e-3)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import pytest
 
 from jaxrefine import cli
 from jaxrefine import simulate as library
-from jaxrefine.geometry import euler_to_matrix
+from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
+from jaxrefine.runs.options import declared
 
 N, VOXEL, COUNT = 20, 2.0, 7
 SIZE, PIXEL = 16, 2.5
@@ -58,11 +59,21 @@ def images_of(path):
     return np.asarray(file.particles.batch(np.arange(len(file)))[0], float), file
 
 
+def angles_in_radians(path):
+    table = read_star(path)["particles"]
+    names = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+    return np.deg2rad([np.array(table[name], float) for name in names])
+
+
 def test_all_files_are_there(folder):
     for name in ("plain", "seen", "noisy"):
         assert {path.name for path in (folder / name).iterdir()} == FILES
     report = json.loads((folder / "noisy/simulate.json").read_text())
     assert report["finished"] and report["sigma"] > 0
+    affecting = {
+        option.name for option in declared(SimulateSettings) if option.affects_results
+    }
+    assert report["settings"].keys() == affecting
     assert report["settings"]["snr_db"] == -3 and report["settings"]["seed"] == 5
     assert report["pixel_size_in_angstroms"] == PIXEL
 
@@ -74,8 +85,7 @@ def test_the_particle_is_where_the_table_says(folder):
     axis = np.arange(SIZE) - SIZE // 2
     mass = images.sum(axis=(1, 2))
     x, y = (np.tensordot(images.sum(axis=i), axis, 1) / mass for i in (1, 2))
-    rotations = euler_to_matrix(file.poses.angles)
-    seen = np.asarray(rotations)[:, :2] @ (CENTRE * SIZE / N)
+    seen = np.asarray(file.poses.rotations)[:, :2] @ (CENTRE * SIZE / N)
     expected = seen + np.asarray(file.poses.shifts)
     assert np.ptp(expected, axis=0).min() > 2
     np.testing.assert_allclose(np.stack([x, y], 1), expected, atol=0.02)
@@ -102,7 +112,8 @@ def test_the_images_are_seen_through_the_ctf_of_the_table(folder):
     astigmatism = np.asarray(ctf.defocus_u - ctf.defocus_v)
     assert (8e3 <= mean).all() and (mean <= 22e3).all() and np.ptp(mean) > 2e3
     assert (0 <= astigmatism).all() and (astigmatism <= 1e3).all()
-    np.testing.assert_allclose(file.poses.angles, without.poses.angles, atol=1e-8)
+    rotations = without.poses.rotations
+    np.testing.assert_allclose(file.poses.rotations, rotations, atol=1e-8)
     k = np.fft.fftfreq(SIZE, PIXEL)
     points = np.stack(np.meshgrid(k, k), axis=-1)
     inside = (np.abs(points) < 0.49 / PIXEL).all(axis=-1)  # below Nyquist
@@ -126,9 +137,9 @@ def test_the_noise_has_the_level_asked_for(folder):
 
 
 def test_the_start_is_off_by_what_was_asked_for(folder):
-    truth = read_particles(folder / "seen/truth.star")
     start = read_particles(folder / "seen/init.star")
-    error = np.asarray(start.poses.angles - truth.poses.angles)
+    error = angles_in_radians(folder / "seen/init.star")
+    error -= angles_in_radians(folder / "seen/truth.star")
     assert 0.1 < np.abs(error).max() <= np.deg2rad(ERROR) + 1e-6
     np.testing.assert_array_equal(start.poses.shifts, np.zeros((COUNT, 2)))
     blocks = [read_star(folder / f"seen/{name}.star") for name in ("init", "particles")]

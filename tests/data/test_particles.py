@@ -6,6 +6,7 @@ import pytest
 
 from jaxrefine.ctf import CTF
 from jaxrefine.data.particles import Particles
+from jaxrefine.data.preprocess import Masked, Normalised
 from jaxrefine.errors import InputError
 
 IMAGES = np.random.default_rng(0).normal(size=(7, 4, 4))
@@ -84,15 +85,15 @@ def test_groups_of_other_particles(group):
         Particles(IMAGES, group=group)
 
 
-def test_the_share_of_the_noise_stays():
-    some = Particles(IMAGES, noise_share=0.25).take(np.array([6, 4]))
-    assert some.noise_share == 0.25 and Particles(IMAGES).noise_share == 1
-
-
-@pytest.mark.parametrize("share", [0.0, 1.5, np.nan])
-def test_shares_that_are_none(share):
-    with pytest.raises(InputError, match="share of .* of the noise's power"):
-        Particles(IMAGES, noise_share=float(share))
+def test_the_share_of_the_noise_follows_from_the_images():
+    """Through views and normalisation; images that were not masked have all of it."""
+    masked = Masked(np.ones((7, 12, 12)), 2.0, np.zeros((7, 2)))
+    assert 0 < masked.noise_share < 1
+    for images in (masked, Normalised(masked, 9.0)):
+        particles = Particles(images)
+        for view in (particles, particles.take(np.array([6, 4]))):
+            assert view.noise_share == masked.noise_share
+    assert Particles(IMAGES).take(np.array([6, 4])).noise_share == 1
 
 
 def test_without_optics():

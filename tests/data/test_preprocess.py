@@ -1,7 +1,5 @@
 """Normalisation by the background and masks, by definition and on real particles."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,8 +7,6 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, outside
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_stack
-
-REAL = Path(__file__).resolve().parents[2] / "shared/data/real_betagal"
 
 
 @pytest.fixture
@@ -127,14 +123,14 @@ def test_circles_that_are_none(images, diameter, centres, words):
         Masked(images, diameter, centres)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="real particles are not in a clone")
-def test_real_particles_are_bright_once_inverted():
+def test_real_particles_are_bright_once_inverted(data_dir):
     """Beta-galactosidase on a real background: dark protein, uneven exposure."""
-    images, _ = read_stack(REAL / "betagal_emd2984_particles_101_96px.mrcs")
+    folder = data_dir / "real_betagal"
+    images, _ = read_stack(folder / "betagal_emd2984_particles_101_96px.mrcs")
     found = Normalised(images, 60.0, invert=True)[np.arange(101)]
     centre = ~outside(96, 30.0)
     assert np.mean(found[:, centre].mean(axis=1) > 0) > 0.95
-    empty, _ = read_stack(REAL / "betagal_emd2984_background_101_96px.mrcs")
+    empty, _ = read_stack(folder / "betagal_emd2984_background_101_96px.mrcs")
     empty = Normalised(empty, 60.0, invert=True)[np.arange(101)]
     assert abs(empty[:, centre].mean()) < 0.2 * found[:, centre].mean()
     np.testing.assert_allclose(found[:, outside(96, 60.0)].std(axis=1), 1, atol=1e-5)

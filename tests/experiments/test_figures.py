@@ -15,18 +15,24 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SCRIPTS = sorted(EXPERIMENTS.glob("fig[0-9][0-9]_*.py"))
 N = 12
 
-CONFIG = {
-    "title": "Test, Init-1",
-    "seed": 0,
-    "size": N,
-    "particles": 30,
-    "snr_db": -5.0,
-    "max_angle_error": 0.7,
-    "max_shift": 3.0,
-    "initial_blur": 4.0,
-    "voxel_size_in_angstroms": 5.0,
-    "batch_size": 8,
-    "map": "random numbers",
+REPORT = {
+    "finished": True,
+    "settings": {
+        "title": "Test, Init-1",
+        "seed": 0,
+        "size": N,
+        "particles": 30,
+        "snr_db": -5.0,
+        "max_angle_error": 0.7,
+        "max_shift": 3.0,
+        "initial_blur": 4.0,
+        "voxel_size_in_angstroms": 5.0,
+        "batch_size": 8,
+        "volume": "a digest",
+    },
+    "kept": {"start": "a start"},
+    "volume": "maps/random numbers.mrc",
+    "lacking": "",
 }
 METHODS = {  # and their iterations
     "oracle": 1,
@@ -65,10 +71,10 @@ def result(iterations):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """A run of all methods, with the maps that they leave."""
-    folder = tmp_path_factory.mktemp("whole")
-    io.write_json(folder / "config.json", CONFIG)
+    folder = tmp_path_factory.mktemp("complete")
+    io.write_json(folder / "run.json", REPORT)
     results = {name: result(count) for name, count in METHODS.items()}
     io.write_json(folder / "metrics.json", results)
     (folder / "maps").mkdir()
@@ -81,15 +87,14 @@ def whole(tmp_path_factory):
         io.write_mrc(folder / "maps" / f"{name}.mrc", volume, 5.0)
     images = rng.normal(size=(4, N, N)).astype(np.float32)
     io.write_stack(folder / "maps" / "images.mrcs", images, 5.0)
-    (folder / "done").touch()
     return folder
 
 
 @pytest.fixture
-def sparse(whole, tmp_path):
+def sparse(complete, tmp_path):
     """A run of few methods, without images."""
     folder = tmp_path / "sparse"
-    shutil.copytree(whole, folder)
+    shutil.copytree(complete, folder)
     (folder / "maps" / "images.mrcs").unlink()
     results = io.read_json(folder / "metrics.json")
     few = {name: results[name] for name in ("joint", "unrefined")}
@@ -121,8 +126,8 @@ def test_there_is_a_script_for_each_figure_of_results():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_figure_is_drawn_of_one_run(path, whole, draw, tmp_path):
-    assert draw(path, whole, "--out", tmp_path / "a.png") == (0, "")
+def test_a_figure_is_drawn_of_one_run(path, complete, draw, tmp_path):
+    assert draw(path, complete, "--out", tmp_path / "a.png") == (0, "")
     pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
     assert 400 < pixels.shape[1] < 2000 and 250 < pixels.shape[0] < 1500
     inked = pixels.min(axis=-1) < 0.9
@@ -133,43 +138,37 @@ def test_a_figure_is_drawn_of_one_run(path, whole, draw, tmp_path):
 
 @pytest.mark.parametrize("number", [3, 4, 5, 8])
 def test_runs_stand_beside_each_other_and_need_not_have_all(
-    number, whole, sparse, draw, tmp_path
+    number, complete, sparse, draw, tmp_path
 ):
     sizes = []
-    for runs in ([sparse], [whole, sparse]):
+    for runs in ([sparse], [complete, sparse]):
         code, said = draw(script(number), *runs, "--out", tmp_path / "a.png")
         assert (code, said) == (0, "")
         sizes.append(matplotlib.image.imread(tmp_path / "a.png").size)
     assert sizes[1] > 1.3 * sizes[0]
 
 
-def test_captions_say_conditions_and_remarks(whole, monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    import figures
-
-    run = figures.open_run(whole)
+def test_captions_say_conditions_and_remarks(complete, load):
+    figures, run = load("figures"), load("finished").open_run(complete)
     chart = figures.fsc([run], ["oracle", "RELION auto-refine"])
     caption = chart.get_supxlabel().replace("\n", " ")
-    for words in ("random numbers", "30 particles", "-5 dB", "seed 0"):
+    for words in ("random numbers.mrc", "a start", "30 particles", "-5 dB", "seed 0"):
         assert words in caption
     assert "RELION auto-refine: a remark." in caption
 
 
-def test_surfaces_enclose_equal_volumes(whole, monkeypatch):
+def test_surfaces_enclose_equal_volumes(complete, load):
     """The rule for the level does not depend on a map's scale."""
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    import figures
-
-    run = figures.open_run(whole)
-    share = figures._share_of_truth(run)
+    figures, run = load("figures"), load("finished").open_run(complete)
     truth, other = run.map("truth"), run.map("joint")
+    share = figures.surface_share(truth)
     assert share == np.mean(truth >= 0.2 * truth.max())
     for volume in (other, 7 * other - 3):
-        level = figures._level(volume, share)
+        level = figures.surface_level(volume, share)
         assert np.mean(volume >= level) == pytest.approx(share, abs=1.5 / N**3)
 
 
-def test_what_a_figure_cannot_do_is_a_sentence(whole, sparse, draw, tmp_path):
+def test_what_a_figure_cannot_do_is_a_sentence(complete, sparse, draw, tmp_path):
     out = ["--out", tmp_path / "a.png"]
     broken = tmp_path / "broken"
     cases = []
@@ -180,16 +179,20 @@ def test_what_a_figure_cannot_do_is_a_sentence(whole, sparse, draw, tmp_path):
     def without_methods():
         io.write_json(broken / "metrics.json", {"another": result(1)})
 
-    def of_an_earlier_version():
-        io.write_json(broken / "config.json", {"title": "HJC", "seed": 0})
+    def unfinished():
+        io.write_json(broken / "run.json", REPORT | {"finished": False})
 
-    case(4, lambda: shutil.rmtree(broken), "is not the folder of a run")
-    case(4, (broken / "done").unlink, f"The run in {broken} is not finished")
-    case(4, without_methods, "has a result of none of oracle, joint")
-    case(4, of_an_earlier_version, "does not say its size")
+    def of_another_kind():
+        few = {"title": "HJC", "seed": 0}
+        io.write_json(broken / "run.json", REPORT | {"settings": few})
+
+    case(4, lambda: shutil.rmtree(broken), "must be the folder of a run")
+    case(4, unfinished, f"The run in {broken} is not finished")
+    case(4, without_methods, "at least one of oracle, joint")
+    case(4, of_another_kind, "run.json lacks particles, snr_db")
     case(3, lambda: shutil.rmtree(broken / "maps"), "needs the maps of the run")
     case(3, (broken / "maps/joint.mrc").unlink, "joint.mrc does not exist")
-    case(5, lambda: None, "is not a folder", whole, "--out", tmp_path / "no/a.png")
+    case(5, lambda: None, "is not a folder", complete, "--out", tmp_path / "no/a.png")
     for number, change, sentence, words in cases:
         shutil.rmtree(broken, ignore_errors=True)
         shutil.copytree(sparse, broken)
@@ -198,3 +201,23 @@ def test_what_a_figure_cannot_do_is_a_sentence(whole, sparse, draw, tmp_path):
         assert code == 2 and sentence in said, said
         assert len(said.strip().splitlines()) == 1
         assert not (tmp_path / "a.png").exists()
+
+
+RESULTS = sorted(EXPERIMENTS.glob("results/*/done"))
+
+
+@pytest.mark.parametrize("marker", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_results_can_be_read(load, marker):
+    """They were written before runs had a ``run.json``."""
+    folder, finished = marker.parent, load("finished")
+    config = io.read_json(folder / "config.json")
+    if "sizes" in config:
+        settings = finished.settings_of(load("cost").CostSettings, folder)
+        assert settings.sizes == tuple(config["sizes"])
+    else:
+        run = finished.open_run(folder)
+        for entry in ("title", "map", "particles", "snr_db", "seed"):
+            value = config[entry]
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            assert text in run.caption
+        assert run.results

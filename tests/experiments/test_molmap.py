@@ -1,17 +1,13 @@
 """Maps of atomic models: against sums of Gaussians, at every voxel."""
 
 import gzip
-import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 # Name, element, (x, y, z) in Angstrom, occupancy, atomic number, alternative location.
 ATOMS = (
@@ -28,10 +24,9 @@ SIGMA = 0.225 * RESOLUTION
 
 
 @pytest.fixture
-def molmap(monkeypatch):
+def molmap(load):
     pytest.importorskip("gemmi", reason="gemmi, of the extra experiments, is absent")
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    return importlib.import_module("molmap")
+    return load("molmap")
 
 
 @pytest.fixture
@@ -100,13 +95,13 @@ def test_bad_input_is_a_sentence(molmap, model, tmp_path):
     empty.write_text("REMARK nothing\nEND\n")
     wrong.write_text("this is not a model\n")
     for arguments, words in (
-        ((tmp_path / "absent.pdb", 4.0), "absent.pdb is not a file"),
-        ((tmp_path, 4.0), "is not a file; a PDB or mmCIF file is wanted"),
-        ((empty, 4.0), "empty.pdb holds no atoms"),
-        ((wrong, 4.0), "wrong.cif is not a PDB or mmCIF file"),
-        ((model, 0.0), "The resolution is 0 A"),
-        ((model, 4.0, -1.0), "The spacing is -1 A"),
-        ((model, 4.0, 1.0, 0), "The size is 0 voxels"),
+        ((tmp_path / "absent.pdb", 4.0), "absent.pdb: there is no such file"),
+        ((tmp_path, 4.0), "must be a PDB or mmCIF file, got"),
+        ((empty, 4.0), "empty.pdb must hold atoms"),
+        ((wrong, 4.0), "must be a PDB or mmCIF file, got .*wrong.cif"),
+        ((model, 0.0), "The resolution must be positive, got 0 A"),
+        ((model, 4.0, -1.0), "The spacing must be positive, got -1 A"),
+        ((model, 4.0, 1.0, 0), "The size must be at least 1 voxel, got 0"),
     ):
         with pytest.raises(InputError, match=words):
             molmap.molmap(*arguments)

@@ -1,10 +1,9 @@
 """Sweeps, ablation and cost: what they compute, how they resume, what they draw."""
 
-import importlib
 import json
 import math
+import runpy
 import sys
-from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 from jaxrefine import simulate
 from jaxrefine.data import observation
-from jaxrefine.geometry import Poses, geodesic_distance, matrix_to_euler
+from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.io import write_json
 from jaxrefine.operators import kbwf, spatial
 from jaxrefine.operators.gridding import Gridding
@@ -29,67 +28,66 @@ from jaxrefine.refinement.config import RefineConfig
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
-@pytest.fixture(scope="module")
-def study():
-    """Import a study or a plot script; run one with a command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
+@pytest.fixture
+def draw(load, monkeypatch):
+    """Run a script of a figure; return its exit code."""
 
-        class Study:
-            load = staticmethod(importlib.import_module)
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+        return stop.value.code
 
-            def run(self, name, *words):
-                script = self.load(name)
-                patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-                if name == "plot_cost" or not name.startswith("plot"):
-                    return self.load("harness").main(script.main)
-                return self.load("figures").main(script.__doc__, script.draw)
-
-        yield Study()
+    return run
 
 
 def read(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def report(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
 # --- sweeps
 
 
 @pytest.fixture(scope="module")
-def swept(study, tmp_path_factory):
+def swept(load, run_script, tmp_path_factory):
     """Return a sweep that was interrupted before its second point, and resumed."""
     out = tmp_path_factory.mktemp("sweep") / "run"
     words = ["configs/sweeps.toml", "--preset", "smoke", "--out", out]
-    comparison = study.load("comparison")
+    comparison = load("comparison")
     original, called = comparison.run, []
 
-    def stopping(options, *rest):
-        called.append(options.out.name)
+    def stopping(study, *arguments):
+        called.append(study.folder.name)
         if len(called) == 2:
             raise KeyboardInterrupt
-        original(options, *rest)
+        original(study, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "run", stopping)
-        assert study.run("sweeps", *words) == 130
+        assert run_script("sweeps", *words) == 130
     assert called == ["snr_db=20", "snr_db=10"]
-    assert not (out / "done").exists()
+    assert not report(out)["finished"]
     assert len(read(out)["points"]) == 1
     first = out / "points/snr_db=20/metrics.json"
     stamp = first.stat().st_mtime_ns
-    assert study.run("sweeps", *words) == 0
+    assert run_script("sweeps", *words) == 0
+    assert report(out)["finished"]
     assert first.stat().st_mtime_ns == stamp
     return out
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_is_left_alone(study, swept, capsys):
+def test_a_finished_sweep_is_left_alone(run_script, swept, capsys):
     stamp = (swept / "metrics.json").stat().st_mtime_ns
     words = ["configs/sweeps.toml", "--preset", "smoke", "--out", swept]
-    assert study.run("sweeps", *words) == 0
+    assert run_script("sweeps", *words) == 0
     assert capsys.readouterr().out.startswith("| snr_db | method |")
-    assert study.run("sweeps", *words, "--set", "seed=1") == 2
-    assert "another configuration" in capsys.readouterr().err
+    assert run_script("sweeps", *words, "--set", "seed=1") == 2
+    assert "other settings (seed)" in capsys.readouterr().err
     assert (swept / "metrics.json").stat().st_mtime_ns == stamp
 
 
@@ -100,8 +98,7 @@ def test_a_sweep_gathers_what_its_points_say(swept):
     assert [point["value"] for point in gathered["points"]] == [20.0, 10.0]
     for point in gathered["points"]:
         folder = swept / f"points/snr_db={point['value']:g}"
-        config = json.loads((folder / "config.json").read_text())
-        assert config["snr_db"] == point["value"]
+        assert report(folder)["settings"]["snr_db"] == point["value"]
         results = read(folder)
         assert list(point["methods"]) == ["oracle", "unrefined", "joint", "true map"]
         for name, merits in point["methods"].items():
@@ -130,11 +127,11 @@ def test_poses_found_in_the_true_map_are_as_good_as_the_bound(swept):
         assert 0.7 < row[attained] / row[bound] < 1.3
 
 
-def test_the_bound_of_independent_errors(study):
+def test_the_bound_of_independent_errors(load):
     """The lengths of 3 and 2 Gaussians: Maxwell's and Rayleigh's medians."""
     angle, shift = math.radians(2.0), 0.5
     information = np.diag([angle**-2] * 3 + [shift**-2] * 2)
-    bound = study.load("sweeps").cramer_rao(np.tile(information, (3, 1, 1)))
+    bound = load("sweeps").cramer_rao(np.tile(information, (3, 1, 1)))
     assert bound["bound_angle_deg_rms"] == pytest.approx(2 * math.sqrt(3))
     assert bound["bound_shift_px_rms"] == pytest.approx(0.5 * math.sqrt(2))
     assert bound["bound_angle_deg_median"] == pytest.approx(2 * 1.5382, rel=0.1)
@@ -142,11 +139,11 @@ def test_the_bound_of_independent_errors(study):
     assert bound["bound_shift_px_median"] == pytest.approx(expected, rel=0.1)
 
 
-def test_the_bound_knows_what_is_confounded(study):
+def test_the_bound_knows_what_is_confounded(load):
     """A shift that a turn can make up for is known less well than by itself."""
     information = np.eye(5)
     information[0, 3] = information[3, 0] = 0.8
-    bound = study.load("sweeps").cramer_rao(information[None])
+    bound = load("sweeps").cramer_rao(information[None])
     one = 1 / (1 - 0.8**2)
     assert bound["bound_shift_px_rms"] == pytest.approx(math.sqrt(one + 1))
     expected = math.degrees(math.sqrt(one + 2))
@@ -156,21 +153,17 @@ def test_the_bound_knows_what_is_confounded(study):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["sweeps", "--set", "axis='noise'"], "axis wants one of snr_db, particles"),
-        (
-            ["sweeps", "--set", "axis='particles'", "--set", "particles_values=[0]"],
-            "0 particles were asked for",
-        ),
-        (["cost", "--volume", "map.mrc"], "Maps are of every size here"),
-        (["cost", "--set", "sizes=[16]"], "Two sizes and one repetition are wanted"),
-        (["cost", "--set", "sizes=[16, 8]"], "box is 8 voxels; at least 16 is wanted"),
+        (["sweeps", "--set", "axis='noise'"], "axis must be one of snr_db, particles"),
+        (["sweeps", "--set", "size=8"], "8 voxels"),
+        (["ablation", "--set", "methods=['none']"], "methods must be one of engine"),
+        (["cost", "--set", "sizes=[16]"], "at least 2 different sizes, got [16]"),
     ],
 )
-def test_bad_input_is_one_sentence(study, words, sentence, tmp_path, capsys):
+def test_bad_input_is_one_sentence(run_script, words, sentence, tmp_path, capsys):
     name, *rest = words
     out = tmp_path / "out"
     config = f"configs/{name}.toml"
-    assert study.run(name, config, "--preset", "smoke", "--out", out, *rest) == 2
+    assert run_script(name, config, "--preset", "smoke", "--out", out, *rest) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
     assert not out.exists()
@@ -179,22 +172,22 @@ def test_bad_input_is_one_sentence(study, words, sentence, tmp_path, capsys):
 # --- ablation
 
 
-def test_each_ablation_changes_one_thing(study):
-    full = RefineConfig()
+def test_each_ablation_changes_one_thing(load):
+    full, reduced = RefineConfig(), load("ablation").REDUCED
     changes = []
-    for settings in study.load("ablation").reduced(46, 1.0).values():
+    for config in (make(46, 1.0) for make in reduced.values()):
         changed = [
             field.name
             for field in fields(RefineConfig)
-            if getattr(settings, field.name) != getattr(full, field.name)
+            if getattr(config, field.name) != getattr(full, field.name)
         ]
         assert len(changed) == 1
         changes += changed
     assert changes == ["multi_start", "first_r_max", "update", "update", "hypotheses"]
-    assert study.load("ablation").reduced(46, 1.0)["no marching"].first_r_max == 22
+    assert reduced["no marching"](46, 1.0).first_r_max == 22
 
 
-def test_the_papers_descent_is_that_of_algorithm_3(study):
+def test_the_papers_descent_is_that_of_algorithm_3(load):
     """On the cost (34) in units of the noise, shifts take the steps of `descend`.
 
     Angles are other coordinates there; they are only to lower the cost further.
@@ -213,7 +206,7 @@ def test_the_papers_descent_is_that_of_algorithm_3(study):
     start = jax.tree.map(lambda leaf: leaf[0], dataset.initial)
 
     def cost(rotation, shift):
-        at = Poses(matrix_to_euler(rotation), shift)
+        at = algorithm3.EulerPoses.of(Poses(rotation, shift))
         return algorithm3.particle_cost(terms, particle, at) / sigma**2
 
     def objective(rotation, shift):
@@ -223,30 +216,31 @@ def test_the_papers_descent_is_that_of_algorithm_3(study):
         nothing = jnp.zeros(5, shift.dtype)
         return moved(nothing), jax.grad(moved)(nothing), jnp.diag(nothing)
 
-    ablation = study.load("ablation")
+    ablation = load("ablation")
     both = ablation.paper_descent(sigma)
     shifts = replace(both, angle_step=0.0)
-    found, better = (
+    shifted, both_moved = (
         update.minimise(objective, start.rotations, start.shifts, lambda *here: here)
         for update in (shifts, both)
     )
     dtype = start.shifts.dtype
     steps = algorithm3.PoseConfig(*jnp.array([0.0, 2e-3, 0.25], dtype))
-    wanted, info = algorithm3.descend(terms, particle, start, steps)
-    assert info.shift_moves.all() and found.accepted.all()
-    np.testing.assert_allclose(found.rotation, start.rotations, atol=1e-6)
-    np.testing.assert_allclose(found.shift, wanted.shifts, atol=1e-5)
-    np.testing.assert_allclose(found.cost * sigma**2, info.cost, rtol=1e-5)
-    assert better.cost < found.cost and better.accepted.all()
+    euler_start = algorithm3.EulerPoses.of(start)
+    expected, info = algorithm3.descend(terms, particle, euler_start, steps)
+    assert info.shift_moves.all() and shifted.accepted.all()
+    np.testing.assert_allclose(shifted.rotation, start.rotations, atol=1e-6)
+    np.testing.assert_allclose(shifted.shift, expected.shifts, atol=1e-5)
+    np.testing.assert_allclose(shifted.cost * sigma**2, info.cost, rtol=1e-5)
+    assert both_moved.cost < shifted.cost and both_moved.accepted.all()
 
 
-def test_the_papers_descent_keeps_to_what_is_allowed(study, tmp_path):
+def test_the_papers_descent_keeps_to_what_is_allowed(load, tmp_path):
     """In the engine's polish: it makes poses more probable, within their bounds."""
-    ablation, chosen = study.load("ablation"), Path("configs/ablation.toml")
-    words = dict(config=chosen, preset="smoke", volume=None, overrides=[])
-    config = study.load("harness").resolve(Namespace(**words), ablation.KEYS)
-    case = study.load("cases").init1(config, None, tmp_path)
-    particles, poses = study.load("methods").particles_of(case), case.dataset.initial
+    ablation, file = load("ablation"), Path("configs/ablation.toml")
+    read_settings = load("configuration").read
+    settings = read_settings(ablation.AblationSettings, file, "smoke")
+    case = load("cases").init1(settings, "", tmp_path)
+    particles, poses = load("methods").particles_of(case), case.dataset.initial
     poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), poses)
     last, sigma = (particles.image_size - 1) // 2, float(case.dataset.sigma)
     noise = jnp.full(last + 2, (sigma * particles.image_size) ** 2, jnp.float32)
@@ -278,28 +272,28 @@ def test_the_papers_descent_keeps_to_what_is_allowed(study, tmp_path):
 
 
 @pytest.mark.slow
-def test_ablation_runs_and_marches_only_where_it_can(study, tmp_path):
+def test_ablation_runs_and_marches_only_where_it_can(run_script, draw, tmp_path):
     """At 16³ the first band limit is the last: all is as with marching."""
     out, picture = tmp_path / "run", tmp_path / "ablation.png"
-    words = ["configs/ablation.toml", "--preset", "smoke", "--out", out]
-    ablation, some = study.load("ablation"), ("no multi-start", "no marching")
-    reduced = ablation.reduced
-    with pytest.MonkeyPatch.context() as patch:
-        # The others would take a minute to compile.
-        patch.setattr(
-            ablation,
-            "reduced",
-            lambda *given: {name: reduced(*given)[name] for name in some},
-        )
-        assert study.run("ablation", *words) == 0
+    reduced = ("no multi-start", "no marching")
+    # The others would take a minute to compile.
+    chosen = f"methods={['engine', *reduced, 'no SNR weighting']}"
+    words = ["configs/ablation.toml", "--set", chosen, "--out", out]
+    assert run_script("ablation", *words) == 0
     results = read(out)
-    assert list(results) == ["oracle", "unrefined", "joint", *some, "no SNR weighting"]
+    assert list(results) == [
+        "oracle",
+        "unrefined",
+        "joint",
+        *reduced,
+        "no SNR weighting",
+    ]
     assert results["no SNR weighting"]["fsc"] != results["joint"]["fsc"]
-    joint, marchless, startless = (results[name] for name in ("joint", *some[::-1]))
+    joint, marchless, startless = (results[name] for name in ("joint", *reduced[::-1]))
     assert marchless["fsc"] == joint["fsc"] != startless["fsc"]
     assert {row["searched"] for row in startless["history"]} == {0}
     assert joint["history"][0]["searched"] == 16
-    assert study.run("plot_ablation", out, "--out", picture) == 0
+    assert draw("plot_ablation", out, "--out", picture) == 0
     assert_picture(picture)
 
 
@@ -323,55 +317,52 @@ def point(size, scale=1.0):
     }
 
 
-def test_exponents_are_those_of_powers(study):
+def test_exponents_are_those_of_powers(load):
     """Whatever the machine's speed, and also of no growth at all."""
     points = [point(n, 7.0) for n in (16, 24, 46)]
-    found, powers = study.load("cost").exponents(points), len(NAMES)
+    found, powers = load("cost").exponents(points), len(NAMES)
     np.testing.assert_allclose([*found.values()], [*range(powers), 3.5], atol=1e-9)
 
 
-def test_the_first_round_is_not_counted(study):
+def test_the_first_round_is_not_counted(load):
     clock = iter(range(1000))
     waits = {"a": [5, 1, 1, 9], "b": [0, 2, 3, 4]}
     left = {name: iter(values) for name, values in waits.items()}
-    cost = study.load("cost")
 
     def call(name):
         return lambda: [next(clock) for _ in range(next(left[name]))] and None
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost.time, "perf_counter", lambda: next(clock))
-        typical, compilation = cost.measure({n: call(n) for n in waits}, 3)
+    calls = {name: call(name) for name in waits}
+    typical, compilation = load("cost").measure(calls, 3, lambda: next(clock))
     # A call of k ticks lasts k + 1 between two looks at the clock.
     assert typical == {"a": 2, "b": 4}
     assert compilation == {"a": 4, "b": -3}
 
 
 @pytest.mark.slow
-def test_cost_runs_and_resumes(study, tmp_path, capsys):
+def test_cost_runs_and_resumes(load, run_script, tmp_path, capsys):
     """Interrupted after the first size, it measures the second one alone."""
-    out, cost = tmp_path / "run", study.load("cost")
-    words = ["configs/cost.toml", "--preset", "smoke", "--out", out]
-    original = cost.point
+    out, cost, harness = tmp_path / "run", load("cost"), load("harness")
+    file = Path("configs/cost.toml")
+    settings = load("configuration").read(cost.CostSettings, file, "smoke")
+    study = harness.Study(settings, "cost", "smoke", out)
 
-    def stopping(size, config):
+    def stopping(size, settings):
         if size == 24:
             raise KeyboardInterrupt
-        return original(size, config)
+        return cost.point(size, settings)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "point", stopping)
-        assert study.run("cost", *words) == 130
-        (first,) = read(out)["points"]
-        patch.setattr(cost, "point", lambda size, config: point(size))
-        assert study.run("cost", *words) == 0
-        assert read(out)["points"] == [first, point(24)]
-        patch.setattr(cost, "point", None)
-        capsys.readouterr()
-        assert study.run("cost", *words) == 0
+    with pytest.raises(KeyboardInterrupt):
+        cost.run(study, stopping)
+    (first,) = read(out)["points"]
+    cost.run(study, lambda size, settings: point(size))
+    assert read(out)["points"] == [first, point(24)]
+    capsys.readouterr()
+    words = ["configs/cost.toml", "--out", out]
+    assert run_script("cost", *words) == 0
     assert capsys.readouterr().out.startswith("| ms per particle | n = 16 | n = 24 |")
-    assert study.run("cost", *words, "--set", "seed=1") == 2
-    assert "another configuration" in capsys.readouterr().err
+    assert run_script("cost", *words, "--set", "seed=1") == 2
+    assert "other settings (seed)" in capsys.readouterr().err
 
     times = first["seconds_per_particle"]
     assert list(times) == list(point(16)["seconds_per_particle"])
@@ -391,7 +382,6 @@ def assert_picture(path):
 
 CONDITIONS = {
     "title": "A title",
-    "map": "map.mrc",
     "seed": 0,
     "size": 16,
     "particles": 100,
@@ -412,11 +402,11 @@ MERITS = {
 }
 
 
-def store(folder, config, results):
+def store(folder, settings, results):
     folder.mkdir()
-    write_json(folder / "config.json", config)
     write_json(folder / "metrics.json", results)
-    (folder / "done").touch()
+    report = {"settings": settings, "kept": {"start": "a start"}, "volume": None}
+    write_json(folder / "run.json", report | {"finished": True})
     return folder
 
 
@@ -430,37 +420,39 @@ def fake_sweep(folder, axis, values, **changes):
         }
         for i, value in enumerate(values)
     ]
-    config = CONDITIONS | {"axis": axis} | changes
-    return store(folder, config, {"axis": axis, "points": points})
+    results = {"axis": axis, "points": points}
+    return store(folder, CONDITIONS | changes, results)
 
 
-def test_sweeps_are_drawn_together(study, tmp_path, capsys):
+def test_sweeps_are_drawn_together(draw, tmp_path, capsys):
     runs = [
         fake_sweep(tmp_path / "a", "snr_db", [0.0, -5.0]),
         fake_sweep(tmp_path / "b", "particles", [250, 500, 1000]),
     ]
     picture = tmp_path / "sweeps.png"
-    assert study.run("plot_sweeps", *runs, "--out", picture) == 0
+    assert draw("plot_sweeps", *runs, "--out", picture) == 0
     assert_picture(picture)
     other = fake_sweep(tmp_path / "c", "particles", [250, 500], snr_db=-10.0)
     picture.unlink()
-    assert study.run("plot_sweeps", runs[0], other, "--out", picture) == 2
-    assert "different conditions" in capsys.readouterr().err
+    assert draw("plot_sweeps", runs[0], other, "--out", picture) == 2
+    assert "of the same conditions" in capsys.readouterr().err
     plain = store(tmp_path / "d", CONDITIONS, {"joint": MERITS})
-    assert study.run("plot_sweeps", plain, "--out", picture) == 2
-    assert "is not the run of a sweep" in capsys.readouterr().err
+    assert draw("plot_sweeps", plain, "--out", picture) == 2
+    assert "must be the run of a sweep" in capsys.readouterr().err
     assert not picture.exists()
 
 
-def test_ablations_are_drawn_with_what_was_run(study, tmp_path):
+def test_ablations_are_drawn_with_what_was_run(draw, tmp_path):
     results = dict.fromkeys(("joint", "no marching", "one hypothesis"), MERITS)
     run = store(tmp_path / "a", CONDITIONS, results)
-    assert study.run("plot_ablation", run, run, "--out", tmp_path / "a.png") == 0
+    assert draw("plot_ablation", run, run, "--out", tmp_path / "a.png") == 0
     assert_picture(tmp_path / "a.png")
 
 
-def test_costs_are_drawn(study, tmp_path, capsys):
-    config = {
+def test_costs_are_drawn(load, draw, tmp_path, capsys):
+    settings = {
+        "title": "A title",
+        "sizes": [16, 24],
         "repetitions": 3,
         "particles": 8,
         "snr_db": -5.0,
@@ -470,13 +462,17 @@ def test_costs_are_drawn(study, tmp_path, capsys):
     }
     points = [point(n) for n in (16, 24)]
     results = {"device": "a", "threads": 2, "points": points}
-    results["exponents"] = study.load("cost").exponents(points)
-    run, picture = store(tmp_path / "a", config, results), tmp_path / "a.png"
-    assert study.run("plot_cost", run, "--out", picture) == 0
+    results["exponents"] = load("cost").exponents(points)
+    run, picture = store(tmp_path / "a", settings, results), tmp_path / "a.png"
+    assert draw("plot_cost", run, "--out", picture) == 0
     assert_picture(picture)
     picture.unlink()
-    (run / "done").unlink()
-    for folder in (run, tmp_path / "absent"):
-        assert study.run("plot_cost", folder, "--out", picture) == 2
-        assert "is not the folder of a finished run" in capsys.readouterr().err
+    unfinished = report(run) | {"finished": False}
+    write_json(run / "run.json", unfinished)
+    for folder, sentence in (
+        (run, "is not finished"),
+        (tmp_path / "absent", "must be the folder of a run"),
+    ):
+        assert draw("plot_cost", folder, "--out", picture) == 2
+        assert sentence in capsys.readouterr().err
     assert not picture.exists()

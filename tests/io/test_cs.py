@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from jaxrefine import geometry
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.io import (
     read_cs,
     read_particles,
@@ -82,7 +82,7 @@ def test_turns_about_the_axes(path, vector, angles):
     """By hand: ``Z(0.5)``, ``Y(0.5)`` and ``Z(pi/2) Y(0.5) Z(-pi/2) = X(0.5)``."""
     save(path, alignments3D__pose=("<f8", [vector] * COUNT))
     found = read_particles(path).poses.rotations
-    expected = geometry.euler_to_matrix(jnp.asarray(angles, float))
+    expected = euler_to_matrix(jnp.asarray(angles, float))
     np.testing.assert_allclose(found, np.stack([expected] * COUNT), atol=1e-8)
 
 
@@ -90,7 +90,7 @@ def test_poses_from_known_ones(path):
     """Made by SciPy from the transposes of RELION's matrices, in doubled pixels."""
     angles = RNG.uniform(-np.pi, np.pi, (COUNT, 3))
     shifts = RNG.normal(0, 3, (COUNT, 2))
-    rotations = np.asarray(geometry.euler_to_matrix(jnp.asarray(angles)))
+    rotations = np.asarray(euler_to_matrix(jnp.asarray(angles)))
     vectors = Rotation.from_matrix(rotations.transpose(0, 2, 1)).as_rotvec()
     save(
         path,
@@ -179,7 +179,7 @@ def test_little_is_needed(path):
     file = read_particles(save(path, dropped))
     assert not file.has_poses
     assert file.particles.ctf is None and file.random_subset is None
-    np.testing.assert_array_equal(file.poses.angles, np.zeros((COUNT, 3)))
+    np.testing.assert_array_equal(file.poses.rotations, [np.eye(3)] * COUNT)
     np.testing.assert_array_equal(file.optics_group, np.ones(COUNT))
     optional = ["ctf/phase_shift_rad", "ctf/scale", "ctf/bfactor", "blob/sign"]
     ctf = read_particles(save(path, optional)).particles.ctf

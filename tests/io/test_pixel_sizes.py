@@ -12,7 +12,8 @@ import pytest
 from jaxrefine import cli
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, equidistributed_angles, euler_to_matrix
+from jaxrefine.euler import euler_to_matrix, matrix_to_euler
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_blocks,
     read_json,
@@ -25,6 +26,7 @@ from jaxrefine.io import (
     write_star,
 )
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.simulate import equidistributed_rotations
 
 M, COUNT = 32, 60
 SIZES = np.array([2.0, 1.84])  # of the optics groups
@@ -58,21 +60,21 @@ class Merged:
 
     def __init__(self, folder):
         self.folder, self.group = folder, np.arange(COUNT) % 2
-        self.angles = np.asarray(equidistributed_angles(jax.random.key(0), COUNT))
+        self.rotations = np.asarray(equidistributed_rotations(jax.random.key(0), COUNT))
         self.moves = RNG.uniform(-3, 3, (COUNT, 2))
-        rotations = np.asarray(jax.vmap(euler_to_matrix)(jnp.asarray(self.angles)))
-        self.clean = project(rotations, self.moves, PIXEL)
+        self.clean = project(self.rotations, self.moves, PIXEL)
         # As if both had been normalised: values in proportion to the pixel.
-        other = project(rotations, self.moves, SIZES[1]) / STEP
+        other = project(self.rotations, self.moves, SIZES[1]) / STEP
         own = np.where(self.group[:, None, None] == 0, self.clean, other)
         self.path = self.write("merged", own, SIZES)
         self.same = self.write("same", self.clean, [PIXEL, PIXEL])
 
     def write(self, name, images, sizes):
         write_stack(self.folder / f"{name}.mrcs", images.astype(np.float32), sizes[0])
+        angles = np.rad2deg(matrix_to_euler(jnp.asarray(self.rotations)))
         texts = {
-            f"rlnAngle{kind}": np.rad2deg(values)
-            for kind, values in zip(("Rot", "Tilt", "Psi"), self.angles.T, strict=True)
+            f"rlnAngle{kind}": values
+            for kind, values in zip(("Rot", "Tilt", "Psi"), angles.T, strict=True)
         } | {f"rlnOrigin{a}Angst": -self.moves[:, i] for i, a in enumerate("XY")}
         table = {
             "rlnImageName": [f"{i}@{name}.mrcs" for i in range(1, COUNT + 1)],
@@ -132,7 +134,9 @@ def test_poses_are_written_in_the_units_of_the_table(merged, tmp_path):
     for name in ("rlnOriginX", "rlnOriginXAngst", "rlnOriginYAngst", "rlnAnglePsi"):
         assert kept[name] == blocks["particles"][name]
     write_particles(
-        tmp_path / "moved.star", file, Poses(file.poses.angles, file.poses.shifts + 1)
+        tmp_path / "moved.star",
+        file,
+        Poses(file.poses.rotations, file.poses.shifts + 1),
     )
     moved = read_star(tmp_path / "moved.star")["particles"]
     there = -merged.moves[:, 0] - PIXEL
@@ -178,8 +182,7 @@ def test_poses_are_compared_in_one_pixel_size(merged, capsys):
     """A frame that is 10 A away is no error, in the pixels of either."""
     table = dict(read_blocks(merged.path))
     particles = dict(table["particles"])
-    rotations = np.asarray(jax.vmap(euler_to_matrix)(jnp.asarray(merged.angles)))
-    moves = merged.moves + rotations[:, :2] @ np.array([10.0, -4.0, 6.0])
+    moves = merged.moves + merged.rotations[:, :2] @ np.array([10.0, -4.0, 6.0])
     for i, letter in enumerate("XY"):
         particles[f"rlnOrigin{letter}Angst"] = [f"{-x:.9f}" for x in moves[:, i]]
     away = merged.folder / "away.star"
@@ -197,7 +200,10 @@ def test_poses_are_refined(merged, tmp_path):
     write_mrc(tmp_path / "init.mrc", density(PIXEL).astype(np.float32), PIXEL)
     file = read_particles(merged.path)
     off = RNG.normal(scale=0.1, size=(COUNT, 3))
-    rough = Poses(file.poses.angles + off, 0 * file.poses.shifts)
+    rough = Poses(
+        euler_to_matrix(matrix_to_euler(file.poses.rotations) + off),
+        0 * file.poses.shifts,
+    )
     write_particles(merged.folder / "rough.star", file, rough)
     command = f"refine {merged.folder}/rough.star --map {tmp_path}/init.mrc"
     command += f" --out {tmp_path}/out --max-angle 25 --max-shift 6 --iterations 4"

@@ -5,14 +5,22 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw_poses, draw_rotations
 
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.io import read_poses, read_star, write_poses, write_star
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "particles.star"
+
+
+def in_degrees(angles):
+    """Rotations of angles (rot, tilt, psi)."""
+    return euler_to_matrix(jnp.deg2rad(jnp.asarray(angles)))
 
 
 def pose_file(path: Path, **columns: list[str]) -> Path:
@@ -23,13 +31,14 @@ def pose_file(path: Path, **columns: list[str]) -> Path:
 
 def test_poses_round_trip(path):
     rng = np.random.default_rng(0)
-    angles = rng.uniform(-np.pi, np.pi, (9, 3))
-    shifts = rng.normal(0, 5, (9, 2))
+    poses = Poses(draw_rotations(9), rng.normal(0, 5, (9, 2)))
     names = [f"{i:06d}@stack of mine.mrcs" for i in range(1, 10)]
-    write_poses(path, jnp.asarray(angles), jnp.asarray(shifts), 1.34, names, 64)
-    angles_read, shifts_read = read_poses(path)
-    np.testing.assert_allclose(angles_read, angles, atol=np.deg2rad(5.1e-7))
-    np.testing.assert_allclose(shifts_read, shifts, atol=5.1e-7 / 1.34)
+    write_poses(path, poses, 1.34, names, 64)
+    again = read_poses(path)
+    # Three angles, each rounded in the sixth decimal of a degree.
+    atol = 3 * np.deg2rad(5.1e-7)
+    np.testing.assert_allclose(again.rotations, poses.rotations, atol=atol)
+    np.testing.assert_allclose(again.shifts, poses.shifts, atol=5.1e-7 / 1.34)
 
     blocks = read_star(path)
     assert blocks["optics"] == {
@@ -45,8 +54,8 @@ def test_poses_round_trip(path):
 
 def test_units_and_sign_of_what_is_written(path):
     """rot, tilt, psi in this order; a particle at +x has a negative origin."""
-    angles = np.deg2rad([[10.0, 20.0, 30.0]])
-    write_poses(path, angles, np.array([[1.0, -2.0]]), 1.5, ["1@a.mrcs"], 8)
+    poses = Poses(in_degrees([[10.0, 20.0, 30.0]]), np.array([[1.0, -2.0]]))
+    write_poses(path, poses, 1.5, ["1@a.mrcs"], 8)
     particles = read_star(path)["particles"]
     assert particles["rlnAngleRot"] == ["10.000000"]
     assert particles["rlnAngleTilt"] == ["20.000000"]
@@ -57,14 +66,15 @@ def test_units_and_sign_of_what_is_written(path):
 
 def test_one_name_for_each_pose(path):
     with pytest.raises(InputError, match="one image name for each of 2 poses, got 1"):
-        write_poses(path, np.zeros((2, 3)), np.zeros((2, 2)), 1.0, ["1@a.mrcs"], 8)
+        write_poses(path, draw_poses(2), 1.0, ["1@a.mrcs"], 8)
     assert not path.exists()
 
 
 def test_origins_in_pixels_or_missing(path):
-    angles, shifts = read_poses(pose_file(path, rlnOriginX=["3", "-4"]))
-    np.testing.assert_array_equal(shifts, [[-3, 0], [4, 0]])
-    np.testing.assert_allclose(angles, np.deg2rad([[10] * 3, [20] * 3]))
+    poses = read_poses(pose_file(path, rlnOriginX=["3", "-4"]))
+    np.testing.assert_array_equal(poses.shifts, [[-3, 0], [4, 0]])
+    expected = in_degrees([[10.0] * 3, [20.0] * 3])
+    np.testing.assert_allclose(poses.rotations, expected, atol=1e-15)
 
 
 def test_each_particle_has_the_pixel_of_its_optics_group(path):
@@ -74,7 +84,7 @@ def test_each_particle_has_the_pixel_of_its_optics_group(path):
     particles["rlnOpticsGroup"] = ["2", "1"]
     optics = {"rlnOpticsGroup": ["1", "2"], "rlnImagePixelSize": ["1.5", "2"]}
     write_star(path, {"particles": particles, "optics": optics, "other": {}})
-    np.testing.assert_array_equal(read_poses(path)[1], [[0, -3], [0, -4]])
+    np.testing.assert_array_equal(read_poses(path).shifts, [[0, -3], [0, -4]])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,7 @@ def test_a_pixel_size_of_the_particle_precedes_its_groups(path, optics):
     own = {"rlnImagePixelSize": ["1.5", "3"], "rlnOpticsGroup": ["1", "1"]}
     blocks = read_star(pose_file(path, rlnOriginXAngst=["3", "3"], **own))
     write_star(path, optics | {"particles": blocks["images"]})
-    np.testing.assert_array_equal(read_poses(path)[1], [[-2, 0], [-1, 0]])
+    np.testing.assert_array_equal(read_poses(path).shifts, [[-2, 0], [-1, 0]])
 
 
 def test_missing_angles_are_named(path):
@@ -149,10 +159,11 @@ def test_real_files_without_poses(data_dir):
 
 
 def test_real_origins_in_angstroms(data_dir):
-    angles, shifts = read_poses(data_dir / "star" / "relion_style_particles.star")
-    expected = np.deg2rad([-175.64627, 69.778893, 124.646599])
-    np.testing.assert_allclose(angles[0], expected)
-    np.testing.assert_allclose(shifts[0], [-0.162908 / 0.725, -2.218803 / 0.725])
+    poses = read_poses(data_dir / "star" / "relion_style_particles.star")
+    expected = in_degrees([-175.64627, 69.778893, 124.646599])
+    np.testing.assert_allclose(poses.rotations[0], expected, atol=1e-15)
+    shift = [-0.162908 / 0.725, -2.218803 / 0.725]
+    np.testing.assert_allclose(poses.shifts[0], shift)
 
 
 def test_relion_30_and_31_agree(data_dir):
@@ -162,22 +173,24 @@ def test_relion_30_and_31_agree(data_dir):
     1.4 A; and its particle 15 repeats particle 14.
     """
     folder = data_dir / "real_sample"
-    old_angles, old_shifts = read_poses(folder / "sample_particles_relion30.star")
-    new_angles, new_shifts = read_poses(folder / "sample_particles_relion31.star")
+    old, new = (
+        read_poses(folder / f"sample_particles_relion{version}.star")
+        for version in (30, 31)
+    )
     same = np.arange(17) != 14
-    np.testing.assert_array_equal(new_angles[same], old_angles[same])
-    np.testing.assert_allclose(1.4 * new_shifts[same], old_shifts[same], atol=1e-12)
-    np.testing.assert_array_equal(new_angles[14], new_angles[13])
-    assert np.ptp(old_shifts) > 1
+    np.testing.assert_array_equal(new.rotations[same], old.rotations[same])
+    np.testing.assert_allclose(1.4 * new.shifts[same], old.shifts[same], atol=1e-12)
+    np.testing.assert_array_equal(new.rotations[14], new.rotations[13])
+    assert np.ptp(old.shifts) > 1
 
 
 def test_relion_oracle(data_dir):
     folder = data_dir / "relion_oracle"
-    angles, shifts = read_poses(folder / "rln_proj_64_shifted.star")
-    centred_angles, centred_shifts = read_poses(folder / "rln_proj_64_centered.star")
-    np.testing.assert_array_equal(shifts, [[-6, -10], [-10, 5], [8, -11], [13, 3]])
-    np.testing.assert_array_equal(centred_shifts, np.zeros((4, 2)))
-    np.testing.assert_array_equal(angles, centred_angles)
-    np.testing.assert_allclose(
-        np.rad2deg(angles[0]), [235.820138, 113.08603, 50.468981]
-    )
+    shifted = read_poses(folder / "rln_proj_64_shifted.star")
+    centred = read_poses(folder / "rln_proj_64_centered.star")
+    expected = [[-6, -10], [-10, 5], [8, -11], [13, 3]]
+    np.testing.assert_array_equal(shifted.shifts, expected)
+    np.testing.assert_array_equal(centred.shifts, np.zeros((4, 2)))
+    np.testing.assert_array_equal(shifted.rotations, centred.rotations)
+    expected = in_degrees([235.820138, 113.08603, 50.468981])
+    np.testing.assert_allclose(shifted.rotations[0], expected, atol=1e-15)

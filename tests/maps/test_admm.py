@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw_poses, toeplitz
 
-from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, tv
 from jaxrefine.operators import kbwf, normal, spatial
 
@@ -26,28 +26,12 @@ every_regulariser = pytest.mark.parametrize(
 every_sign = pytest.mark.parametrize("rho_nonnegative", [None, RHO_NONNEGATIVE])
 
 
-def draw_poses(count, seed=1, dtype=jnp.float64):
-    rng = np.random.default_rng(seed)
-    angles = rng.uniform(-np.pi, np.pi, (count, 3))
-    shifts = rng.uniform(-0.5, 0.5, (count, 2))
-    return Poses(jnp.asarray(angles, dtype), jnp.asarray(shifts, dtype))
-
-
 def blocks(n=N):
     """Piecewise constant, with a hole: what TV and a sign constraint both act on."""
     c = np.zeros((n, n, n))
     c[1:5, 1:4, 1:5] = 1.0
     c[2:4, 2:6, 2:5] = -1.0
     return jnp.asarray(c)
-
-
-def toeplitz(kernel):
-    """The dense matrix of ``c -> w * c``."""
-    n = (kernel.shape[0] + 1) // 2
-    k = np.stack(np.meshgrid(*[np.arange(n)] * 3, indexing="ij"), axis=-1)
-    k = k.reshape(-1, 3)
-    z, y, x = np.moveaxis(k[:, None] - k[None] + n - 1, -1, 0)
-    return np.asarray(kernel, float)[z, y, x]
 
 
 def differences(n):
@@ -67,13 +51,13 @@ class Problem:
     """Noisy images, their data term, and the same as dense arrays."""
 
     def __init__(self, dtype=jnp.float64):
-        poses = draw_poses(PARTICLES)
+        poses = draw_poses(PARTICLES, spread=0.5)
         clean = spatial.project(FOOTPRINT, blocks(), poses, M)
         noise = np.random.default_rng(2).normal(size=clean.shape)
         self.images = (clean + 0.5 * jnp.asarray(noise)).astype(dtype)
         self.poses = jax.tree.map(lambda leaf: leaf.astype(dtype), poses)
         self.data = admm.data_term(FOOTPRINT, FILTER, self.images, self.poses, N)
-        self.matrix = toeplitz(normal.kernel(FOOTPRINT, poses.angles, N))
+        self.matrix = toeplitz(normal.kernel(FOOTPRINT, poses.rotations, N))
         self.right = np.asarray(self.data.backprojection, float).ravel()
         self.energy = 0.5 * float(jnp.vdot(self.images, self.images))
         self.dtype = dtype

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrefine import geometry, simulate
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.align import align_maps, move_map
 from jaxrefine.maps.fsc import fsc, mean_fsc
@@ -84,12 +85,9 @@ def test_the_motion_is_a_minimum_over_all_frequencies(volume, r_max, level):
 def test_poses_go_along(volume):
     """Projections of the moved map at ``R G``, shifted back, are what they were."""
     angles = jnp.array([[0.3, 1.0, -0.4]])
-    poses = Poses(angles, jnp.array([[0.5, -0.2]]))
+    poses = Poses(euler_to_matrix(angles), jnp.array([[0.5, -0.2]]))
     turned = poses.rotations @ ROTATION
-    moved = Poses(
-        geometry.matrix_to_euler(turned),
-        poses.shifts - turned[:, :2] @ TRANSLATION,
-    )
+    moved = Poses(turned, poses.shifts - turned[:, :2] @ TRANSLATION)
     disc = slices.disc(N, R)
     there = move_map(volume, ROTATION, TRANSLATION)
     before, after = (

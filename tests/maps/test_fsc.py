@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import draw
+from helpers import draw, fft_radii
 
 from jaxrefine.maps.fsc import crossing, fsc, mean_fsc, resolution_in_angstroms
 
@@ -30,9 +30,7 @@ def brute_force_fsc(a, b):
 
 
 def shell_counts(n):
-    k = np.fft.fftfreq(n, 1 / n)
-    radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(k, k, k)))
-    return np.bincount(np.rint(radius).astype(int).ravel())[: n // 2 + 1]
+    return np.bincount(np.rint(fft_radii(n)).astype(int).ravel())[: n // 2 + 1]
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -1,4 +1,8 @@
-"""Post-processing: its curves, masks and filters by definition, and as RELION's."""
+"""Post-processing: its curves, its filter and its B factor by definition.
+
+The correction by random phases takes away what a mask adds, and curves, resolution and
+maps are RELION's, where it is installed.
+"""
 
 import shutil
 import subprocess
@@ -7,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.spatial import cKDTree
+from helpers import fft_radii
 
 from jaxrefine import simulate
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc, read_star, write_mrc
-from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
@@ -26,11 +29,6 @@ ONES = jnp.ones((N, N, N))
 
 def white(seed):
     return np.random.default_rng(seed).normal(size=(N, N, N))
-
-
-def frequencies():
-    k = np.fft.fftfreq(N, 1 / N)
-    return np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2)
 
 
 def filtered(volume, transfer):
@@ -52,97 +50,6 @@ def halves(phantom):
 @pytest.fixture(scope="module")
 def mask(phantom):
     return soft_mask(phantom, VOXEL, extend=2.0, edge=3.0)
-
-
-# --- the mask
-
-
-def balls():
-    """Two balls of density 1, the larger one off the centre."""
-    z, y, x = np.indices((N, N, N))
-    large = (z - 14) ** 2 + (y - 17) ** 2 + (x - 13) ** 2 < 5.5**2
-    small = (z - 26) ** 2 + (y - 26) ** 2 + (x - 26) ** 2 < 3**2
-    return large, small
-
-
-@pytest.mark.parametrize(("extend", "edge"), [(3.0, 6.0), (0.0, 4.0), (2.0, 0.0)])
-def test_a_mask_is_the_largest_part_grown(extend, edge):
-    """Distances by brute force; the filter's cut-off is beyond all frequencies."""
-    large, small = balls()
-    volume = jnp.asarray((large | small).astype(float))
-    mask = soft_mask(
-        volume,
-        VOXEL,
-        threshold=0.5,
-        low_pass_in_angstroms=0.5,
-        extend=extend,
-        edge=edge,
-    )
-    points = np.indices((N, N, N)).reshape(3, -1).T
-    distance = cKDTree(points[large.ravel()]).query(points)[0].reshape(N, N, N)
-    expected = np.where(distance <= extend, 1.0, 0.0)
-    if edge:
-        inside = (distance > extend) & (distance < extend + edge)
-        angle = np.pi * (distance[inside] - extend) / edge
-        expected[inside] = (1 + np.cos(angle)) / 2
-    np.testing.assert_allclose(mask, expected, atol=1e-12)
-
-
-def test_a_mask_is_made_of_the_filtered_map():
-    """A voxel of high density is noise, which the filter takes away."""
-    large, _ = balls()
-    spike = jnp.asarray(large.astype(float)).at[28, 28, 3].set(1.0)
-    sharp, smooth = (
-        soft_mask(spike, VOXEL, threshold=0.4, low_pass_in_angstroms=a, extend=0.0)
-        for a in (0.5, 15.0)
-    )
-    assert sharp.max() == 1 and np.abs(sharp - smooth).max() > 0.1
-    cut = frequencies() - BOX / 15
-    transfer = 0.5 + 0.5 * np.cos(np.pi * np.clip((cut + 1) / 2, 0, 1))
-    seed = filtered(np.asarray(spike), transfer) > 0.4
-    np.testing.assert_array_equal(np.asarray(smooth) == 1, seed)
-
-
-@pytest.mark.parametrize("noise", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("scale", [1.0, -1e4])
-def test_the_automatic_threshold_finds_the_particle(phantom, noise, scale):
-    """Whatever the noise, and the scale and level of the map's densities."""
-    volume = phantom + noise * float(phantom.std()) * jnp.asarray(white(3))
-    mask = np.asarray(soft_mask(abs(scale) * volume + scale, 3.0))
-    assert mask.min() == 0 and mask.max() == 1
-    assert mask[np.asarray(phantom) > 0.2].min() == 1
-    points = np.argwhere(np.asarray(phantom) > 0.02)
-    distance = cKDTree(points).query(np.indices((N, N, N)).reshape(3, -1).T)[0]
-    far = distance.reshape(N, N, N) > 13  # 9 of extension and edge, 4 of the filter
-    assert far.mean() > 0.05 and mask[far].max() < 0.2
-
-
-@pytest.mark.parametrize("name", ["hjc_90.mrc", "ptch1_84.mrc"])
-def test_the_automatic_mask_of_a_real_map(data_dir, name):
-    volume, voxel = read_mrc(data_dir / name)
-    mask = np.asarray(soft_mask(jnp.asarray(volume), voxel))
-    assert mask.dtype == np.float32
-    assert volume[mask == 1].sum() > 0.999 * volume.sum()
-    assert (mask > 0).mean() < 0.35
-
-
-def test_a_mask_that_cannot_be_made(phantom):
-    for changes, words in (
-        ({"threshold": 9.0}, "below the largest density .* got 9"),
-        ({"extend": -1.0}, "extend and edge must be at least 0, got -1 and 6"),
-        ({"edge": -2.0}, "got 3 and -2"),
-        (
-            {"low_pass_in_angstroms": 0.0},
-            "low-pass resolution must be positive, got 0 A",
-        ),
-    ):
-        with pytest.raises(InputError, match=words):
-            soft_mask(phantom, VOXEL, **changes)
-    for volume in (ONES, ONES.at[3, 3, 3].set(jnp.nan)):
-        with pytest.raises(InputError, match="must be finite and not constant"):
-            soft_mask(volume, VOXEL)
-    with pytest.raises(InputError, match="pixel size must be positive, got nan A"):
-        soft_mask(phantom, float("nan"))
 
 
 # --- the curves
@@ -187,7 +94,7 @@ def test_phases_are_random_from_their_shell_on(halves):
 
 def test_the_correction_takes_away_what_the_mask_adds(phantom):
     """A sharp mask makes halves agree where they share no signal at all."""
-    common = filtered(np.asarray(phantom), frequencies() <= 5)
+    common = filtered(np.asarray(phantom), fft_radii(N) <= 5)
     level = 0.3 * common.std()
     sharp = soft_mask(phantom, VOXEL, extend=0.0, edge=0.0)
     means = []
@@ -229,7 +136,7 @@ def test_the_map_is_the_weighted_mean(halves, mask, b_factor, cut_off):
     assert result.b_factor_in_square_angstroms == b_factor
     assert result.not_sharpened_because is None
     # Shell by shell; the curve falls to zero before the last shells.
-    true, frequency = result.fsc_true, frequencies()
+    true, frequency = result.fsc_true, fft_radii(N)
     shell = np.rint(frequency)
     weight = np.where(shell == 0, 1.0, 0.0)
     for r in SHELLS[1:]:
@@ -248,7 +155,7 @@ def test_the_map_is_the_weighted_mean(halves, mask, b_factor, cut_off):
 @pytest.mark.parametrize("b_factor", [150.0, 80.0])
 def test_the_b_factor_that_was_applied_is_found(b_factor):
     """White noise under a Gaussian: the sharpened spectrum is flat again."""
-    decay = np.exp(-b_factor / 4 * (frequencies() / BOX) ** 2)
+    decay = np.exp(-b_factor / 4 * (fft_radii(N) / BOX) ** 2)
     common = filtered(white(8), decay)
     halves = [jnp.asarray(common + 0.01 * white(seed)) for seed in (9, 10)]
     result = postprocess(
@@ -258,7 +165,7 @@ def test_the_b_factor_that_was_applied_is_found(b_factor):
     found = result.b_factor_in_square_angstroms
     assert found == pytest.approx(-b_factor, abs=8)
     amplitude = np.abs(np.fft.fftn(result.volume))
-    shell = np.rint(frequencies())
+    shell = np.rint(fft_radii(N))
     means = [amplitude[shell == r].mean() for r in range(4, N // 2 - 1)]
     flat = np.mean(
         [np.abs(np.fft.fftn(white(8)))[shell == r].mean() for r in range(4, 12)]
@@ -426,19 +333,3 @@ def test_the_filtered_map_is_relions(case, b_factor):
         ours = np.asarray(ours)
         assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99999
         assert np.vdot(theirs, ours) / np.vdot(ours, ours) == pytest.approx(1, abs=1e-3)
-
-
-def test_low_pass_keeps_what_is_below_and_nothing_beyond():
-    volume = jnp.asarray(np.random.default_rng(0).normal(size=(N, N, N)))
-    shell = 5
-    found = low_pass(volume, VOXEL, N * VOXEL / shell)
-    before, after = (np.fft.rfftn(np.asarray(one)) for one in (volume, found))
-    axis = np.fft.fftfreq(N, 1 / N)
-    radius = np.sqrt(
-        axis[:, None, None] ** 2 + axis[:, None] ** 2 + np.arange(N // 2 + 1) ** 2
-    )
-    inside, beyond = radius <= shell - 1, radius >= shell + 1
-    np.testing.assert_allclose(after[inside], before[inside], rtol=1e-4)
-    assert np.abs(after[beyond]).max() < 1e-4 * np.abs(before).max()
-    at = np.isclose(radius, shell)
-    np.testing.assert_allclose(after[at], before[at] / 2, rtol=1e-4)

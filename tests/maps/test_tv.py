@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw
 from scipy.optimize import minimize
 
 from jaxrefine.maps import tv
@@ -12,10 +13,6 @@ REGULARISERS = [tv.IsotropicTV(), tv.AnisotropicTV()]
 every_regulariser = pytest.mark.parametrize("regulariser", REGULARISERS, ids=str)
 TOLERANCE = {jnp.float64: 1e-13, jnp.float32: 1e-5}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
-
-
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])

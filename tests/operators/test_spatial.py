@@ -317,7 +317,8 @@ def fold(images, m):
     """Sum the periods of length ``m`` of larger images, origin on origin."""
     index = (centred(images.shape[-1]) + m // 2) % m
     folded = np.zeros((len(images), m, m))
-    np.add.at(folded, (slice(None), index[:, None], index), images)
+    rows, columns = index[:, None], index
+    np.add.at(folded, np.s_[:, rows, columns], images)  # pyright: ignore[reportArgumentType]
     return folded
 
 

@@ -1,6 +1,7 @@
 """The pose update: Theorem 1, its dense twin, and the line search of Algorithm 3."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -343,7 +344,8 @@ def optax_search(cost, start, gradient, first, eta, trials):
         grad=gradient,
         value_fn=cost,
     )
-    return start + updates, state.info.num_linesearch_steps
+    info: Any = state.info  # pyright: ignore[reportAttributeAccessIssue]
+    return start + updates, info.num_linesearch_steps
 
 
 @pytest.mark.parametrize("eta", [0.25, 0.7])
@@ -540,7 +542,10 @@ def test_memory_does_not_grow_with_the_particles(scene):
         poses = EulerPoses(jnp.zeros((count, 3)), jnp.zeros((count, 2)))
         images = jnp.zeros((count, 28, 28))
         arguments = (poses, images, scene.volume, scene.footprint, scene.image_filter)
-        lowered = algorithm3.run.lower(*arguments, scene.config(batch_size=2))
+        run: Any = (
+            algorithm3.run
+        )  # what eqx.filter_jit returns has more than a function
+        lowered = run.lower(*arguments, scene.config(batch_size=2))
         memory = lowered.compile().compiled.memory_analysis()
         return memory.temp_size_in_bytes
 

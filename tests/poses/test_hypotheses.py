@@ -42,7 +42,8 @@ distance = jax.jit(geodesic_distance)
 
 @jax.jit
 def cost_along(step, known, pose):
-    return known.cost(*solvers.retract(*pose, step))
+    rotation, shift = pose
+    return known.cost(*solvers.retract(rotation, shift, step))
 
 
 def moved(known, step):
@@ -72,7 +73,7 @@ def test_the_cost_is_the_negative_log_density(angle):
         turn = np.asarray(rotation) @ np.asarray(known.rotations).T
         v = Rotation.from_matrix(turn).as_rotvec()
         point = np.concatenate([v, np.asarray(shift - known.shifts)])
-        exact = -multivariate_normal.logpdf(point, np.zeros(5), covariance)
+        exact = -multivariate_normal.logpdf(point, cov=covariance)  # pyright: ignore
         assert float(cost(known, rotation, shift)) == pytest.approx(exact, rel=1e-9)
 
 

@@ -56,46 +56,50 @@ def moved(rotation, shift, step):
 def test_cost_gradient_and_normal_equations(transfer):
     """The gradient is ``jax.grad`` of the cost, ``J`` is ``jacfwd`` of the slice."""
     reference = GRIDDING.spectrum(draw(N, N, N), R_MAX)
-    observation, *pose = particle(transfer=transfer)
+    observation, rotation, shift = particle(transfer=transfer)
+    pose = rotation, shift
     factor = observation.transfer if transfer else jnp.ones(K)
 
     def residual(step):
-        return model(reference, *moved(*pose, step), factor) - observation.spectrum
+        return (
+            model(reference, *moved(rotation, shift, step), factor)
+            - observation.spectrum
+        )
 
     step = jnp.zeros(5)
     r = np.asarray(jax.jit(residual)(step))
     w = np.asarray(observation.weights)
     energy = np.sum(w * np.abs(r) ** 2) / 2
     jacobian = np.asarray(jax.jit(jax.jacfwd(residual))(step))
-    slope = (jacobian.conj() * w[:, None]).T @ r
-    square = (jacobian.conj() * w[:, None]).T @ jacobian
+    slope = np.real((jacobian.conj() * w[:, None]).T @ r)
+    square = np.real((jacobian.conj() * w[:, None]).T @ jacobian)
 
     @jax.jit
     def cost(step):
-        return likelihood.cost(reference, observation, *moved(*pose, step))
+        return likelihood.cost(reference, observation, *moved(rotation, shift, step))
 
     np.testing.assert_allclose(cost(step), energy, rtol=1e-12)
-    assert relative_error(jax.grad(cost)(step), slope.real) < 1e-10
+    assert relative_error(jax.grad(cost)(step), slope) < 1e-10
     value, gradient = with_gradient(reference, observation, *pose)
     np.testing.assert_allclose(value, energy, rtol=1e-12)
-    assert relative_error(gradient, slope.real) < 1e-10
+    assert relative_error(gradient, slope) < 1e-10
     value, gradient, curvature = equations(reference, observation, *pose)
     np.testing.assert_allclose(value, energy, rtol=1e-12)
-    assert relative_error(gradient, slope.real) < 1e-10
-    assert relative_error(curvature, square.real) < 1e-10
+    assert relative_error(gradient, slope) < 1e-10
+    assert relative_error(curvature, square) < 1e-10
 
 
 def test_gauss_newton_finds_the_pose():
     """From two degrees and half a pixel away, to rounding, in a few steps."""
     reference = Gridding(4, 1.75).spectrum(blobs(N, 1.0), R_MAX)
-    observation, *truth = particle(transfer=False)
-    spectrum = jax.jit(model)(reference, *truth, jnp.ones(K))
+    observation, rotation, shift = particle(transfer=False)
+    spectrum = jax.jit(model)(reference, rotation, shift, jnp.ones(K))
     observation = Observation(DISC, observation.weights, spectrum, None)
-    pose = moved(*truth, jnp.asarray([0.02, -0.02, 0.02, 0.3, -0.4]))
+    pose = moved(rotation, shift, jnp.asarray([0.02, -0.02, 0.02, 0.3, -0.4]))
     for _ in range(8):
         _, gradient, curvature = equations(reference, observation, *pose)
         pose = moved(*pose, -jnp.linalg.solve(curvature, gradient))
-    for value, exact in zip(pose, truth, strict=True):
+    for value, exact in zip(pose, (rotation, shift), strict=True):
         np.testing.assert_allclose(value, exact, rtol=0, atol=1e-8)
 
 

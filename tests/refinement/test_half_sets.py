@@ -1,5 +1,7 @@
 """What brings two sets together, where the map is symmetric."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,10 @@ def test_a_set_that_drifted_is_brought_back(fixed):
     limits = {} if fixed is None else {f"max_{fixed}": 0.0}
     images = np.zeros((COUNT, N, N), np.float32)
     whole = particle_set(
-        Particles(images), poses, jax.random.key(3), RefineConfig(**limits)
+        Particles(images),
+        poses,
+        jax.random.key(3),
+        dataclasses.replace(RefineConfig(), **limits),
     )
     here, there = (
         eqx.tree_at(

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from jaxrefine import geometry
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.report import html
 
@@ -61,14 +62,14 @@ class Page(HTMLParser):
 def published(rng):
     """What the presets paper and released have: no error bars, other rows."""
     angles = jnp.asarray(rng.uniform(-3, 3, size=(COUNT, 3)))
-    shifts = jnp.asarray(rng.normal(size=(COUNT, 2)))
+    shifts = rng.normal(size=(COUNT, 2))
     radius = np.linalg.norm(np.mgrid[-N // 2 : N // 2, -N // 2 : N // 2], axis=0)
     volume = np.exp(-(radius**2) / 50) * np.ones((N, 1, 1))
     return html.Report(
         title=f"Refinement of {EVIL}",
         command=f"jaxrefine refine '{EVIL}'",
         pixel_size_in_angstroms=PIXEL,
-        poses=Poses(angles, shifts),
+        poses=Poses(euler_to_matrix(angles), shifts),
         angle_change_in_degrees=np.full(COUNT, 14.3),
         shift_change_in_pixels=np.full(COUNT, 4.24),
         initial_map=1e-3 * volume,
@@ -257,26 +258,55 @@ def even_views(count):
     return np.stack([ring * np.cos(longitude), ring * np.sin(longitude), z], axis=-1)
 
 
-def test_views_are_counted_where_they_are():
+@pytest.fixture
+def drawn_views(reports, tmp_path, monkeypatch):
+    """How full the cells are that a report draws of viewing directions, and where."""
+
+    def draw(directions):
+        count = len(directions)
+        rotations = np.zeros((count, 3, 3), np.float32)
+        rotations[:, 2] = directions
+        drawn, pcolormesh = [], Axes.pcolormesh
+
+        def record(axes, longitudes, heights, density, **further):
+            if np.ndim(longitudes) == 1:  # those of a colour bar have two
+                drawn.append((density, heights, longitudes))
+            return pcolormesh(axes, longitudes, heights, density, **further)
+
+        monkeypatch.setattr(Axes, "pcolormesh", record)
+        seen = replace(
+            reports["published"],
+            poses=Poses(rotations, np.zeros((count, 2))),
+            angle_change_in_degrees=np.ones(count),
+            shift_change_in_pixels=np.ones(count),
+        )
+        html.write(tmp_path / "report.html", seen)
+        monkeypatch.undo()
+        (views,) = drawn
+        return views
+
+    return draw
+
+
+def test_views_are_counted_where_they_are(drawn_views):
     """Equal solid angles: even views fill all cells alike, one view a single cell."""
-    directions = even_views(20000)
-    density, heights, longitudes = html._view_density(directions)
+    density, heights, longitudes = drawn_views(even_views(20000))
     assert density.shape == (len(heights) - 1, len(longitudes) - 1)
     assert density.mean() == pytest.approx(1) and abs(density - 1).max() < 0.35
     # (rot, tilt) = (100, 30) degrees; the tilt's sign turns the view by half a turn.
     for sign, rot in ((1, 100.0), (-1, -80.0)):
         angles = jnp.deg2rad(jnp.asarray([[100.0, 30.0 * sign, 7.0]] * 100))
-        one = np.asarray(geometry.euler_to_matrix(angles))[:, 2]
-        density, heights, longitudes = html._view_density(one.astype(np.float32))
+        direction = np.asarray(euler_to_matrix(angles))[:, 2]
+        density, heights, longitudes = drawn_views(direction)
         ((row, column),) = np.argwhere(density)
         assert density[row, column] == pytest.approx(density.size)
         assert heights[row] <= np.cos(np.deg2rad(30)) <= heights[row + 1]
         assert longitudes[column] <= np.deg2rad(rot) <= longitudes[column + 1]
 
 
-def test_poles_and_the_seam_of_the_map_are_counted():
+def test_poles_and_the_seam_of_the_map_are_counted(drawn_views):
     edge = np.array([[0, 0, 1 + 1e-7], [0, 0, -1 - 1e-7], [-1, 0, 0], [-1, -0.0, 0]])
-    density = html._view_density(edge.astype(np.float32))[0]
+    density, *_ = drawn_views(edge)
     assert density.sum() * len(edge) / density.size == pytest.approx(4)
 
 

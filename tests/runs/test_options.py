@@ -124,8 +124,8 @@ def test_bad_values_are_one_sentence(given, sentence):
 
 
 def test_bounds_are_in_the_range_or_not_as_declared():
-    for given in ({"max_angle": 180.0}, {"max_angle": 1e-9}, {"count": 1}):
-        options.check(Settings(map=Path("a.mrc"), out=Path("out"), **given))
+    for words in (["--max-angle", "180"], ["--max-angle", "1e-9"], ["--count", "1"]):
+        parse(*words)
 
 
 def test_the_help_says_units_defaults_and_effects():

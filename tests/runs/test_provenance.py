@@ -1,5 +1,6 @@
 """What a run is made with is said where it can be known."""
 
+import os
 import subprocess
 import sys
 
@@ -44,3 +45,9 @@ def test_a_commit_and_whether_files_differ(tmp_path):
     (tmp_path / "file").write_text("two")
     # That of the first call is what runs.
     assert provenance.commit(tmp_path) == first
+
+
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
+    assert 1 <= provenance.available_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert provenance.available_cores() == os.cpu_count()

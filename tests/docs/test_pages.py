@@ -1,0 +1,199 @@
+"""What the README and the pages say holds: examples run, names and links exist."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxrefine.cli.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name / "README.md" for name in ("experiments", "notebooks")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PACKAGE = ROOT / "jaxrefine"
+PARTS = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+
+# Examples that refine poses; all others take the time of an import.
+REFINES = ("jr.refine(", "paper.refine(")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def examples() -> dict[str, str]:
+    """Return the blocks of Python of all pages, each once, by page and place."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for place, block in enumerate(blocks, start=1):
+            if block not in found.values():
+                found[f"{named(page)}:{place}"] = block
+    return found
+
+
+EXAMPLES = examples()
+
+
+def output_of(example: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def example_with(text: str) -> str:
+    (example,) = (block for block in EXAMPLES.values() if text in block)
+    return example
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        place
+        for place, block in EXAMPLES.items()
+        if not any(call in block for call in REFINES)
+    ],
+)
+def test_example_runs(place):
+    output_of(EXAMPLES[place])
+
+
+@pytest.mark.slow
+def test_example_of_the_readme_refines_poses():
+    example = example_with("jr.refine(")
+    assert example in README.read_text(encoding="utf-8")
+    initial, refined, fsc = output_of(example)
+    error_of = {
+        line.split(": ")[0]: float(line.split(": ")[1].removesuffix(" degrees"))
+        for line in (initial, refined)
+    }
+    assert error_of["refined"] < 0.2 * error_of["initial"]
+    assert float(fsc.split(": ")[1]) > 0.75
+
+
+@pytest.mark.slow
+def test_example_of_the_method_refines_poses():
+    example = example_with("paper.refine(")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 25
+    initial, refined, fsc = output_of(example)
+    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+        value = rf"'{figure}': ([\d.e-]+)"
+        before, after = (
+            float(re.findall(value, line)[0]) for line in (initial, refined)
+        )
+        assert after < 0.5 * before
+    assert float(fsc.removeprefix("mean FSC ")) > 0.5
+
+
+def code_spans(text: str) -> list[str]:
+    """Return what single backticks hold, outside of blocks of code."""
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", outside)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_names_of_the_package_exist(page):
+    for span in code_spans(page.read_text(encoding="utf-8")):
+        name = span.removeprefix("jaxrefine.")
+        parts = name.split(".")
+        if re.fullmatch(r"[a-z_]+(\.\w+)+", name) and parts[0] in PARTS:
+            assert exists(parts), f"{named(page)}: there is no {name}"
+
+
+def exists(parts: list[str]) -> bool:
+    """Whether the package has a module, or something in one, of this name."""
+    found = importlib.import_module("jaxrefine")
+    path = found.__name__
+    for part in parts:
+        path = f"{path}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(path)
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part)
+    return True
+
+
+def test_the_table_of_equations_has_every_part_of_the_method():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    table = text.split("## Where each equation is")[1].split("\n## ")[0]
+    named_there = [span for span in code_spans(table) if "." in span]
+    assert len(named_there) > 25
+    for number in ("(2)", "(3)", "(5)", "(31)", "(33)", "(34)", "Theorem 1"):
+        assert number in table
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    for target in links(page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if path.parent == ROOT / "docs" / "notebooks":  # copied there by the build
+            path = ROOT / "notebooks" / path.name
+        if path.parent == ROOT / "docs" / "api":  # made there by the build
+            path = PACKAGE / path.stem.replace("index", ".")
+        assert path.exists(), f"{named(page)}: {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{named(page)}: {target}"
+
+
+def links(text: str) -> list[str]:
+    """Return the targets of the links that stay in the repository."""
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", outside)
+    return [each for each in targets if not re.match(r"https?:", each)]
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page: those of its headings, and labels."""
+    text = path.read_text(encoding="utf-8")
+    found = set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+    count: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(f"{slug}-{count[slug]}" if slug in count else slug)
+        count[slug] = count.get(slug, 0) + 1
+    if path == ROOT / "docs" / "command-line.md":  # sections made by the build
+        found |= {f"jaxrefine-{command.name}" for command in COMMANDS}
+    return found
+
+
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("command", ["jaxrefine demo --out demo", "pytest"])
+def test_readme_has_the_commands_of_the_set_up(command):
+    line = rf'^pip install -e "\.\[test\]" && {command}\b'
+    assert len(re.findall(line, README.read_text(encoding="utf-8"), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_every_command_is_in_the_table(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert re.search(rf"^\| \[?`jaxrefine {command.name}\b", text, re.MULTILINE)
+
+
+def test_the_drawing_of_the_house_has_every_package():
+    drawing = (ROOT / "docs" / "images" / "house.svg").read_text(encoding="utf-8")
+    bold = re.findall(r'font-weight="bold">([^<]+)<', drawing)
+    rooms = set(", ".join(bold).split(", "))
+    for part in PARTS:
+        if not part.startswith("_") or part == "_types":
+            assert part in rooms or part in ("py.typed",), part

@@ -1,0 +1,177 @@
+"""The scale of a map and the noise's power, shell by shell, on known ones.
+
+Both are recovered to their sampling errors, sums over shells are those of a loop, and
+groups of few images lean on what all have in common.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import blobs, draw, draw_complex, draw_poses
+
+from jaxrefine.maps import noise
+from jaxrefine.maps.noise import ShellSums, noise_power
+from jaxrefine.operators import slices
+from jaxrefine.operators.gridding import Gridding
+
+N, R_MAX = 16, 7
+DISC = slices.disc(N, R_MAX)
+K = len(DISC.shells)
+shell_sums = eqx.filter_jit(noise.shell_sums)
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """Images with a known scale and noise in every shell, compared with their map."""
+    count = 400
+    poses, transfer = draw_poses(count, seed=8), 1 + 0.3 * draw(count, K, seed=9)
+    spectrum = Gridding(4, 2.0).spectrum(blobs(N), R_MAX)
+    model = slices.project(spectrum, DISC, poses, transfer)
+    shells = np.asarray(DISC.shells)
+    scale = np.linspace(1.6, 0.3, N // 2 + 1)
+    power = np.geomspace(0.5, 20, N // 2 + 1)
+    noise = np.asarray(draw_complex(count, K, seed=10)) * np.sqrt(power / 2)[shells]
+    data = jnp.asarray(scale[shells] * np.asarray(model) + noise)
+    included = jnp.asarray((np.arange(count) % 4 > 0).astype(float))
+
+    def compare(data, included=included, spectrum=spectrum):
+        return shell_sums(spectrum, DISC, data, poses, transfer, included)
+
+    return compare, data, np.asarray(model), scale, power, included
+
+
+def test_the_gain_recovers_a_known_scale(compared):
+    compare, data, model, scale, power, included = compared
+    sums = compare(data)
+    # The error of a least-squares scale is the noise over the model's norm.
+    known = slice(1, R_MAX + 1)
+    error = np.sqrt(power / 2 / np.maximum(np.asarray(sums.model), 1e-30) * 2)
+    assert (np.abs(sums.gain - scale) < 4 * error + 1e-12)[known].all()
+    # Without noise it is exact.
+    shells = np.asarray(DISC.shells)
+    clean = compare(jnp.asarray(scale[shells] * model))
+    np.testing.assert_allclose(clean.gain[known], scale[known], rtol=1e-12)
+    rest = np.asarray(clean.residual(clean.gain) / (clean.data + 1e-30))
+    np.testing.assert_allclose(rest[known], 0, atol=1e-12)
+    assert float(sums.gain[-1]) == 0.0  # a shell that the disc does not have
+
+
+def test_the_residual_power_recovers_a_known_noise(compared):
+    compare, data, *_, power, included = compared
+    sums = compare(data)
+    known = slice(1, R_MAX + 1)
+    # A frequency stands for two in the count, but is one complex number.
+    count = np.maximum(np.asarray(sums.count), 1)
+    error = power * np.sqrt(2 / count)
+    found = np.asarray(sums.residual(sums.gain)) / count
+    assert (np.abs(found - power) < 4 * error)[known].all()
+
+
+def test_shell_sums_are_sums_over_shells(compared):
+    """In NumPy; particles that are not included do not count."""
+    compare, data, model, *_, included = compared
+    sums = compare(data)
+    few, y, s = np.asarray(included) > 0, np.asarray(data), model
+    times, shells = np.asarray(DISC.multiplicity), np.asarray(DISC.shells)
+    for shell in range(N // 2 + 1):
+        here = (shells == shell) * times
+        assert float(sums.count[shell]) == few.sum() * here.sum()
+        for value, terms in (
+            (sums.data, np.abs(y) ** 2),
+            (sums.model, np.abs(s) ** 2),
+            (sums.cross, (s.conj() * y).real),
+        ):
+            np.testing.assert_allclose(value[shell], np.sum(terms[few] @ here))
+    every = jnp.ones(len(y))
+    parts = compare(data) + compare(data, every - included)
+    for value, exact in zip(
+        jax.tree.leaves(parts), jax.tree.leaves(compare(data, every)), strict=True
+    ):
+        np.testing.assert_allclose(value, exact, rtol=1e-10)
+    blind = compare(data, spectrum=None)
+    np.testing.assert_allclose(blind.data, sums.data, rtol=1e-12)
+    np.testing.assert_array_equal(blind.model, 0)
+    np.testing.assert_array_equal(blind.gain, 0)
+
+
+def test_the_gain_is_bounded():
+    """A map of the other sign counts as none; a faint one is not blown up."""
+    one = jnp.ones(4)
+    cross = jnp.array([-3.0, 0.5, 7.0, 1.0])
+    sums = ShellSums(10 * one, one.at[3].set(0.0), cross, one)
+    np.testing.assert_allclose(sums.gain, [0.0, 0.5, 2.0, 0.0])
+    left = sums.residual(sums.gain)
+    np.testing.assert_allclose(left, [10, 9.75, 0, 10], atol=1e-12)
+
+
+def test_groups_are_summed_apart_and_pooled_by_their_weights(compared):
+    """As if each were compared by itself; the scale is that of least squares."""
+    compare, data, *_ = compared
+    group = np.arange(len(data)) % 5 == 0
+    belongs = jnp.asarray(np.stack([~group, group]).astype(float))
+    sums = compare(data, belongs)
+    parts = [compare(data, one) for one in belongs]
+    for value, *exact in zip(*map(jax.tree.leaves, (sums, *parts)), strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-12)
+    weights = jnp.asarray(np.random.default_rng(3).uniform(size=(2, N // 2 + 1)))
+    pooled = sums.pooled(weights)
+    known = slice(1, R_MAX + 1)
+    cross, model = (
+        sum(np.asarray(weights[g] * getattr(parts[g], name)) for g in (0, 1))[known]
+        for name in ("cross", "model")
+    )
+    np.testing.assert_allclose(pooled.gain[known], cross / model, rtol=1e-12)
+
+
+# --- noise of groups of images
+
+SHAPE = np.array([5.0, 3.0, 2.0, 1.5, 1.0, 0.8, 0.9, 1.1])
+FREQUENCIES = np.array([1.0, 8, 12, 16, 32, 28, 40, 40])  # of a particle
+
+
+def draw_residuals(particles, spectra, seed):
+    """Sums of squares over the frequencies of so many particles."""
+    count = np.asarray(particles)[:, None] * FREQUENCIES
+    sums = np.random.default_rng(seed).chisquare(np.maximum(count, 1e-9))
+    return jnp.asarray(np.where(count > 0, sums * spectra, 0.0)), jnp.asarray(count)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_single_group_has_its_own_noise(dtype):
+    """To the last bit, also where there is none or nothing was counted."""
+    residual, count = draw_residuals([7], SHAPE, 0)
+    residual, count = (leaf.astype(dtype) for leaf in (residual, count))
+    residual, count = residual.at[0, 3].set(0.0), count.at[0, 5].set(0.0)
+    residual = residual.at[0, 5].set(0.0)
+    own = residual / jnp.maximum(count, 1)
+    np.testing.assert_array_equal(noise_power(residual, count), own)
+
+
+def test_large_groups_have_noise_of_their_own():
+    """Of any shape and level, to the sampling error."""
+    spectra = np.stack([SHAPE, 9 * SHAPE[::-1]])
+    residual, count = draw_residuals([3000, 1000], spectra, 1)
+    error = np.log(noise_power(residual, count) / spectra)
+    assert (np.abs(error) < 4 * np.sqrt(2 / count))[:, 1:].all()
+
+
+def test_small_groups_have_the_common_shape_at_their_level():
+    """Off by much less than by themselves, whatever their level."""
+    levels, particles = np.array([1.0, 25.0, 0.1, 1.0]), [1000, 1, 2, 0]
+    own, found = [], []
+    for seed in range(20):
+        residual, count = draw_residuals(particles, levels[:, None] * SHAPE, seed)
+        power = np.asarray(noise_power(residual, count))
+        found.append(power / (levels[:, None] * SHAPE))
+        own.append(residual / np.maximum(count, 1) / (levels[:, None] * SHAPE))
+        # Without images it is what all have together.
+        common = residual.sum(axis=0) / count.sum(axis=0)
+        np.testing.assert_allclose(power[3], common, rtol=1e-12)
+    few, inner = slice(1, 3), slice(1, 4)
+    worse, better = (
+        np.std(np.array(values)[:, few, inner], axis=0) for values in (own, found)
+    )
+    assert (better < 0.7 * worse).all()
+    assert np.abs(np.mean(found, axis=0)[few, inner] - 1).max() < 0.15
