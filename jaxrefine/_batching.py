@@ -1,8 +1,9 @@
-"""Particles in batches: memory is a parameter, results are not.
+"""Maps and sums over particles in batches of a given size.
 
-Batches are sliced out of the particles one at a time. (``jax.lax.map`` with a batch
-size first copies them all into a new layout, and it stacks results where a running sum
-would do.)
+The batch size determines the memory, and does not affect the results. Batches are
+sliced out of the particles one at a time. (``jax.lax.map`` with a batch size first
+copies all particles into a new layout, and stacks results where a running sum is
+enough.)
 """
 
 from collections.abc import Callable
@@ -20,15 +21,21 @@ def sum_over_particles(
 ) -> Any:
     """Sum ``function(particle)`` over the leading axis of a pytree of particles.
 
-    ``batch_size`` particles are evaluated at a time; the peak memory is that of one
-    batch, and only the running sum is kept.
+    ``batch_size`` particles are evaluated at a time, so the peak memory is that of one
+    batch and of the running sum.
+
+    Raises
+    ------
+    InputError
+        If there are no particles, or the batch size is not positive.
     """
 
-    def sum_of_batch(batch, new):
-        # A product with weights rather than a sum: XLA would fuse the evaluation into a
-        # reduction, which is a scalar loop on a CPU (slower by a factor of 10).
+    def sum_of_batch(batch, is_new):
+        # A product with weights rather than a sum, because XLA would fuse the
+        # evaluation into a reduction, which is a scalar loop on a CPU (slower by a
+        # factor of 10).
         def add_up(leaf):
-            weights = new.astype(leaf.dtype)
+            weights = is_new.astype(leaf.dtype)
             return jnp.tensordot(weights, leaf, 1, precision=jax.lax.Precision.HIGHEST)
 
         return jax.tree.map(add_up, jax.vmap(function)(batch))
@@ -41,20 +48,25 @@ def sum_over_batches(
     particles: Any,
     batch_size: int,
 ) -> Any:
-    """Sum ``function(batch, new)`` over batches of a pytree of particles.
+    """Sum ``function(batch, is_new)`` over batches of a pytree of particles.
 
-    The last batch reaches back so as to be whole; ``new`` is false for those of its
-    particles that have been in another.
+    All batches have the same size: the last one overlaps with the one before if needed.
+    ``is_new`` is false for its particles that were in the batch before.
+
+    Raises
+    ------
+    InputError
+        If there are no particles, or the batch size is not positive.
     """
     count, size, batches = _plan(particles, batch_size)
 
     def add_batch(total, index):
         first, batch = _batch(particles, index, size, count)
-        new = first + jnp.arange(size, dtype=index.dtype) >= index * size
-        return jax.tree.map(jnp.add, total, function(batch, new)), None
+        is_new = first + jnp.arange(size, dtype=index.dtype) >= index * size
+        return jax.tree.map(jnp.add, total, function(batch, is_new)), None
 
-    some = jax.tree.map(lambda leaf: leaf[:size], particles)
-    shapes = jax.eval_shape(function, some, jnp.ones(size, bool))
+    example = jax.tree.map(lambda leaf: leaf[:size], particles)
+    shapes = jax.eval_shape(function, example, jnp.ones(size, bool))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     indices = jnp.arange(batches, dtype=jnp.int32)
     return jax.lax.scan(add_batch, zero, indices)[0]
@@ -63,18 +75,26 @@ def sum_over_batches(
 def map_over_particles(
     function: Callable[..., Any], particles: Any, batch_size: int
 ) -> Any:
-    """Stack ``function(particle)`` over the leading axis of a pytree of particles."""
+    """Stack ``function(particle)`` over the leading axis of a pytree of particles.
+
+    ``batch_size`` particles are evaluated at a time.
+
+    Raises
+    ------
+    InputError
+        If there are no particles, or the batch size is not positive.
+    """
     count, size, batches = _plan(particles, batch_size)
 
-    def one_batch(index):
+    def map_batch(index):
         return jax.vmap(function)(_batch(particles, index, size, count)[1])
 
-    results = jax.lax.map(one_batch, jnp.arange(batches, dtype=jnp.int32))
-    rest = count - (batches - 1) * size
+    results = jax.lax.map(map_batch, jnp.arange(batches, dtype=jnp.int32))
+    remainder = count - (batches - 1) * size
 
     def join(leaf):
-        whole = leaf[:-1].reshape(-1, *leaf.shape[2:])
-        return jnp.concatenate([whole, leaf[-1, size - rest :]])
+        full_batches = leaf[:-1].reshape(-1, *leaf.shape[2:])
+        return jnp.concatenate([full_batches, leaf[-1, size - remainder :]])
 
     return jax.tree.map(join, results)
 
@@ -84,15 +104,15 @@ def _plan(particles: Any, batch_size: int) -> tuple[int, int, int]:
     count = jax.tree.leaves(particles)[0].shape[0]
     if count < 1 or batch_size < 1:
         raise InputError(
-            "at least one particle and a batch of at least one are wanted, not "
-            f"{count} particles in batches of {batch_size}"
+            "there must be at least one particle and a batch size of at least 1, got "
+            f"{count} particles and a batch size of {batch_size}"
         )
     size = min(batch_size, count)
     return count, size, -(-count // size)
 
 
 def _batch(particles: Any, index: jax.Array, size: int, count: int):
-    """Slice out a batch; the last one reaches back so as to be whole."""
+    """Return a batch and its first index; the last one overlaps with the one before."""
     first = jnp.minimum(index * size, count - size)
     batch = jax.tree.map(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), particles

@@ -1,8 +1,8 @@
 """The optics: point-spread functions (PSF) and contrast-transfer functions (CTF).
 
-The PSF ``h`` of eq. (1) enters the spatial engine only through its radial transfer
-function. The CTF, one per particle and not isotropic, multiplies the Fourier transform
-of an image: it belongs to the slice engine, and to simulation.
+The PSF ``h`` of eq. (1) enters the spatial projector only through its radial transfer
+function. The CTF, which is anisotropic and different for every particle, multiplies the
+Fourier transform of an image; the slice projector and the simulation use it.
 """
 
 import math
@@ -25,8 +25,8 @@ class IsotropicPSF(eqx.Module):
     Parameters
     ----------
     transfer
-        The 2-D Fourier transform of ``h``: maps radial frequencies in radians per
-        pixel to real values, in NumPy.
+        The 2-D Fourier transform of ``h``, as a NumPy function of the radial frequency
+        in radians per pixel, with real values.
     radius
         Radius in pixels beyond which ``h`` is negligible.
     """
@@ -41,7 +41,8 @@ def gaussian_psf(width: float) -> IsotropicPSF:
     Parameters
     ----------
     width
-        Standard deviation in pixels, positive. The PSF is cut at six of them.
+        Standard deviation in pixels, positive. The PSF is truncated at six standard
+        deviations.
 
     Raises
     ------
@@ -49,46 +50,47 @@ def gaussian_psf(width: float) -> IsotropicPSF:
         If the width is not positive.
     """
     if not width > 0:
-        raise InputError(f"a Gaussian PSF wants a positive width, not {width}")
+        raise InputError(f"width must be positive, got {width}")
     return IsotropicPSF(lambda omega: np.exp(-0.5 * (width * omega) ** 2), 6.0 * width)
 
 
 @final
 class CTF(eqx.Module):
-    r"""The contrast-transfer function of one particle, or of many.
+    r"""The contrast-transfer function (CTF) of one particle, or of many.
 
-    RELION's formula and sign: positive at low frequencies, so that protein is bright,
+    It has RELION's formula and sign, positive at low frequencies, so that protein is
+    bright:
 
     .. math:: \mathrm{CTF}(u) = s\, e^{-B |u|^2 / 4} \sin\bigl(
        \pi \lambda\, \delta(u) |u|^2 - \tfrac\pi2 C_s \lambda^3 |u|^4 + \phi
        + \arctan\tfrac{A}{\sqrt{1 - A^2}}\bigr),
 
     with the defocus :math:`\delta(u) = \tfrac12 (\delta_U + \delta_V)
-    + \tfrac12 (\delta_U - \delta_V) \cos 2(\angle u - \alpha)` and the electrons'
-    wavelength :math:`\lambda`. Beam tilt, higher aberrations and anisotropic
+    + \tfrac12 (\delta_U - \delta_V) \cos 2(\angle u - \alpha)` and the wavelength
+    :math:`\lambda` of the electrons. Beam tilt, higher aberrations and anisotropic
     magnification are not modelled. (Source: RELION 3.1, ``ctf.h`` and ``ctf.cpp``.)
 
-    Every leaf is a scalar, for one particle, or has one leading axis of particles; a
-    number given for all of them is repeated.
+    Every attribute is a scalar, for one particle, or has one leading axis of particles.
+    A scalar that is given with arrays is repeated for all particles.
 
     Attributes
     ----------
     defocus_u, defocus_v
-        Largest and smallest defocus, in Angstrom; positive means underfocus.
+        Largest and smallest defocus in angstroms; positive means underfocus.
     defocus_angle
         Angle from the x axis to the direction of ``defocus_u``, in radians.
     voltage
-        In kilovolts.
+        Acceleration voltage in kilovolts.
     spherical_aberration
-        ``C_s``, in millimetres.
+        Spherical aberration ``C_s`` in millimetres.
     amplitude_contrast
-        ``A``, from 0 to 1.
+        Amplitude contrast ``A``, from 0 to 1.
     phase_shift
-        Of a phase plate, in radians.
+        Phase shift :math:`\phi` of a phase plate, in radians.
     b_factor
-        ``B``, in square Angstrom.
+        B factor ``B`` of the envelope, in square angstroms.
     scale
-        ``s``.
+        Factor ``s``.
     """
 
     defocus_u: Float[Array, "*batch"]
@@ -132,15 +134,16 @@ class CTF(eqx.Module):
     def __call__(
         self, frequencies: Float[Array, "frequencies 2"]
     ) -> Float[Array, " frequencies"]:
-        """Evaluate the CTF of one particle; ``vmap`` for many.
+        """Evaluate the CTF of one particle; use ``vmap`` for many.
 
-        ``frequencies`` are ``(x, y)``, in periods per Angstrom.
+        ``frequencies`` are ``(x, y)`` in cycles per angstrom.
         """
         x, y = frequencies[:, 0], frequencies[:, 1]
         squared = x**2 + y**2
         # |u|^2 cos 2(angle(u) - alpha), which needs no angle at u = 0.
-        double = 2 * self.defocus_angle
-        twofold = (x**2 - y**2) * jnp.cos(double) + 2 * x * y * jnp.sin(double)
+        double_angle = 2 * self.defocus_angle
+        cosine, sine = jnp.cos(double_angle), jnp.sin(double_angle)
+        twofold = (x**2 - y**2) * cosine + 2 * x * y * sine
         mean = (self.defocus_u + self.defocus_v) / 2
         half_difference = (self.defocus_u - self.defocus_v) / 2
         wavelength = electron_wavelength(self.voltage)
@@ -155,7 +158,10 @@ class CTF(eqx.Module):
 
 
 def electron_wavelength(voltage: Scalar) -> Scalar:
-    """Return the relativistic wavelength of electrons, in Angstrom, at kilovolts."""
+    """Return the relativistic wavelength of electrons in angstroms.
+
+    ``voltage`` is in kilovolts. (Source: RELION 3.1, ``ctf.cpp``.)
+    """
     return 12.2643247 / jnp.sqrt(1e3 * voltage * (1 + 0.978466e-3 * voltage))
 
 
@@ -163,22 +169,24 @@ def electron_wavelength(voltage: Scalar) -> Scalar:
 def is_finite(
     ctf: CTF, pixel_size_in_angstroms: float | Scalar
 ) -> Bool[Array, " particles"]:
-    """Whether the CTF of each particle is a number up to the corners of its image.
+    """Return whether each particle's CTF is finite up to the corners of its spectrum.
 
-    In single precision, in which it is used: a defocus of 1e39 overflows there.
+    It is evaluated in single precision, in which it is used and in which a defocus of
+    1e39, for example, overflows.
     """
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), ctf)
-    edge = jnp.asarray(0.5 / pixel_size_in_angstroms, jnp.float32)
-    places = jnp.asarray([[0, 0], [1, 0], [0, 1], [1, 1]], jnp.float32) * edge
-    return jnp.isfinite(jax.vmap(lambda each: each(places))(single)).all(axis=-1)
+    nyquist = jnp.asarray(0.5 / pixel_size_in_angstroms, jnp.float32)
+    corners = jnp.asarray([[0, 0], [1, 0], [0, 1], [1, 1]], jnp.float32) * nyquist
+    values = jax.vmap(lambda particle: particle(corners))(single)
+    return jnp.isfinite(values).all(axis=-1)
 
 
 @eqx.filter_jit
 def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Images:
     """Multiply the Fourier transform of each image by its CTF.
 
-    Images are taken to be periodic, as RELION does: what the CTF spreads beyond an edge
-    comes in at the opposite one.
+    Images of shape ``(P, m, m)`` are treated as periodic, as in RELION: the CTF spreads
+    the signal over an edge to the opposite one.
     """
     m = images.shape[-1]
     step = 1 / pixel_size_in_angstroms
@@ -186,9 +194,9 @@ def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Image
     y = jnp.fft.fftfreq(m, dtype=images.dtype) * step
     frequencies = jnp.stack(jnp.meshgrid(x, y), axis=-1)
 
-    def one(ctf, image):
+    def apply_to_image(ctf, image):
         transfer = ctf(frequencies.reshape(-1, 2)).reshape(frequencies.shape[:2])
         spectrum = jnp.fft.rfft2(image)
         return jnp.fft.irfft2(spectrum * transfer.astype(spectrum.dtype), s=(m, m))
 
-    return jax.vmap(one)(ctf, images)
+    return jax.vmap(apply_to_image)(ctf, images)

@@ -1,8 +1,10 @@
-"""The one exception for bad input: a sentence that a user can act on."""
+"""The exception for bad input."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message says what came and what is wanted.
+    """Raised for input that cannot be used.
 
-    The command line prints the message alone and exits with code 2.
+    The message is one sentence that names what must be given and what was received, as
+    in "angle_spread must be positive, got -1". The command line prints only the
+    message, and exits with code 2.
     """

@@ -1,9 +1,9 @@
-"""What poses and maps are worth where the truth is known: on simulated data.
+"""Errors of poses and maps with respect to the truth, on simulated data.
 
-A rotation and translation of a map together with its poses changes no image, so a
-refinement may end in a frame of its own. Poses are compared with the true ones after
-the best rigid motion of the map; maps are compared both as they stand and after the
-rigid motion that their poses imply is undone.
+A rigid motion of a map together with its poses changes no image, so a refinement may
+end in a frame of its own. Poses are therefore compared with the true ones after the
+best rigid motion of the map. Maps are compared both as they are and after the rigid
+motion that their poses imply is undone.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,12 @@ from jaxrefine.maps.fsc import crossing, fsc, mean_fsc
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-_REWEIGHTED = 20  # solutions of a robust fit
+# Iterations of reweighted least squares, which converge linearly.
+_REWEIGHTED = 20
 
-_STARTS, _TURNS = 64, 5
+# Motions from which the nearest symmetry-equivalent poses are searched for, and
+# alternations between equivalents and motion, from the best of them.
+_STARTS, _ALTERNATIONS = 64, 5
 
 
 def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
@@ -34,7 +37,7 @@ def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
     Parameters
     ----------
     truth, estimate
-        The maps ``V`` and ``V~``, of one shape and unit.
+        The maps ``V`` and ``V~``, of the same shape and in the same unit.
     """
     error = truth - estimate
     return 10 * jnp.log10(jnp.sum(truth**2) / jnp.sum(error**2))
@@ -42,7 +45,13 @@ def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
 
 @final
 class PoseErrors(eqx.Module):
-    """How far poses are from the true ones, the frame of the map set aside."""
+    """Distances of poses from the true ones, up to a rigid motion of the map.
+
+    Attributes
+    ----------
+    angle_in_degrees, shift_in_pixels
+        Geodesic distance of each rotation, and length of the difference of each shift.
+    """
 
     angle_in_degrees: Float[Array, " particles"]
     shift_in_pixels: Float[Array, " particles"]
@@ -50,7 +59,7 @@ class PoseErrors(eqx.Module):
 
 @final
 class Motion(eqx.Module):
-    """The rigid motion of a map that brings its poses to the true ones.
+    """The rigid motion of a map that aligns its poses to the true ones.
 
     Attributes
     ----------
@@ -59,7 +68,7 @@ class Motion(eqx.Module):
     translation
         Global translation ``d``, in voxels.
     aligned
-        The rotations ``R_p G``.
+        The aligned rotations ``R_p G``.
     """
 
     rotation: Float[Array, "3 3"]
@@ -69,17 +78,17 @@ class Motion(eqx.Module):
 
 @eqx.filter_jit
 def align_poses(poses: Poses, true_poses: Poses) -> Motion:
-    r"""Find the rigid motion of the map that poses leave undetermined.
+    r"""Find the rigid motion of the map that aligns poses to the true ones.
 
-    A map that is rotated and moved fits the same images with other poses:
+    A map that is rotated and translated fits the same images with other poses:
 
     .. math:: R_p G \approx R_p^\star, \qquad t_p - t_p^\star \approx M_p d
 
     with :math:`M_p` the first two rows of :math:`R_p G`, so that the result does not
-    depend on the frame of the poses under test. Both are robust to outliers: ``G`` as
-    in `geometry.align_rotations`, and ``d`` minimises the sum of the distances that are
-    left of the shifts, by iteratively reweighted least squares. The hand is taken as
-    given.
+    depend on the frame of the poses under test. Both fits are robust to outliers: ``G``
+    is that of `geometry.align_rotations`, and ``d`` minimises the sum of the distances
+    between the shifts, by iteratively reweighted least squares (Weiszfeld's algorithm).
+    The hand of the map is not changed.
 
     Parameters
     ----------
@@ -92,16 +101,16 @@ def align_poses(poses: Poses, true_poses: Poses) -> Motion:
     floor = float(jnp.finfo(difference.dtype).eps) ** 0.5
 
     def solve(weights):
-        weighed = weights[:, None, None] * rows
-        gram = jnp.einsum("pix,piy->xy", weighed, rows, precision=_HIGHEST)
-        moment = jnp.einsum("pix,pi->x", weighed, difference, precision=_HIGHEST)
+        weighted = weights[:, None, None] * rows
+        gram = jnp.einsum("pix,piy->xy", weighted, rows, precision=_HIGHEST)
+        moment = jnp.einsum("pix,pi->x", weighted, difference, precision=_HIGHEST)
         inverse = jnp.linalg.pinv(gram, hermitian=True)
         return jnp.matmul(inverse, moment, precision=_HIGHEST)
 
     def step(_, translation):
         moved = jnp.matmul(rows, translation, precision=_HIGHEST)
-        left = jnp.linalg.norm(difference - moved, axis=-1)
-        return solve(1 / jnp.maximum(left, floor))
+        distance = jnp.linalg.norm(difference - moved, axis=-1)
+        return solve(1 / jnp.maximum(distance, floor))
 
     start = solve(jnp.ones_like(difference[:, 0]))
     translation = jax.lax.fori_loop(0, _REWEIGHTED, step, start)
@@ -116,20 +125,23 @@ def pose_errors(
 ) -> PoseErrors:
     r"""Compare poses with the true ones, up to a rigid motion of the map.
 
-    The motion is that of `align_poses`. A map of the other hand counts as wrong.
+    The motion is that of `align_poses`. Poses of a map with the opposite hand count as
+    wrong.
 
     Parameters
     ----------
     poses, true_poses
         Poses of the same particles.
     operators
-        Of the true map's symmetry, if any, which makes ``R`` and ``R S`` one: each
-        pose is compared with the nearest of the true one's equivalents.
+        Operators ``S`` of the true map's symmetry, if any, for which the rotations
+        ``R`` and ``R S`` are equivalent. Each pose is compared with the nearest
+        equivalent of the true one.
 
     Returns
     -------
     errors
-        The geodesic distance of each rotation and the length of each remaining shift.
+        The geodesic distance of each rotation, and the length of the difference of each
+        shift, after the motion.
     """
     true_rotations = true_poses.rotations
     if operators is not None:
@@ -145,7 +157,7 @@ def pose_errors(
 def _shift_differences(
     motion: Motion, poses: Poses, true_poses: Poses
 ) -> Float[Array, "particles 2"]:
-    """Return the shifts minus the true ones, after the motion is undone."""
+    """Return the shifts minus the true ones, after the motion of the map."""
     moved = jnp.matmul(motion.aligned[:, :2], motion.translation, precision=_HIGHEST)
     return poses.shifts - true_poses.shifts - moved
 
@@ -157,23 +169,24 @@ def _nearest_equivalents(
 ) -> Float[Array, "particles 3 3"]:
     """Return the equivalents of the true rotations that are nearest, after alignment.
 
-    Which they are and the motion of the map depend on each other. They are found in
-    turns, from the best of the motions that make one of the particles' poses right.
+    The equivalents and the motion of the map depend on each other. They are determined
+    alternately, starting from the best of the motions that align the pose of a single
+    particle exactly.
     """
     group = jnp.asarray(operators, rotations.dtype)
 
-    def likeness(motion):
+    def similarity(motion):
         relative = jnp.einsum(
             "pji,pjk,kl->pil", truth, rotations, motion, precision=_HIGHEST
         )
         return jnp.einsum("pil,sil->ps", relative, group, precision=_HIGHEST)
 
     def distance(motion):
-        squared = 6 - 2 * jnp.max(likeness(motion), axis=1)
+        squared = 6 - 2 * jnp.max(similarity(motion), axis=1)
         return jnp.sum(jnp.sqrt(jnp.maximum(squared, 0)))
 
     def nearest(motion):
-        chosen = group[jnp.argmax(likeness(motion), axis=1)]
+        chosen = group[jnp.argmax(similarity(motion), axis=1)]
         return jnp.matmul(truth, chosen, precision=_HIGHEST)
 
     count = len(rotations)
@@ -182,7 +195,7 @@ def _nearest_equivalents(
         "pji,pjk->pik", rotations[tried], truth[tried], precision=_HIGHEST
     )
     motion = starts[jnp.argmin(jax.lax.map(distance, starts))]
-    for _ in range(_TURNS):
+    for _ in range(_ALTERNATIONS):
         motion = align_rotations(rotations, nearest(motion))
     return nearest(motion)
 
@@ -191,11 +204,23 @@ def _nearest_equivalents(
 def pose_differences(
     poses: Poses, true_poses: Poses
 ) -> tuple[Float[Array, "particles 3"], Float[Array, "particles 2"]]:
-    r"""Return the signed differences that the paper shows, Figs. 5, 6, 11 and 12.
+    r"""Return the signed differences that Figs. 5, 6, 11 and 12 of the paper show.
 
-    True minus refined (rot, tilt, psi), in degrees from -180 to 180, and (x, y) in
-    pixels, after the motion of `align_poses`. Near the poles rot and psi differ by much
-    for little; `pose_errors` is the better measure. Parameters as there.
+    Near the poles, rot and psi may differ much between nearly equal rotations, so
+    `pose_errors` is the better measure.
+
+    Parameters
+    ----------
+    poses, true_poses
+        Poses of the same particles.
+
+    Returns
+    -------
+    angles
+        True minus refined (rot, tilt, psi), in degrees from -180 to 180, after the
+        motion of `align_poses`.
+    shifts
+        True minus refined (x, y), in pixels, after that motion.
     """
     motion = align_poses(poses, true_poses)
     angles = matrix_to_euler(motion.aligned)
@@ -205,7 +230,7 @@ def pose_differences(
 
 
 def summarise(errors: PoseErrors) -> dict[str, float]:
-    """Return the numbers that stand for all particles in a report."""
+    """Return statistics of the errors: medians, percentiles, and fractions."""
     angle, shift = errors.angle_in_degrees, errors.shift_in_pixels
     return {
         "angle_error_deg_median": float(jnp.median(angle)),
@@ -220,7 +245,7 @@ def summarise(errors: PoseErrors) -> dict[str, float]:
 
 
 Row = dict[str, int | float]
-"""Numbers by name, as a table or a JSON file wants them."""
+"""Numbers by name, for a row of a table or a JSON file."""
 
 
 THRESHOLD = 0.5
@@ -235,12 +260,12 @@ class Assessment:
     Attributes
     ----------
     curve, aligned_curve
-        Fourier shell correlation with the true map: as it stands, and after the motion
-        of `align_poses` is undone, up to ``n // 2`` cycles per box.
+        Fourier shell correlation with the true map at 0, ..., ``n // 2`` cycles per
+        box: of the map as it is, and after the motion of `align_poses`.
     gauge_rotation_deg
-        Angle of that motion.
+        Angle of that motion's rotation.
     errors
-        Errors of the poses, the motion set aside.
+        Errors of the poses after that motion.
     """
 
     curve: Float[np.ndarray, " shells"]
@@ -249,9 +274,9 @@ class Assessment:
     errors: PoseErrors
 
     def row(self) -> Row:
-        """Return the numbers that stand for this result in a table.
+        """Return the numbers of this result for a table.
 
-        ``rc`` is in shells, that is in periods per box.
+        ``rc`` is in shells, that is in cycles per box.
         """
         aligned = resolution_row(jnp.asarray(self.aligned_curve))
         return {
@@ -270,30 +295,34 @@ def assess(
     Parameters
     ----------
     volume, truth
-        The map and the true one, of one shape ``(n, n, n)``.
+        The map and the true one, both of shape ``(n, n, n)``.
     poses, true_poses
         Poses of the same particles.
+
+    Returns
+    -------
+    The curves and errors, before and after the alignment of the poses.
     """
     volume = jnp.asarray(volume, truth.dtype)
     motion = align_poses(poses, true_poses)
     rotation, translation = (
         x.astype(truth.dtype) for x in (motion.rotation, motion.translation)
     )
-    # The truth, too, without what a turned box cuts off: the corners.
-    last = truth.shape[0] // 2
-    moved = move_map(volume, rotation, translation, last)
-    still = move_map(truth, jnp.eye(3, dtype=truth.dtype), 0 * translation, last)
+    # A rotated map loses the corners of its spectrum; remove them from the truth, too.
+    limit = truth.shape[0] // 2
+    moved = move_map(volume, rotation, translation, limit)
+    reference = move_map(truth, jnp.eye(3, dtype=truth.dtype), 0 * translation, limit)
     identity = jnp.eye(3, dtype=motion.rotation.dtype)
     return Assessment(
         np.asarray(fsc(volume, truth)),
-        np.asarray(fsc(moved, still)),
+        np.asarray(fsc(moved, reference)),
         float(jnp.rad2deg(geodesic_distance(motion.rotation, identity))),
         pose_errors(poses, true_poses),
     )
 
 
 def resolution_row(curve: Float[Array, " shells"]) -> Row:
-    """Return the two numbers that stand for a resolution curve."""
+    """Return the two numbers that summarise a Fourier shell correlation."""
     return {
         "mean_fsc": float(mean_fsc(curve)),
         "rc": float(crossing(curve, THRESHOLD)),

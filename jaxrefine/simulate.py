@@ -1,4 +1,4 @@
-"""Synthetic data of section IV: a phantom, noisy projections, starting points."""
+"""Synthetic data of section IV: a phantom, noisy images, initial poses and maps."""
 
 import math
 from typing import final
@@ -15,8 +15,9 @@ from jaxrefine.euler import euler_to_matrix, matrix_to_euler
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import kbwf, spatial
 
-# The phantom's plan. Its unit is about 65 Angstrom: the helix is that of B-DNA, whose
-# radius is 10 and turn 10.5 base pairs of 3.4. A domain is a centre and a radius.
+# Dimensions of the phantom. The unit is about 65 angstroms, so that the helix is that
+# of B-DNA, with a radius of 10 angstroms and 10.5 base pairs of 3.4 angstroms in a
+# turn. A domain has a centre and a radius.
 _DOMAINS = (
     ((0.06, 0.00, -0.05), 0.34),
     ((0.62, 0.30, 0.52), 0.30),
@@ -26,7 +27,7 @@ _DOMAINS = (
 _RESIDUES_PER_VOLUME, _CHAIN_STEP = 1200, 0.13
 _HELIX_RADIUS, _GROOVE_ANGLE = 0.155, 2.4
 _BASE_PAIRS, _BASE_PAIRS_PER_TURN = 78, 10.5
-_PAIR_WEIGHTS = (2.4, 1.0, 1.0, 1.0, 2.4)  # a residue has 1
+_PAIR_WEIGHTS = (2.4, 1.0, 1.0, 1.0, 2.4)  # A residue has the weight 1.
 
 _ATOMS_WITHIN, _BLOB_WIDTH = 0.34, 0.015  # in box sides
 _SMALLEST_BLOB_WIDTH = 0.7  # in voxels
@@ -34,7 +35,17 @@ _SMALLEST_BLOB_WIDTH = 0.7  # in voxels
 
 @final
 class Dataset(eqx.Module):
-    """Noisy images, the poses that made them, those to start from, the noise level."""
+    """A simulated data set.
+
+    Attributes
+    ----------
+    images
+        Noisy images of shape ``(P, m, m)``.
+    truth, initial
+        The poses that made the images, and the poses to start from.
+    sigma
+        Standard deviation of the noise.
+    """
 
     images: Images
     truth: Poses
@@ -55,7 +66,7 @@ def make_dataset(
     psf: IsotropicPSF | None = None,
     batch_size: int = 8,
 ) -> Dataset:
-    """Simulate a data set as section IV-A does, with the start of section IV-B.
+    """Simulate a data set as in section IV-A, with the initial poses of section IV-B.
 
     Viewing directions are equidistributed, in-plane angles and shifts uniform, the
     noise white and Gaussian, and the initial poses those of `init1_poses`.
@@ -63,19 +74,19 @@ def make_dataset(
     Parameters
     ----------
     key
-        Draws the in-plane angles, the shifts, the noise and the initial errors.
+        Random key of the in-plane angles, the shifts, the noise and the initial errors.
     volume
-        The true map.
+        The true map, of shape ``(n, n, n)``.
     count
         Number of particles ``P``.
     max_shift, max_angle_error
-        Largest shift along x or y, in pixels, and largest initial error of each Euler
-        angle, in radians.
+        Largest shift along x or y in pixels, and largest initial error of each Euler
+        angle in radians.
     sigma, snr_db
-        The noise: its standard deviation, or the per-pixel signal-to-noise ratio in
-        decibels (see `noise_std`). Exactly one of the two.
+        Standard deviation of the noise, or signal-to-noise ratio per pixel in decibels
+        (see `noise_std`). Exactly one of the two must be given.
     basis, psf, batch_size
-        See `clean_images`.
+        As for `clean_images`.
 
     Raises
     ------
@@ -85,13 +96,16 @@ def make_dataset(
     """
     if len(set(volume.shape)) != 1:
         shape = " x ".join(map(str, volume.shape))
-        raise InputError(f"The map to simulate from is {shape}; a cube is wanted.")
+        raise InputError(f"the map to simulate from must be a cube, got {shape}")
     if count < 1:
-        raise InputError(f"{count} particles were asked for; at least 1 is wanted.")
+        raise InputError(f"count must be at least 1, got {count}")
     if max_angle_error < 0:
-        raise InputError(f"The angle error is {max_angle_error}; 0 or more is wanted.")
+        raise InputError(f"max_angle_error must be at least 0, got {max_angle_error}")
     if (sigma is None) == (snr_db is None):
-        raise InputError("Exactly one of sigma and snr_db must be given.")
+        received = "neither" if sigma is None else "both"
+        raise InputError(
+            f"exactly one of sigma and snr_db must be given, got {received}"
+        )
 
     angle_key, shift_key, noise_key, error_key = jax.random.split(key, 4)
     truth = Poses(
@@ -112,27 +126,33 @@ def phantom(
     r"""Build a map with the character of a nucleoprotein complex.
 
     A double helix (two strands and their rungs) winds around four globular domains,
-    each a random chain confined to a ball. With the pseudo-atoms :math:`a` of weight
-    :math:`w_a` at :math:`x_a`,
+    each of which is a random chain confined to a ball. With pseudo-atoms :math:`a` of
+    weight :math:`w_a` at :math:`x_a`,
 
     .. math:: V[k] \propto \sum_a w_a \exp(-\|k - x_a\|^2 / 2 s^2), \quad
        \max_k V[k] = 1, \quad s = \max(0.015\,n,\, 0.7).
 
-    Up to sampling the map depends on ``n`` only by being sharper. It is not negative,
-    vanishes outside a ball of radius about ``0.38 n``, and its centre of mass is at the
-    origin ``n // 2``. Its plan is fixed and without symmetry; the chains are drawn.
+    Apart from sampling, the map depends on ``n`` only in its sharpness. It is
+    non-negative, vanishes outside a ball of radius about ``0.38 n``, and has its centre
+    of mass at the origin ``n // 2``. Its arrangement is fixed and has no symmetry; the
+    chains are random.
 
     Parameters
     ----------
     key
-        Draws the chains, the same for every ``n`` and ``dtype``.
+        Random key of the chains, which are the same for every ``n`` and ``dtype``.
     n
-        Side of the box in voxels; `InputError` if it is under 16.
+        Side of the box in voxels, at least 16.
     dtype
         Type of the map.
+
+    Raises
+    ------
+    InputError
+        If ``n`` is less than 16.
     """
     if n < 16:
-        raise InputError(f"The phantom's box is {n} voxels; at least 16 is wanted.")
+        raise InputError(f"n must be at least 16 voxels for a phantom, got {n}")
     points, weights = _pseudo_atoms(key)
     width = max(_BLOB_WIDTH * n, _SMALLEST_BLOB_WIDTH)
     axis = jnp.arange(n, dtype=jnp.float32) - n // 2
@@ -150,9 +170,9 @@ def equidistributed_rotations(
 ) -> Float[Array, "count 3 3"]:
     """Return rotations whose viewing directions are equidistributed (Sec. IV-A).
 
-    The directions ``(rot, tilt)`` are the Fibonacci lattice: ``cos(tilt)`` descends in
-    equal steps from pole to pole while ``rot`` advances by the golden ratio of a turn.
-    ``psi`` is drawn uniformly from ``[0, 2 pi)``.
+    The directions ``(rot, tilt)`` form a Fibonacci lattice: ``cos(tilt)`` decreases in
+    equal steps from pole to pole, while ``rot`` advances by a turn divided by the
+    golden ratio. ``psi`` is drawn uniformly from ``[0, 2 pi)``.
     """
     index = jnp.arange(count, dtype=jnp.uint32)
     # Multiplying by 2^32 / golden ratio wraps around exactly in 32-bit integers.
@@ -175,14 +195,14 @@ def random_shifts(
     Raises `InputError` if ``max_shift`` is negative.
     """
     if max_shift < 0:
-        raise InputError(f"The shift is {max_shift} pixels; 0 or more is wanted.")
+        raise InputError(f"max_shift must be at least 0 pixels, got {max_shift}")
     return jax.random.uniform(key, (count, 2), dtype, -max_shift, max_shift)
 
 
 def init1_poses(
     key: PRNGKeyArray, poses: Poses, max_angle_error: float | Scalar
 ) -> Poses:
-    r"""Return the starting point Init-1 of section IV-B.
+    r"""Return the initial poses "Init-1" of section IV-B.
 
     .. math:: \theta^{init}_{p,j} = \theta^{true}_{p,j} + \varepsilon_{p,j}, \quad
        \varepsilon_{p,j} \sim \mathrm{Unif}(-e, e), \qquad t^{init}_p = 0
@@ -206,19 +226,23 @@ def clean_images(
 ) -> Images:
     r"""Project a map without noise: :math:`g'_p = H(\theta_p, t_p)\,c`, eq. (4).
 
-    The coefficients ``c`` are those of `kbwf.expand`. By default the basis is not that
-    of the reconstruction, so that no experiment commits an inverse crime.
+    The coefficients ``c`` are those of `kbwf.expand`. The default basis is not that of
+    the reconstruction, so that no experiment commits an inverse crime.
 
     Parameters
     ----------
     volume
-        Voxel values of the map; the images have its side.
+        Voxel values of the map, of shape ``(n, n, n)``; the images have its side.
     poses
         Poses of the particles.
     basis, psf
-        The window that the map is expanded in; an optional point-spread function.
+        The window in which the map is expanded, and an optional point-spread function.
     batch_size
-        Particles at a time; see `spatial.project`.
+        Number of particles that are processed at a time, see `spatial.project`.
+
+    Returns
+    -------
+    Images of shape ``(P, n, n)``.
     """
     footprint = spatial.footprint(basis, psf)
     coefficients = kbwf.expand(basis, volume)
@@ -232,14 +256,14 @@ def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:
        \sum_{p=1}^P \|g'_p\|_2^2
 
     The power is *per pixel*. ``SNR_data`` as printed in section IV-A lacks the division
-    by the ``m^2`` pixels of an image, but its -14.2 dB is that of a noise that hides
-    the particle, which only the power per pixel is.
+    by the ``m^2`` pixels of an image; but only with the power per pixel does its
+    -14.2 dB describe the visible noise of the paper's images.
     """
     return noise_std_of_power(jnp.mean(images**2), snr_db)
 
 
 def noise_std_of_power(power: Scalar, snr_db: float | Scalar) -> Scalar:
-    """Return the noise level of `noise_std`, from the mean power of a clean pixel."""
+    """Return the noise level of `noise_std` from the mean power of the clean pixels."""
     return jnp.sqrt(power) * 10 ** (-snr_db / 20)
 
 
@@ -250,16 +274,16 @@ def add_noise(key: PRNGKeyArray, images: Images, sigma: float | Scalar) -> Image
 
 @eqx.filter_jit
 def blur(volume: Volume, width: float) -> Volume:
-    r"""Low-pass a map by a Gaussian, :math:`\hat V(\omega)\, e^{-s^2 |\omega|^2 / 2}`.
+    r"""Blur a map by a Gaussian, :math:`\hat V(\omega)\, e^{-s^2 |\omega|^2 / 2}`.
 
     The authors' released code starts from the true map blurred by ``s = 4`` voxels.
 
-    ``width`` is the standard deviation ``s`` in voxels. The map is taken to be zero
+    ``width`` is the standard deviation ``s`` in voxels. The map is regarded as zero
     outside its box, which is padded by ``4 s``; the Gaussian is neglected beyond.
     Raises `InputError` if ``width`` is negative.
     """
     if width < 0:
-        raise InputError(f"The blur is {width} voxels wide; 0 or more is wanted.")
+        raise InputError(f"width must be at least 0 voxels, got {width}")
     n = volume.shape[0]
     size = n + math.ceil(4 * width)
 
@@ -277,13 +301,13 @@ def _pseudo_atoms(
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, "atoms 3"], Float32[Array, " atoms"]]:
     """Return the phantom's atoms ``(x, y, z)`` in box sides, centred, and weights."""
-    place = jnp.linspace(0, 1, _BASE_PAIRS, dtype=jnp.float32)
+    positions = jnp.linspace(0, 1, _BASE_PAIRS, dtype=jnp.float32)
     keys = jax.random.split(key, len(_DOMAINS))
     chains = [
         _confined_chain(chain_key, radius) + jnp.array([centre], jnp.float32)
         for chain_key, (centre, radius) in zip(keys, _DOMAINS, strict=True)
     ]
-    points = jnp.concatenate([jax.vmap(_base_pair)(place).reshape(-1, 3), *chains])
+    points = jnp.concatenate([jax.vmap(_base_pair)(positions).reshape(-1, 3), *chains])
     pairs = jnp.tile(jnp.array(_PAIR_WEIGHTS, jnp.float32), _BASE_PAIRS)
     residues = jnp.ones(len(points) - len(pairs), jnp.float32)
     weights = jnp.concatenate([pairs, residues])
@@ -291,15 +315,15 @@ def _pseudo_atoms(
     return points * (_ATOMS_WITHIN / jnp.linalg.norm(points, axis=1).max()), weights
 
 
-def _base_pair(place: Float32[Array, ""]) -> Float32[Array, "5 3"]:
-    """Return the atoms across the helix at a place in [0, 1] of its bent axis."""
+def _base_pair(position: Float32[Array, ""]) -> Float32[Array, "5 3"]:
+    """Return the atoms across the helix at a position in [0, 1] along its axis."""
 
     def centre_line(u):
         angle, radius = -5.8 * u, 0.48 + 0.28 * u
         height = -0.45 + 0.6 * u + 0.2 * jnp.sin(5 * u)
         return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle), height])
 
-    centre, tangent = jax.jvp(centre_line, (place,), (jnp.ones_like(place),))
+    centre, tangent = jax.jvp(centre_line, (position,), (jnp.ones_like(position),))
     tangent = tangent / jnp.linalg.norm(tangent)
     across = jnp.cross(tangent, centre)
     across = across / jnp.linalg.norm(across)
@@ -309,12 +333,12 @@ def _base_pair(place: Float32[Array, ""]) -> Float32[Array, "5 3"]:
         side = jnp.cos(phase) * outwards + jnp.sin(phase) * across
         return centre + _HELIX_RADIUS * side
 
-    turn = 2 * math.pi * _BASE_PAIRS / _BASE_PAIRS_PER_TURN * place
+    turn = 2 * math.pi * _BASE_PAIRS / _BASE_PAIRS_PER_TURN * position
     return jnp.linspace(strand(turn), strand(turn + _GROOVE_ANGLE), len(_PAIR_WEIGHTS))
 
 
 def _confined_chain(key: PRNGKeyArray, radius: float) -> Float32[Array, "residues 3"]:
-    """Walk at random inside a ball about 0; steps that leave it are folded back."""
+    """Return a random walk in a ball around 0; steps out of it are reflected."""
     count = round(_RESIDUES_PER_VOLUME * 4 / 3 * math.pi * radius**3)
     steps = jax.random.normal(key, (count, 3), jnp.float32)
     steps = steps * (_CHAIN_STEP / jnp.linalg.norm(steps, axis=1, keepdims=True))

@@ -1,12 +1,12 @@
-r"""Point groups: the rotations that leave a map as it is.
+r"""Point groups: the rotations that leave a map unchanged.
 
 A map is symmetric if :math:`V(Sx) = V(x)` for the operators ``S`` of a group. The poses
-``R`` and ``R S`` then show the same image, and in Fourier space the slice of ``R`` is
+``R`` and ``R S`` then give the same image, and in Fourier space the slice of ``R`` is
 also that of every ``R S``.
 
-Groups have RELION's names and orientations, which the tests compare with what
-``relion_refine --print_symmetry_ops`` prints. Axes are (x, y, z), and
-:math:`\varphi` is the golden ratio:
+Groups have RELION's names and orientations, which the tests compare with the output of
+``relion_refine --print_symmetry_ops``. Axes are (x, y, z), and :math:`\varphi` is the
+golden ratio:
 
 =======  ===============  ==================================
 group    first axis       second axis
@@ -31,7 +31,7 @@ from jaxtyping import Float
 from jaxrefine.errors import InputError
 
 _GOLDEN = (1 + math.sqrt(5)) / 2
-_SAME = 1e-6
+_SAME = 1e-6  # Matrices this close are equal: entries of group elements differ by more.
 _Z = (0.0, 0.0, 1.0)
 # Order and direction of two axes that generate the group.
 _POLYHEDRAL = {
@@ -46,7 +46,7 @@ _POLYHEDRAL = {
 
 
 def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
-    """Return the rotations of a point group, the identity first.
+    """Return the rotation matrices of a point group, the identity first.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
         If there is no such group.
     """
     elements = [np.eye(3)]
-    generators = [_turn(*axis) for axis in _axes(group)]
-    for element in elements:  # which grows until products give nothing new
+    generators = [_rotation(*axis) for axis in _axes(group)]
+    for element in elements:  # The list grows until no product is a new element.
         for generator in generators:
             product = element @ generator
             if np.abs(np.array(elements) - product).max(axis=(1, 2)).min() > _SAME:
@@ -72,18 +72,17 @@ def _axes(group: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
     """Return the axes that generate a group."""
     if group in _POLYHEDRAL:
         return _POLYHEDRAL[group]
-    found = re.fullmatch("([CD])([1-9][0-9]?)", group)
-    if found is None:
+    match = re.fullmatch("([CD])([1-9][0-9]?)", group)
+    if match is None:
         raise InputError(
-            "symmetry wants to be C1 to C99, D1 to D99, T, O, I or I1 to I4, not "
-            f"{group!r}"
+            f"symmetry must be C1 to C99, D1 to D99, T, O, I or I1 to I4, got {group!r}"
         )
-    main = (int(found[2]), _Z)
-    return (main, (2, (1.0, 0.0, 0.0))) if found[1] == "D" else (main,)
+    main_axis = (int(match[2]), _Z)
+    return (main_axis, (2, (1.0, 0.0, 0.0))) if match[1] == "D" else (main_axis,)
 
 
-def _turn(order: int, axis: tuple[float, float, float]) -> Float[np.ndarray, "3 3"]:
-    """Return the rotation by one step of an axis, by Rodrigues' formula."""
+def _rotation(order: int, axis: tuple[float, float, float]) -> Float[np.ndarray, "3 3"]:
+    """Return the rotation by one step about an axis, by Rodrigues' formula."""
     x, y, z = np.array(axis) / np.linalg.norm(axis)
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     angle = 2 * math.pi / order

@@ -232,12 +232,12 @@ def test_dataset_is_what_its_parts_make(dtype):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"volume": jnp.zeros((8, 8, 9))}, "is 8 x 8 x 9; a cube is wanted"),
-        ({"count": 0}, "0 particles were asked for; at least 1"),
-        ({"max_shift": -1.0}, "shift is -1.0 pixels; 0 or more"),
-        ({"max_angle_error": -0.1}, "angle error is -0.1; 0 or more"),
-        ({"snr_db": 0.0}, "Exactly one of sigma and snr_db"),
-        ({"sigma": None}, "Exactly one of sigma and snr_db"),
+        ({"volume": jnp.zeros((8, 8, 9))}, "must be a cube, got 8 x 8 x 9"),
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"max_shift": -1.0}, "max_shift must be at least 0 pixels, got -1.0"),
+        ({"max_angle_error": -0.1}, "max_angle_error must be at least 0, got -0.1"),
+        ({"snr_db": 0.0}, "one of sigma and snr_db must be given, got both"),
+        ({"sigma": None}, "one of sigma and snr_db must be given, got neither"),
     ],
 )
 def test_unusable_parameters_are_named(change, sentence):
@@ -253,7 +253,7 @@ def test_unusable_parameters_are_named(change, sentence):
 
 
 def test_small_boxes_and_negative_blurs_are_refused():
-    with pytest.raises(InputError, match="box is 15 voxels"):
+    with pytest.raises(InputError, match="n must be at least 16 .* got 15"):
         simulate.phantom(KEY, 15)
-    with pytest.raises(InputError, match="blur is -1.0 voxels"):
+    with pytest.raises(InputError, match="width must be at least 0 voxels, got -1.0"):
         simulate.blur(jnp.zeros((4, 4, 4)), -1.0)

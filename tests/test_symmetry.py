@@ -70,5 +70,5 @@ def test_equivalent_hypotheses_are_one():
 
 @pytest.mark.parametrize("name", ["", "C", "C0", "C100", "D", "I5", "c4", "T1", "S4"])
 def test_what_is_no_group(name):
-    with pytest.raises(InputError, match=f"^symmetry wants to be C1 .* not '{name}'$"):
+    with pytest.raises(InputError, match=f"^symmetry must be C1 .* got '{name}'$"):
         symmetry.operators(name)

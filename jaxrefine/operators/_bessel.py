@@ -1,6 +1,6 @@
 r"""Modified Bessel functions, scaled so that they are entire.
 
-Everything a Kaiser-Bessel window needs is a value of
+All functions that a Kaiser-Bessel window needs are values of
 
 .. math:: \Lambda_\nu(s) = z^{-\nu} I_\nu(z), \qquad s = z^2,
 
@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from jax.scipy.special import i0e, i1e
 from jaxtyping import Array, Float
 
+# With 20 terms the power series is exact to double precision for |s| <= 16, where the
+# recurrences would lose accuracy by cancellation.
 _SERIES_BELOW = 16.0
 _SERIES_TERMS = 20
 
 
 def _series(order: float, s: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Power series of Lambda_order, exact to double precision for ``|s| <= 16``."""
+    """Sum the power series of Lambda_order, accurate for ``|s| <= 16``."""
     total = jnp.zeros_like(s)
     for k in reversed(range(_SERIES_TERMS)):
         coefficient = 0.5**order * 0.25**k / math.gamma(k + 1)
@@ -35,13 +37,17 @@ def _series(order: float, s: Float[Array, "..."]) -> Float[Array, "..."]:
     return total
 
 
-def _climb(below, start, first: float, order: float, s):
-    """Recurrence Lambda_{v+1} = (Lambda_{v-1} - 2 v Lambda_v) / s up to ``order``."""
-    current = first
+def _climb(below, value, value_order: float, order: float, s):
+    """Recur Lambda_{v+1} = (Lambda_{v-1} - 2 v Lambda_v) / s up to ``order``.
+
+    Source: DLMF 10.29.1. ``below`` and ``value`` have the orders ``value_order - 1``
+    and ``value_order``.
+    """
+    current = value_order
     while current < order:
-        below, start = start, (below - 2.0 * current * start) / s
+        below, value = value, (below - 2.0 * current * value) / s
         current += 1.0
-    return start
+    return value
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -53,17 +59,18 @@ def half_integer(n: int, s: Float[Array, "..."]) -> Float[Array, "..."]:
     n
         At least -1. ``n = 0`` is :math:`\sqrt{2/\pi}\,\sinh(z)/z`.
     s
-        Squared argument; negative values give the oscillating Bessel function J.
+        Squared argument ``z**2``; negative values give the oscillating Bessel function
+        J.
     """
     near_zero = jnp.abs(s) < _SERIES_BELOW
     safe = jnp.where(near_zero, _SERIES_BELOW, s)
     z = jnp.sqrt(jnp.abs(safe))
-    grows = safe > 0
-    # The operand of cosh is cut where s < 0: there z may be large enough to overflow.
-    z_growing = jnp.where(grows, z, 0.0)
+    positive = safe > 0
+    # The operand of cosh is 0 where s < 0: there z may be large enough to overflow.
+    z_positive = jnp.where(positive, z, 0.0)
     scale = math.sqrt(2.0 / math.pi)
-    even = scale * jnp.where(grows, jnp.cosh(z_growing), jnp.cos(z))
-    odd = scale * jnp.where(grows, jnp.sinh(z_growing), jnp.sin(z)) / z
+    even = scale * jnp.where(positive, jnp.cosh(z_positive), jnp.cos(z))
+    odd = scale * jnp.where(positive, jnp.sinh(z_positive), jnp.sin(z)) / z
     if n == -1:
         closed = even
     else:
@@ -81,8 +88,8 @@ def _half_integer_jvp(n, primals, tangents):
 def integer(n: int, s: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""Return :math:`\Lambda_n(s)` for ``n >= 0`` and ``s >= 0``.
 
-    Orders 0 and 1 come from JAX, higher ones from the recurrence, and the power
-    series takes over near zero.
+    Orders 0 and 1 come from JAX, higher ones from the recurrence. Near zero the power
+    series is used.
     """
     near_zero = s < _SERIES_BELOW
     safe = jnp.where(near_zero, _SERIES_BELOW, s)

@@ -1,4 +1,7 @@
-"""Products of complex numbers, real part by real part: no type is promoted."""
+"""Products of complex numbers by their real and imaginary parts.
+
+No type is promoted, and a real factor is not converted to a complex one first.
+"""
 
 import jax
 from jaxtyping import Array, Complex, Float

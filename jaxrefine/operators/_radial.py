@@ -1,8 +1,8 @@
-"""A radial function of compact support as a Chebyshev series.
+"""Radial functions of compact support as Chebyshev series.
 
-It returns values together with *its own exact* derivatives, so that a cost built on it
-and the gradient built on it agree to rounding, however accurately it represents the
-function that it was made from.
+A series returns values together with *its own exact* derivatives, so that a cost and
+its gradient agree to rounding, however accurately the series represents the function
+that it was made from.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,24 @@ from numpy.polynomial import chebyshev
 
 from jaxrefine.errors import InputError
 
-_MAX_DEGREE = 400
+_MAX_DEGREE = 400  # Footprints of smooth windows need a few dozen terms.
 
 
 class RadialSeries(eqx.Module):
     """A radial function of compact support, as a Chebyshev series in ``r**2``.
 
     A smooth isotropic function is a smooth function of the squared radius, so a few
-    dozen terms hold it to rounding. Evaluating them is arithmetic alone, which every
-    device does much faster than looking up a table, and there is no singularity at
-    the centre.
+    dozen terms represent it to rounding. Their evaluation needs arithmetic only, which
+    every device does much faster than looking up a table, and has no singularity at the
+    centre.
+
+    Attributes
+    ----------
+    coefficients, slope_coefficients
+        Chebyshev coefficients of the function and of its derivative with respect to the
+        squared radius.
+    radius
+        Support radius in pixels.
     """
 
     coefficients: Float[Array, "terms"]
@@ -49,10 +57,11 @@ class RadialSeries(eqx.Module):
 def _clenshaw(coefficients: Float[Array, "terms"], x: Float[Array, "..."]):
     """Sum a Chebyshev series at points of [-1, 1] by Clenshaw's recurrence."""
     coefficients = coefficients.astype(x.dtype)
-    ahead = further = jnp.zeros_like(x)
+    next_sum = second_next_sum = jnp.zeros_like(x)
     for k in range(coefficients.shape[0] - 1, 0, -1):
-        ahead, further = 2.0 * x * ahead - further + coefficients[k], ahead
-    return x * ahead - further + coefficients[0]
+        current = 2.0 * x * next_sum - second_next_sum + coefficients[k]
+        next_sum, second_next_sum = current, next_sum
+    return x * next_sum - second_next_sum + coefficients[0]
 
 
 def radial_series(
@@ -67,8 +76,8 @@ def radial_series(
     radius
         Support radius; the function is taken as zero outside.
     tolerance
-        Terms below this fraction of the largest are cut from the series' end. The
-        error that remains is of the order of the tolerance.
+        Terms at the end of the series below this fraction of the largest are dropped.
+        The remaining error is of the order of the tolerance.
 
     Raises
     ------
@@ -76,15 +85,16 @@ def radial_series(
         If 400 terms do not reach the tolerance.
     """
 
-    def of_node(node: Any) -> Any:
+    def at_node(node: Any) -> Any:
         return function(radius * np.sqrt(np.maximum(node + 1, 0) / 2))
 
-    series = chebyshev.chebinterpolate(of_node, _MAX_DEGREE)
-    large = np.flatnonzero(np.abs(series) > tolerance * np.abs(series).max())
-    if large[-1] == _MAX_DEGREE:
+    series = chebyshev.chebinterpolate(at_node, _MAX_DEGREE)
+    significant = np.flatnonzero(np.abs(series) > tolerance * np.abs(series).max())
+    if significant[-1] == _MAX_DEGREE:
         raise InputError(
-            f"{_MAX_DEGREE} terms of a series do not reach the tolerance {tolerance:g}."
+            f"tolerance must be one that {_MAX_DEGREE} terms of a series reach, got "
+            f"{tolerance:g}"
         )
-    series = series[: max(large[-1] + 1, 2)]
+    series = series[: max(significant[-1] + 1, 2)]
     slope = chebyshev.chebder(series) * (2 / radius**2)
     return RadialSeries(jnp.asarray(series), jnp.asarray(slope), radius)

@@ -1,8 +1,8 @@
-"""A function of the plane as a cubic spline on a grid.
+"""Functions of the plane as cubic splines on a grid.
 
-It returns values together with *its own exact* derivatives, so that a cost built on it
-and the gradient built on it agree to rounding, however accurately it represents the
-function that it was made from.
+A spline returns values together with *its own exact* derivatives, so that a cost and
+its gradient agree to rounding, however accurately the spline represents the function
+that it was made from.
 """
 
 import equinox as eqx
@@ -13,9 +13,19 @@ from jaxtyping import Array, Float, Int
 class Spline2D(eqx.Module):
     """A function of the plane as a cubic B-spline on a square grid.
 
-    Twice continuously differentiable. A smooth function is held with an error of the
-    fourth order in the spacing, its gradient of the third. Beyond the grid it continues
-    the value at the first nodes, so a grid should extend to where it vanishes.
+    It is twice continuously differentiable. The error of a smooth function is of fourth
+    order in the spacing of the nodes, and that of its gradient of third order (Unser,
+    IEEE Signal Process. Mag. 16, 1999). Beyond the grid, the spline has the value of
+    the first nodes, so a grid should extend to where the function vanishes.
+
+    Attributes
+    ----------
+    coefficients
+        B-spline coefficients, indexed ``[y, x]``.
+    nodes_per_pixel
+        Nodes of the grid per pixel.
+    origin
+        Index of the node at the coordinate 0 along each axis.
     """
 
     coefficients: Float[Array, "grid grid"]
@@ -31,10 +41,10 @@ class Spline2D(eqx.Module):
     def value_and_gradient(self, x: Float[Array, "..."], y: Float[Array, "..."]):
         """Evaluate the function and its derivatives with respect to x and y.
 
-        The derivative of a cubic spline is the quadratic spline of its coefficients'
-        differences. Its having coefficients of its own matters for speed: the three
+        The derivative of a cubic spline is the quadratic spline of the differences of
+        its coefficients. Separate arrays of coefficients matter for speed: the three
         results share no memory access, so XLA fuses each into one loop instead of
-        writing all shared intermediates out (a factor of 5 on a CPU).
+        writing all shared intermediates to memory (a factor of 5 on a CPU).
         """
         row, cubic_y, quadratic_y = self._locate(y)
         column, cubic_x, quadratic_x = self._locate(x)
@@ -48,7 +58,7 @@ class Spline2D(eqx.Module):
         )
 
     def _locate(self, position: Float[Array, "..."]):
-        """Find the first node under a point, the cubic and the quadratic weights."""
+        """Return the first node under a point, and the cubic and quadratic weights."""
         last = self.coefficients.shape[0] - 3.0
         position = position * self.nodes_per_pixel + self.origin
         inside = (position >= 1.0) & (position < last)
@@ -91,6 +101,7 @@ def _tensor_product(
 def spline_prefilter(size: int, dtype) -> Float[Array, "size"]:
     """Return the DFT of the cubic B-spline sampled at the integers.
 
-    Dividing a spectrum by it (along each axis) turns samples into coefficients.
+    Dividing a spectrum by it, along each axis, turns samples into B-spline coefficients
+    (Unser 1999).
     """
     return (2.0 + jnp.cos(2 * jnp.pi / size * jnp.arange(size, dtype=dtype))) / 3.0

@@ -1,13 +1,14 @@
-r"""Lattice points near a line: which voxels a footprint of finite radius can touch.
+r"""Lattice points near a line: the voxels that a footprint of finite radius can touch.
 
 A footprint of radius ``r`` centred on the image point ``y`` meets the voxel ``k`` only
-if :math:`\|M k - y\| < r`: a tube around a line in the viewing direction. Along the
-direction's dominant axis the tube crosses every lattice plane in an ellipse that fits
-a square window of fixed size, so sums over a tube cost O(n r^2) and have static
-shapes.
+if :math:`\|M k - y\| < r`: a tube around a line in the viewing direction. The tube
+crosses every lattice plane perpendicular to the direction's dominant axis in an ellipse
+that fits a square window of fixed size, so sums over a tube cost O(n r^2) and have
+static shapes.
 
-To walk along any axis with one piece of code, an array is held in the three cyclic
-orders of its axes (:func:`cyclic_copies`), and a rotation's columns are cycled alike.
+An array is stored in the three cyclic orders of its axes (:func:`cyclic_copies`), and
+the columns of a rotation are cycled in the same way, so that the same code visits the
+planes of any axis.
 """
 
 import math
@@ -46,7 +47,7 @@ def viewing_line(rotation: Float[Array, "3 3"]) -> Line:
 
 
 def uncycle(line: Line, columns: Float[Array, "2 3"]) -> Float[Array, "2 3"]:
-    """Bring the columns of a matrix from a line's cycled order back to x, y, z."""
+    """Reorder the columns of a matrix from a line's cycled order to x, y, z."""
     order = (jnp.arange(2, 5, dtype=line.axis.dtype) - line.axis) % 3
     return columns[:, order]
 
@@ -63,15 +64,15 @@ def cyclic_copies(array: Volume) -> Float[Array, "3 n n n"]:
 
 
 def merge_copies(copies: Float[Array, "3 n n n"]) -> Volume:
-    """Sum three accumulators in cyclic orders: the adjoint of ``cyclic_copies``."""
+    """Sum three accumulators in cyclic orders: the adjoint of :func:`cyclic_copies`."""
     return copies[0].transpose(1, 2, 0) + copies[1].transpose(2, 0, 1) + copies[2]
 
 
 def window_size(radius: float) -> int:
-    """Side of a window that covers the tube's ellipse in any plane.
+    """Return the side of a window that covers the tube's ellipse in any plane.
 
-    The ellipse reaches ``r * sqrt(1 - d_v**2) / d_w`` along the axis ``u`` (for the
-    direction ``d``, ``w`` dominant), at most ``sqrt(2) r``.
+    Along the axis ``u``, the ellipse extends by ``r * sqrt(1 - d_v**2) / d_w`` (for the
+    direction ``d`` with the dominant component ``w``), which is at most ``sqrt(2) r``.
     """
     return math.floor(2 * math.sqrt(2) * radius) + 1
 
@@ -83,23 +84,23 @@ def window_corner(
     plane: Float[Array, "..."],
     radius: float,
 ) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
-    """First lattice point ``(u, v)`` of the window around a line in given planes.
+    """Return the first lattice point ``(u, v)`` of the window around a line in planes.
 
     The line is the set of ``k`` with ``M k = (x, y)``; ``plane`` is the coordinate
     along the dominant axis. The three broadcast against each other.
     """
-    foot = [line.projection[0, j] * x + line.projection[1, j] * y for j in range(3)]
-    along = (plane - foot[2]) / line.direction[2]
+    base = [line.projection[0, j] * x + line.projection[1, j] * y for j in range(3)]
+    distance = (plane - base[2]) / line.direction[2]
     reach = math.sqrt(2) * radius
     u, v = (
-        jnp.ceil(foot[j] + along * line.direction[j] - reach).astype(jnp.int32)
+        jnp.ceil(base[j] + distance * line.direction[j] - reach).astype(jnp.int32)
         for j in range(2)
     )
     return u, v
 
 
 def window_span(first: Int[Array, "..."], side: int, dtype) -> Float[Array, "... side"]:
-    """Coordinates along one side of windows, given their first lattice points."""
+    """Return the coordinates along a side of windows, given their first points."""
     span = jnp.arange(side, dtype=dtype)
     return first.astype(dtype)[..., None] + jnp.expand_dims(span, range(first.ndim))
 
@@ -110,6 +111,6 @@ def project_lattice(
     v: Float[Array, "..."],
     w: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Apply ``M`` to points given by broadcastable coordinates, in full precision."""
+    """Apply ``M`` to points given by coordinates that broadcast, in full precision."""
     x, y = (row[0] * u + row[1] * v + row[2] * w for row in projection)
     return x, y

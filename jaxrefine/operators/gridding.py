@@ -5,13 +5,13 @@ r"""The spectrum of a volume at any frequency, and its adjoint.
 with ``k`` counted from the origin ``n // 2`` and frequencies ``xi = (x, y, z)`` in
 cycles per box. :class:`Gridding` is pure XLA and runs on any device: one oversampled
 FFT per volume, then a sum over ``width**3`` samples per frequency (Fessler and Sutton,
-IEEE Trans. Signal Process. 51, 2003). :class:`Finufft` calls ``jax-finufft``: exact to
-a tolerance of one's choice, and the faster adjoint on a CPU.
+IEEE Trans. Signal Process. 51, 2003). :class:`Finufft` calls ``jax-finufft``, which is
+accurate to a chosen tolerance, and whose adjoint is faster on a CPU.
 
-Why the code below looks as it does: XLA runs an interpolation as one parallel loop
-that writes no intermediates, several times faster than anything else it can do, if
-the sum over the samples ends in an operation that it will not compute twice, and if
-no two such sums can be seen to read the same samples. See
+The structure of the code below is dictated by speed. XLA runs an interpolation as one
+parallel loop that writes no intermediates, several times faster than any alternative,
+if two conditions hold: the sum over the samples ends in an operation that XLA does not
+compute twice, and XLA cannot tell that two such sums read the same samples. See
 :meth:`Spectrum._finish` and :meth:`Spectrum._zero`.
 """
 
@@ -34,14 +34,15 @@ Frequencies = tuple[
 ]
 """The coordinates ``x``, ``y``, ``z`` of frequencies, or of directions among them."""
 
-_MOST = 2**31 - 1  # samples of a grid, whose places are 32-bit integers
+_MOST_SAMPLES = 2**31 - 1  # Samples of a grid are indexed by 32-bit integers.
 
 
 @dataclass(frozen=True)
 class _Lattice:
-    """The samples kept of an oversampled spectrum: a half space, a band, a margin.
+    """The samples of an oversampled spectrum that are kept.
 
-    ``x`` runs from ``-below`` and ``y``, ``z`` from ``-reach``, all up to ``reach``.
+    They are those of a half space up to the band limit, with a margin for the window:
+    ``x`` runs from ``-below``, ``y`` and ``z`` from ``-reach``, all up to ``reach``.
     """
 
     box: int
@@ -69,13 +70,14 @@ class _Lattice:
     def samples(self, volume: Volume) -> Complex[Array, "z y x"]:
         """Return the samples of the corrected volume's spectrum.
 
-        Axis by axis, so that only what is kept is transformed along the next.
+        The axes are transformed one by one, so that only samples that are kept are
+        transformed along the next axis.
         """
         factor = _window.correction(self.width, self.size, self.box)
         half = self.size // 2 + 1
         side = np.arange(-self.reach, self.reach + 1)
         depth = np.arange(-self.below, self.reach + 1)
-        # What lies beyond the grid's last frequency is the period's other end.
+        # Frequencies beyond the grid's last one continue at the period's other end.
         wrapped = (depth + self.size // 2) % self.size - self.size // 2
         values = volume
         for axis, frequencies in enumerate((np.arange(half), side, side)):
@@ -86,49 +88,50 @@ class _Lattice:
             values = values[..., frequencies % self.size]
             values = values * jnp.asarray(turn[None, None], values.dtype)
             values = jnp.moveaxis(values, -1, 0)
-        # A real volume: the other half space is the mirror image's conjugate.
+        # For a real volume, the other half space is the conjugate of the mirror image.
         direct = values[..., np.abs(wrapped)]
         mirrored = wrapped[None, None] < 0
         return jnp.where(mirrored, jnp.conj(direct[::-1, ::-1]), direct)
 
     def locate(self, points: Frequencies):
-        """Return the first sample under each point, its place, and the side it is on.
+        """Return the first sample under each point, its positions, and its side.
 
-        The side is -1 where the point was mirrored into the half space.
+        The positions, one for each axis, are those of the point between the samples.
+        The side is -1 where the point was mirrored into the half space, otherwise 1.
         """
         x, y, z = points
         side = jnp.where(x < 0, -1, 1).astype(x.dtype)
         origins = (self.below, self.reach, self.reach)
-        first, places = [], []
+        first, positions = [], []
         for coordinate, origin in zip((x, y, z), origins, strict=True):
-            position = coordinate * side * self.ratio + (origin + 1 - self.width / 2)
-            cell = jnp.floor(position)
+            sample = coordinate * side * self.ratio + (origin + 1 - self.width / 2)
+            cell = jnp.floor(sample)
             first.append(cell.astype(jnp.int32))
-            places.append(position - cell - 0.5)
+            positions.append(sample - cell - 0.5)
         _, rows, columns = self.shape
         index = (first[2] * rows + first[1]) * columns + first[0]
-        return index, places, side
+        return index, positions, side
 
     def offset(self, a: int, b: int, c: int) -> int:
-        """Return how far in memory the sample ``(z, y, x) = (a, b, c)`` is."""
+        """Return the offset in memory of the sample ``(z, y, x) = (a, b, c)``."""
         _, rows, columns = self.shape
         return (a * rows + b) * columns + c
 
-    def weights(self, place: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    def weights(self, position: Float[Array, "..."]) -> list[Float[Array, "..."]]:
         """Return the weights of the samples along an axis."""
-        return _window.weights(self.width, self.ratio, place)
+        return _window.weights(self.width, self.ratio, position)
 
-    def slopes(self, place: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    def slopes(self, position: Float[Array, "..."]) -> list[Float[Array, "..."]]:
         """Return the derivatives of the weights, per cycle per box."""
-        slopes = _window.slopes(self.width, self.ratio, place)
+        slopes = _window.slopes(self.width, self.ratio, position)
         return [self.ratio * slope for slope in slopes]
 
 
 class Spectrum(eqx.Module):
     """The interpolated spectrum of a volume, made by :meth:`Gridding.spectrum`.
 
-    A function of the frequency, of which the derivatives below are the exact ones. The
-    frequencies must lie within ``r_max`` cycles per box.
+    It is a function of the frequency; its derivatives are exact for the interpolated
+    function. Frequencies must lie within ``r_max`` cycles per box.
     """
 
     _samples: Complex[Array, "z y x"]
@@ -158,13 +161,25 @@ class Spectrum(eqx.Module):
     def value_and_slopes(
         self, points: Frequencies, directions: tuple[Frequencies, ...]
     ) -> tuple[Complex[Array, "*p"], ...]:
-        """Evaluate the spectrum and its derivatives along directions."""
-        index, places, side = self._lattice.locate(points)
-        weights = [self._lattice.weights(place) for place in places]
+        """Evaluate the spectrum and its derivatives along directions.
+
+        Parameters
+        ----------
+        points
+            Frequencies in cycles per box.
+        directions
+            For each derivative, the direction at every point.
+
+        Returns
+        -------
+        The values, then the derivatives along each direction.
+        """
+        index, positions, side = self._lattice.locate(points)
+        weights = [self._lattice.weights(position) for position in positions]
         (value,) = self._sum(index + self._zero(0), [_products(weights)])
         results = [self._finish(value.real, side * value.imag)]
         for i, direction in enumerate(directions):
-            rows = self._sloping(places, side, direction)
+            rows = self._slope_products(positions, side, direction)
             (slope,) = self._sum(index + self._zero(1 + i), [rows])
             results.append(self._finish(slope.real, side * slope.imag))
         return tuple(results)
@@ -177,52 +192,55 @@ class Spectrum(eqx.Module):
     ) -> tuple[Float[Array, "*p"], Float[Array, "*p"]]:
         r"""Return :math:`\Re(\bar v\, \partial_d \hat c)` along two directions ``d``.
 
-        The two share one loop over the samples.
+        Both are computed in one loop over the samples.
         """
-        index, places, side = self._lattice.locate(points)
-        rows = [self._sloping(places, side, direction) for direction in directions]
+        index, positions, side = self._lattice.locate(points)
+        rows = [
+            self._slope_products(positions, side, direction) for direction in directions
+        ]
         slopes = self._sum(index + self._zero(1), rows)
         real, imaginary = values.real, values.imag * side
-        both = [real * slope.real + imaginary * slope.imag for slope in slopes]
-        packed = self._finish(both[0], both[1])
+        products = [real * slope.real + imaginary * slope.imag for slope in slopes]
+        packed = self._finish(products[0], products[1])
         return packed.real, packed.imag
 
     def _zero(self, entry: int) -> Int[Array, ""]:
-        """Return 0, in a way that XLA cannot know; differently for every entry.
+        """Return a 0 that XLA cannot foresee, computed differently for every entry.
 
-        Two sums that read the same samples would share the reads, and write them all
-        to memory.
+        Otherwise two sums that read the same samples would share the reads, and write
+        them all to memory.
         """
         probe = self._samples[0, entry, 0].real
         return (probe != probe).astype(jnp.int32)
 
     def _finish(self, real, imaginary) -> Complex[Array, "*p"]:
-        """Make a complex number, by an operation that XLA will not repeat.
+        """Make a complex number by an operation that XLA does not repeat.
 
-        A division by one that XLA cannot know. Were the last operation a cheap one,
-        then XLA would repeat it for everyone who uses the result, and so on backwards
-        to the reading of the samples, which it would write out one by one.
+        The operation is a division by a 1 that XLA cannot foresee. If the last
+        operation was a cheap one, XLA would repeat it for every use of the result, and
+        so on backwards to the reads of the samples, which it would write to memory one
+        by one.
         """
         probe = self._samples[0, 0, 0].real
         unit = 1 + (probe != probe).astype(self.dtype)
-        one = jax.lax.complex(unit, jnp.zeros_like(unit))
-        return jax.lax.complex(real, imaginary) / one
+        divisor = jax.lax.complex(unit, jnp.zeros_like(unit))
+        return jax.lax.complex(real, imaginary) / divisor
 
-    def _sloping(self, places, side, direction: Frequencies):
+    def _slope_products(self, positions, side, direction: Frequencies):
         """Return the weights of the samples in the derivative along a direction."""
-        (wx, wy, wz) = (self._lattice.weights(place) for place in places)
-        (sx, sy, sz) = (self._lattice.slopes(place) for place in places)
+        (wx, wy, wz) = (self._lattice.weights(position) for position in positions)
+        (sx, sy, sz) = (self._lattice.slopes(position) for position in positions)
         dx, dy, dz = (side * component for component in direction)
 
         def row(a, b):
-            along = wz[a] * wy[b] * dx
-            across = wz[a] * (sy[b] * dy) + (sz[a] * dz) * wy[b]
-            return [along * s + across * w for s, w in zip(sx, wx, strict=True)]
+            by_x = wz[a] * wy[b] * dx
+            by_yz = wz[a] * (sy[b] * dy) + (sz[a] * dz) * wy[b]
+            return [by_x * s + by_yz * w for s, w in zip(sx, wx, strict=True)]
 
         return row
 
     def _sum(self, index, rows):
-        """Sum the samples with each of several sets of weights."""
+        """Return the sums over the samples, one for each set of weights."""
         width = self._lattice.width
         flat = self._samples.reshape(-1)
         totals = [jnp.zeros(index.shape, flat.dtype) for _ in rows]
@@ -240,7 +258,7 @@ class Spectrum(eqx.Module):
 
 
 def _products(weights):
-    """Return the weights of a row of samples: the products along the axes."""
+    """Return the function of a row's weights: products of the weights of each axis."""
 
     def row(a, b):
         factor = weights[2][a] * weights[1][b]
@@ -260,8 +278,8 @@ class Gridding(eqx.Module):
     width
         Number of samples along an axis, from 2 to 8.
     oversampling
-        The least size of the grid over that of the box, from 1.1 to 4. (The grid's
-        size is the next even one that the FFT likes.)
+        Minimum size of the grid over the size of the box, from 1.1 to 4. (The size is
+        rounded up to an even number of which the FFT is fast.)
 
     Raises
     ------
@@ -273,25 +291,25 @@ class Gridding(eqx.Module):
     oversampling: float = eqx.field(static=True, default=1.75)
 
     def __check_init__(self):
-        whole = isinstance(self.width, int) and 2 <= self.width <= 8
-        if not (whole and 1.1 <= self.oversampling <= 4):
+        valid_width = isinstance(self.width, int) and 2 <= self.width <= 8
+        if not (valid_width and 1.1 <= self.oversampling <= 4):
             raise InputError(
-                "gridding wants a whole width from 2 to 8 and an oversampling from 1.1 "
-                f"to 4, not width={self.width}, oversampling={self.oversampling}"
+                "gridding must have a whole width from 2 to 8 and an oversampling from "
+                f"1.1 to 4, got width={self.width}, oversampling={self.oversampling}"
             )
 
     @eqx.filter_jit
     def spectrum(self, volume: Volume, r_max: int) -> Spectrum:
         """Prepare a volume's spectrum for frequencies up to ``r_max`` cycles per box.
 
-        The shape of the result depends on ``r_max`` (and on the box) alone.
+        The shape of the result depends only on ``r_max`` and the box.
 
         Parameters
         ----------
         volume
             The volume, of side ``n``.
         r_max
-            Largest frequency, from 1 to ``n // 2``.
+            Largest frequency in cycles per box, from 1 to ``n // 2``.
 
         Raises
         ------
@@ -309,22 +327,26 @@ class Gridding(eqx.Module):
 
         .. math:: c[k] = \Re \sum_j v_j\, e^{2\pi i\, \xi_j\cdot k / n}
 
-        It is the adjoint to rounding of the interpolated spectrum, for the inner
+        It is the adjoint of the interpolated spectrum to rounding, for the inner
         product :math:`\Re \sum_j \bar v_j\, \hat c(\xi_j)`.
 
         Parameters
         ----------
         points
-            Frequencies ``xi``, cycles per box, none beyond ``r_max``.
+            Frequencies ``xi`` in cycles per box, none beyond ``r_max``.
         values
-            What to insert there.
+            Values ``v`` to insert there.
         n, r_max
-            Side of the volume, and the largest frequency, as for `spectrum`; errors
-            are raised as there.
+            Side of the volume, and the largest frequency, as for `spectrum`.
+
+        Raises
+        ------
+        InputError
+            If ``r_max`` is out of range, or the grid has too many samples.
         """
         lattice = self._lattice(n, r_max)
-        index, places, side = lattice.locate(points)
-        wx, wy, wz = (jnp.stack(lattice.weights(place)) for place in places)
+        index, positions, side = lattice.locate(points)
+        wx, wy, wz = (jnp.stack(lattice.weights(position)) for position in positions)
         mirrored = jax.lax.complex(values.real, values.imag * side)
         taps = np.indices((self.width,) * 3).reshape(3, -1).T
         offsets = [lattice.offset(*tap) for tap in taps.tolist()]
@@ -333,8 +355,8 @@ class Gridding(eqx.Module):
             (a, b, c), offset = tap
             weight = wz[a] * wy[b] * wx[c]
             update = jax.lax.complex(mirrored.real * weight, mirrored.imag * weight)
-            where = samples.at[index + offset]
-            return where.add(update, mode="promise_in_bounds"), None
+            target = samples.at[index + offset]
+            return target.add(update, mode="promise_in_bounds"), None
 
         blank = jnp.zeros(math.prod(lattice.shape), values.dtype)
         taps = (jnp.asarray(taps, jnp.int32), jnp.asarray(offsets, jnp.int32))
@@ -348,17 +370,18 @@ class Gridding(eqx.Module):
 
         if not 1 <= r_max <= box // 2:
             raise InputError(
-                f"a box of side {box} has frequencies from 1 to {box // 2} cycles per "
-                f"box; r_max={r_max} is not one of them"
+                f"r_max must be from 1 to {box // 2} cycles per box for a box of side "
+                f"{box}, got {r_max}"
             )
-        least = math.ceil(self.oversampling * box / 2)
-        half: int = next_fast_len(least)  # pyright: ignore[reportAssignmentType]
+        minimum = math.ceil(self.oversampling * box / 2)
+        half: int = next_fast_len(minimum)  # pyright: ignore[reportAssignmentType]
         lattice = _Lattice(box, r_max, self.width, 2 * half)
-        if math.prod(lattice.shape) > _MOST:
+        if math.prod(lattice.shape) > _MOST_SAMPLES:
             raise InputError(
-                f"a box of side {box} up to {r_max} cycles per box wants a grid of "
-                f"{' x '.join(map(str, lattice.shape))} samples; at most {_MOST} can "
-                "be counted by integers of 32 bits, so crop or bin the images"
+                f"the grid must have at most {_MOST_SAMPLES} samples, which 32-bit "
+                f"integers can index, got {' x '.join(map(str, lattice.shape))} for a "
+                f"box of side {box} up to {r_max} cycles per box; crop or bin the "
+                "images"
             )
         return lattice
 
@@ -366,13 +389,13 @@ class Gridding(eqx.Module):
 class Finufft(eqx.Module):
     """The adjoint of the spectrum by the non-uniform FFT of ``jax-finufft``.
 
-    There is no spectrum by it: ``jax-finufft`` 1.3 cannot be mapped over by
-    ``jax.vmap`` with JAX 0.10, which `slices.project` does.
+    It offers no spectrum, because `slices.project` needs ``jax.vmap``, which
+    ``jax-finufft`` 1.3 does not support with JAX 0.10.
 
     Parameters
     ----------
     tolerance
-        Relative accuracy, no less than the rounding of the numbers used.
+        Relative accuracy, not below the rounding error of the numbers' type.
 
     Raises
     ------
@@ -389,44 +412,44 @@ class Finufft(eqx.Module):
         self, points: Frequencies, values: Complex[Array, "*p"], n: int, r_max: int
     ) -> Volume:
         """Insert values into a volume: see :meth:`Gridding.adjoint`."""
-        del r_max  # The grid is finufft's own.
+        del r_max  # finufft chooses its own grid.
         total = _jax_finufft().nufft1(
             (n, n, n),
             values.reshape(-1),
             *_radians(points, n),
             iflag=1,
             eps=self.tolerance,
-            # Several threads add up in any order, and no run would repeat another.
+            # Several threads would sum in any order, and runs would not be repeatable.
             opts=_jax_finufft().options.Opts(nthreads=1),  # pyright: ignore
         )
         return total.real
 
 
 def _radians(points: Frequencies, n: int) -> list[Float[Array, "..."]]:
-    """Return frequencies as finufft wants them: flat, radians, slowest axis first."""
+    """Return frequencies in finufft's form: flat, in radians, slowest axis first."""
     return [(2 * math.pi / n) * axis.reshape(-1) for axis in points[::-1]]
 
 
 def _jax_finufft():
-    """Import the package, which not every platform has."""
+    """Import the package, which is not available on every platform."""
     try:
         import jax_finufft
     except ImportError as error:
         raise InputError(
-            "jax-finufft is wanted and is not installed; pip install jax-finufft, or "
-            "use Gridding, which needs no other package"
+            "Finufft needs the package jax-finufft, which is not installed; install it "
+            "by pip install jax-finufft, or use Gridding, which needs no other package"
         ) from error
     return jax_finufft
 
 
 Insertion = Gridding | Finufft
-"""What can insert slices into a volume."""
+"""The methods of inserting slices into a volume."""
 
 
 def default_insertion() -> Insertion:
-    """Return the faster way to insert slices on the default device.
+    """Return the faster method of inserting slices on the default device.
 
-    ``jax-finufft`` on a CPU where it is installed, else gridding.
+    It is ``jax-finufft`` on a CPU if that is installed, otherwise gridding.
     """
     installed = importlib.util.find_spec("jax_finufft") is not None
     return Finufft() if installed and jax.default_backend() == "cpu" else Gridding()

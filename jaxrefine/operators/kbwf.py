@@ -2,9 +2,10 @@ r"""The Kaiser-Bessel window function (KBWF), the basis of the density map.
 
 The map is :math:`V(x) = \sum_k c[k]\,\varphi(x - k)`, eq. (2), with the isotropic,
 compactly supported window :math:`\varphi` of eq. (3). Its X-ray transform does not
-depend on the direction and is known in closed form, which is what makes poses
-differentiable. All functions below are smooth in the *squared* radius, so values and
-derivatives are safe at the centre and at the edge of the support.
+depend on the direction and is known in closed form, so that projections are
+differentiable with respect to the poses. All functions below are smooth in the
+*squared* radius, so values and derivatives are finite at the centre and at the edge of
+the support.
 
 Sources: the paper's eqs. (3), (23), (24); R. M. Lewitt, "Multidimensional digital
 image representations using generalized Kaiser-Bessel window functions", JOSA A 7
@@ -28,16 +29,16 @@ from jaxrefine.operators._radial import RadialSeries, radial_series
 class KBWF(eqx.Module):
     """Parameters of the window: support radius, taper and order.
 
-    The defaults are the paper's (section IV-C). They are static: a basis is chosen
-    once, and tables are built from it.
+    The defaults are the paper's (section IV-C). The parameters are static: a basis is
+    chosen once, and tables are built from it.
 
     Parameters
     ----------
     radius
-        Support radius ``a``, in voxels, positive and finite.
+        Support radius ``a`` in voxels, positive and finite.
     taper
-        Window taper ``alpha``, from 5 (below, the window has a visible edge) to 80
-        (above, single precision overflows).
+        Window taper ``alpha``, from 5 (with a smaller one the window has a visible
+        edge) to 80 (with a larger one single precision overflows).
     order
         Order ``m`` of the Bessel function, from 1 to 6.
 
@@ -52,11 +53,11 @@ class KBWF(eqx.Module):
     order: int = eqx.field(static=True, default=2)
 
     def __check_init__(self):
-        whole = isinstance(self.order, int) and 1 <= self.order <= 6
-        if not (0 < self.radius < math.inf and 5 <= self.taper <= 80 and whole):
+        valid_order = isinstance(self.order, int) and 1 <= self.order <= 6
+        if not (0 < self.radius < math.inf and 5 <= self.taper <= 80 and valid_order):
             raise InputError(
-                "a Kaiser-Bessel window wants a positive radius, a taper from 5 to 80 "
-                "and a whole order from 1 to 6, not "
+                "a Kaiser-Bessel window must have a positive radius, a taper from 5 to "
+                "80 and a whole order from 1 to 6, got "
                 f"radius={self.radius}, taper={self.taper}, order={self.order}"
             )
 
@@ -70,16 +71,17 @@ class KBWF(eqx.Module):
 
 SIMULATION_BASIS = KBWF(radius=2.0, taper=10.8)
 """A narrower window for simulating data, so that no experiment reconstructs in the
-basis that made its images. Radius as in the authors' code, taper as in ref. [13]."""
+basis of its images. The radius is that of the authors' code, the taper that of ref.
+[13]."""
 
 
 def _height(basis: KBWF, squared_radius: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``beta_a(r)**2 = 1 - (r/a)**2``, negative outside the support."""
+    """Return ``beta_a(r)**2 = 1 - (r/a)**2``, negative outside the support."""
     return 1.0 - squared_radius / basis.radius**2
 
 
 def _half_power(height: Float[Array, "..."], n: int) -> Float[Array, "..."]:
-    """``height ** (n + 1/2)``, zero for negative heights, differentiable at zero."""
+    """Return ``height ** (n + 1/2)``, zero for negative heights, smooth at zero."""
     inside = height > 0
     return jnp.where(inside, height**n * jnp.sqrt(jnp.where(inside, height, 1.0)), 0.0)
 
@@ -97,7 +99,7 @@ def window(basis: KBWF, points: Points3) -> Float[Array, "*batch"]:
     basis
         The window's parameters.
     points
-        Points ``(x, y, z)`` in voxels.
+        Points ``(x, y, z)`` in voxels, of shape ``(*batch, 3)``.
     """
     height = _height(basis, jnp.sum(points**2, axis=-1))
     clipped = jnp.maximum(height, 0.0)
@@ -111,7 +113,8 @@ def xray_transform(basis: KBWF, points: Points2) -> Float[Array, "*batch"]:
     .. math:: P(\varphi)(y) = a A\, \beta_a(\|y\|)^{m+1/2}
        I_{m+1/2}(\alpha\beta_a(\|y\|)), \quad A = \sqrt{2\pi/\alpha} / I_m(\alpha)
 
-    It is the same for every direction. ``points`` are ``(x, y)`` in pixels.
+    It is the same for every direction. ``points`` are ``(x, y)`` in pixels, of shape
+    ``(*batch, 2)``.
     """
     m, alpha = basis.order, basis.taper
     height = _height(basis, jnp.sum(points**2, axis=-1))
@@ -153,7 +156,7 @@ def fourier_transform(
 
 
 def _sampled_transfer(basis: KBWF, size: int, dtype) -> Float[Array, "f f h"]:
-    """Transfer function on a periodic grid of the window sampled at the integers."""
+    """Return the DFT on a periodic grid of the window sampled at the integers."""
     reach = math.ceil(basis.radius)
     offsets = jnp.arange(-reach, reach + 1)
     points = jnp.stack(jnp.meshgrid(offsets, offsets, offsets, indexing="ij"), axis=-1)
@@ -168,7 +171,8 @@ def _sampled_transfer(basis: KBWF, size: int, dtype) -> Float[Array, "f f h"]:
 def evaluate(basis: KBWF, coefficients: Volume) -> Volume:
     """Sample the map on the voxel grid: ``V[j] = sum_k c[k] phi(j - k)``, eq. (2).
 
-    Exact, by one zero-padded FFT convolution.
+    The sum is exact, computed by one zero-padded FFT convolution. Coefficients of shape
+    ``(n, n, n)`` give a map of the same shape.
     """
     n = coefficients.shape[0]
     size = n + math.ceil(basis.radius)
@@ -187,16 +191,17 @@ def evaluate_moved(
 ) -> Volume:
     """Sample the map after a rigid motion: ``V(G (x - d))`` at the voxels ``x``.
 
-    Exact, from the coefficients: no second interpolation blurs the map.
+    The map is computed exactly from its coefficients, so that no second interpolation
+    blurs it.
 
     Parameters
     ----------
     basis
         The window's parameters.
     coefficients
-        Coefficients of the map.
+        Coefficients of the map, of shape ``(n, n, n)``.
     rotation, translation
-        The motion ``G`` and ``d`` (in voxels) of `evaluation.align_poses`.
+        The motion ``G`` and ``d``, in voxels, of `evaluation.align_poses`.
     """
 
     def profile(radii: np.ndarray) -> np.ndarray:
@@ -222,13 +227,13 @@ def _sum_windows(series: RadialSeries, coefficients, rotation, translation) -> V
     def at_point(point):
         first = jnp.ceil(point - series.radius).astype(jnp.int32)
         corner = jnp.clip(first + n // 2 + side, 0, n + side)
-        near = jax.lax.dynamic_slice(padded, corner[::-1], (side,) * 3)
+        neighbours = jax.lax.dynamic_slice(padded, corner[::-1], (side,) * 3)
         start = (corner - n // 2 - side).astype(dtype) - point
         dx, dy, dz = (span + start[i] for i in range(3))
         squared = (
             dz[:, None, None] ** 2 + dy[None, :, None] ** 2 + dx[None, None, :] ** 2
         )
-        return jnp.sum(near * series(squared))
+        return jnp.sum(neighbours * series(squared))
 
     def plane(z):
         k = [
@@ -242,20 +247,21 @@ def _sum_windows(series: RadialSeries, coefficients, rotation, translation) -> V
 
 @eqx.filter_jit
 def expand(basis: KBWF, volume: Volume, regularisation: float = 1e-4) -> Volume:
-    """Find coefficients whose map has the given voxel values, the inverse of (2).
+    """Return coefficients whose map has the given voxel values, the inverse of (2).
 
-    A Tikhonov-regularised deconvolution of ``volume`` by the sampled window, on a
-    grid padded by its radius. Where the window's response, relative to that at
-    frequency zero, is ``h``, a fraction ``1 / (1 + h**2 / regularisation)`` of the map
-    is lost: for the paper's window and the default weight 1e-7 at the centre, 14 % at
-    Nyquist along an axis, and all of it in the corners of the Fourier cube.
+    This is a Tikhonov-regularised deconvolution of ``volume`` by the sampled window, on
+    a grid padded by its radius. At a frequency where the window's response, relative to
+    that at frequency zero, is ``h``, a fraction ``1 / (1 + h**2 / regularisation)`` of
+    the map is lost. For the paper's window and the default weight, that is 1e-4 at
+    frequency zero, 4 % at Nyquist along an axis, and all of it in the corners of the
+    Fourier cube.
 
     Parameters
     ----------
     basis
         The window's parameters.
     volume
-        Voxel values.
+        Voxel values, of shape ``(n, n, n)``.
     regularisation
         Tikhonov weight, relative to the squared response at frequency zero.
     """

@@ -3,18 +3,18 @@ r"""The normal operator: :math:`H^T H` as a convolution, by FFT.
 .. math:: H^T H\, c = w(\Theta) * c, \qquad
    w(\Theta)[k] = \sum_p (\psi * \psi^\vee)(M_{\theta_p} k) \quad\text{(eqs. 31, 32)}
 
-Each term is supported in a tube of radius ``2a`` around the viewing direction, and
+The support of each term is a tube of radius ``2a`` around the viewing direction, and
 only that tube is visited.
 
-Exactness: a convolution by construction, and equal to :math:`H^T H` where the sum over
+The operator is a convolution by construction. It equals :math:`H^T H` if the sum over
 pixels equals the integral and the projections lie inside the images. At unit pixel
 spacing the two differ by up to 1.5e-3 of the kernel's peak for the paper's window;
-what a map projects beyond the images' edge is counted here although no pixel sees it.
-The volume update and the pose update use the same kernel, so the joint cost is one
-function.
+projections beyond the edge of the images count here, although no pixel sees them. The
+volume update and the pose update use the same kernel, so they minimise the same joint
+cost.
 
-The transfer (the kernel's DFT on the padded grid) is *not* non-negative although the
-operator is positive semi-definite: it is never clipped nor divided by.
+The transfer, the kernel's DFT on the padded grid, is *not* non-negative, although the
+operator is positive semi-definite. It must be neither clipped nor divided by.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class TubeSamples(eqx.Module):
-    """A lattice function read along viewing tubes: three padded cyclic copies.
+    """An even lattice function, stored for sums over viewing tubes.
 
-    The function is even, so only the half-space of planes ``w >= 0`` is kept.
+    It is stored as three padded copies in cyclic orders of the axes. Because the
+    function is even, only the half space of planes ``w >= 0`` is kept.
     """
 
     copies: Float[Array, "3 planes side side"]
@@ -43,7 +44,7 @@ class TubeSamples(eqx.Module):
 
 
 def _half_weights(planes: int, dtype) -> Float[Array, "planes 1 1"]:
-    """Count every plane of the half-space twice, except the one through zero."""
+    """Return the weights of the planes ``w >= 0``: 2, but 1 for the plane ``w = 0``."""
     return jnp.full((planes, 1, 1), 2.0, dtype).at[0].set(1.0)
 
 
@@ -57,7 +58,7 @@ def tube_samples(even: Float[Array, "k k k"], radius: float) -> TubeSamples:
 
 
 def _tube_windows(rotation, planes: int, side: int, radius: float):
-    """Locate the tube's window in every plane, and the image points of its lattice.
+    """Return the tube's window in every plane, and the image points of its lattice.
 
     Returns the line, the corners as indices into a padded array of the given side,
     and the coordinates u, v, w and x, y of the window's points.
@@ -103,7 +104,7 @@ def sum_over_tube_and_gradient(
 
 
 def _gather(samples: TubeSamples, radius: float, rotation):
-    """Read a lattice function in the tube's windows, counted over both halves."""
+    """Read a lattice function in the tube's windows, weighted for both half spaces."""
     _, planes, side, _ = samples.copies.shape
     line, (u0, v0), lattice, points = _tube_windows(rotation, planes, side, radius)
     window = _tube.window_size(radius)
@@ -135,7 +136,8 @@ def kernel(footprint: Footprint, rotations: Rotations, n: int) -> Float[Array, "
 
     Returns
     -------
-    The kernel on ``[-(n-1), n-1]**3``, indexed ``[z, y, x]``, zero at the middle.
+    The kernel on ``[-(n-1), n-1]**3``, indexed ``[z, y, x]``; the displacement 0 is at
+    the middle.
     """
     series = footprint.autocorrelation
     window = _tube.window_size(series.radius)
@@ -148,8 +150,8 @@ def kernel(footprint: Footprint, rotations: Rotations, n: int) -> Float[Array, "
         def add_plane(total, window_of_plane):
             plane, v, u, values = window_of_plane
             start = (line.axis, plane, v, u)
-            here = jax.lax.dynamic_slice(total, start, (1, 1, window, window))
-            return jax.lax.dynamic_update_slice(total, here + values, start), None
+            current = jax.lax.dynamic_slice(total, start, (1, 1, window, window))
+            return jax.lax.dynamic_update_slice(total, current + values, start), None
 
         values = series(x**2 + y**2)[:, None, None]
         return jax.lax.scan(add_plane, total, (planes, v0, u0, values))
@@ -157,14 +159,14 @@ def kernel(footprint: Footprint, rotations: Rotations, n: int) -> Float[Array, "
     blank = jnp.zeros((3, n, side, side), rotations.dtype)
     half, _ = jax.lax.scan(add_particle, blank, rotations)
     half = half[:, :, window:-window, window:-window]
-    whole = jnp.concatenate([half[:, :0:-1, ::-1, ::-1], half], axis=1)
-    return _tube.merge_copies(whole)
+    full = jnp.concatenate([half[:, :0:-1, ::-1, ::-1], half], axis=1)
+    return _tube.merge_copies(full)
 
 
 def padded_size(n: int) -> int:
-    """Return the side of the grid that holds a linear convolution of side ``n``.
+    """Return the side of a grid that holds a linear convolution of side ``n``.
 
-    The next size of at least ``2n`` that is even and that the FFT likes.
+    It is an even number of at least ``2n`` for which the FFT is fast.
     """
     from scipy.fft import next_fast_len  # slow to import
 
@@ -197,7 +199,8 @@ def apply_normal(transfer: Float[Array, "f f h"], coefficients: Volume) -> Volum
     """
     n, size = coefficients.shape[0], transfer.shape[0]
     spectrum = jnp.fft.rfftn(coefficients, s=(size,) * 3)
-    # Written out: a cast of the real transfer to complex would move twice the memory.
+    # The product is written out, because converting the real transfer to a complex one
+    # would move twice the memory.
     spectrum = jax.lax.complex(spectrum.real * transfer, spectrum.imag * transfer)
     return jnp.fft.irfftn(spectrum, s=(size,) * 3)[:n, :n, :n]
 
@@ -205,7 +208,7 @@ def apply_normal(transfer: Float[Array, "f f h"], coefficients: Volume) -> Volum
 def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
     r"""Return :math:`(c * c^\vee)[k] = \sum_j c[j + k]\, c[j]` on ``[-(n-1), n-1]**3``.
 
-    It turns every particle's quadratic term into a sum over a tube:
+    With it, every particle's quadratic term is a sum over a tube:
     :math:`c^T (w(\theta) * c) = \sum_k w(\theta)[k]\,(c * c^\vee)[k]`.
     """
     n = coefficients.shape[0]
@@ -218,16 +221,32 @@ def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
 
 
 def circulant_eigenvalues(kernel: Float[Array, "k k k"]) -> Float[Array, "n n g"]:
-    """Return the spectrum of the circulant nearest to the normal operator.
+    r"""Return the eigenvalues of the circulant nearest to the normal operator.
 
-    T. Chan's optimal circulant (SIAM J. Sci. Stat. Comput. 9, 1988): the kernel times
-    the fraction of index pairs that are that far apart, folded to period ``n``. It
-    inherits positive definiteness, which the transfer does not have.
+    This is T. Chan's optimal circulant, nearest in the Frobenius norm (SIAM J. Sci.
+    Stat. Comput. 9, 1988), along all three axes. Its kernel is that of the operator
+    times the fraction of pairs of voxels that have this displacement, folded to the
+    period ``n``:
+
+    .. math:: \tilde w[k] = \sum_{j \in k + n \mathbb{Z}^3} w[j]
+       \prod_{i=1}^3 \Bigl(1 - \frac{|j_i|}{n}\Bigr), \qquad |j_i| < n.
+
+    It inherits the positive definiteness of the operator, which the transfer does not
+    have.
+
+    Parameters
+    ----------
+    kernel
+        Kernel ``w`` on ``[-(n-1), n-1]**3``.
+
+    Returns
+    -------
+    The eigenvalues in the layout of ``rfftn``, of shape ``(n, n, n // 2 + 1)``.
     """
     n = (kernel.shape[0] + 1) // 2
     fraction = 1.0 - jnp.abs(jnp.arange(-(n - 1), n, dtype=kernel.dtype)) / n
-    share = jnp.einsum("z,y,x->zyx", *[fraction] * 3, precision=_HIGHEST)
-    weighted = kernel * share
+    overlap = jnp.einsum("z,y,x->zyx", *[fraction] * 3, precision=_HIGHEST)
+    weighted = kernel * overlap
     index = jnp.arange(-(n - 1), n) % n
     folded = jnp.zeros((n, n, n), kernel.dtype)
     folded = folded.at[jnp.ix_(index, index, index)].add(weighted)
@@ -239,8 +258,16 @@ def circulant_inverse(
 ) -> Callable[[Volume], Volume]:
     r"""Return a preconditioner for :math:`H^T H + \rho L^T L + s I`.
 
-    The inverse of the circulant sum of the three, its spectrum kept above a thousandth
-    of the largest eigenvalue.
+    It is the inverse of the circulant approximation of the sum. Eigenvalues below a
+    thousandth of the largest one are raised to it, so that the preconditioner does not
+    amplify frequencies that hardly any image has measured.
+
+    Parameters
+    ----------
+    eigenvalues
+        Of the circulant nearest to ``H^T H``, see :func:`circulant_eigenvalues`.
+    rho, shift
+        Weights of ``L^T L``, the discrete Laplacian, and of the identity.
     """
     n = eigenvalues.shape[0]
     phase = 2 * jnp.pi / n * jnp.arange(n, dtype=eigenvalues.dtype)

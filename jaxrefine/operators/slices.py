@@ -1,16 +1,17 @@
-r"""The slice projector: images by the central-slice theorem, for production.
+r"""The slice projector: images by the central-slice theorem, for production use.
 
 .. math:: \hat g_p(\omega) = h_p(\omega)\, \hat\varphi(\omega)\,
    \hat c(R_p^T (\omega, 0))\, e^{-2\pi i\, \omega\cdot t_p / m}
 
-Images are held by their Fourier coefficients on a :class:`Disc` of the half plane:
-frequencies ``omega = (x, y)`` in cycles per box of side ``m``, ``|omega| <= r_max``,
-counted from the image's origin ``m // 2``. The volume has the side of the images. What
-the images and the spatial projector know beyond ``r_max`` or Nyquist is absent here,
-and a particle pushed over the image's edge comes back on the other side.
+Images are represented by their Fourier coefficients on a :class:`Disc` of the half
+plane: frequencies ``omega = (x, y)`` in cycles per box of side ``m``, with
+``|omega| <= r_max``. Phases are relative to the image's origin, the pixel ``m // 2``.
+The volume has the side of the images. Unlike in images and in the spatial projector,
+there are no frequencies beyond ``r_max`` or Nyquist, and a particle that is shifted
+over the image's edge reappears on the other side.
 
-The interpolated spectrum's derivatives are exact, hence so are the gradients here.
-Functions of one particle take its data, rotation and shift; use
+The derivatives of the interpolated spectrum are exact, and therefore the gradients
+here. Functions of one particle take its data, rotation and shift; use
 :func:`jaxrefine._batching.map_over_particles` for many, about a hundred at a time.
 """
 
@@ -43,13 +44,19 @@ class Disc(eqx.Module):
     frequencies
         ``(x, y)`` in cycles per box; one of each pair ``omega``, ``-omega``.
     multiplicity
-        How many frequencies of the plane each stands for: 2, or 1 at the origin.
+        Number of frequencies of the plane that each one stands for: 2, or 1 at the
+        origin.
     envelope
-        Fourier transform of the volume's basis function there; 1 for voxels.
+        Fourier transform of the volume's basis function at each frequency; 1 for
+        voxels.
     rows, columns
-        Where they are in the result of ``rfft2``.
+        Indices of the frequencies in the result of ``rfft2``.
     shells
         Radii rounded to whole cycles per box.
+    image_size
+        Side ``m`` of the images in pixels.
+    r_max
+        Radius of the disc in cycles per box.
     """
 
     frequencies: Float[Array, "k 2"]
@@ -81,22 +88,22 @@ def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
     r_max
         Largest frequency in cycles per box, below Nyquist, ``m / 2``.
     basis
-        Basis of the volume's coefficients; without one they are voxel values.
+        Basis of the volume's coefficients; without one, they are voxel values.
 
     Raises
     ------
     InputError
-        If the radius is not between 1 and the last below Nyquist.
+        If ``r_max`` is not from 1 to the last frequency below Nyquist.
     """
     last = (image_size - 1) // 2
     if not 1 <= r_max <= last:
         raise InputError(
-            f"images of side {image_size} want r_max from 1 to {last} cycles per box, "
-            f"not {r_max}"
+            f"r_max must be from 1 to {last} cycles per box for images of side "
+            f"{image_size}, got {r_max}"
         )
     y, x = np.mgrid[-r_max : r_max + 1, 0 : r_max + 1]
-    once = (x > 0) | (y >= 0)
-    inside = (x**2 + y**2 <= r_max**2) & once
+    in_half_plane = (x > 0) | (y >= 0)
+    inside = (x**2 + y**2 <= r_max**2) & in_half_plane
     x, y = x[inside], y[inside]
     radius = np.hypot(x, y)
     envelope = jnp.ones(len(x))
@@ -117,10 +124,10 @@ def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
 
 
 def bucket(r_max: int, image_size: int) -> int:
-    """Round a radius down to one of fourteen, so that few programs need compiling.
+    """Round a radius down to one of fourteen, so that few programs are compiled.
 
-    The largest is the last below Nyquist; each is about 0.8 of the next. A radius below
-    all of them stays as it is.
+    The largest of these radii is the last frequency below Nyquist; each is about 0.8 of
+    the next. A radius below all of them is returned unchanged.
     """
     last = (image_size - 1) // 2
     radii = [math.ceil(last * 0.8**step) for step in range(14)]
@@ -132,27 +139,28 @@ def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:
 
     .. math:: \hat g(\omega) = \sum_j g[j]\, e^{-2\pi i\, \omega\cdot j / m},
 
-    ``j`` counted from the origin ``m // 2``.
+    with ``j`` counted from the origin ``m // 2``. Images have the shape ``(P, m, m)``.
 
     Raises
     ------
     InputError
-        If the images are not of the disc's side.
+        If the images do not have the side of the disc.
     """
     if images.shape[-1] != disc.image_size:
         raise InputError(
-            f"this disc wants images of side {disc.image_size}, not {images.shape[-1]}"
+            f"images must have the disc's side of {disc.image_size} pixels, got "
+            f"{images.shape[-1]}"
         )
     centred = jnp.fft.ifftshift(images, axes=(-2, -1))
     return jnp.fft.rfft2(centred)[:, disc.rows, disc.columns]
 
 
 def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
-    """Return the images that have these coefficients, and none beyond the disc."""
+    """Return the images that have these coefficients on the disc, and 0 beyond it."""
     m = disc.image_size
     plane = jnp.zeros((len(spectra), m, m // 2 + 1), spectra.dtype)
     plane = plane.at[:, disc.rows, disc.columns].set(spectra)
-    # The column x = 0 holds both of a pair.
+    # The column x = 0 holds both frequencies of each conjugate pair.
     edge = plane[:, :, 0]
     mirror = jnp.conj(jnp.roll(edge[:, ::-1], 1, axis=1))
     plane = plane.at[:, :, 0].set(jnp.where(np.arange(m) > m // 2, mirror, edge))
@@ -161,40 +169,48 @@ def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
 
 
 def disc_axes(disc: Disc, dtype) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
-    """Return the disc's frequencies, x and y."""
+    """Return the x and y coordinates of the disc's frequencies."""
     return disc.frequencies[:, 0].astype(dtype), disc.frequencies[:, 1].astype(dtype)
 
 
 def on_plane(
     disc: Disc, rotation: Float[Array, "3 3"]
 ) -> tuple[Frequencies, Frequencies, Frequencies]:
-    r"""Place the disc in the volume's spectrum, :math:`R^T (\omega, 0)`.
+    r"""Return the disc's points in the volume's spectrum, :math:`R^T (\omega, 0)`.
 
-    Also returns the plane's normal :math:`R^T (0, 0, 1)`, and the derivative of the
-    points as the particle turns about the beam, :math:`R^T (\omega_y, -\omega_x, 0)`.
+    Also return the plane's normal :math:`R^T (0, 0, 1)`, and the derivative of the
+    points with respect to an in-plane rotation of the particle,
+    :math:`R^T (\omega_y, -\omega_x, 0)`.
     """
     x, y = disc_axes(disc, rotation.dtype)
     right, down, beam = rotation
     points = tuple(right[i] * x + down[i] * y for i in range(3))
     normal = tuple(jnp.full_like(x, 1) * beam[i] for i in range(3))
-    turning = tuple(right[i] * y - down[i] * x for i in range(3))
-    return points, normal, turning  # pyright: ignore[reportReturnType]
+    tangent = tuple(right[i] * y - down[i] * x for i in range(3))
+    return points, normal, tangent  # pyright: ignore[reportReturnType]
 
 
 def phases(disc: Disc, shift: Float[Array, "2"]) -> Complex[Array, "k"]:
-    r"""Return :math:`e^{-2\pi i\, \omega\cdot t / m}`: it moves an image by ``t``."""
+    r"""Return :math:`e^{-2\pi i\, \omega\cdot t / m}`, the phases of a shift ``t``."""
     x, y = disc_axes(disc, shift.dtype)
     angle = (-2 * math.pi / disc.image_size) * (x * shift[0] + y * shift[1])
     return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
 def check_spectrum(disc: Disc, spectrum: Spectrum) -> None:
-    """Refuse the spectrum of a volume that images on a disc cannot be compared with."""
+    """Check that a volume's spectrum covers the disc of the images.
+
+    Raises
+    ------
+    InputError
+        If the volume does not have the side of the images, or its spectrum does not
+        extend to the radius of the disc.
+    """
     if spectrum.box != disc.image_size or spectrum.r_max < disc.r_max:
         raise InputError(
-            f"images of side {disc.image_size} up to {disc.r_max} cycles per box want "
-            "the spectrum of a volume of that side up to that frequency, not of side "
-            f"{spectrum.box} up to {spectrum.r_max}"
+            f"the spectrum must be that of a volume of side {disc.image_size} up to at "
+            f"least {disc.r_max} cycles per box, got side {spectrum.box} up to "
+            f"{spectrum.r_max}"
         )
 
 
@@ -213,17 +229,17 @@ def project(
     spectrum
         Spectrum of the coefficients ``c``.
     disc, poses
-        Frequencies of the images, and where the particles are.
+        Frequencies of the images, and poses of the particles.
     transfer
-        Contrast transfer function of every particle on the disc; without it, 1.
+        Contrast-transfer function of every particle on the disc; 1 if not given.
     batch_size
-        Particles at a time.
+        Number of particles that are processed at a time.
 
     Raises
     ------
     InputError
-        If the spectrum is not that of a volume of the images' side up to the disc's
-        radius, or there is no particle.
+        If the volume does not have the side of the images, if its spectrum does not
+        extend to the radius of the disc, or if there are no particles.
     """
     check_spectrum(disc, spectrum)
 
@@ -238,7 +254,7 @@ def project(
 
 
 def slice_gain(disc: Disc, transfer: Float[Array, "k"] | None, dtype):
-    """Return what a slice is multiplied by: the transfer function and the basis'."""
+    """Return the factors of a slice: transfer function times the basis' envelope."""
     envelope = disc.envelope.astype(dtype)
     return envelope if transfer is None else transfer * envelope
 
@@ -254,28 +270,35 @@ def backproject(
 ) -> Volume:
     r"""Back-project images given by their spectra: ``H(Theta, T)^T g``.
 
-    The adjoint of :func:`project` for the images' inner product (see
-    :attr:`Disc.quadrature`), so that it agrees with the spatial projector's.
+    This is the adjoint of :func:`project` for the inner product of the images (see
+    :attr:`Disc.quadrature`), so that it agrees with that of the spatial projector.
 
     Parameters
     ----------
     insertion
-        The way to insert slices, such as `gridding.default_insertion()`.
+        The method of inserting slices, such as `gridding.default_insertion()`.
     spectra, disc, poses
-        Spectra of the images, their frequencies, and where the particles are.
+        Spectra of the images, their frequencies, and poses of the particles.
     weights
-        Real factors of the spectra: the transfer function, for the adjoint of a
-        projection with one; divided by the noise's variance, for a weighted cost.
+        Real factors of the spectra: the transfer function for the adjoint of a
+        projection with one, divided by the variance of the noise for a weighted cost.
     batch_size
-        Particles at a time.
+        Number of particles that are processed at a time.
+
+    Returns
+    -------
+    The volume, of the side of the images.
 
     Raises
     ------
     InputError
-        If there are not as many poses as images, or none of them.
+        If there is not one pose for each image, or if there are no images.
     """
     if len(spectra) != len(poses):
-        raise InputError(f"{len(spectra)} images want as many poses, not {len(poses)}")
+        raise InputError(
+            f"there must be one pose for each of {len(spectra)} images, got "
+            f"{len(poses)}"
+        )
     dtype = spectra.real.dtype
 
     def slice_of(particle):
@@ -298,19 +321,28 @@ def normal_kernel(
     weights: Float[Array, "particles k"] | None = None,
     batch_size: int = 512,
 ) -> Float[Array, "side side side"]:
-    r"""Return the convolution kernel of the normal operator, as `normal.kernel` does.
+    r"""Return the convolution kernel of the normal operator, like `normal.kernel`.
 
     .. math:: w[j] = \sum_{p,k} q_k\, a_{pk}\, \hat\varphi_k^2
        \cos(2\pi\, \xi_{pk}\cdot j / m)
 
-    with the disc's quadrature ``q`` and the weights ``a``. It is exact: the adjoint of
-    a projection, times the weights, times the projection. (`normal.transfer` makes the
-    transfer that `normal.apply_normal` takes, and the preconditioner is made of the
-    kernel, too.)
+    with the quadrature ``q`` of the disc and the weights ``a``. The convolution is
+    exactly the projection, followed by the weights and the adjoint of the projection.
+    (`normal.transfer` makes the transfer for `normal.apply_normal` from the kernel, and
+    `normal.circulant_eigenvalues` the preconditioner.)
 
-    The weights are squared transfer functions, or these over the noise's variance; the
-    other parameters are those of :func:`backproject`. The kernel is on
-    ``[-(m-1), m-1]**3``, indexed ``[z, y, x]``, zero at the middle.
+    Parameters
+    ----------
+    insertion, disc, poses, batch_size
+        As for :func:`backproject`.
+    weights
+        Squared transfer functions, divided by the variance of the noise for a weighted
+        cost.
+
+    Returns
+    -------
+    The kernel on ``[-(m-1), m-1]**3``, indexed ``[z, y, x]``; the displacement 0 is at
+    the middle.
     """
     dtype = poses.rotations.dtype
 
@@ -334,11 +366,11 @@ def _insert(
     size: tuple[int, int],
     batch_size: int,
 ) -> Volume:
-    """Insert the particles' slices into a volume of some side and ``r_max``."""
+    """Insert the slices of particles into a volume of the given side and ``r_max``."""
 
-    def insert_batch(some, new):
-        points, values = jax.vmap(slice_of)(some)
-        values = scaled(new[:, None].astype(values.real.dtype), values)
+    def insert_batch(batch, is_new):
+        points, values = jax.vmap(slice_of)(batch)
+        values = scaled(is_new[:, None].astype(values.real.dtype), values)
         x, y, z = (axis.reshape(-1) for axis in points)
         return insertion.adjoint((x, y, z), values.reshape(-1), *size)
 

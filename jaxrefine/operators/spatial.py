@@ -1,16 +1,17 @@
-r"""The spatial projector: the paper's imaging model, evaluated literally.
+r"""The spatial projector: the paper's imaging model, evaluated directly.
 
 .. math:: (H(\theta, t)\,c)[m] = \sum_k c[k]\, \psi(m - M_\theta k - t),
    \qquad \psi = h * P(\varphi) \qquad\text{(eqs. 4-6)}
 
-Projecting gathers, for every pixel, the voxels in the tube behind it;
-back-projecting gathers, for every voxel, the pixels under its footprint. The weights
-are the same numbers, so the two are adjoint to rounding.
+The projection gathers, for every pixel, the voxels in the tube behind it; the
+back-projection gathers, for every voxel, the pixels under its footprint. Both use the
+same weights, so they are adjoint to rounding.
 
-The back-projection is eq. (33): sampling the *continuous* function
-:math:`g * \psi^\vee` at :math:`M k + t`. That function is made from an image by an
-image filter: :class:`PixelFilter` sums the footprint over pixels (exact),
-:class:`SplineFilter` precomputes it on a fine grid, as the paper proposes (fast).
+The back-projection is eq. (33): it samples the *continuous* function
+:math:`g * \psi^\vee` at :math:`M k + t`. An image filter makes that function from an
+image: :class:`PixelFilter` sums the footprint over pixels (exact),
+:class:`SplineFilter` precomputes the function on a fine grid, as the paper proposes
+(fast).
 """
 
 import math
@@ -33,7 +34,7 @@ from jaxrefine.operators._spline import Spline2D, spline_prefilter
 
 
 class Footprint(eqx.Module):
-    r"""What one basis function leaves on the detector.
+    r"""The image of one basis function on the detector, and its autocorrelation.
 
     Attributes
     ----------
@@ -52,10 +53,10 @@ def footprint(
 ) -> Footprint:
     r"""Tabulate a basis function's footprint and its autocorrelation.
 
-    Without a PSF the footprint is the closed form (23). What has none is a Hankel
-    transform of the closed-form spectrum,
+    Without a PSF, the footprint is the closed form (23). The other functions have no
+    closed form; they are Hankel transforms of the closed-form spectrum,
     :math:`f(r) = \frac1{2\pi} \int \hat f(\omega) J_0(\omega r)\, \omega\, d\omega`,
-    by Gauss-Legendre quadrature in double precision.
+    computed by Gauss-Legendre quadrature in double precision.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def footprint(
     psf
         Optional isotropic point-spread function ``h``.
     tolerance
-        Relative accuracy of the series that hold the two functions.
+        Relative accuracy of the series that represent the two functions.
 
     Raises
     ------
@@ -74,8 +75,8 @@ def footprint(
     from scipy.special import j0  # slow to import
 
     radius = basis.radius + (psf.radius if psf is not None else 0.0)
-    # From the frequency alpha / a on the spectrum is a small oscillating tail, falling
-    # with the power m + 2; what is cut off here is below 1e-10 of the peak.
+    # Beyond the frequency alpha / a the spectrum is a small oscillating tail that falls
+    # with the power m + 2; the part that is cut off here is below 1e-10 of the peak.
     limit = 10 * max(basis.taper, 20.0) / basis.radius
     omega, weights = _quadrature(limit, periods=limit * 2 * radius / (2 * np.pi))
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
@@ -96,8 +97,9 @@ def footprint(
     centre, edge = profile(np.array([0.0, radius]))
     if abs(edge) > 1e-4 * abs(centre):
         raise InputError(
-            "the PSF wants a larger radius: at the edge of the footprint, "
-            f"{radius:g} pixels, there is still {abs(edge / centre):.1e} of its centre"
+            "the PSF's radius must be so large that the footprint has fallen to 1e-4 "
+            f"of its centre at its edge, {radius:g} pixels, got "
+            f"{abs(edge / centre):.1e}"
         )
     return Footprint(
         radial_series(profile, radius, tolerance),
@@ -106,10 +108,11 @@ def footprint(
 
 
 def _quadrature(limit: float, periods: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights on ``[0, limit]`` for integrands with so many periods.
+    """Return nodes and weights on ``[0, limit]`` for an oscillating integrand.
 
-    Gauss-Legendre with 32 nodes in each of as many panels as there are four periods
-    (the Bessel function's and, at most as many, the PSF's own), at least 25.
+    These are the 32 nodes of Gauss and Legendre in each of at least 25 panels. A panel
+    has at most two of the given periods, those of the Bessel function, and at most as
+    many of the PSF's own.
     """
     panels = max(25, int(np.ceil(periods / 2)))
     nodes, weights = np.polynomial.legendre.leggauss(32)
@@ -119,7 +122,7 @@ def _quadrature(limit: float, periods: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def centred_axis(size: int, dtype) -> Float[Array, "size"]:
-    """Coordinates of the samples of an axis, zero at ``size // 2``."""
+    """Return the coordinates of the samples of an axis, zero at ``size // 2``."""
     return jnp.arange(size, dtype=dtype) - size // 2
 
 
@@ -152,14 +155,14 @@ def project(
     footprint
         The footprint ``psi``.
     coefficients
-        Coefficients ``c`` of the map.
+        Coefficients ``c`` of the map, of shape ``(n, n, n)``.
     poses
-        Poses of the particles, ``P`` in number.
+        Poses of the ``P`` particles.
     image_size
         Side of the images in pixels.
     batch_size
-        Particles at a time; the memory of one is about ``image_size**2`` windows of
-        ``(sqrt(8) r)**2`` values.
+        Number of particles that are processed at a time; each needs the memory of about
+        ``image_size**2`` windows of ``(sqrt(8) r)**2`` values.
 
     Returns
     -------
@@ -168,7 +171,7 @@ def project(
     Raises
     ------
     InputError
-        If the coefficients are not a cube, or there is no particle.
+        If the coefficients are not a cube, or there are no particles.
     """
     n = _cubic_side(coefficients)
     dtype = coefficients.dtype
@@ -211,14 +214,14 @@ def project(
 
 
 def _cubic_side(volume: Float[Array, "..."]) -> int:
-    """Return the side of a cubic volume; refuse any other."""
+    """Return the side of a volume, or raise if it is not cubic."""
     if volume.ndim != 3 or len(set(volume.shape)) != 1:
-        raise InputError(f"a volume wants shape (n, n, n), not {volume.shape}")
+        raise InputError(f"a volume must have shape (n, n, n), got {volume.shape}")
     return volume.shape[0]
 
 
 def _windows(array: Float[Array, "h w"], row, column, side: int):
-    """Gather square windows of an array, given their corners of any shape."""
+    """Gather square windows of an array, given arrays of their corners."""
     gather = jnp.vectorize(
         lambda r, c: jax.lax.dynamic_slice(array, (r, c), (side, side)),
         signature="(),()->(s,s)",
@@ -227,7 +230,15 @@ def _windows(array: Float[Array, "h w"], row, column, side: int):
 
 
 class PixelSum(eqx.Module):
-    r"""The function :math:`(g * \psi^\vee)(y) = \sum_m g[m]\,\psi(m - y)`, exactly."""
+    r"""The function :math:`(g * \psi^\vee)(y) = \sum_m g[m]\,\psi(m - y)`, exactly.
+
+    Attributes
+    ----------
+    padded
+        The image ``g``, with a margin of one window.
+    profile
+        The footprint ``psi``.
+    """
 
     padded: Image
     profile: RadialSeries
@@ -265,12 +276,12 @@ class PixelSum(eqx.Module):
 
 
 def _pixel_window(radius: float) -> int:
-    """Return the number of pixels an interval of length ``2 radius`` can hold."""
+    """Return the number of pixels that an interval of length ``2 radius`` can hold."""
     return math.floor(2 * radius) + 1
 
 
 class PixelFilter(eqx.Module):
-    """The exact image filter: sums the footprint over the pixels it covers."""
+    """The exact image filter, which sums the footprint over the pixels it covers."""
 
     footprint: Footprint
 
@@ -283,8 +294,17 @@ class PixelFilter(eqx.Module):
 class SplineFilter(eqx.Module):
     """The fast image filter: the filtered image as a cubic spline on a finer grid.
 
-    Made by :func:`spline_filter`. The value's error falls with the fourth power of
+    Made by :func:`spline_filter`. The error of a value falls with the fourth power of
     the grid's spacing.
+
+    Attributes
+    ----------
+    response
+        Factors of the image's spectrum on the finer grid.
+    image_size
+        Side of the images in pixels.
+    nodes_per_pixel
+        Nodes of the grid per pixel.
     """
 
     response: Float[Array, "grid half"]
@@ -297,12 +317,12 @@ class SplineFilter(eqx.Module):
         Raises
         ------
         InputError
-            If the image is not of the side that the filter was made for.
+            If the image does not have the side that the filter was made for.
         """
         if image.shape[-1] != self.image_size:
             raise InputError(
-                f"this filter wants images of side {self.image_size}, "
-                f"not {image.shape[-1]}"
+                f"images must have the filter's side of {self.image_size} pixels, got "
+                f"{image.shape[-1]}"
             )
         grid = self.response.shape[0]
         origin = grid // 2
@@ -317,7 +337,7 @@ class SplineFilter(eqx.Module):
 
 
 ImageFilter = Callable[[Image], PixelSum | Spline2D]
-"""Makes the continuous function ``g * psi~`` of an image."""
+"""A filter that makes the continuous function ``g * psi~`` of an image."""
 
 
 @eqx.filter_jit
@@ -339,8 +359,8 @@ def spline_filter(
     from scipy.fft import next_fast_len  # slow to import
 
     margin = math.ceil(footprint.profile.radius) + 4
-    least = nodes_per_pixel * (image_size + 2 * margin)
-    grid = 2 * next_fast_len(-(-least // 2), real=True)  # pyright: ignore
+    minimum = nodes_per_pixel * (image_size + 2 * margin)
+    grid = 2 * next_fast_len(-(-minimum // 2), real=True)  # pyright: ignore
     offset = centred_axis(grid, footprint.profile.coefficients.dtype) / nodes_per_pixel
     samples = footprint.profile(offset[None, :] ** 2 + offset[:, None] ** 2)
     prefilter = spline_prefilter(grid, offset.dtype)
@@ -370,20 +390,21 @@ def backproject(
     images
         Images of shape ``(P, m, m)``.
     poses
-        Poses of the particles.
+        Poses of the ``P`` particles.
     n
         Side of the volume in voxels.
     batch_size
-        Particles at a time.
+        Number of particles that are processed at a time.
 
     Raises
     ------
     InputError
-        If there are not as many poses as images, or none of them.
+        If there is not one pose for each image, or if there are no images.
     """
     if len(poses) != images.shape[0]:
         raise InputError(
-            f"{images.shape[0]} images want as many poses, not {len(poses)}"
+            f"there must be one pose for each of {images.shape[0]} images, got "
+            f"{len(poses)}"
         )
 
     def backproject_one(particle) -> Volume:

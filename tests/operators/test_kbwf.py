@@ -266,5 +266,5 @@ def test_evaluate_moved_moves_the_map():
 )
 def test_bad_parameters_are_named(parameters):
     ((name, value),) = parameters.items()
-    with pytest.raises(InputError, match=rf"wants a positive radius.*{name}={value}"):
+    with pytest.raises(InputError, match=rf"a positive radius.*{name}={value}"):
         KBWF(**parameters)

@@ -37,7 +37,7 @@ def test_cropping_to_the_same_size_changes_nothing(n):
 
 @pytest.mark.parametrize("size", [0, 9, -1])
 def test_sizes_out_of_range(size):
-    with pytest.raises(InputError, match=f"8\\^3 can be cropped .* not to {size}"):
+    with pytest.raises(InputError, match=f"size must be from 1 to 8, .* got {size}"):
         fourier_crop(waves(8), size)
 
 
@@ -87,5 +87,5 @@ def test_a_blob_stays_where_it_is(size, pixel):
 
 @pytest.mark.parametrize("bad", [(0.0, 8, 1.0), (1.0, 0, 1.0), (1.0, 8, float("nan"))])
 def test_grids_that_are_none(bad):
-    with pytest.raises(InputError, match="positive numbers are wanted"):
+    with pytest.raises(InputError, match="voxel, size and pixel must be positive"):
         resample(waves(8), *bad)
