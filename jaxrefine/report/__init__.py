@@ -1,1 +1,1 @@
-"""Pictures, and the report of a refinement."""
+"""Pictures, and the report of a refinement. Only this package imports Matplotlib."""

@@ -1,7 +1,7 @@
-"""The report of a refinement: one HTML file that needs nothing else.
+"""The report of a refinement: one self-contained HTML file.
 
-Pictures are inside of it, and nothing is loaded from elsewhere. The page is an element
-tree before it is text, so that whatever a file is called, its name stays text.
+Pictures are embedded, and nothing is loaded from elsewhere. The page is built as an
+element tree, so that the names of files are always escaped.
 """
 
 import base64
@@ -25,10 +25,10 @@ from jaxrefine.maps.fsc import crossing
 from jaxrefine.report import plots
 
 Row = Mapping[str, Any]
-"""Numbers, lists of numbers and None, by name."""
+"""Numbers, lists of numbers or None, by name."""
 
 _THRESHOLD = 0.143
-_PER_CELL = 4  # particles in a cell of the viewing directions, at least, if uniform
+_PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
 _CYCLES = "cycles per box"
 _INCHES, _DPI = (5.4, 3.6), 160
 _ROT_TICKS, _TILT_TICKS = range(-180, 181, 60), (0, 30, 60, 90, 120, 150, 180)
@@ -36,17 +36,17 @@ _ROT_TICKS, _TILT_TICKS = range(-180, 181, 60), (0, 30, 60, 90, 120, 150, 180)
 _HEADINGS = {
     "r_max": f"band limit ({_CYCLES})",
     "search_r_max": f"band limit of the search ({_CYCLES})",
-    "searched": "particles searched for",
-    "decided": "fraction with one hypothesis left",
+    "searched": "particles searched",
+    "decided": "fraction of particles with one hypothesis",
     "damping": "damping of each polishing step",
-    "angle_change_in_degrees": "median turn (degrees)",
-    "shift_change_in_pixels": "median move (pixels)",
-    "tau": "tau of each set",
+    "angle_change_in_degrees": "median rotation (degrees)",
+    "shift_change_in_pixels": "median shift (pixels)",
+    "tau": "regularisation weight tau of each set",
     "fold_score": "mean FSC of the folds",
     "gold_score": "mean FSC of the half sets' regularised maps",
-    "cg_residual": "residual of the last CG",
-    "angle_moves": "accepted steps of the angles",
-    "shift_moves": "accepted steps of the shifts",
+    "cg_residual": "relative residual of the last CG solution",
+    "angle_moves": "accepted angle steps",
+    "shift_moves": "accepted shift steps",
     "elapsed_s": "time (s)",
 }
 _UNITS = {
@@ -105,40 +105,40 @@ tbody th { font-weight: normal; color: var(--quiet) }
 @final
 @dataclass(frozen=True)
 class Report:
-    """What a report says; what is None or empty is left out of it.
+    """The content of a report. Entries that are None or empty are left out.
 
     Attributes
     ----------
     title
-        Of the page.
+        Title of the page.
     command
-        The command line of the run.
+        Command line of the run.
     pixel_size_in_angstroms
-        Of the images and the maps.
+        Pixel size of the images and the maps.
     poses
-        As they were refined.
+        Refined poses.
     angle_change_in_degrees, shift_change_in_pixels
-        How far each pose has moved from the given one.
+        Distance of each pose from the initial one.
     initial_map, volume
-        As it was given, and refined; their scales may differ.
+        The initial map and the refined one; their scales may differ.
     rows
         A row of ``metrics.jsonl`` for every outer iteration.
     settings
         The resolved parameters by name.
     versions, device
-        What the run was made with.
+        Versions of the software, and the device of the run.
     wall_s
-        Its wall time in seconds.
+        Wall time of the run in seconds.
     peak_rss_mib, peak_device_mib
-        The most memory it has held, in MiB, on the host and on the device.
+        Peak memory in MiB on the host and on the device.
     half_set_fsc
         Correlation of the maps of the half sets at the shells 0, ..., n // 2.
     fold_fsc
-        Without half sets, that of the maps of the two folds of all particles.
+        Without half sets, the correlation of the maps of the two folds.
     angle_std_in_degrees, shift_std_in_pixels
-        Expected errors of the poses.
+        Estimated standard errors of the poses.
     undetermined
-        Particles whose poses were not determined. The pictures leave them out.
+        Which particles have undetermined poses; the pictures leave them out.
     """
 
     title: str
@@ -164,24 +164,24 @@ class Report:
 
     @property
     def box_in_angstroms(self) -> float:
-        """Side of the box."""
+        """Side of the box in angstroms."""
         return len(self.volume) * self.pixel_size_in_angstroms
 
     @property
     def determined(self) -> Bool[np.ndarray, " particles"]:
-        """The particles that the pictures show."""
+        """Which particles have determined poses; the pictures show these."""
         if self.undetermined is None:
             return np.ones(len(self.poses), bool)
         return ~self.undetermined
 
 
 def write(path: str | Path, report: Report) -> None:
-    """Write a report as one HTML file, whole or not at all.
+    """Write a report as one HTML file, which appears complete or not at all.
 
     Raises
     ------
     InputError
-        If the system refuses to write there.
+        If the file cannot be written.
     """
     head = [
         _element("meta", charset="utf-8"),
@@ -201,12 +201,12 @@ def write(path: str | Path, report: Report) -> None:
     indent(page, " ")
     text = "<!DOCTYPE html>\n" + tostring(page, "unicode", "html")
     with atomic_path(path) as temporary:
-        # File names may hold what is not text.
+        # File names may contain characters that UTF-8 cannot encode.
         temporary.write_text(text, "utf-8", "replace")
 
 
 def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
-    """Yield headings and what stands below them, if anything."""
+    """Yield the headings and the content of the sections, which may be empty."""
     yield "Result", [_headlines(report)]
     yield "Resolution", _grid(_resolution_pictures(report))
     yield "Map", _grid(_map_pictures(report))
@@ -214,11 +214,11 @@ def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
     yield "Iterations", _grid(_band_pictures(report)) + _iteration_table(report.rows)
     yield "Settings", _pairs(_setting_texts(report.settings))
     yield "Command", [_element("p", [_element("code", report.command)])]
-    yield "Made with", _pairs({**report.versions, "device": report.device})
+    yield "Software and device", _pairs({**report.versions, "device": report.device})
 
 
 def _headlines(report: Report) -> Element:
-    """Return the figures that matter most, with their names."""
+    """Return the most important numbers with their names."""
     count, n = len(report.poses), len(report.volume)
     figures = {
         "Particles": f"{count}",
@@ -229,8 +229,8 @@ def _headlines(report: Report) -> Element:
         "Wall time (h:min:s)": f"{timedelta(seconds=round(report.wall_s))}",
     }
     if report.undetermined is not None:
-        lost = int(report.undetermined.sum())
-        figures["Undetermined particles"] = f"{lost} ({100 * lost / count:.3g} %)"
+        number = int(report.undetermined.sum())
+        figures["Undetermined particles"] = f"{number} ({100 * number / count:.3g} %)"
     for where, peak in (
         ("", report.peak_rss_mib),
         (", device", report.peak_device_mib),
@@ -245,9 +245,10 @@ def _headlines(report: Report) -> Element:
 
 
 def resolution(report: Report, unit: str) -> str:
-    """Return where the half maps' correlation falls below 0.143, in angstroms.
+    """Return the resolution at which the half maps' correlation falls below 0.143.
 
-    Beyond the last shell of slices nothing was measured.
+    It is text, in angstroms with the given unit. If the correlation stays above 0.143
+    up to the last shell that the images cover, the text says "or better".
     """
     last = (len(report.volume) - 1) // 2
     curve = jnp.asarray(report.half_set_fsc)[: last + 1]
@@ -266,10 +267,10 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
     if report.half_set_fsc is not None:
         resolution = _resolution(report)
         yield _figure(
-            "Fourier shell correlation of the maps of the two half sets, which were "
-            "refined independently; no mask, and no regulariser.",
-            "Curve of the half maps' Fourier shell correlation against the Fourier "
-            f"shell. Resolution at {_THRESHOLD}: {resolution}.",
+            "Fourier shell correlation of the unmasked, unregularised maps of the two "
+            "half sets, which were refined independently.",
+            "Curve of the Fourier shell correlation of the half maps against the "
+            f"Fourier shell. Resolution at {_THRESHOLD}: {resolution}.",
             plots.fsc_curves,
             {"half maps": report.half_set_fsc},
             len(report.volume),
@@ -278,10 +279,12 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
         )
     elif report.fold_fsc is not None:
         yield _figure(
-            "Fourier shell correlation of the maps of the two folds in the last "
-            "iteration; no mask. Their poses were refined against each other: this is "
-            "no gold standard, which wants --half-sets.",
-            "Curve of the folds' Fourier shell correlation against the Fourier shell.",
+            "Fourier shell correlation of the unmasked maps of the two folds in the "
+            "last iteration. The poses of each fold were refined against the map of "
+            "the other, so this is not a gold-standard resolution; use --half-sets for "
+            "that.",
+            "Curve of the Fourier shell correlation of the folds against the Fourier "
+            "shell.",
             plots.fsc_curves,
             {"folds": report.fold_fsc},
             len(report.volume),
@@ -293,7 +296,7 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
 def _map_pictures(report: Report) -> Iterator[Element]:
     for name, volume in (("refined", report.volume), ("initial", report.initial_map)):
         yield _figure(
-            f"The {name} map: its central slices, on a grey scale of its own.",
+            f"Central slices of the {name} map, with its own grey scale.",
             f"Central xy, xz and yz slices of the {name} map.",
             plots.orthogonal_slices,
             {name: volume},
@@ -302,57 +305,60 @@ def _map_pictures(report: Report) -> Iterator[Element]:
 
 
 def _pose_pictures(report: Report) -> Iterator[Element]:
-    shown = report.determined
-    if not shown.any():
+    determined = report.determined
+    if not determined.any():
         return
     yield _figure(
-        f"Orientation distribution: where {shown.sum()} particles are seen from. Cells "
-        "are of equal solid angle.",
-        f"Map of the viewing directions (rot, tilt) of {shown.sum()} particles: their "
-        "density relative to a uniform one.",
+        f"Distribution of the viewing directions of {determined.sum()} particles. All "
+        "cells have the same solid angle.",
+        f"Map of the viewing directions (rot, tilt) of {determined.sum()} particles: "
+        "their density relative to a uniform distribution.",
         _draw_views,
-        np.asarray(report.poses.rotations)[shown, 2],
+        np.asarray(report.poses.rotations)[determined, 2],
     )
-    for values, what, unit in (
-        (report.angle_change_in_degrees, "turn from the given orientation", "degrees"),
-        (report.shift_change_in_pixels, "move from the given position", "pixels"),
-        (report.angle_std_in_degrees, "error bar of the orientation", "degrees"),
-        (report.shift_std_in_pixels, "error bar of the position", "pixels"),
+    for values, quantity, unit in (
+        (report.angle_change_in_degrees, "change of orientation", "degrees"),
+        (report.shift_change_in_pixels, "change of shift", "pixels"),
+        (report.angle_std_in_degrees, "standard error of orientation", "degrees"),
+        (report.shift_std_in_pixels, "standard error of shift", "pixels"),
     ):
         if values is not None:
-            finite = shown & np.isfinite(values)
+            finite = determined & np.isfinite(values)
             if finite.any():
-                yield _histogram(np.asarray(values)[finite], what, unit)
+                yield _histogram(np.asarray(values)[finite], quantity, unit)
 
 
-def _histogram(values: Float[np.ndarray, " shown"], what: str, unit: str) -> Element:
+def _histogram(
+    values: Float[np.ndarray, " particles"], quantity: str, unit: str
+) -> Element:
     return _figure(
-        f"{what.capitalize()}, {len(values)} particles.",
-        f"Histogram of the {what}: median {np.median(values):.3g} {unit}, 90 % up to "
-        f"{np.percentile(values, 90):.3g} {unit}.",
+        f"{quantity.capitalize()}, {len(values)} particles.",
+        f"Histogram of the {quantity}: median {np.median(values):.3g} {unit}, "
+        f"90th percentile {np.percentile(values, 90):.3g} {unit}.",
         plots.error_histograms,
         {"particles": values},
-        f"{what} ({unit})",
+        f"{quantity} ({unit})",
         "",
         float(f"{np.percentile(values, 99):.2g}"),
     )
 
 
 def _band_pictures(report: Report) -> Iterator[Element]:
-    used = [row for row in report.rows if "r_max" in row]
-    if used:
+    rows = [row for row in report.rows if "r_max" in row]
+    if rows:
         yield _figure(
-            "The shells in use. A search that did not take place has no step.",
+            "Band limits of the poses and of the search. Iterations without a search "
+            "have no limit for it.",
             "Steps of the band limits over the outer iterations, from "
-            f"{used[0]['r_max']} to {used[-1]['r_max']} {_CYCLES}.",
+            f"{rows[0]['r_max']} to {rows[-1]['r_max']} {_CYCLES}.",
             _draw_bands,
-            used,
+            rows,
             report.box_in_angstroms,
         )
 
 
 def _iteration_table(rows: Sequence[Row]) -> list[Element]:
-    """Return a table that scrolls by itself, of the columns that hold something."""
+    """Return a table of the columns that have values, which scrolls horizontally."""
     names = dict.fromkeys(name for row in rows for name in row)
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
     if not names:
@@ -369,7 +375,7 @@ def _iteration_table(rows: Sequence[Row]) -> list[Element]:
 
 
 def _pairs(texts: Mapping[str, str]) -> list[Element]:
-    """Return a table of names and what they are, if there are any."""
+    """Return a table of names and values, or nothing if there are none."""
     rows = [
         _element("tr", [_element("th", name, scope="row"), _element("td", text)])
         for name, text in texts.items()
@@ -386,7 +392,7 @@ def _setting_texts(settings: Row) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Return a number, a list of them, None or anything else as a cell has it."""
+    """Format a number, a list of numbers, None or any other value for a table."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -396,32 +402,33 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _draw_views(path: Path, directions: Float[np.ndarray, "shown 3"]) -> None:
+def _draw_views(path: Path, directions: Float[np.ndarray, "particles 3"]) -> None:
     """Draw the density of unit vectors over the sphere."""
     density, heights, longitudes = _view_density(directions)
     figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    shown = axes.pcolormesh(longitudes, heights, density, vmin=0)
+    mesh = axes.pcolormesh(longitudes, heights, density, vmin=0)
     axes.set_xticks(np.deg2rad(_ROT_TICKS), [f"{rot}°" for rot in _ROT_TICKS])
     axes.set_yticks(
         np.cos(np.deg2rad(_TILT_TICKS)), [f"{tilt}°" for tilt in _TILT_TICKS]
     )
-    axes.set(xlabel="rot", ylabel="tilt, equal solid angles")
-    bar = figure.colorbar(shown)
-    bar.set_label("particles, relative to uniform")
+    axes.set(xlabel="rot", ylabel="tilt")
+    bar = figure.colorbar(mesh)
+    bar.set_label("density relative to uniform")
     figure.savefig(path, format="png")
 
 
 def _view_density(
-    directions: Float[np.ndarray, "shown 3"],
+    directions: Float[np.ndarray, "particles 3"],
 ) -> tuple[
     Float[np.ndarray, "rows columns"],
     Float[np.ndarray, " rows+1"],
     Float[np.ndarray, " columns+1"],
 ]:
-    """Return how full cells of one area are, with mean 1, and their edges.
+    """Return the density of directions in cells of equal area, and the cells' edges.
 
-    The cells are equal steps of the longitude and, by Archimedes, of the height z.
+    The mean density is 1. The cells have equal steps of the longitude and of the height
+    z, which gives them equal areas (Archimedes).
     """
     x, y, z = np.asarray(directions, np.float64).T
     rows = int(np.clip(np.sqrt(len(x) / _PER_CELL / 2), 4, 18))
@@ -461,7 +468,7 @@ def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> Non
 def _figure(
     caption: str, description: str, draw: Callable[..., None], *arguments: Any
 ) -> Element:
-    """Return what ``draw(path, *arguments)`` draws, with its caption."""
+    """Return the picture that ``draw(path, *arguments)`` writes, with its caption."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         draw(path, *arguments)
@@ -471,18 +478,18 @@ def _figure(
 
 
 def _grid(pictures: Iterable[Element]) -> list[Element]:
-    """Return pictures side by side, if there are any."""
-    shown = list(pictures)
-    return [_element("div", shown)] if shown else []
+    """Return pictures side by side, or nothing if there are none."""
+    elements = list(pictures)
+    return [_element("div", elements)] if elements else []
 
 
 def _element(
-    tag: str, inside: str | Iterable[Element] = (), **attributes: str
+    tag: str, content: str | Iterable[Element] = (), **attributes: str
 ) -> Element:
-    """Return an element that holds a text or other elements."""
+    """Return an element that holds text or other elements."""
     element = Element(tag, attributes)
-    if isinstance(inside, str):
-        element.text = inside
+    if isinstance(content, str):
+        element.text = content
     else:
-        element.extend(list(inside))
+        element.extend(list(content))
     return element

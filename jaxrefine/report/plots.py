@@ -1,8 +1,8 @@
 """Pictures for reports: slices, resolution curves, pose errors, particles.
 
-A function that takes a path writes one PNG there, whatever its suffix. The others are
-what such pictures are made of. Figures are made without pyplot, so that no backend is
-chosen and no global state is touched.
+A function that takes a path writes one PNG file there, whatever its suffix. The others
+are building blocks of such pictures. Figures are made without pyplot, so that no
+backend is chosen and no global state is changed.
 """
 
 import itertools
@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from scipy import ndimage
 
 from jaxrefine.maps.fsc import resolution_in_angstroms
 
@@ -31,14 +30,14 @@ Errors = Mapping[str, Float[Array | np.ndarray, " particles"]]
 """Errors of the particles' poses by name."""
 
 Style = tuple[str, Any]
-"""A curve's colour and its dashes, as Matplotlib has them."""
+"""A curve's colour and line style, in Matplotlib's terms."""
 
-# Okabe and Ito's colours, which the colour-blind tell apart, darkest first.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00")
 _DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
 TEXT_SIZE = 11
-"""Of labels, in points."""
+"""Size of labels in points."""
 
 _DPI = 120
 _CHARACTERS_PER_INCH = 12
@@ -46,10 +45,10 @@ _BINS = 50
 
 
 def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
-    """Draw the central slices of maps, a row for each, on one grey scale.
+    """Draw the central slices of maps, one row for each map, on a common grey scale.
 
-    The columns are the planes through the origin ``n // 2``: xy, xz and yz. The scale
-    runs from the 1st to the 99.8th percentile of all slices.
+    The columns are the planes xy, xz and yz through the origin ``n // 2``. The scale
+    extends from the 1st to the 99.8th percentile of all slices.
     """
     rows = [central_slices(np.asarray(volume)) for volume in volumes.values()]
     low, high = np.percentile(np.array(rows), (1, 99.8))
@@ -88,7 +87,7 @@ def fsc_curves(
     n
         Side of the box in voxels.
     voxel_size_in_angstroms
-        If given, the upper axis shows the shells' periods in Angstrom.
+        If given, the upper axis shows the shells' periods in angstroms.
     caption
         Text below the curves.
     """
@@ -106,9 +105,9 @@ def draw_fsc(
     n: int,
     voxel_size_in_angstroms: float | None,
 ) -> None:
-    """Draw what `fsc_curves` does, with styles of one's own and without the legend.
+    """Draw the curves of `fsc_curves` with the given styles and without a legend.
 
-    Shell 0, the maps' means, is left out.
+    Shell 0, which holds the means of the maps, is left out.
     """
     last = max(len(curve) for curve in curves.values()) - 1
     for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
@@ -146,21 +145,21 @@ def error_histograms(
     caption: str,
     limit: float | None = None,
 ) -> None:
-    """Draw the densities of pose errors over each other, with their medians.
+    """Draw histograms of pose errors in one plot, with their medians.
 
     Parameters
     ----------
     path
         The PNG to write.
     errors
-        The particles' errors, not negative, by name.
+        Non-negative errors of the particles, by name.
     unit_label
-        What the errors are and their unit, such as ``"angular error (degrees)"``.
+        Quantity and unit, such as ``"angular error (degrees)"``.
     caption
         Text below the histograms.
     limit
-        End of the axis, the largest error by default. The last bin holds all errors
-        beyond it.
+        End of the axis; the largest error by default. The last bin also counts all
+        errors beyond it.
     """
     largest = max(float(np.max(values)) for values in errors.values())
     end = (limit or largest) or 1.0
@@ -176,7 +175,7 @@ def error_histograms(
         axes.stairs(density, edges, color=colour, alpha=0.12, fill=True)
     axes.set(xlim=(0, end))
     axes.set_ylim(bottom=0)
-    beyond = f"; last bin: all beyond {end:g}" if largest > end else ""
+    beyond = f"; last bin: {end:g} and more" if largest > end else ""
     label_axes(axes, unit_label + beyond, "density of particles")
     _add_legend(axes)
     figure.savefig(path, format="png")
@@ -188,7 +187,7 @@ def convergence(
     unit_label: str,
     caption: str,
 ) -> None:
-    """Draw numbers against the outer iteration, counted from one."""
+    """Draw series of numbers against the outer iteration, counted from 1."""
     figure = captioned_figure(7.2, 4.8, caption)
     axes = figure.subplots()
     for (name, values), (colour, dash) in zip(series.items(), _styles(), strict=False):
@@ -206,9 +205,9 @@ def image_gallery(
     caption: str,
     count: int = 8,
 ) -> None:
-    """Draw ``count`` particles, evenly spaced in the stack, on one grey scale.
+    """Draw ``count`` particles, evenly spaced in the stack, on a common grey scale.
 
-    Titles count particles from 1, as RELION does.
+    Titles count particles from 1, as in RELION.
     """
     count = min(count, len(images))
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
@@ -227,7 +226,7 @@ def image_gallery(
 
 
 def captioned_figure(width: float, height: float, caption: str) -> Figure:
-    """Return a figure of a size in inches, with a caption below its plots."""
+    """Return a figure of the given size in inches, with a caption below its plots."""
     figure = Figure((width, height), dpi=_DPI, layout="constrained")
     lines = textwrap.fill(caption, int(_CHARACTERS_PER_INCH * width))
     figure.supxlabel(lines, size=TEXT_SIZE - 1)
@@ -235,12 +234,12 @@ def captioned_figure(width: float, height: float, caption: str) -> Figure:
 
 
 def _styles():
-    """Return pairs of a colour and a dash, never ending."""
+    """Return an endless iterator of pairs of a colour and a line style."""
     return itertools.cycle(zip(_COLOURS, _DASHES, strict=True))
 
 
 def label_axes(axes: Axes, x: str, y: str) -> None:
-    """Name the axes and leave their upper and right sides open."""
+    """Label the axes, and remove the upper and the right spine."""
     axes.set_xlabel(x, size=TEXT_SIZE)
     axes.set_ylabel(y, size=TEXT_SIZE)
     axes.tick_params(labelsize=TEXT_SIZE - 1)
@@ -254,7 +253,10 @@ def _add_legend(axes: Axes) -> None:
 def central_slices(
     volume: Float[np.ndarray, "n n n"],
 ) -> tuple[Float[np.ndarray, "n n"], ...]:
-    """Return the xy, xz and yz planes through the origin, first axis upwards."""
+    """Return the xy, xz and yz planes through the origin.
+
+    They are indexed ``[y, x]``, ``[z, x]`` and ``[z, y]``.
+    """
     centre = volume.shape[0] // 2
     return volume[centre], volume[:, centre], volume[:, :, centre]
 
@@ -262,7 +264,7 @@ def central_slices(
 def show_picture(
     axes: Axes, picture: Float[np.ndarray, "h w"], low: float, high: float
 ) -> AxesImage:
-    """Show a picture in grey, its first axis upwards."""
+    """Show a picture in grey, with its first axis pointing upwards."""
     axes.set_xticks([])
     axes.set_yticks([])
     return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)
@@ -271,16 +273,17 @@ def show_picture(
 def isosurface(
     volume: Float[Array | np.ndarray, "n n n"], level: float
 ) -> Float[np.ndarray, "m m"]:
-    """Render the surface where a map has a level, as seen along +y.
+    """Render the isosurface of a map, as seen along +y.
 
-    The map is sampled three times as finely by cubic splines, so ``m = 3 n - 2``. The
-    surface scatters the light of one lamp, at the upper left behind the viewer, and a
-    soft light from the front; what is farther is darker.
+    The map is upsampled three times by cubic splines, so ``m = 3 n - 2``. The surface
+    scatters the light of a lamp at the upper left behind the viewer, and a soft light
+    from the front; points that are farther away are darker.
 
     Returns
     -------
     image
-        Brightness indexed ``[z, x]``, up to 0.9, and 1 where there is no surface.
+        Brightness indexed ``[z, x]``: up to 0.9 on the surface, and 1 in the
+        background.
     """
     hit, depth, normals = find_surface(volume, level)
     lamp = np.clip(_TOWARDS_LAMP @ normals, 0, None)
@@ -302,18 +305,20 @@ def find_surface(
     Float[np.ndarray, " points"],
     Float[np.ndarray, "3 points"],
 ]:
-    """Find where rays along +y first meet a density of at least a level.
+    """Find the points where rays along +y first reach a density of at least a level.
 
     Returns
     -------
     hit
-        Which rays, indexed ``[z, x]``, do so; there are three to a voxel.
+        Which rays, indexed ``[z, x]``, reach it; there are three rays per voxel.
     depth
-        Where they do, as an index of y: by linear interpolation between samples.
+        Coordinate y of each point in voxels, interpolated linearly between samples.
     normals
-        The outward unit normals (x, y, z) there, from the map's gradient; zero where
-        that is zero.
+        Outward unit normals (x, y, z) at these points, from the map's gradient; zero
+        where the gradient is zero.
     """
+    from scipy import ndimage  # slow to import
+
     n = len(volume)
     factor = (_UPSAMPLING * (n - 1) + 1) / n
     fine = np.asarray(ndimage.zoom(np.moveaxis(np.asarray(volume), 1, 0), factor))

@@ -154,7 +154,7 @@ def test_names_stay_text(name, reports, files, pages):
 
 def test_sections_are_there_or_left_out_as_the_data_say(pages):
     always = ["Result", "Map", "Poses", "Iterations", "Settings", "Command"]
-    always.append("Made with")
+    always.append("Software and device")
     assert pages["published"].all("h2") == always
     assert pages["default"].all("h2") == [always[0], "Resolution", *always[1:]]
     pictures = {name: len(page.attributes("img")) for name, page in pages.items()}
@@ -190,10 +190,12 @@ def test_pose_changes_are_those_of_the_poses(pages):
     """Every particle was turned by 0.25 rad about the beam and moved by 3 (1, 1)."""
     for page in pages.values():
         (turn,) = (
-            i["alt"] for i in page.attributes("img") if "of the turn" in i["alt"]
+            i["alt"]
+            for i in page.attributes("img")
+            if "change of orientation" in i["alt"]
         )
         (move,) = (
-            i["alt"] for i in page.attributes("img") if "of the move" in i["alt"]
+            i["alt"] for i in page.attributes("img") if "change of shift" in i["alt"]
         )
         assert f"median {np.rad2deg(0.25):.3g} degrees" in turn
         assert f"median {3 * 2**0.5:.3g} pixels" in move
@@ -205,7 +207,7 @@ def test_undetermined_particles_are_left_out_of_the_pictures(pages):
         shown = sum(f"{count} particles" in caption for caption in captions)
         assert shown == {"published": 3, "default": 5}[name]
     texts = [image["alt"] for image in pages["default"].attributes("img")]
-    bars = "error bar of the position: median 1 pixels, 90 % up to 1 pixels."
+    bars = "standard error of shift: median 1 pixels, 90th percentile 1 pixels."
     assert sum(bars in text for text in texts) == 1
 
 
@@ -213,8 +215,9 @@ def test_tables(pages):
     page = pages["default"]
     heads, cells = page.all("th"), page.all("td")
     names = "iteration|band limit (cycles per box)|band limit of the search (cycles "
-    names += "per box)|damping of each polishing step|median turn (degrees)|tau of "
-    names += "each set|mean FSC of the half sets' regularised maps"
+    names += "per box)|damping of each polishing step|median rotation (degrees)|"
+    names += "regularisation weight tau of each set|"
+    names += "mean FSC of the half sets' regularised maps"
     assert heads[:7] == names.split("|")
     assert cells[:7] == ["1", "7", "7", "0.1, 0.01235", "3.142", "1, –", "–"]
     assert cells[14:21] == ["3", "20", "0", "0.1, 0.01235", "3.142", "1, –", "0.8"]
@@ -238,7 +241,13 @@ def test_a_report_without_poses_and_with_an_odd_name(reports, tmp_path):
         html.write(tmp_path / "no" / "report.html", odd)
     html.write(tmp_path / "report.html", odd)
     page = Page((tmp_path / "report.html").read_text("utf-8"))
-    assert page.all("h2") == ["Result", "Map", "Settings", "Command", "Made with"]
+    assert page.all("h2") == [
+        "Result",
+        "Map",
+        "Settings",
+        "Command",
+        "Software and device",
+    ]
     assert page.all("h1") == ["?.star"]
     assert page.figures()["Undetermined particles"] == f"{COUNT} (100 %)"
 
