@@ -1,4 +1,4 @@
-"""The map at fixed poses: TV, ADMM, sums over images, noise, resolution."""
+"""The map at fixed poses: TV, ADMM, sums over images, noise, resolution, masks."""
 
 from jaxrefine.maps import admm as admm
 from jaxrefine.maps import align as align

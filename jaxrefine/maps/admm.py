@@ -3,8 +3,9 @@ r"""Algorithm 2: the density map at fixed poses, by ADMM.
 .. math:: \min_c \tfrac12\|g - H c\|^2 + \lambda R(L c)
    \quad\text{split as}\quad u = L c \qquad\text{(eqs. 11, 12)}
 
-with the augmented Lagrangian (26), and optionally :math:`c \ge 0` through a second
-split :math:`v = c`. One iteration is
+by the alternating direction method of multipliers (Boyd, Parikh, Chu, Peleato and
+Eckstein, Found. Trends Mach. Learn. 3, 2011) with the augmented Lagrangian (26), and
+optionally :math:`c \ge 0` through a second split :math:`v = c`. One iteration is
 
 .. math::
    u &\leftarrow \mathrm{prox}_{\lambda R/\rho}(L c + \tilde u/\rho) \\
@@ -15,8 +16,9 @@ split :math:`v = c`. One iteration is
 The printed eq. (28) has ``prox(L c - u~/rho)``; minimising (27) gives the plus sign
 used here, with which (30) agrees.
 
-The multipliers are part of the state, so they persist when the data term changes
-between outer iterations of the joint refinement.
+The second update is solved approximately by preconditioned conjugate gradients. The
+multipliers are part of the state, so they persist when the data term changes between
+outer iterations of the joint refinement.
 """
 
 import equinox as eqx
@@ -72,10 +74,28 @@ def data_term(
     n: int,
     batch_size: int = 8,
 ) -> DataTerm:
-    """Gather all that the volume update needs to know of the particles.
+    """Return the data term of images at fixed poses, by one pass over the images.
 
-    One pass over the images; see :func:`jaxrefine.operators.normal.kernel` and
-    :func:`jaxrefine.operators.spatial.backproject`.
+    Parameters
+    ----------
+    footprint
+        The footprint ``psi`` and its autocorrelation.
+    image_filter
+        Makes the continuous function of each image, see
+        :func:`jaxrefine.operators.spatial.backproject`.
+    images
+        Images of shape ``(P, m, m)``.
+    poses
+        Poses of the ``P`` particles.
+    n
+        Side of the volume in voxels.
+    batch_size
+        Number of particles that are processed at a time.
+
+    Raises
+    ------
+    InputError
+        If there is not one pose for each image, or if there are no images.
     """
     kernel = normal.kernel(footprint, poses.rotations, n)
     return DataTerm(
@@ -89,7 +109,7 @@ def data_term(
 class ADMMConfig(eqx.Module):
     """Parameters of the volume update.
 
-    Numbers a sweep varies are traced; loop lengths are static.
+    Numbers that a sweep may vary are traced; loop lengths are static.
 
     Parameters
     ----------
@@ -102,7 +122,7 @@ class ADMMConfig(eqx.Module):
     iterations
         ADMM iterations, the paper's ``K_ADMM``.
     cg_iterations
-        Most conjugate-gradient iterations in each.
+        Maximum number of conjugate-gradient iterations in each ADMM iteration.
     cg_tolerance
         Relative residual at which the conjugate gradients stop.
     """
@@ -118,7 +138,17 @@ class ADMMConfig(eqx.Module):
 
 
 class ADMMState(eqx.Module):
-    """What the next iteration needs: the coefficients and the multipliers."""
+    """The state that an iteration passes to the next.
+
+    Attributes
+    ----------
+    coefficients
+        Coefficients ``c`` of side ``n``.
+    dual
+        Multiplier ``u~`` of the split ``u = L c``.
+    dual_nonnegative
+        Multiplier of the split ``v = c``; zero without the constraint.
+    """
 
     coefficients: Volume
     dual: VectorField
@@ -126,16 +156,17 @@ class ADMMState(eqx.Module):
 
 
 class ADMMInfo(eqx.Module):
-    """What a human wants to know of each iteration (leading axis: iterations).
+    """Diagnostics of each iteration (leading axis: iterations).
 
     Attributes
     ----------
     objective
         The joint cost (10) at the new coefficients.
     data_term, regularisation
-        Its two parts, ``1/2 ||g - H c||^2`` and ``lambda R(L c)``.
+        Its two terms, ``1/2 ||g - H c||^2`` and ``lambda R(L c)``.
     primal_residual, dual_residual
-        ``||L c - u||`` and ``rho ||L^T (u - u_before)||``, Boyd et al. 2011, 3.3.
+        ``||L c - u||`` and ``rho ||L^T (u_next - u)||``, see section 3.3 of Boyd et al.
+        (2011).
     nonnegativity_residual
         ``||c - v||``, zero without the constraint.
     cg_residual
@@ -158,7 +189,7 @@ def init(coefficients: Volume) -> ADMMState:
 
 
 def _split(state: ADMMState, config: ADMMConfig, regulariser: tv.Regulariser):
-    """Minimise (26) over the auxiliary variables: eq. (28) with the right sign."""
+    """Minimise (26) over ``u`` and ``v``: eq. (28) with the sign corrected."""
     field = tv.gradient(state.coefficients) + state.dual / config.rho
     u = regulariser.prox(field, config.lam / config.rho)
     if config.rho_nonnegative is None:
@@ -182,13 +213,16 @@ def step(
     data
         The data term.
     config
-        Weight and penalties, of the coefficients' precision.
+        Weight and penalties, in the precision of the coefficients.
     regulariser
         Prior on the map's gradient.
 
     Returns
     -------
-    The new state, and the information of this iteration.
+    state
+        The new state.
+    info
+        Diagnostics of this iteration.
     """
     rho, rho_v = config.rho, config.rho_nonnegative
     nonnegative = rho_v is not None
@@ -200,13 +234,13 @@ def step(
         smooth = rho * tv.gradient_adjoint(tv.gradient(c))
         return normal.apply_normal(data.transfer, c) + smooth + rho_v * c
 
-    right = data.backprojection + tv.gradient_adjoint(rho * u - state.dual)
+    right_hand_side = data.backprojection + tv.gradient_adjoint(rho * u - state.dual)
     if nonnegative:
-        right = right + rho_v * v - state.dual_nonnegative
+        right_hand_side = right_hand_side + rho_v * v - state.dual_nonnegative
     precondition = normal.circulant_inverse(data.preconditioner, rho, rho_v)
     c, _ = cg(
         normal_equations,
-        right,
+        right_hand_side,
         x0=state.coefficients,
         tol=config.cg_tolerance,
         maxiter=config.cg_iterations,
@@ -215,13 +249,13 @@ def step(
     normal_c = normal.apply_normal(data.transfer, c)
     slack = tv.gradient(c) - u
     smooth = rho * tv.gradient_adjoint(tv.gradient(c))
-    residual = right - normal_c - smooth - rho_v * c
-    new = ADMMState(
+    residual = right_hand_side - normal_c - smooth - rho_v * c
+    next_state = ADMMState(
         c,
         state.dual + rho * slack,
         state.dual_nonnegative + rho_v * (c - v),
     )
-    after, _ = _split(new, config, regulariser)
+    next_u, _ = _split(next_state, config, regulariser)
     value = data.value(c, normal_c)
     penalty = config.lam * regulariser.value(tv.gradient(c))
     norm, zero = jnp.linalg.norm, jnp.zeros_like(value)
@@ -230,12 +264,14 @@ def step(
         data_term=value,
         regularisation=penalty,
         primal_residual=norm(slack.ravel()),
-        dual_residual=rho * norm(tv.gradient_adjoint(after - u).ravel()),
+        dual_residual=rho * norm(tv.gradient_adjoint(next_u - u).ravel()),
         nonnegativity_residual=norm((c - v).ravel()) if nonnegative else zero,
         cg_residual=norm(residual.ravel())
-        / jnp.maximum(norm(right.ravel()), jnp.finfo(right.dtype).tiny),
+        / jnp.maximum(
+            norm(right_hand_side.ravel()), jnp.finfo(right_hand_side.dtype).tiny
+        ),
     )
-    return new, info
+    return next_state, info
 
 
 @eqx.filter_jit
@@ -245,11 +281,14 @@ def run(
     config: ADMMConfig,
     regulariser: tv.Regulariser,
 ) -> tuple[ADMMState, ADMMInfo]:
-    """Make ``config.iterations`` iterations of Algorithm 2.
+    """Make ``config.iterations`` iterations of Algorithm 2; parameters as of `step`.
 
     Returns
     -------
-    The final state, and the information of every iteration, stacked.
+    state
+        The final state.
+    info
+        Diagnostics of all iterations, stacked along a leading axis.
     """
     dtype = state.coefficients.dtype
     config = jax.tree.map(lambda leaf: leaf.astype(dtype), config)

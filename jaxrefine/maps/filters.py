@@ -13,9 +13,15 @@ from jaxrefine.operators._fourier import radii
 
 
 def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
-    """Multiply a map's spectrum by a gain per shell, linear between the shells.
+    """Multiply a map's spectrum by a gain for each shell.
 
-    The gain at the last shell also holds beyond it.
+    Parameters
+    ----------
+    volume
+        The map, of shape ``(n, n, n)``.
+    gain
+        Gain at 0, 1, ... cycles per box. It is interpolated linearly between the
+        shells, and constant beyond the last one.
     """
     n = volume.shape[0]
     shells = jnp.arange(gain.shape[0], dtype=gain.dtype)
@@ -28,47 +34,53 @@ def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
 def low_pass(
     volume: Volume, pixel_size_in_angstroms: float, resolution_in_angstroms: float
 ) -> Volume:
-    """Take away what lies beyond a resolution, as `postprocess.postprocess` does.
+    """Remove the frequencies beyond a resolution, as `postprocess.postprocess` does.
 
     Parameters
     ----------
     volume
-        The map.
-    pixel_size_in_angstroms, resolution_in_angstroms
-        Edge of a voxel, and where the filter falls, as a cosine from a shell before
-        to a shell after.
+        The map, of shape ``(n, n, n)``.
+    pixel_size_in_angstroms
+        Edge of a voxel.
+    resolution_in_angstroms
+        Period at the cut-off. The filter falls from 1 to 0 as a cosine, from one shell
+        before the cut-off to one shell after it.
 
     Raises
     ------
     InputError
-        If a number is not positive and finite.
+        If the pixel size or the resolution is not positive and finite.
     """
     check_positive("The pixel size", pixel_size_in_angstroms)
-    check_positive("The low-pass", resolution_in_angstroms)
+    check_positive("The low-pass resolution", resolution_in_angstroms)
     n = volume.shape[0]
     cut_off = n * pixel_size_in_angstroms / resolution_in_angstroms
     return filtered(volume, cosine_edge(radii(n), cut_off))
 
 
 def cosine_edge(frequency: np.ndarray, cut_off: float) -> np.ndarray:
-    """Return a cosine from 1 at a shell before the cut-off to 0 at a shell after it."""
+    """Return a filter that falls from 1 to 0 as a cosine around the cut-off.
+
+    It is 1 up to one shell before the cut-off and 0 from one shell after it; both
+    arguments are in cycles per box.
+    """
     return 0.5 + 0.5 * np.cos(np.pi * np.clip((frequency - cut_off + 1) / 2, 0, 1))
 
 
 def filtered(volume: Volume, transfer: np.ndarray) -> Volume:
-    """Multiply the spectrum of a map, as ``rfftn`` returns it."""
+    """Multiply the spectrum of a map by a transfer, of the shape that ``rfftn`` has."""
     spectrum = jnp.fft.rfftn(volume)
     spectrum = spectrum * jnp.asarray(transfer, spectrum.dtype)
     return jnp.fft.irfftn(spectrum, s=volume.shape)
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse a number that is not positive and finite.
+    """Check that a length in angstroms is positive and finite.
 
     Raises
     ------
     InputError
-        Naming the number.
+        If it is not; the message begins with `name`.
     """
     if not 0 < value < math.inf:
-        raise InputError(f"{name} is {value:g} A; a positive number is wanted.")
+        raise InputError(f"{name} must be positive, got {value:g} A.")

@@ -1,14 +1,15 @@
-"""Two folds of the particles, whose maps are independent of each other.
+"""Two folds of the particles, each with a map that is made from the other fold.
 
-The particles of a refinement are dealt into two folds. Each fold's images are summed
-up once (:mod:`jaxrefine.maps.sums`); its map is made from *the other fold*. Then
+The particles of a refinement are split into two folds. Each fold's images are summed
+once (:mod:`jaxrefine.maps.sums`); its map is made from *the other fold*. Therefore
 
-- a particle's pose is fitted to a map that its own noise is not in. (Otherwise the map
-  pulls every particle to where it was inserted last, by some nats at low SNR.)
-- the regression of a fold's images on the other fold's map gives the scale of the map
-  and the power of the noise, shell by shell (:mod:`jaxrefine.maps.noise`);
-- the weight of the regulariser is the one whose maps best predict the images that they
-  were not made from (:func:`cross_validate`).
+- a particle's pose is fitted to a map that does not contain its own noise. (Otherwise
+  the map attracts every particle to the pose at which it was last inserted, by some
+  nats of log-likelihood at low SNR.)
+- the regression of a fold's images on the fold's map gives the scale of the map and the
+  power of the noise in each shell (:mod:`jaxrefine.maps.noise`);
+- the weight of the regulariser is the one with which the maps best predict the images
+  that they were not made from (:func:`cross_validate`).
 """
 
 from collections.abc import Sequence
@@ -22,24 +23,32 @@ from jaxrefine.maps.sums import Sums, data_term, solve
 from jaxrefine.operators import normal
 
 FOLDS = 2
-"""Number of folds: two, whose maps are independent of each other."""
+"""Number of folds: two by construction, as each one's map is made from the other."""
 
 
 @eqx.filter_jit
 def prediction_error(held_out: admm.DataTerm, coefficients: Volume) -> Scalar:
-    r"""Return :math:`\tfrac12\|g - Hc\|^2 - \tfrac12\|g\|^2` of images not used."""
+    r"""Return :math:`\tfrac12\|g - Hc\|^2 - \tfrac12\|g\|^2` of held-out images.
+
+    Parameters
+    ----------
+    held_out
+        The data term of images that the map was not made from.
+    coefficients
+        Coefficients ``c`` of the map, of side ``n``.
+    """
     product = normal.apply_normal(held_out.transfer, coefficients)
     return held_out.value(coefficients, product)
 
 
 @final
 class Folds(eqx.Module):
-    """The data terms of a refinement's folds, ready for any number of solutions.
+    """The data terms of a refinement's folds.
 
     Attributes
     ----------
     own, peaks
-        For each fold the data term of its images, and their ``w[0]``.
+        For each fold, the data term of its own images, and their ``w[0]``.
     """
 
     own: tuple[admm.DataTerm, admm.DataTerm]
@@ -47,9 +56,9 @@ class Folds(eqx.Module):
 
 
 def folds(sums: Sequence[Sums]) -> Folds:
-    """Prepare the sums of both folds."""
-    one, two = sums
-    return Folds((data_term(one), data_term(two)), (one.peak, two.peak))
+    """Return the data terms of both folds, from the sums over their images."""
+    first, second = sums
+    return Folds((data_term(first), data_term(second)), (first.peak, second.peak))
 
 
 def solve_all(
@@ -59,21 +68,26 @@ def solve_all(
     regulariser: tv.Regulariser,
     iterations: int,
 ) -> tuple[admm.ADMMState, ...]:
-    """Solve for each fold's map, which is made from the other fold.
+    """Solve for each fold's map, which is made from the images of the other fold.
 
     Parameters
     ----------
     data
         The data terms of both folds.
     starts
-        For each fold, map and multipliers to start from.
+        For each fold, the map and multipliers to start from.
     tau, regulariser, iterations
-        As for `solve`.
+        As for :func:`jaxrefine.maps.sums.solve`.
+
+    Returns
+    -------
+    For each fold, its map and multipliers.
     """
-    others = zip(data.own[::-1], data.peaks[::-1], starts, strict=True)
-    return tuple(
-        solve(term, peak, start, tau, regulariser, iterations)
-        for term, peak, start in others
+    (first, second), (first_peak, second_peak) = data.own, data.peaks
+    first_start, second_start = starts
+    return (
+        solve(second, second_peak, first_start, tau, regulariser, iterations),
+        solve(first, first_peak, second_start, tau, regulariser, iterations),
     )
 
 
@@ -86,47 +100,56 @@ def cross_validate(
     trials: int = 8,
     factor: float = 1.4,
 ) -> tuple[Scalar, tuple[admm.ADMMState, ...], dict[float, float]]:
-    r"""Choose :math:`\tau` by how well the folds predict each other.
+    r"""Choose :math:`\tau` by two-fold cross-validation.
 
-    Walks from the given ``tau`` by a factor to where the error of prediction no longer
-    falls, and ends at the vertex of the parabola, in ``log tau``, through the last
-    three errors.
+    The search walks from the given ``tau`` in steps of a constant factor until the
+    prediction error no longer falls, and ends at the vertex of the parabola, in
+    ``log tau``, through the last three errors. (``benchmarks/regularisation.py``
+    compares this choice with others, and with the best possible one.)
 
     Parameters
     ----------
     data, starts, regulariser, iterations
         As for `solve_all`.
     tau
-        Weight to begin with, in units of the noise.
+        Weight to start from, in units of the noise.
     trials
-        Weights to try; one more if the first step was the wrong way.
+        Maximum number of weights to try, at least 2. With the default factor, 8 weights
+        span a factor of 10.
     factor
-        Between neighbouring weights, above 1.
+        Ratio of neighbouring weights, above 1. The default is about half an octave,
+        over which the parabola interpolates.
 
     Returns
     -------
-    The chosen ``tau``, the solutions of the best one tried, and the errors found.
+    tau
+        The chosen weight.
+    solutions
+        For each fold, map and multipliers at the best of the weights that were tried.
+    errors
+        Prediction error at each weight that was tried.
     """
     errors: dict[float, float] = {}
-    # Solutions are compared warm: one that is made from cold is smoother than its tau.
+    # Compare solutions that start from a similar one: after a cold start and few
+    # iterations, a map is still smoother than its tau implies.
     warm = best = solve_all(data, starts, tau, regulariser, iterations)
 
     def error(power: int) -> float:
         nonlocal warm, best
         if power not in errors:
             warm = solve_all(data, warm, tau * factor**power, regulariser, iterations)
-            parts = [
+            fold_errors = [
                 prediction_error(own, state.coefficients)
                 for own, state in zip(data.own, warm, strict=True)
             ]
-            value = float(sum(parts))
+            value = float(sum(fold_errors))
             best = warm if value <= min(errors.values(), default=value) else best
             errors[power] = value
         return errors[power]
 
-    here = error(0)
-    down = error(-1) < here
-    step, power = (-1, -1) if down else (1, 0)
+    initial = error(0)
+    falls_downwards = error(-1) < initial
+    step, power = (-1, -1) if falls_downwards else (1, 0)
     while len(errors) < trials and error(power + step) < error(power):
         power += step
     vertex = float(power)

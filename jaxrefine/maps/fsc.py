@@ -1,4 +1,4 @@
-"""Fourier shell correlation, and the resolution that is read from it."""
+"""Fourier shell correlation, and the resolution derived from it."""
 
 import equinox as eqx
 import jax
@@ -23,9 +23,9 @@ def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shel
     Parameters
     ----------
     a, b
-        The volumes, of one size n and one type.
+        Volumes of the same shape ``(n, n, n)`` and type.
     mask
-        Multiplies both volumes first.
+        Optional mask, by which both volumes are multiplied first.
 
     Returns
     -------
@@ -52,27 +52,29 @@ def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shel
 
 
 def mean_fsc(curve: Float[Array, " shells"]) -> Scalar:
-    """Mean of a Fourier shell correlation over the shells 1, ..., n // 2."""
+    """Return the mean of a Fourier shell correlation over the shells 1, ..., n // 2."""
     return jnp.mean(curve[1:])
 
 
 def crossing(curve: Float[Array, " shells"], threshold: float | Scalar) -> Scalar:
-    """Radius at which a Fourier shell correlation first falls below a threshold.
+    """Return the radius where a Fourier shell correlation falls below a threshold.
 
-    Between shells the curve is a straight line. Shell 0 does not count: a curve that is
-    below the threshold at shell 1 crosses there.
+    The curve is interpolated linearly between shells. Shell 0 is ignored: a curve that
+    is below the threshold at shell 1 crosses it there.
 
     Parameters
     ----------
     curve
         The correlation at r = 0, ..., n // 2.
     threshold
-        0.5 against the truth, 0.143 between half maps.
+        Usually 0.5 against the true map, and 0.143 between half maps (Rosenthal and
+        Henderson, J. Mol. Biol. 333, 2003).
 
     Returns
     -------
     radius
-        In shells; n // 2 if the curve never falls below the threshold.
+        Radius of the first crossing in shells, that is in cycles per box; n // 2 if the
+        curve never falls below the threshold.
     """
     tail = curve[1:]
     below = ~(tail >= threshold)
@@ -86,10 +88,23 @@ def crossing(curve: Float[Array, " shells"], threshold: float | Scalar) -> Scala
 def resolution_in_angstroms(
     radius: float | Scalar, n: int, voxel_size_in_angstroms: float
 ) -> float | Scalar:
-    """Return the period, in Angstrom, of a Fourier shell of a box of n voxels."""
+    """Return the period in angstroms of a Fourier shell of a box of n voxels.
+
+    Parameters
+    ----------
+    radius
+        Radius of the shell in cycles per box.
+    n
+        Side of the box in voxels.
+    voxel_size_in_angstroms
+        Edge of a voxel.
+    """
     return n * voxel_size_in_angstroms / radius
 
 
 def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shell of each frequency of ``rfftn`` (raveled), and how many it stands for."""
+    """Return the shell and the multiplicity of each frequency that ``rfftn`` has.
+
+    The shells are ravelled; the multiplicities are shaped to broadcast.
+    """
     return np.rint(radii(n)).astype(np.int32).ravel(), multiplicity(n)[None, None]

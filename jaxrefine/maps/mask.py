@@ -1,4 +1,4 @@
-"""Solvent masks: made from a map, or checked when one is given."""
+"""Solvent masks: made from a map, or checked if given by the user."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import low_pass
 
-_BINS = 256  # of the histogram of densities
+_BINS = 256  # of the histogram of densities; the threshold's accuracy is one bin.
 
 
 def soft_mask(
@@ -22,81 +22,89 @@ def soft_mask(
     extend: float = 3.0,
     edge: float = 6.0,
 ) -> Volume:
-    """Separate the particle from the solvent, with a soft edge.
+    """Return a mask that separates the particle from the solvent, with a soft edge.
 
-    The map is low-pass filtered and cut at a threshold; its largest connected part is
-    grown, and surrounded by an edge that falls from 1 to 0 as a cosine.
+    The map is low-pass filtered and thresholded; its largest connected component is
+    extended, and surrounded by an edge that falls from 1 to 0 as a cosine.
 
     Parameters
     ----------
     volume
-        The mean of the half maps. Protein is positive.
+        A map of shape ``(n, n, n)``, such as the mean of the half maps. Protein is
+        positive.
     pixel_size_in_angstroms
         Edge of a voxel.
     threshold
-        Density of the filtered map at the surface. By default that of the triangle
-        method (Zack, Rogers and Latt, J. Histochem. Cytochem. 25, 1977): where the
-        histogram is farthest below the line from its peak, the solvent, to its end.
+        Density of the filtered map at the surface. The default is that of the triangle
+        method (Zack, Rogers and Latt, J. Histochem. Cytochem. 25, 1977): the density at
+        which the histogram is farthest below the line from its peak, which is the
+        solvent, to its end.
     low_pass_in_angstroms
-        Cut-off of the filter, that of `postprocess`.
+        Cut-off of the low-pass filter, see `filters.low_pass`.
     extend, edge
-        Width in voxels of what is added, and of the edge around it.
+        Width in voxels by which the component is extended, and of the soft edge around
+        it.
 
     Returns
     -------
     mask
-        Values from 0 to 1, of the map's type.
+        Values from 0 to 1, of the map's shape and type.
 
     Raises
     ------
     InputError
-        If the map is flat or not finite, no voxel is above the threshold, or a number
-        is out of range.
+        If the map is constant or not finite, if no voxel is above the threshold, or if
+        a number is out of range.
     """
     from scipy import ndimage  # slow to import
 
     if min(extend, edge) < 0:
         raise InputError(
-            f"The mask is to grow by {extend:g} and an edge of {edge:g} voxels; "
-            "0 or more is wanted."
+            f"extend and edge must be at least 0, got {extend:g} and {edge:g} voxels."
         )
     if not (jnp.isfinite(volume).all() and jnp.ptp(volume) > 0):
-        raise InputError("A flat map or one that is not finite cannot make a mask.")
+        raise InputError(
+            "The map that a mask is made from must be finite and not constant."
+        )
     smooth = np.asarray(
         low_pass(volume, pixel_size_in_angstroms, low_pass_in_angstroms)
     )
     level = _triangle_threshold(smooth) if threshold is None else threshold
     labelled: Any = ndimage.label(smooth > level)
-    parts, count = labelled
+    components, count = labelled
     if not count:
         raise InputError(
-            f"No voxel of the filtered map is above {level:g}; its largest is "
-            f"{smooth.max():g}."
+            "The threshold of a mask must be below the largest density of the filtered "
+            f"map, {smooth.max():g}, got {level:g}."
         )
-    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    distance = np.asarray(ndimage.distance_transform_edt(parts != largest))
-    place = np.clip((distance - extend) / max(edge, 1e-6), 0, 1)
-    return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * place), volume.dtype)
+    largest = 1 + np.argmax(np.bincount(components.ravel())[1:])
+    distance = np.asarray(ndimage.distance_transform_edt(components != largest))
+    position_in_edge = np.clip((distance - extend) / max(edge, 1e-6), 0, 1)
+    return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * position_in_edge), volume.dtype)
 
 
 def check_mask(mask: Array | np.ndarray, name: object = "The mask") -> None:
-    """Refuse what is not from 0 to 1, or nowhere more than 0.
+    """Check that a mask has values from 0 to 1, and is not 0 everywhere.
 
     Raises
     ------
     InputError
-        If it is so, naming it.
+        If it has not; the message begins with `name`.
     """
-    # NumPy's, which are NaN if a value is.
+    # NumPy's extrema are NaN if a value is, which the comparison refuses.
     low, high = np.asarray(mask).min(), np.asarray(mask).max()
     if not (-1e-6 <= low and 0 < high <= 1 + 1e-6):
         raise InputError(
-            f"{name} runs from {low:g} to {high:g}; 0 in the solvent to 1 is wanted."
+            f"{name} must have values from 0 in the solvent to 1 in the particle, got "
+            f"{low:g} to {high:g}."
         )
 
 
 def _triangle_threshold(values: np.ndarray) -> float:
-    """Return where the histogram is farthest below the line from peak to end."""
+    """Return the value at which the histogram is farthest below a line.
+
+    The line runs from the histogram's peak to its end.
+    """
     count, edges = np.histogram(values, _BINS)
     peak = int(np.argmax(count))
     line = np.linspace(count[peak], count[-1], _BINS - peak)

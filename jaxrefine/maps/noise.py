@@ -1,9 +1,9 @@
-"""The scale of a map and the power of the noise, shell by shell.
+"""The scale of a map and the power of the noise in each Fourier shell.
 
-Images are compared with projections of a map that they are not in. Their regression on
-the projections gives a gain for each shell: it undoes TV's loss of contrast where the
-map is right, and shrinks the map where it is not. What the scaled projections leave of
-the images is noise.
+Images are compared with projections of a map that was made from other images. The
+regression of the images on the projections gives a gain for each shell: it restores the
+contrast that TV has taken where the map is right, and shrinks the map where it is not.
+The residual of the regression is noise.
 """
 
 from typing import final
@@ -20,22 +20,26 @@ from jaxrefine.operators.slices import Disc
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-_ALIKE = 32.0
-"""Frequencies that the common shape of the groups' noise counts for in a shell."""
+# Degrees of freedom of the prior in `noise_power`: how many frequencies of a shell the
+# noise spectrum that all groups share counts for. 32 says that a group's own spectrum
+# is expected to differ from it by sqrt(2 / 32), that is by a quarter.
+_PRIOR_FREQUENCIES = 32.0
 
 
 @final
 class ShellSums(eqx.Module):
-    """Sums over images, or groups of them, and the frequencies of a shell; they add up.
+    """Sums over images, or over each group of them, and the frequencies of a shell.
+
+    Sums over different images can be added.
 
     Attributes
     ----------
     data, model
-        Powers of the images and of the projections.
+        Power of the images and of the projections.
     cross
-        Their inner product.
+        Inner product of the images and the projections.
     count
-        Number of frequencies, both of a pair.
+        Number of frequencies; a conjugate pair counts twice.
     """
 
     data: Float[Array, "*groups shells"]
@@ -47,24 +51,25 @@ class ShellSums(eqx.Module):
         return jax.tree.map(jnp.add, self, other)
 
     def pooled(self, weights: Float[Array, "groups shells"]) -> "ShellSums":
-        """Return the sums over all groups, each with its weights."""
+        """Return the weighted sums over all groups."""
         return jax.tree.map(lambda leaf: jnp.sum(weights * leaf, axis=0), self)
 
     @property
     def gain(self) -> Float[Array, "*groups shells"]:
         r"""Least-squares scale of the projections, :math:`\langle g, S\rangle/|S|^2`.
 
-        From 0 to 2; 0 where the projections have no power.
+        It is limited to the interval from 0 to 2, and 0 where the projections have no
+        power.
         """
-        known = self.model > 0
-        ratio = self.cross / jnp.where(known, self.model, 1.0)
-        return jnp.where(known, jnp.clip(ratio, 0.0, 2.0), 0.0)
+        positive = self.model > 0
+        ratio = self.cross / jnp.where(positive, self.model, 1.0)
+        return jnp.where(positive, jnp.clip(ratio, 0.0, 2.0), 0.0)
 
     def residual(self, gain: Float[Array, "shells"]) -> Float[Array, "*groups shells"]:
-        """Return the power of what the scaled projections leave of the images."""
+        """Return the power of the images minus the projections times a gain."""
         gain = jnp.broadcast_to(gain, self.data.shape)
-        left = self.data - 2 * gain * self.cross + gain**2 * self.model
-        return jnp.maximum(left, 0.0)
+        power = self.data - 2 * gain * self.cross + gain**2 * self.model
+        return jnp.maximum(power, 0.0)
 
 
 def shell_sums(
@@ -75,60 +80,83 @@ def shell_sums(
     transfer: Float[Array, "particles k"] | None,
     included: Float[Array, "*groups particles"],
 ) -> ShellSums:
-    """Compare images with projections at their poses, shell by shell.
+    """Compare images with projections at their poses in each shell.
 
-    ``included`` is 1 for a particle that counts, in a group, and 0 for one that does
-    not; without a spectrum only the power of the data is found.
+    Parameters
+    ----------
+    spectrum
+        Spectrum of the map. Without one, only the power of the images is computed.
+    disc
+        Frequencies that are compared.
+    data
+        Spectra of the images at these frequencies.
+    poses, transfer
+        Pose and contrast-transfer function of each image.
+    included
+        1 for a particle that is included in the sums (of a group), 0 for one that is
+        not.
     """
-    count = disc.image_size // 2 + 1
-    times = disc.multiplicity.astype(included.dtype)[None]
+    shells = disc.image_size // 2 + 1
+    multiplicity = disc.multiplicity.astype(included.dtype)[None]
 
     def per_shell(values: Float[Array, "particles k"]):
-        total = jnp.matmul(included, values * times, precision=_HIGHEST)
-        return jax.ops.segment_sum(total.T, disc.shells, count).T
+        total = jnp.matmul(included, values * multiplicity, precision=_HIGHEST)
+        return jax.ops.segment_sum(total.T, disc.shells, shells).T
 
     power = per_shell(data.real**2 + data.imag**2)
-    number = per_shell(jnp.ones_like(data.real))
+    count = per_shell(jnp.ones_like(data.real))
     if spectrum is None:
-        return ShellSums(power, jnp.zeros_like(power), jnp.zeros_like(power), number)
+        return ShellSums(power, jnp.zeros_like(power), jnp.zeros_like(power), count)
     model = slices.project(spectrum, disc, poses, transfer, len(data))
     cross = model.real * data.real + model.imag * data.imag
     model_power = model.real**2 + model.imag**2
-    return ShellSums(power, per_shell(model_power), per_shell(cross), number)
+    return ShellSums(power, per_shell(model_power), per_shell(cross), count)
 
 
 def noise_power(
     residual: Float[Array, "groups shells"], count: Float[Array, "groups shells"]
 ) -> Float[Array, "groups shells"]:
-    r"""Return the mean power of the noise in each group, leaning on what all share.
+    r"""Estimate the mean power of the noise in each group and shell, by shrinkage.
 
-    Groups are taken to have noise of any level :math:`a_g` and roughly of one shape,
-    that of all residuals together, :math:`\bar N_s = \sum_g E_{gs} / \sum_g n_{gs}`:
+    The noise of a group may have any level :math:`a_g`, and a spectrum whose shape is
+    roughly that of all residuals together,
+    :math:`\bar N_s = \sum_g E_{gs} / \sum_g n_{gs}`. The group's own estimate
+    :math:`E_{gs} / n_{gs}` is shrunk towards that spectrum at its level:
 
-    .. math:: N_{gs} = \frac{E_{gs} + 32\, a_g \bar N_s}{n_{gs} + 32}, \qquad
+    .. math:: N_{gs} = \frac{E_{gs} + d\, a_g \bar N_s}{n_{gs} + d}, \quad d = 32,
+       \qquad
        a_g = \frac{1 + \sum_{s>0} E_{gs} / \bar N_s}{1 + \sum_{s>0} n_{gs}}.
 
-    This is the mean of two estimates by the inverse of their variances: a mean of ``n``
-    squares has the relative variance ``2 / n``, and a group's own shape is expected to
-    be off by a quarter, ``2 / 32``. So a group of few images has the common spectrum at
-    its own level, one of none just the common spectrum, and a single group has its own.
+    This is the empirical-Bayes estimate of a variance under a scaled inverse chi-square
+    prior with ``d`` degrees of freedom (Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004,
+    whose "moderated" variances have this form), here with a fixed ``d``. Equivalently,
+    it is the mean of both estimates weighted by their inverse variances: a mean of
+    ``n`` squares has the relative variance ``2 / n``, and the shape of a group's
+    spectrum is expected to differ from the common one by the relative variance
+    ``2 / d``, a standard deviation of a quarter. Hence a group of few images gets the
+    common spectrum at its own level, a group of no images the common spectrum, and a
+    single group its own.
 
     Parameters
     ----------
     residual
-        Power :math:`E` of the residuals, summed.
+        Summed power :math:`E` of the residuals.
     count
         Number :math:`n` of frequencies in the sums.
+
+    Returns
+    -------
+    Mean power of the noise per frequency, :math:`N`.
     """
     own = residual / jnp.maximum(count, 1.0)
     mean = jnp.sum(residual, axis=0) / jnp.maximum(jnp.sum(count, axis=0), 1.0)
     mean = jnp.broadcast_to(mean, own.shape)
     ratio = jnp.where(mean > 0, own / jnp.where(mean > 0, mean, 1.0), 1.0)
-    # The origin is the background's.
-    level, total = (
+    # Shell 0 is left out, because the background is in it.
+    power, frequencies = (
         1.0 + jnp.sum(values[:, 1:], axis=1, keepdims=True)
         for values in (count * ratio, count)
     )
-    common = level / total * mean
-    # In this order a single group has its own power to the last bit.
-    return own + (common - own) * (_ALIKE / (count + _ALIKE))
+    common = power / frequencies * mean
+    # In this form the estimate of a single group is its own, to the last bit.
+    return own + (common - own) * (_PRIOR_FREQUENCIES / (count + _PRIOR_FREQUENCIES))

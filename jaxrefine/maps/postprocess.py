@@ -1,12 +1,13 @@
 r"""Post-processing of half maps: solvent mask, corrected resolution, sharpening.
 
-The rules are those of RELION's ``relion_postprocess``, so that figures compare:
+The rules are those of RELION's ``relion_postprocess``, so that results are comparable:
 
 - the Fourier shell correlation of the masked half maps is corrected for the mask by
   that of half maps with random phases (Chen et al., Ultramicroscopy 135, 2013);
 - the mean map is weighted by :math:`\sqrt{2\,\mathrm{FSC} / (1 + \mathrm{FSC})}`,
-  sharpened by a B factor, given or fitted to the Guinier plot (Rosenthal and Henderson,
-  J. Mol. Biol. 333, 2003), and low-pass filtered.
+  sharpened by a B factor, which is given or fitted to the Guinier plot, and low-pass
+  filtered. Weight, fit and the threshold of 0.143 are those of Rosenthal and Henderson
+  (J. Mol. Biol. 333, 2003).
 """
 
 import math
@@ -25,16 +26,22 @@ from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.mask import check_mask
 from jaxrefine.operators._fourier import radii
 
-_RANDOMISE_BELOW = 0.8  # correlation of the half maps, not masked
+# Phases are randomised from where the unmasked correlation falls below this: RELION's
+# default (--randomize_at_fsc).
+_RANDOMISE_BELOW = 0.8
 
-_TRUSTED_SHELLS = 2  # from where phases are random; RELION's rule
+# Shells from there on in which the masked correlation is not yet corrected: RELION's
+# rule.
+_TRUSTED_SHELLS = 2
 
+# Correlation of half maps that defines the resolution (Rosenthal and Henderson, 2003).
 _RESOLUTION_AT = 0.143
 
-_LEAST_SHELLS = 3  # for a straight line with a residual
+# Fewest shells of a Guinier fit: a straight line through two has no residual.
+_LEAST_SHELLS = 3
 
-_LARGEST_EXPONENT = 80  # single precision ends at 88
-
+# Largest exponent of a B factor's gain: e**88 is the limit of single precision.
+_LARGEST_EXPONENT = 80
 
 Curve = Float[np.ndarray, " shells"]
 """A Fourier shell correlation at the shells 0, ..., n // 2."""
@@ -43,7 +50,13 @@ Curve = Float[np.ndarray, " shells"]
 @final
 @dataclass(frozen=True)
 class GuinierFit:
-    """Ask for a B factor from the Guinier plot, from here to the resolution."""
+    """A request to fit the B factor to the Guinier plot.
+
+    Attributes
+    ----------
+    from_in_angstroms
+        Lowest resolution of the fit, which extends to the resolution of the map.
+    """
 
     from_in_angstroms: float = 10.0
 
@@ -51,23 +64,25 @@ class GuinierFit:
 @final
 @dataclass(frozen=True)
 class Postprocessed:
-    """A map ready to be looked at, and how good it is.
+    """A post-processed map, and its resolution.
 
     Attributes
     ----------
     volume, masked_volume
-        The mean of the half maps, weighted, sharpened and low-pass filtered.
+        The mean of the half maps, weighted, sharpened and low-pass filtered, without
+        and with the mask.
     fsc_unmasked, fsc_masked, fsc_randomised, fsc_true
-        Correlations of the half maps: as they are, masked, masked after their phases
-        were made random, and corrected for the mask.
+        Fourier shell correlations of the half maps: as they are, masked, masked after
+        their phases were randomised, and corrected for the mask.
     randomised_from
-        First shell of random phases; n // 2 + 1 if there is none.
+        First shell with random phases; n // 2 + 1 if there is none.
     resolution_in_angstroms
-        Where ``fsc_true`` falls below 0.143; two voxels if it never does.
+        Period at which ``fsc_true`` falls below 0.143; two voxels if it never does.
     b_factor_in_square_angstroms
-        What the map was sharpened by, negative as RELION writes it; None if it was not.
+        B factor of the sharpening, negative if amplitudes were raised, as in RELION;
+        None if the map was not sharpened.
     not_sharpened_because
-        A sentence if a B factor was to be fitted and could not be.
+        The reason, as a sentence, if the B factor could not be fitted.
     """
 
     volume: Volume
@@ -94,55 +109,61 @@ def postprocess(
 ) -> Postprocessed:
     r"""Measure the resolution of two half maps; weight, sharpen and filter their mean.
 
-    With the correlation :math:`F_m` of the masked maps and :math:`F_r` of those whose
-    phases are random from shell s on, the first of an unmasked correlation below 0.8,
+    Let :math:`F_m` be the correlation of the masked maps, and :math:`F_r` that of the
+    masked maps whose phases are random from shell s on, the first shell with an
+    unmasked correlation below 0.8. The correlation is corrected to
 
     .. math:: F(r) = \frac{F_m(r) - F_r(r)}{1 - F_r(r)}, \quad r \ge s + 2;
        \qquad F(r) = F_m(r), \quad r < s + 2.
 
-    The mean map's spectrum at frequency k (in 1/box), of shell r, is multiplied by
+    The mean map's spectrum at frequency k (in cycles per box), of shell r, is
+    multiplied by
 
     .. math:: \sqrt{\frac{2 F(r)}{1 + F(r)}}\; e^{-B |k|^2 / 4 (n p)^2}\; L(|k|),
 
-    p being the pixel size. The weight of shell 0 is 1, and 0 from where F first is not
-    positive. L falls from 1 to 0 as a cosine, from a shell before the cut-off to a
-    shell after it.
+    where p is the pixel size. The weight of shell 0 is 1; weights are 0 from the first
+    shell on in which F is not positive. L falls from 1 to 0 as a cosine, from one shell
+    before the cut-off to one shell after it.
 
     Parameters
     ----------
     half1, half2
-        Maps of two independent halves of the particles, neither filtered nor masked.
+        Maps of two independent halves of the particles, of shape ``(n, n, n)``, neither
+        filtered nor masked.
     mask
-        From 0 in the solvent to 1, with a soft edge; see `soft_mask`.
+        Mask with values from 0 in the solvent to 1 in the particle and a soft edge, see
+        `mask.soft_mask`.
     pixel_size_in_angstroms
         Edge of a voxel.
     key
-        Draws the random phases.
+        Random key for the phases.
     b_factor_in_square_angstroms
-        B itself, negative to sharpen; a `GuinierFit` to find it: 4 times the slope of
-        the logarithm of the shells' mean amplitudes, after weighting, against
-        :math:`(r / n p)^2`; None to leave amplitudes as they are.
+        The B factor itself, negative to sharpen; or a `GuinierFit`, by which it is 4
+        times the slope of the logarithm of the shells' mean amplitudes, after
+        weighting, against :math:`(r / n p)^2`; or None to leave the amplitudes as they
+        are.
     low_pass_in_angstroms
         Cut-off of L; the resolution by default.
 
     Raises
     ------
     InputError
-        If sizes differ, values are not finite, the half maps are the same, the mask
-        leaves 0 to 1 or is empty, or a number is out of range.
+        If shapes differ, values are not finite, the half maps are equal or zero within
+        the mask, the mask has values beyond 0 and 1 or is empty, or a number is out of
+        range.
     """
     _check(half1, half2, mask)
     check_positive("The pixel size", pixel_size_in_angstroms)
     if low_pass_in_angstroms is not None:
-        check_positive("The low-pass", low_pass_in_angstroms)
+        check_positive("The low-pass resolution", low_pass_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
     box = n * pixel_size_in_angstroms
     shells = np.arange(n // 2 + 1)
 
     unmasked = np.asarray(fsc(half1, half2))
     masked = np.asarray(fsc(half1, half2, mask))
-    low = np.append(unmasked[1:] < _RANDOMISE_BELOW, True)
-    first = 1 + int(np.argmax(low))
+    is_below = np.append(unmasked[1:] < _RANDOMISE_BELOW, True)
+    first = 1 + int(np.argmax(is_below))
     keys = jax.random.split(key)
     random1 = _with_random_phases(keys[0], half1, first)
     random2 = _with_random_phases(keys[1], half2, first)
@@ -176,13 +197,15 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
         if other.shape != half1.shape:
             sizes = [" x ".join(map(str, a.shape)) for a in (other, half1)]
             raise InputError(
-                f"{name} is {sizes[0]}; {sizes[1]} as the first half map is wanted."
+                f"{name} must have the size of the first half map, {sizes[1]}, got "
+                f"{sizes[0]}."
             )
     if not (jnp.isfinite(half1).all() and jnp.isfinite(half2).all()):
-        raise InputError("A half map holds values that are NaN or infinite.")
+        raise InputError("The half maps must be finite, got NaN or infinite values.")
     if jnp.array_equal(half1, half2):
         raise InputError(
-            "The half maps are the same; those of two sets of particles are wanted."
+            "The half maps must be made from two sets of particles, got the same map "
+            "twice."
         )
     check_mask(mask)
     for name, half in (("first", half1), ("second", half2)):
@@ -193,30 +216,30 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
 def _transfer(
     n: int, weight: np.ndarray, b_factor: float, cut_off: float, box: float
 ) -> np.ndarray:
-    """Return what the spectrum is multiplied by; the cut-off is a shell."""
+    """Return the factors of the mean map's spectrum; the cut-off is in shells."""
     frequency = radii(n)
     shell = np.minimum(np.rint(frequency), len(weight)).astype(int)
     transfer = np.append(weight, 0)[shell] * cosine_edge(frequency, cut_off)
     highest, decay = frequency[transfer > 0].max(), b_factor / 4 / box**2
     if not (math.isfinite(decay) and -decay * highest**2 < _LARGEST_EXPONENT):
         raise InputError(
-            f"A B factor of {b_factor:g} A^2 would raise amplitudes by more than "
-            f"e^{_LARGEST_EXPONENT}; a finite number nearer to 0 is wanted."
+            "The B factor must be finite and raise amplitudes by less than "
+            f"e^{_LARGEST_EXPONENT}, got {b_factor:g} A^2."
         )
     return transfer * np.exp(-decay * np.minimum(frequency, highest) ** 2)
 
 
 def _with_random_phases(key: PRNGKeyArray, volume: Volume, first: int) -> Volume:
-    """Keep the amplitudes; from a frequency on, take white noise's phases."""
+    """Replace the phases from shell `first` on by those of white noise."""
     noise = jnp.fft.rfftn(jax.random.normal(key, volume.shape, volume.dtype))
     spectrum = jnp.fft.rfftn(volume)
     random = noise * (jnp.abs(spectrum) / jnp.abs(noise)).astype(noise.dtype)
-    keeps = jnp.asarray(radii(volume.shape[0]) < first)
-    return jnp.fft.irfftn(jnp.where(keeps, spectrum, random), s=volume.shape)
+    is_kept = jnp.asarray(radii(volume.shape[0]) < first)
+    return jnp.fft.irfftn(jnp.where(is_kept, spectrum, random), s=volume.shape)
 
 
 def _weights(curve: np.ndarray) -> np.ndarray:
-    """Return the weights of a correlation's shells; 1 at the origin."""
+    """Return the weight of each shell from the correlation; 1 in shell 0."""
     positive = np.cumprod(curve[1:] > 0)
     ratio = np.where(positive, curve[1:], 0)
     return np.append(1, np.sqrt(2 * ratio / (1 + ratio)))
@@ -230,8 +253,9 @@ def _fit(
     used = (shells >= box / fit.from_in_angstroms) & (shells <= radius) & (weight > 0)
     if used.sum() < _LEAST_SHELLS:
         return None, (
-            f"From {fit.from_in_angstroms:g} A to the resolution of {box / radius:.2f} "
-            f"A there are {used.sum()} shells; a B factor wants {_LEAST_SHELLS}."
+            f"There must be at least {_LEAST_SHELLS} shells to fit a B factor to, got "
+            f"{used.sum()} from {fit.from_in_angstroms:g} A to the resolution of "
+            f"{box / radius:.2f} A."
         )
     shell = np.rint(radii(mean.shape[0])).astype(int).ravel()
     amplitude = np.abs(np.asarray(jnp.fft.rfftn(mean))).ravel()

@@ -1,22 +1,22 @@
-r"""Sums over images, and the maps that are made of them.
+r"""Sums over images, and the maps that are made from them.
 
 A map at fixed poses needs two sums over the images: the convolution kernel ``w`` of the
 normal operator and the back-projection ``H^T g``, both weighted by the inverse power of
-the noise (:class:`Sums`). Two maps are made of them: one regularised by TV
-(:func:`solve`), and one by least squares alone (:func:`least_squares`).
+the noise (:class:`Sums`). Two kinds of maps are made from them: regularised by TV
+(:func:`solve`), and by least squares alone (:func:`least_squares`).
 
-With whitened images the noise in a voxel of the back-projection has the standard
-deviation :math:`\sqrt{w[0]}`. The regulariser's weight is measured in it,
-:math:`\lambda = \tau \sqrt{w[0]}`: the best ``tau`` then hardly depends on the noise,
+With whitened images, the noise in a voxel of the back-projection has the standard
+deviation :math:`\sqrt{w[0]}`. The weight of the regulariser is measured in this unit,
+:math:`\lambda = \tau \sqrt{w[0]}`. The best ``tau`` then hardly depends on the noise,
 the number of particles and the contrast (measured by ``benchmarks/regularisation.py``),
-and the ``tau`` that suits half of the particles suits all of them.
+and a ``tau`` chosen on half of the particles is right for all of them.
 
-An image of a symmetric map is inserted at every pose ``R S`` with its whole weight, as
-if as many images had been taken as the group has operators. That scales the data term
-on symmetric maps by the order of the group, and the noise with it: a voxel of
+An image of a symmetric map is inserted at every pose ``R S`` with its full weight, as
+if the group's order times as many images had been taken. On symmetric maps, this
+multiplies the data term by the order of the group, and the noise with it: a voxel of
 :math:`b' = \sum_S b(Sx)` has the variance :math:`\sum_S w'[x - Sx]`, where ``w'`` is
 the kernel of all insertions. Far from the axes this is its first term :math:`w'[0]`, as
-for so many independent images, so ``tau`` keeps its meaning. (Near an axis the copies
+for that many independent images, so ``tau`` keeps its meaning. (Near an axis the copies
 share their noise, which adds up.)
 """
 
@@ -38,21 +38,37 @@ from jaxrefine.operators.slices import Disc
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-_UNMEASURED = 1e-3  # of the mean eigenvalue: what least squares take for nothing
+# Relative Tikhonov floor of unmeasured frequencies in `least_squares`, in units of the
+# mean eigenvalue w[0]: large enough to keep the system well-conditioned, too small to
+# change a frequency that an average number of images has measured.
+_TIKHONOV_FLOOR = 1e-3
 
+# Relative residual at which `least_squares` stops, if not by its number of iterations.
 _TOLERANCE = 1e-4
+
+# The conjugate gradients of an ADMM iteration in `solve`: few and inexact, because each
+# starts from the previous iteration's solution, and the next one corrects it.
+_CG_ITERATIONS = 4
+_CG_TOLERANCE = 1e-3
+
+# The penalty rho of `solve` in units of w[0]; a factor from 2 to 8 makes little
+# difference to the speed of convergence.
+_PENALTY = 4.0
 
 
 @final
 class Sums(eqx.Module):
-    """What the volume update needs to know of some images; sums add up.
+    """The sums over images that a volume update needs.
+
+    Both are weighted by the inverse power of the noise. Sums over different images can
+    be added.
 
     Attributes
     ----------
     kernel
-        Convolution kernel of the normal operator, of side ``2n - 1``.
+        Convolution kernel ``w`` of the normal operator, of side ``2n - 1``.
     backprojection
-        ``H^T g``, both weighted by the inverse power of the noise.
+        ``H^T g``, of side ``n``.
     """
 
     kernel: Float[Array, "k k k"]
@@ -60,7 +76,7 @@ class Sums(eqx.Module):
 
     @staticmethod
     def zero(n: int, dtype) -> "Sums":
-        """Return the sums of no image."""
+        """Return the sums over no images."""
         return Sums(jnp.zeros((2 * n - 1,) * 3, dtype), jnp.zeros((n,) * 3, dtype))
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -81,29 +97,29 @@ def insert(
     transfer: Float[Array, "particles k"] | None,
     weights: Float[Array, "particles k"],
 ) -> Sums:
-    """Sum up images, each at one pose.
+    """Return the sums over images, each at one pose.
 
     Parameters
     ----------
     insertion
-        The way to insert slices.
+        The method of inserting slices.
     disc, spectra, poses, transfer
-        The images, as for `slices.backproject`.
+        The images, as for :func:`jaxrefine.operators.slices.backproject`.
     weights
-        Inverse power of the noise times the weight of the pose.
+        Inverse power of the noise at each frequency, times the weight of the pose.
     """
-    squared = weights if transfer is None else weights * transfer**2
-    single = weights if transfer is None else weights * transfer
+    kernel_weights = weights if transfer is None else weights * transfer**2
+    image_weights = weights if transfer is None else weights * transfer
     count = len(spectra)
     return Sums(
-        slices.normal_kernel(insertion, disc, poses, squared, count),
-        slices.backproject(insertion, spectra, disc, poses, single, count),
+        slices.normal_kernel(insertion, disc, poses, kernel_weights, count),
+        slices.backproject(insertion, spectra, disc, poses, image_weights, count),
     )
 
 
 @eqx.filter_jit
 def data_term(sums: Sums) -> admm.DataTerm:
-    """Return the quadratic of some images (without the constant of their energy)."""
+    """Return the data term of images, without the constant ``||g||^2 / 2``."""
     return admm.DataTerm(
         normal.transfer(sums.kernel),
         normal.circulant_eigenvalues(sums.kernel),
@@ -121,16 +137,16 @@ def solve(
     regulariser: tv.Regulariser,
     iterations: int,
 ) -> admm.ADMMState:
-    r"""Make ADMM iterations with :math:`\lambda = \tau \sqrt{w[0]}`.
+    r"""Make a regularised map by ADMM, with :math:`\lambda = \tau \sqrt{w[0]}`.
 
     The penalty ``rho = 4 w[0]`` has the units of the normal operator, whose mean
-    eigenvalue is ``w[0]``. A factor from 2 to 8 makes little difference to the speed.
-    Of no images, whose ``w[0]`` is 0, it makes an empty map, whatever the start.
+    eigenvalue is ``w[0]``. Without any images, ``w[0]`` is 0 and the map is empty,
+    whatever the start.
 
     Parameters
     ----------
     data, peak
-        The data term of some images, whitened, and their ``w[0]``.
+        The data term of whitened images, and their ``w[0]``.
     start
         Map and multipliers to start from, of side ``n``.
     tau
@@ -138,14 +154,18 @@ def solve(
     regulariser
         Prior on the map's gradient.
     iterations
-        ADMM iterations.
+        Number of ADMM iterations.
+
+    Returns
+    -------
+    The map's coefficients and the multipliers.
     """
     config = admm.ADMMConfig(
         tau * jnp.sqrt(peak),
-        4.0 * peak,
+        _PENALTY * peak,
         iterations=iterations,
-        cg_iterations=4,
-        cg_tolerance=1e-3,
+        cg_iterations=_CG_ITERATIONS,
+        cg_tolerance=_CG_TOLERANCE,
     )
     state, _ = admm.run(start, data, config, regulariser)
     return jax.tree.map(lambda leaf: jnp.where(peak > 0, leaf, 0.0), state)
@@ -153,27 +173,32 @@ def solve(
 
 @eqx.filter_jit
 def least_squares(sums: Sums, iterations: int = 20) -> Volume:
-    r"""Make a map of some images without a regulariser, as other programs' half maps.
+    r"""Make a map without a regulariser, as the half maps of other programs are.
 
-    Some conjugate gradients on :math:`(H^T H + \epsilon w[0])\,c = H^T g`, from zero,
-    where what no image has measured stays; they end before frequencies that few images
-    have measured are solved for. Maps of different images then share the signal alone,
-    as a Fourier shell correlation between them takes for granted: regularised ones
-    agree beyond it, since their prior fills in alike.
+    A limited number of conjugate-gradient iterations on
+    :math:`(H^T H + \epsilon w[0])\,c = H^T g`, with :math:`\epsilon = 10^{-3}`, start
+    from zero, where frequencies that no image has measured remain. They end before
+    frequencies that few images have measured are solved for. Maps of different images
+    then have only the signal in common, which the Fourier shell correlation assumes;
+    regularised maps also agree where their common prior has filled them in.
 
     Parameters
     ----------
     sums
-        Of the images, whitened.
+        Sums over whitened images.
     iterations
-        Of the conjugate gradients, at most.
+        Maximum number of conjugate-gradient iterations.
+
+    Returns
+    -------
+    Coefficients of the map, of side ``n``; zero if there are no images.
     """
-    data, small = data_term(sums), _UNMEASURED * sums.peak
-    found, _ = cg(
-        lambda c: normal.apply_normal(data.transfer, c) + small * c,
+    data, floor = data_term(sums), _TIKHONOV_FLOOR * sums.peak
+    coefficients, _ = cg(
+        lambda c: normal.apply_normal(data.transfer, c) + floor * c,
         data.backprojection,
         tol=_TOLERANCE,
         maxiter=iterations,
-        M=normal.circulant_inverse(data.preconditioner, jnp.zeros_like(small), small),
+        M=normal.circulant_inverse(data.preconditioner, jnp.zeros_like(floor), floor),
     )
-    return jnp.where(sums.peak > 0, found, 0.0)
+    return jnp.where(sums.peak > 0, coefficients, 0.0)

@@ -1,7 +1,8 @@
-r"""Total variation: the regulariser ``R(L c)`` of eq. (10), ``L`` the gradient.
+r"""Total variation: the regulariser ``R(L c)`` of eq. (10), with ``L`` the gradient.
 
-A regulariser is any object with ``value(field)`` and ``prox(field, threshold)``; the
-two here are the paper's isotropic TV and the anisotropic one of the authors' code.
+A regulariser is any object with ``value(field)`` and ``prox(field, threshold)``. The
+two here are the isotropic TV of the paper and the anisotropic TV of the authors'
+released code.
 """
 
 from typing import Protocol, runtime_checkable
@@ -14,7 +15,11 @@ from jaxrefine._types import Scalar, VectorField, Volume
 
 
 def gradient(volume: Volume) -> VectorField:
-    """Apply ``L``: forward differences along x, y and z, zero at the far face."""
+    """Apply ``L``: forward differences along x, y and z, zero at the last plane.
+
+    A volume of shape ``(n, n, n)``, indexed ``[z, y, x]``, gives a field of shape
+    ``(3, n, n, n)``.
+    """
     return jnp.stack(
         [jnp.diff(volume, axis=axis, append=_last(volume, axis)) for axis in (2, 1, 0)]
     )
@@ -25,7 +30,7 @@ def _last(volume: Volume, axis: int):
 
 
 def gradient_adjoint(field: VectorField) -> Volume:
-    """Apply ``L^T``: minus the backward divergence, exact adjoint of ``gradient``."""
+    """Apply ``L^T``, minus the backward divergence: the exact adjoint of `gradient`."""
     total = jnp.zeros_like(field[0])
     for component, axis in zip(field, (2, 1, 0), strict=True):
         planes = jnp.moveaxis(component, axis, 0)
@@ -37,7 +42,7 @@ def gradient_adjoint(field: VectorField) -> Volume:
 
 @runtime_checkable
 class Regulariser(Protocol):
-    """What :mod:`jaxrefine.maps.admm` asks of a prior on the map's gradient."""
+    """A prior on the map's gradient, as :mod:`jaxrefine.maps.admm` needs it."""
 
     def value(self, field: VectorField) -> Scalar:
         """Return ``R(field)``."""
@@ -52,14 +57,14 @@ class IsotropicTV(eqx.Module):
     r"""The mixed norm :math:`\|u\|_{2,1} = \sum_k \|u[k]\|_2`."""
 
     def value(self, field: VectorField) -> Scalar:
-        """Return the sum of the gradient's magnitudes (its slope at zero is zero)."""
+        """Return the sum of the vectors' lengths; its derivative at zero is zero."""
         squared = jnp.sum(field**2, axis=0)
         positive = squared > 0
         length = jnp.sqrt(jnp.where(positive, squared, 1.0))
         return jnp.sum(jnp.where(positive, length, 0.0))
 
     def prox(self, field: VectorField, threshold: Scalar) -> VectorField:
-        """Shrink every gradient vector's length by the threshold."""
+        """Shorten every gradient vector by the threshold, at most to zero."""
         squared = jnp.sum(field**2, axis=0)
         large = squared > threshold**2
         length = jnp.sqrt(jnp.where(large, squared, 1.0))
@@ -67,12 +72,12 @@ class IsotropicTV(eqx.Module):
 
 
 class AnisotropicTV(eqx.Module):
-    r"""The norm :math:`\|u\|_1`, the sum of all components' magnitudes."""
+    r"""The norm :math:`\|u\|_1`, the sum of the absolute values of all components."""
 
     def value(self, field: VectorField) -> Scalar:
-        """Return the sum of the magnitudes of all differences."""
+        """Return the sum of the absolute values of all differences."""
         return jnp.sum(jnp.abs(field))
 
     def prox(self, field: VectorField, threshold: Scalar) -> VectorField:
-        """Shrink every difference's magnitude by the threshold."""
+        """Reduce the absolute value of every difference by the threshold."""
         return jnp.sign(field) * jnp.maximum(jnp.abs(field) - threshold, 0.0)

@@ -186,9 +186,12 @@ def masks(data):
     soft, write = ball(N, PIXEL), partial(write_mrc, data / "bad.mrc")
     yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "use --resample")
     yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "use --resample")
-    yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc runs from 0 to 1.5; 0 in",)
-    yield lambda: write(soft - 0.5, PIXEL), ("bad.mrc runs from -0.5 to 0.5; 0 in",)
-    yield lambda: write(0 * soft, PIXEL), ("bad.mrc runs from 0 to 0; 0 in",)
+    yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc must have values", "got 0 to 1.5")
+    yield (
+        lambda: write(soft - 0.5, PIXEL),
+        ("bad.mrc must have values", "got -0.5 to 0.5"),
+    )
+    yield lambda: write(0 * soft, PIXEL), ("bad.mrc must have values", "got 0 to 0")
     yield lambda: (data / "bad.mrc").unlink(), ("bad.mrc does not exist",)
 
 

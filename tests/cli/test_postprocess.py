@@ -177,13 +177,13 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
         ((one, maps / "absent.mrc", *out), "does not exist"),
         ((one, small, *out), "same size, got 24^3"),
         ((one, coarse, *out), "same voxel size, got 2 A"),
-        ((one, nan, *out), "1 values that are NaN"),
-        ((one, one, *out), "The half maps are the same"),
+        ((one, nan, *out), "got 1 that are NaN"),
+        ((one, one, *out), "got the same map twice"),
         (
             (one, two, *out, "--mask", small),
             "The mask must have the size of the maps",
         ),
-        ((one, two, *out, "--mask", two), "half2.mrc runs from"),
+        ((one, two, *out, "--mask", two), "half2.mrc must have values from 0"),
         ((one, two, *out, "--seed", "-1"), "--seed must be at least 0"),
         (
             (one, two, *out, "--low-pass", "0"),

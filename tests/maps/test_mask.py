@@ -96,15 +96,18 @@ def test_the_automatic_mask_of_a_real_map(data_dir, name):
 
 def test_a_mask_that_cannot_be_made(phantom):
     for changes, words in (
-        ({"threshold": 9.0}, "No voxel of the filtered map is above 9; its largest"),
-        ({"extend": -1.0}, "grow by -1 and an edge of 6"),
-        ({"edge": -2.0}, "an edge of -2"),
-        ({"low_pass_in_angstroms": 0.0}, "The low-pass is 0 A"),
+        ({"threshold": 9.0}, "below the largest density .* got 9"),
+        ({"extend": -1.0}, "extend and edge must be at least 0, got -1 and 6"),
+        ({"edge": -2.0}, "got 3 and -2"),
+        (
+            {"low_pass_in_angstroms": 0.0},
+            "low-pass resolution must be positive, got 0 A",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             soft_mask(phantom, VOXEL, **changes)
     for volume in (ONES, ONES.at[3, 3, 3].set(jnp.nan)):
-        with pytest.raises(InputError, match="flat map or one that is not finite"):
+        with pytest.raises(InputError, match="must be finite and not constant"):
             soft_mask(volume, VOXEL)
-    with pytest.raises(InputError, match="The pixel size is nan A"):
+    with pytest.raises(InputError, match="pixel size must be positive, got nan A"):
         soft_mask(phantom, float("nan"))

@@ -938,9 +938,15 @@ def test_input_that_does_not_fit(case):
             jnp.ones((20,) * 3),
             r"must have the shape \(16, 16, 16\), got \(20, 20, 20\)$",
         ),
-        (jnp.full((16,) * 3, 1.5), "^The mask runs from 1.5 to 1.5; 0 in the solvent"),
-        (jnp.full((16,) * 3, jnp.nan), "^The mask runs from nan to nan; 0 in the"),
-        (jnp.zeros((16,) * 3), "^The mask runs from 0 to 0; 0 in the solvent to 1"),
+        (
+            jnp.full((16,) * 3, 1.5),
+            "^The mask must have values from 0 .* got 1.5 to 1.5",
+        ),
+        (
+            jnp.full((16,) * 3, jnp.nan),
+            "^The mask must have values from 0 .* got nan to nan",
+        ),
+        (jnp.zeros((16,) * 3), "^The mask must have values from 0 .* got 0 to 0"),
     ],
 )
 def test_masks_that_are_none(mask, words):
