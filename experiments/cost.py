@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import Study
-from settings import StudySettings
+from settings import StudySettings, matching_step
 
 from jaxrefine import io, simulate
 from jaxrefine._batching import map_over_particles
@@ -63,13 +63,7 @@ class CostSettings(StudySettings):
     repetitions: int = option(
         least=1, help="timed calls of each function, after one that is not"
     )
-    matching_step_deg: float = option(
-        unit="degrees",
-        least=0,
-        above=True,
-        most=90,
-        help="step of the grid of projection matching",
-    )
+    matching_step_deg: float = matching_step()
 
     def __post_init__(self):
         if len(set(self.sizes)) < 2:

@@ -19,7 +19,7 @@ import comparison
 import methods
 from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
-from settings import ComparisonSettings, Init1Start, RelionSettings
+from settings import ComparisonSettings, Init1Start, RelionSettings, matching_step
 
 from jaxrefine.paper.presets import paper_preset, released_preset
 from jaxrefine.poses.matching import MatchConfig
@@ -101,13 +101,7 @@ class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
     matching_rounds: int = option(
         least=1, help="rounds of projection matching and reconstruction"
     )
-    matching_step_deg: float = option(
-        unit="degrees",
-        least=0,
-        above=True,
-        most=90,
-        help="step of the grid of projection matching",
-    )
+    matching_step_deg: float = matching_step()
 
 
 def main() -> int:

@@ -7,8 +7,20 @@ size of batches, and time limits, which only decide how far a run has come.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxrefine.runs.options import option
+
+
+def matching_step() -> Any:
+    """Declare the angular step of projection matching."""
+    return option(
+        unit="degrees",
+        least=0,
+        above=True,
+        most=90,
+        help="step of the grid of projection matching",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,16 +30,17 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
-from jaxrefine import KBWF, Poses, geometry, simulate
+import jaxrefine as jr
+from jaxrefine.data.observation import Observation
 from jaxrefine.operators import kbwf, normal, slices, spatial
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.paper import algorithm3
+from jaxrefine.paper import EulerPoses, algorithm3
 from jaxrefine.poses import likelihood, solvers
 
 plt.rcParams["figure.dpi"] = 80
 N = 32  # voxels along the box
 map_key, pose_key, noise_key, start_key = jax.random.split(jax.random.key(0), 4)
-truth = simulate.phantom(map_key, N)  # (N, N, N), indexed [z, y, x]
+truth = jr.simulate.phantom(map_key, N)  # (N, N, N), indexed [z, y, x]
 
 
 def relative(error, reference):
@@ -57,7 +58,7 @@ def relative(error, reference):
 # numerically.
 
 # %%
-basis = KBWF()  # a = 4, alpha = 19, m = 2
+basis = jr.KBWF()  # a = 4, alpha = 19, m = 2
 radius = jnp.linspace(0, 4.5, 91)
 axis = jnp.linspace(-4.5, 4.5, 361)
 zero = jnp.zeros_like(radius)
@@ -102,8 +103,8 @@ print(f"lost by expanding the phantom and evaluating it again: {lost:.1e}")
 
 # %%
 views = 3
-poses = Poses(
-    geometry.equidistributed_angles(pose_key, views, truth.dtype),
+poses = jr.Poses(
+    jr.simulate.equidistributed_rotations(pose_key, views, truth.dtype),
     jnp.array([[0.0, 0.0], [2.5, -1.0], [-3.0, 2.0]]),
 )
 psi = spatial.footprint(basis)  # psi and its autocorrelation
@@ -154,12 +155,13 @@ for first, end in ((0, 5), (5, 10), (10, last + 1)):
 # the cost alone.
 
 # %%
-sigma = simulate.noise_std(by_space, snr_db=0.0)
-noisy = simulate.add_noise(noise_key, by_space, sigma)
+sigma = jr.simulate.noise_std(by_space, snr_db=0.0)
+noisy = jr.simulate.add_noise(noise_key, by_space, sigma)
 terms = algorithm3.map_terms(psi, c)  # of the map, for all particles
 particle = algorithm3.particle(spatial.spline_filter(psi, N), noisy[1])  # of one image
-true_pose = Poses(poses.angles[1], poses.shifts[1])
-here = Poses(
+true_angles = jr.euler.matrix_to_euler(poses.rotations)
+true_pose = EulerPoses(true_angles[1], poses.shifts[1])
+here = EulerPoses(
     true_pose.angles + jnp.array([0.2, -0.1, 0.15]),
     true_pose.shifts + jnp.array([1.0, -0.5]),
 )
@@ -194,12 +196,12 @@ pixels = jnp.linspace(-8, 8, 21)
 def turned(offset):
     """Return the true pose, with rot and tilt changed by an offset in degrees."""
     turn = jnp.deg2rad(jnp.append(offset, 0.0))
-    return Poses(true_pose.angles + turn, true_pose.shifts)
+    return EulerPoses(true_pose.angles + turn, true_pose.shifts)
 
 
 def moved(offset):
     """Return the true pose, with the shift changed by an offset in pixels."""
-    return Poses(true_pose.angles, true_pose.shifts + offset)
+    return EulerPoses(true_pose.angles, true_pose.shifts + offset)
 
 
 def scan(cost, ticks, pose_at):
@@ -215,9 +217,9 @@ def draw(panel, ticks, values, slopes=None):
     """Draw level lines, and arrows downhill."""
     panel.contourf(ticks, ticks, values, 24, cmap="viridis")
     if slopes is not None:
-        some = slice(1, None, 2)
-        down = -slopes[some, some, :2]
-        panel.quiver(ticks[some], ticks[some], down[..., 0], down[..., 1], color="w")
+        second = slice(1, None, 2)
+        down, at = -slopes[second, second, :2], ticks[second]
+        panel.quiver(at, at, down[..., 0], down[..., 1], color="w")
     panel.plot(0, 0, "r+", ms=12, mew=2)
     panel.set_aspect("equal")
 
@@ -241,18 +243,24 @@ plt.show()
 # valley reaches depends on the frequencies that are compared. The slice projector can
 # leave the high ones out, and then the valley is wider and the minimum blunter.
 
+
 # %%
+def compared(r_max, variance=1.0):
+    """Return the map's spectrum and the noisy image, up to a limit."""
+    disc = slices.disc(N, r_max, basis)
+    image = slices.image_spectra(noisy, disc)[1]
+    observation = Observation(disc, disc.quadrature / variance, image, transfer=None)
+    return Gridding().spectrum(c, r_max), observation
+
+
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
 limits = (4, last)
 for panel, r_max in zip(axes, limits, strict=True):
-    few = slices.disc(N, r_max, basis)
-    model = Gridding().spectrum(c, r_max)
-    image = slices.image_spectra(noisy, few)[1]
+    reference, observation = compared(r_max)
 
-    def cost_at(pose, model=model, few=few, image=image):
+    def cost_at(pose, reference=reference, observation=observation):
         """Return the cost from frequencies up to the limit."""
-        rotation, shift = pose.rotations, pose.shifts
-        return likelihood.cost(model, few, image, rotation, shift, None, few.quadrature)
+        return likelihood.cost(reference, observation, pose.rotations, pose.shifts)
 
     draw(panel, degrees, scan(cost_at, degrees, turned))
     panel.set(title=f"up to {r_max} cycles per box", xlabel="rot, off by (degrees)")
@@ -266,38 +274,33 @@ plt.show()
 
 # %%
 errors = jax.random.uniform(start_key, (200, 3), minval=-0.7, maxval=0.7)
-starts = geometry.euler_to_matrix(true_pose.angles + errors)
+starts = jr.euler.euler_to_matrix(true_pose.angles + errors)
 
 
 @eqx.filter_jit
-def descend(model, few, image, starts):
+def descend(reference, observation, starts):
     """Descend from rotations and the true shift; return `solvers.Estimate`s."""
-    weights = few.quadrature / sigma**2
     update = solvers.LevenbergMarquardt(iterations=12)
 
     def objective(rotation, shift):
-        return likelihood.normal_equations(
-            model, few, image, rotation, shift, None, weights
-        )
+        return likelihood.normal_equations(reference, observation, rotation, shift)
 
     def anywhere(rotation, shift):
         return rotation, shift
 
-    def one(start):
-        return update.minimise(objective, start, true_pose.shifts, anywhere)
+    def descend_from(rotation):
+        return update.minimise(objective, rotation, true_pose.shifts, anywhere)
 
-    return jax.lax.map(one, starts, batch_size=50)
+    return jax.lax.map(descend_from, starts, batch_size=50)
 
 
 print("up to   within 10 degrees   bound of the angle (degrees)")
 for r_max in limits:
-    few = slices.disc(N, r_max, basis)
-    image = slices.image_spectra(noisy, few)[1]
-    found = descend(Gridding().spectrum(c, r_max), few, image, starts)
-    away = geometry.geodesic_distance(found.rotation, true_pose.rotations)
+    ends = descend(*compared(r_max, sigma**2), starts)
+    away = jr.geometry.geodesic_distance(ends.rotation, true_pose.rotations)
     home = float(jnp.mean(away < jnp.deg2rad(10)))
-    best = jnp.argmin(found.cost)
-    variances = jnp.diag(found.covariance[best])[:3]
+    best = jnp.argmin(ends.cost)
+    variances = jnp.diag(ends.covariance[best])[:3]
     bound = float(jnp.rad2deg(jnp.sqrt(jnp.sum(variances))))
     print(f"{r_max:5d}   {100 * home:15.0f} %   {bound:8.1f}")
 
@@ -309,17 +312,17 @@ for r_max in limits:
 #
 # The map's update needs $H^T H c$ in every iteration. In the continuum it is $w * c$,
 # eq. (31), whatever the number of images; the kernel $w$, eq. (32), depends on the
-# angles only. Below: 40 images projected and back-projected, beside two FFTs.
+# rotations only. Below: 40 images projected and back-projected, beside two FFTs.
 
 # %%
-many = Poses(
-    geometry.equidistributed_angles(pose_key, 40, truth.dtype),
-    simulate.random_shifts(start_key, 40, 2.0, truth.dtype),
+forty = jr.Poses(
+    jr.simulate.equidistributed_rotations(pose_key, 40, truth.dtype),
+    jr.simulate.random_shifts(start_key, 40, 2.0, truth.dtype),
 )
-w = normal.kernel(psi, many.angles, N)
+w = normal.kernel(psi, forty.rotations, N)
 by_convolution = normal.apply_normal(normal.transfer(w), c)
 there_and_back = spatial.backproject(
-    spatial.PixelFilter(psi), spatial.project(psi, c, many, N), many, N
+    spatial.PixelFilter(psi), spatial.project(psi, c, forty, N), forty, N
 )
 error = relative(by_convolution - there_and_back, there_and_back)
 print(f"relative difference {error:.1e}")

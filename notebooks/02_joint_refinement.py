@@ -15,7 +15,7 @@
 # # Joint refinement, step by step
 #
 # Poses that are wrong by up to 40 degrees, a blurred map, noisy images:
-# `loop.refine` takes all three to the end. This notebook watches it do so, and then
+# `jr.refine` takes all three to the end. This notebook watches it do so, and then
 # replaces two of its parts: the prior of the map and the way a pose is improved.
 
 # %%
@@ -28,10 +28,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from jaxrefine import Particles, RefineConfig, evaluation, simulate
+import jaxrefine as jr
 from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.poses import solvers
-from jaxrefine.refinement import loop
 
 plt.rcParams["figure.dpi"] = 80
 N = 32  # voxels along the box
@@ -47,12 +46,12 @@ map_key, data_key, key = jax.random.split(jax.random.key(0), 3)
 # (-3 dB).
 
 # %%
-truth = simulate.phantom(map_key, N)
-data = simulate.make_dataset(
+truth = jr.simulate.phantom(map_key, N)
+data = jr.simulate.make_dataset(
     data_key, truth, PARTICLES, max_shift=2.0, max_angle_error=0.7, snr_db=-3.0
 )
-initial_map = simulate.blur(truth, 3.0)
-particles = Particles(np.asarray(data.images))  # arrays or memory maps, [p, y, x]
+initial_map = jr.simulate.blur(truth, 3.0)
+particles = jr.Particles(np.asarray(data.images))  # arrays or memory maps, [p, y, x]
 
 figure, axes = plt.subplots(1, 6, figsize=(11, 2), layout="constrained")
 for panel, image in zip(axes, data.images, strict=False):
@@ -67,15 +66,14 @@ plt.show()
 # A callback gets the state and some information after every outer iteration. The state
 # knows the best poses so far, in the order of the particles, and the mean of its maps.
 # Pose errors are measured up to a rigid motion of the whole, which no image can tell.
-# The defaults of `RefineConfig` want no tuning. Beginning and searching at 8 cycles
+# The defaults of `RefineConfig` need no tuning. Beginning and searching at 8 cycles
 # per box (by default at 7 and at up to 11) leaves less to compile.
 
 
 # %%
 def pose_errors(poses):
     """Return the errors of poses, up to a rigid motion."""
-    true = data.truth
-    return evaluation.pose_errors(poses.angles, poses.shifts, true.angles, true.shifts)
+    return jr.evaluation.pose_errors(poses, data.truth)
 
 
 history = [("start", initial_map, pose_errors(data.initial))]
@@ -89,8 +87,8 @@ def watch(state, info):
     rows.append((info, float(jnp.median(errors.angle_in_degrees))))
 
 
-config = RefineConfig(first_r_max=8, search_r_max=8)
-result = loop.refine(
+config = jr.RefineConfig(first_r_max=8, search_r_max=8)
+result = jr.refine(
     particles, data.initial, initial_map, config, key=key, callback=watch
 )
 
@@ -143,11 +141,11 @@ plt.show()
 # ## How good is the map?
 #
 # The yardsticks are maps of the same images from the true poses (the oracle) and from
-# the poses that we began with. `loop.reconstruct` is the volume update alone.
+# the poses that we began with. `jr.reconstruct` is the volume update alone.
 
 # %%
-oracle = loop.reconstruct(particles, data.truth, config, key=key)
-unrefined = loop.reconstruct(particles, data.initial, config, key=key)
+oracle = jr.reconstruct(particles, data.truth, config, key=key)
+unrefined = jr.reconstruct(particles, data.initial, config, key=key)
 
 
 def correlation(volume):
@@ -214,24 +212,25 @@ variants = {
 }
 results = {"as it comes": result}
 for name, variant in variants.items():
-    results[name] = loop.refine(particles, data.initial, initial_map, variant, key=key)
-smooth_oracle = loop.reconstruct(
+    results[name] = jr.refine(particles, data.initial, initial_map, variant, key=key)
+smooth_oracle = jr.reconstruct(
     particles, data.truth, variants["quadratic prior"], key=key
 )
 
 # %%
 print(f"{'':>23}  mean FSC     tau  median error  within 10 degrees  iterations")
-for name, one in results.items():
-    summary = evaluation.summarise(pose_errors(one.poses))
+for name, outcome in results.items():
+    summary = jr.evaluation.summarise(pose_errors(outcome.poses))
     print(
-        f"{name:>23}  {float(mean_fsc(correlation(one.volume))):8.3f}  {one.tau:6.2f}  "
+        f"{name:>23}  {float(mean_fsc(correlation(outcome.volume))):8.3f}  "
+        f"{outcome.tau:6.2f}  "
         f"{summary['angle_error_deg_median']:12.2f}  "
         f"{100 * summary['fraction_within_10_deg']:15.1f} %  "
-        f"{int(one.state.iteration):10d}"
+        f"{int(outcome.state.iteration):10d}"
     )
-for name, one in (("TV", oracle), ("quadratic", smooth_oracle)):
-    score = float(mean_fsc(correlation(one.volume)))
-    print(f"{name + ', true poses':>23}  {score:8.3f}  {one.tau:6.2f}")
+for name, reconstruction in (("TV", oracle), ("quadratic", smooth_oracle)):
+    score = float(mean_fsc(correlation(reconstruction.volume)))
+    print(f"{name + ', true poses':>23}  {score:8.3f}  {reconstruction.tau:6.2f}")
 
 # %% [markdown]
 # Adam arrives where Levenberg-Marquardt does, with eleven evaluations of the cost per

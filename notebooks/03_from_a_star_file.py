@@ -30,10 +30,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from jaxrefine import RefineConfig, cli, evaluation, geometry, io, simulate
+import jaxrefine as jr
+from jaxrefine import cli, io
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import postprocess
-from jaxrefine.refinement import loop
 
 plt.rcParams["figure.dpi"] = 80
 home, folder = os.getcwd(), tempfile.TemporaryDirectory()
@@ -56,7 +56,7 @@ def run(line):
 # rad, with no shifts.
 
 # %%
-phantom = simulate.phantom(jax.random.key(0), 32)
+phantom = jr.simulate.phantom(jax.random.key(0), 32)
 io.write_mrc("phantom.mrc", phantom, 4.0)
 run(
     "simulate phantom.mrc --out data --particles 400 --snr-db -7 "
@@ -80,8 +80,9 @@ for panel, image, defocus in zip(axes, images, optics.defocus_u, strict=True):
 plt.show()
 
 # %% [markdown]
-# What is read is in the package's own units: radians, and the particle at $+t$ pixels.
-# The file's degrees, and its origins at $-t$ angstroms, stay in the file.
+# What is read is in the package's own terms: rotation matrices, and the particle at
+# $+t$ pixels. The file's Euler angles in degrees, and its origins at $-t$ angstroms,
+# stay in the file.
 #
 # ## Two half sets
 #
@@ -91,8 +92,8 @@ plt.show()
 
 # %%
 subsets = 1 + np.arange(len(source)) % 2
-config = RefineConfig(half_sets=True, first_r_max=8, search_r_max=8)
-result = loop.refine(
+config = jr.RefineConfig(half_sets=True, first_r_max=8, search_r_max=8)
+result = jr.refine(
     particles,
     source.poses,
     jnp.asarray(start),
@@ -137,8 +138,8 @@ plt.show()
 figure, panel = plt.subplots(figsize=(7.5, 4), layout="constrained")
 mean = (half1 + half2) / 2
 # The half maps share a frame, the truth has its own: their motion is undone.
-against_truth = evaluation.assess(mean, result.poses, phantom, truth)
-regularised = evaluation.assess(result.volume, result.poses, phantom, truth)
+against_truth = jr.evaluation.assess(mean, result.poses, phantom, truth)
+regularised = jr.evaluation.assess(result.volume, result.poses, phantom, truth)
 for name, curve, style in (
     ("half maps", final.fsc_unmasked, "C0"),
     ("half maps, masked", final.fsc_masked, "C1:"),
@@ -180,7 +181,7 @@ for name, half in (("half1.mrc", half1), ("half2.mrc", half2)):
 run("postprocess half1.mrc half2.mrc --out postprocessed")
 
 again = io.read_particles("refined.star")
-turned = geometry.geodesic_distance(again.poses.rotations, result.poses.rotations)
+turned = jr.geometry.geodesic_distance(again.poses.rotations, result.poses.rotations)
 moved = jnp.abs(again.poses.shifts - result.poses.shifts)
 assert np.array_equal(np.asarray(again.random_subset), subsets)
 print(
@@ -202,11 +203,11 @@ run("evaluate refined.star data/truth.star")
 
 # %%
 poses = result.poses
-motion = evaluation.align_poses(poses.angles, poses.shifts, truth.angles, truth.shifts)
+motion = jr.evaluation.align_poses(poses, truth)
 aligned, translation = np.asarray(motion.aligned), np.asarray(motion.translation)
 turn = np.asarray(truth.rotations) @ aligned.swapaxes(1, 2)
 move = np.asarray(truth.shifts - poses.shifts) + aligned[:, :2] @ translation
-turn = np.asarray(geometry.matrix_to_rotvec(jnp.asarray(turn)))
+turn = np.asarray(jr.geometry.matrix_to_rotvec(jnp.asarray(turn)))
 error = np.concatenate([turn, move], axis=1)
 squared = np.einsum("pi,pij,pj->p", error, np.linalg.inv(result.covariances), error)
 
@@ -214,8 +215,8 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained"
 true_error = np.rad2deg(np.linalg.norm(error[:, :3], axis=1))
 known = ~result.undetermined  # of the others, the covariance is the prior's
 left.plot(angle_std[known], true_error[known], ".", ms=3, color="0.6")
-for some in np.array_split(np.flatnonzero(known)[np.argsort(angle_std[known])], 6):
-    left.plot(np.median(angle_std[some]), np.median(true_error[some]), "C3o")
+for sixth in np.array_split(np.flatnonzero(known)[np.argsort(angle_std[known])], 6):
+    left.plot(np.median(angle_std[sixth]), np.median(true_error[sixth]), "C3o")
 line = np.array([angle_std[known].min(), angle_std[known].max()])
 left.plot(line, line, "k", lw=1, label="error = error bar")
 left.plot([], [], "C3o", label="medians of sixths")

@@ -19,9 +19,8 @@ from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
 class Tuning:
     """Constants of the engine that a person may have a reason to change.
 
-    The defaults were found on the cases ``hjc64``, ``ptch64`` and ``hjc64-low`` of
-    ``benchmarks/refinement.py``. How much the result depends on each of them is
-    measured by ``benchmarks/tuning.py``.
+    The defaults were set by the mean FSC and the time of the cases ``hjc64``,
+    ``ptch64`` and ``hjc64-low`` of ``benchmarks/refinement.py``.
 
     Attributes
     ----------

@@ -11,11 +11,12 @@ The settings of a command are a frozen dataclass whose fields carry the declarat
 
 The type of a field is its annotation: ``bool``, ``int``, ``float``, ``str`` or
 ``Path``, each of which may be None. (Settings that no command line gives may also hold
-tuples of these, whose entries their reader checks.) From the declarations follow the parser
-(:func:`add_options`, :func:`settings_from`), the checks of the values (:func:`check`),
-the words that give the same settings again (:func:`words`), the entries of a run's
-report (:func:`as_json`) and the table in the documentation (:func:`markdown_table`). Of
-what a run depends on, see :mod:`jaxrefine.runs.fingerprint`.
+tuples of these, whose entries their reader checks.) From the declarations follow the
+parser (:func:`add_options`, :func:`settings_from`), the checks of the values
+(:func:`check`), the words that give the same settings again (:func:`words`), the
+entries of a run's report (:func:`as_json`) and the table in the documentation
+(:func:`markdown_table`). Of what a run depends on, see
+:mod:`jaxrefine.runs.fingerprint`.
 
 This module imports neither JAX nor NumPy, so that a command can be described without
 the time that they take to load.
