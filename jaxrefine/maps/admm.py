@@ -80,22 +80,9 @@ def data_term(
     ----------
     footprint
         The footprint ``psi`` and its autocorrelation.
-    image_filter
-        Makes the continuous function of each image, see
-        :func:`jaxrefine.operators.spatial.backproject`.
-    images
-        Images of shape ``(P, m, m)``.
-    poses
-        Poses of the ``P`` particles.
-    n
-        Side of the volume in voxels.
-    batch_size
-        Number of particles that are processed at a time.
-
-    Raises
-    ------
-    InputError
-        If there is not one pose for each image, or if there are no images.
+    image_filter, images, poses, n, batch_size
+        As for :func:`jaxrefine.operators.spatial.backproject`, which also tells the
+        errors raised.
     """
     kernel = normal.kernel(footprint, poses.rotations, n)
     return DataTerm(
