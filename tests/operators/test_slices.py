@@ -1,4 +1,8 @@
-"""The slice projector against the direct sum, the spatial one, and autodiff."""
+"""The slice projector against the direct sum, the spatial one, and its adjoint.
+
+The adjoint is that of the pixels' inner product, the normal kernel that of there and
+back, and bands are a few that do not change.
+"""
 
 import jax.numpy as jnp
 import numpy as np
