@@ -259,7 +259,7 @@ def resolution(report: Report, unit: str) -> str:
 
 def _resolution(report: Report) -> str:
     if report.half_set_fsc is None:
-        return "no half sets"
+        return "not measured (no half sets)"
     return resolution(report, "Å")
 
 
@@ -484,12 +484,12 @@ def _grid(pictures: Iterable[Element]) -> list[Element]:
 
 
 def _element(
-    tag: str, content: str | Iterable[Element] = (), **attributes: str
+    tag: str, children: str | Iterable[Element] = (), /, **attributes: str
 ) -> Element:
     """Return an element that holds text or other elements."""
     element = Element(tag, attributes)
-    if isinstance(content, str):
-        element.text = content
+    if isinstance(children, str):
+        element.text = children
     else:
-        element.extend(list(content))
+        element.extend(list(children))
     return element

@@ -135,6 +135,7 @@ def test_the_page_needs_nothing_else_and_is_small(name, files, pages):
     assert files[name].stat().st_size < 2e6
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    assert re.search(r'<meta name="viewport" content="width=device-width.*"', text)
     for image in pages[name].attributes("img"):
         kind, data = image["src"].split(",")
         assert kind == "data:image/png;base64"
@@ -170,7 +171,7 @@ def test_headline_figures(pages):
         "Particles": f"{COUNT}",
         "Box": "64 px, 160 Å",
         "Pixel size": "2.5 Å",
-        "Resolution, FSC 0.143": "no half sets",
+        "Resolution, FSC 0.143": "not measured (no half sets)",
         "Outer iterations": "2",
         "Wall time (h:min:s)": "1:02:05",
     }
