@@ -57,7 +57,7 @@ _UNITS = {
     "first_r_max": _CYCLES,
     "search_r_max": _CYCLES,
     "max_r_max": _CYCLES,
-    "diameter": "of the box",
+    "particle_diameter": "of the box",
 }
 
 _STYLE = """
