@@ -154,7 +154,7 @@ def test_the_bound_knows_what_is_confounded(load):
     ("words", "sentence"),
     [
         (["sweeps", "--set", "axis='noise'"], "axis must be one of snr_db, particles"),
-        (["sweeps", "--set", "size=8"], "8 voxels"),
+        (["sweeps", "--set", "size=8"], "at least 16 voxels for a phantom, got 8"),
         (["ablation", "--set", "methods=['none']"], "methods must be one of engine"),
         (["cost", "--set", "sizes=[16]"], "at least 2 different sizes, got [16]"),
     ],
