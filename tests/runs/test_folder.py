@@ -14,7 +14,8 @@ from jaxrefine.io import load_checkpoint
 from jaxrefine.runs.folder import RunFolder
 
 # A run of a stand-in, in processes that stop themselves at their n-th call of a
-# function, built-in ones included.
+# function, built-in ones included. How many calls a whole run takes depends on the
+# version of Python: it is counted first, and stops are drawn from the first third.
 LOOP = """
 import json, os, sys, traceback
 from pathlib import Path
@@ -36,6 +37,18 @@ def run(out, ledger):
             folder.history.record(state, row)
             os.write(ledger, b"done %d\\n" % state["iteration"])
         folder.finish({"mean": float(state["map"].mean())})
+
+def calls_of_a_run(out):
+    calls = 0
+
+    def count(frame, event, _):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    run(out, os.open(os.devnull, os.O_WRONLY))
+    sys.setprofile(None)
+    return calls
 
 def attempt(out, calls, end):
     child = os.fork()
@@ -67,10 +80,12 @@ base, report = Path(sys.argv[1]), {}
 # What is done once in a process is done here, before there are any others.
 for _ in range(2):
     run(base / "first", os.open(os.devnull, os.O_WRONLY))
+most = calls_of_a_run(base / "counted") // 3
 for name, end, seed in json.loads(sys.argv[2]):
     rng, codes = np.random.default_rng(seed), []
     while not codes or codes[-1] in (-9, 130):
-        calls = 0 if seed is None else int(rng.integers(1, 1500))
+        assert len(codes) < 1000, f"{name} does not end"
+        calls = 0 if seed is None else int(rng.integers(1, most))
         codes.append(attempt(base / name, calls, end))
     report[name] = codes
 print(json.dumps(report))
