@@ -39,6 +39,11 @@ def record(case: str, figures: dict[str, Any]) -> Record:
     }
 
 
+def stored_at(benchmark: str) -> Path:
+    """Return the file of a benchmark's records."""
+    return RESULTS / f"{benchmark}.json"
+
+
 def read(path: Path) -> list[Record]:
     """Return the records of a file; none if there is no file."""
     return json.loads(path.read_text()) if path.exists() else []

@@ -12,10 +12,8 @@ as it stands. The parts of a case are
 The joint refinement is timed in a process of its own, compilation included.
 """
 
-import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark import Settings
-from datasets import Case, mean_fsc, poses, simulate
+from datasets import DATA_SETS, describe, mean_fsc, poses, simulate
 from records import Record, markdown_table
+from refine_dataset import refine
 
 import jaxrefine as jr
 from jaxrefine.data import observation
@@ -38,16 +37,8 @@ from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 from jaxrefine.poses.uncertainty import mean_curvatures
 
-CASES = {
-    "hjc64": Case("hjc_90.mrc", 64, 1000, -5.0),
-    "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
-    "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
-    "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
-    "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
-    "hjc64-2000": Case("hjc_90.mrc", 64, 2000, -5.0),
-    "hjc64-4000": Case("hjc_90.mrc", 64, 4000, -5.0),
-    "hjc64-8000": Case("hjc_90.mrc", 64, 8000, -5.0),
-}
+CASES = ("hjc64", "ptch64", "hjc64-low", "hjc90", "hjc128")
+CASES += ("hjc64-2000", "hjc64-4000", "hjc64-8000")
 PARTS = ("relion", "joint", "oracle", "bound")
 
 
@@ -81,19 +72,6 @@ def relion(data: dict[str, np.ndarray]) -> float | None:
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         with mrcfile.open(Path(folder) / "map.mrc") as file:
             return mean_fsc(np.asarray(file.data), data["volume"])
-
-
-def joint(data: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Refine a data set from the start, in a process of its own."""
-    program = Path(__file__).with_name("refine_dataset.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "data.npz"
-        np.savez(path, allow_pickle=False, **data)
-        begin = time.perf_counter()
-        command = [sys.executable, str(program), str(path)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-        process_s = time.perf_counter() - begin
-    return {**json.loads(output), "process_s": process_s}
 
 
 def oracle(data: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -146,9 +124,9 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:
     """Measure the parts of a case."""
-    data = simulate(CASES[case], settings.data)
-    functions = {"relion": relion, "joint": joint, "oracle": oracle, "bound": bound}
-    figures: dict[str, Any] = CASES[case]._asdict()
+    data = simulate(DATA_SETS[case], settings.data)
+    functions = {"relion": relion, "joint": refine, "oracle": oracle, "bound": bound}
+    figures: dict[str, Any] = DATA_SETS[case]._asdict()
     for part, function in functions.items():
         if settings.wants(part):
             figures[part] = function(data)
@@ -168,7 +146,7 @@ def table(records: Sequence[Record]) -> str:
         theirs = figures.get("relion")
         rows.append(
             (
-                _describe(case, figures),
+                describe(case, figures),
                 f"{ours:.3f}",
                 f"{best:.3f}" if best else "",
                 f"{theirs:.3f}" if theirs else "",
@@ -193,11 +171,3 @@ def table(records: Sequence[Record]) -> str:
     costs = ("case", "time", "peak memory", "images", "RMS error over Cramer-Rao bound")
     costs += ("true poses in the 95 % ellipsoids",)
     return f"{markdown_table(header, rows)}\n{markdown_table(costs, others)}"
-
-
-def _describe(case: str, figures: dict[str, Any]) -> str:
-    molecule = figures["file"].split("_")[0].upper()
-    return (
-        f"{molecule} {figures['size']}³, P={figures['particles']}, "
-        f"{figures['snr_db']:g} dB (`{case}`)"
-    )
