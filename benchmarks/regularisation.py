@@ -125,4 +125,5 @@ def table(records: Sequence[Record]) -> str:
         case, fsc, tau = (figures[name] for name in ("case", "mean_fsc", "tau"))
         chosen = (f"{fsc[way]:.3f} ({tau[way]:.2f})" for way in WAYS)
         rows.append((describe(each["case"], case), *chosen))
-    return markdown_table(("data", *WAYS), rows)
+    table = markdown_table(("data", *WAYS), rows)
+    return f"Mean FSC with the truth, and in brackets the tau picked.\n\n{table}"

@@ -47,9 +47,11 @@ def markdown() -> str:
 
 def table(name: str) -> str:
     """Return the stored figures of a benchmark as Markdown, and where they are from."""
+    stored = records.read(records.stored_at(name))
+    if not stored:
+        return "No figures are stored yet.\n"
     benchmark = load(name)
     place = {case: place for place, case in enumerate(benchmark.CASES)}
-    stored = records.read(records.stored_at(name))
     stored.sort(key=lambda each: place[each["case"]])
     return f"{benchmark.table(stored)}\n{records.origins(stored)}"
 
