@@ -58,8 +58,8 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return the mean FSC of the maps, and the time."""
-    header = ("case", "our map", "RELION, our poses", "RELION, true poses", "refine")
+    """Return the mean FSC of the maps, and the time of the refinement."""
+    header = ("case", "our map", "RELION, our poses", "RELION, true poses", "time (s)")
     rows = []
     for each in records:
         figures = each["figures"]
@@ -72,5 +72,5 @@ def table(records: Sequence[Record]) -> str:
             )
         )
         fsc = (f"{value:.3f}" for value in (ours, theirs, true))
-        rows.append((f"`{each['case']}`", *fsc, f"{figures['refine_s']:.0f} s"))
-    return markdown_table(header, rows)
+        rows.append((f"`{each['case']}`", *fsc, f"{figures['refine_s']:.0f}"))
+    return f"Mean FSC with the truth.\n\n{markdown_table(header, rows)}"

@@ -5,6 +5,7 @@ orientations, shifts uniform up to 3 pixels, white noise; initial Euler angles o
 to 0.7 rad each, initial shifts zero, initial map the truth blurred by 4 pixels.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,21 @@ class Case(NamedTuple):
     seed: int = 0
 
 
+DATA_SETS = {
+    "hjc32": Case("hjc_46.mrc", 32, 300, 0.0),
+    "hjc46": Case("hjc_46.mrc", 46, 500, 0.0),
+    "hjc46-low": Case("hjc_46.mrc", 46, 20000, -15.0),
+    "ptch44": Case("ptch1_44.mrc", 44, 500, -10.0),
+    "ptch44-low": Case("ptch1_44.mrc", 44, 500, -15.0),
+    "hjc64": Case("hjc_90.mrc", 64, 1000, -5.0),
+    "hjc64-2000": Case("hjc_90.mrc", 64, 2000, -5.0),
+    "hjc64-4000": Case("hjc_90.mrc", 64, 4000, -5.0),
+    "hjc64-8000": Case("hjc_90.mrc", 64, 8000, -5.0),
+    "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
+    "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
+    "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
+    "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
+}
 MAX_ANGLE_ERROR, MAX_SHIFT, BLUR = 0.7, 3.0, 4.0
 
 
@@ -112,6 +128,18 @@ def simulate(case: Case, data: Path) -> dict[str, np.ndarray]:
         "images": images,
         "sigma": np.asarray(sigma, np.float32),
     }
+
+
+def describe(name: str, case: Mapping[str, Any]) -> str:
+    """Return a data set in words, of its name and the fields of its :class:`Case`."""
+    molecule, side = Path(case["file"]).stem.split("_")
+    box = f"{case['size']}³"
+    if case["size"] > int(side):
+        box = f"{side}³ padded to {box}"
+    return (
+        f"{molecule.upper()} {box}, P={case['particles']}, {case['snr_db']:g} dB "
+        f"(`{name}`)"
+    )
 
 
 def poses(angles: np.ndarray, shifts: np.ndarray) -> Poses:

@@ -83,5 +83,5 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 def table(records: Sequence[Record]) -> str:
     """Return the time of every way."""
     times = (item for each in records for item in each["figures"].items())
-    rows = [(name, f"{time:.0f} ms") for name, time in times]
-    return markdown_table(("1000 projections at 64³", "time"), rows)
+    rows = [(name, f"{time:.0f}") for name, time in times]
+    return markdown_table((f"{PARTICLES} projections at {SIDE}³", "time (ms)"), rows)

@@ -39,6 +39,11 @@ def record(case: str, figures: dict[str, Any]) -> Record:
     }
 
 
+def stored_at(benchmark: str) -> Path:
+    """Return the file of a benchmark's records."""
+    return RESULTS / f"{benchmark}.json"
+
+
 def read(path: Path) -> list[Record]:
     """Return the records of a file; none if there is no file."""
     return json.loads(path.read_text()) if path.exists() else []
@@ -79,7 +84,10 @@ def _origin(measured: dict[str, Any]) -> str:
         words.append(f"with {measured['device']}")
     versions = measured.get("versions", {})
     if "jax" in versions:
-        words.append(f"with JAX {versions['jax']}")
+        software = f"JAX {versions['jax']}"
+        if "python" in versions:
+            software += f" and Python {versions['python']}"
+        words.append(f"with {software}")
     if "commit" in measured:
         changed = " and changes of it" if measured["dirty"] else ""
         words.append(f"at commit {measured['commit'][:7]}{changed}, {measured['date']}")

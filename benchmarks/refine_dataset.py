@@ -1,27 +1,48 @@
-"""Refine a stored data set in a process of its own: ``refine_dataset.py DATA.npz``.
+"""Refine a data set in a process of its own: ``refine_dataset.py DATA CONFIG``.
 
-Part of :mod:`refinement`. Prints the figures as JSON. The clock starts before JAX is
-imported.
+:func:`refine` starts the process. DATA is a file of NumPy's, CONFIG the pickled
+parameters; the figures are printed as JSON. The clock starts before JAX is imported.
 """
 
 import json
+import pickle
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-def main(path: str) -> None:
+import jaxrefine as jr
+
+
+def refine(
+    data: dict[str, np.ndarray], config: "jr.RefineConfig | None" = None
+) -> dict[str, Any]:
+    """Refine a data set of :mod:`datasets` from its start; compare with the truth."""
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = Path(scratch) / "data.npz", Path(scratch) / "config"
+        np.savez(paths[0], allow_pickle=False, **data)
+        paths[1].write_bytes(pickle.dumps(config))
+        begin = time.perf_counter()
+        command = [sys.executable, __file__, *paths]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        process_s = time.perf_counter() - begin
+    return {**json.loads(output), "process_s": process_s}
+
+
+def main(data_path: str, config_path: str) -> None:
     """Refine, compare with the truth, print."""
     begin = time.perf_counter()
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from datasets import mean_fsc, poses
 
-    import jaxrefine as jr
     from jaxrefine.runs.provenance import peak_rss_mib
 
-    with np.load(path) as file:
+    with np.load(data_path) as file:
         data = {name: file[name] for name in file.files}
     images = data.pop("images")
     start = poses(data["start"], np.zeros((len(images), 2), np.float32))
@@ -31,6 +52,7 @@ def main(path: str) -> None:
         jr.Particles(images),
         start,
         jnp.asarray(data["initial"]),
+        pickle.loads(Path(config_path).read_bytes()),
         key=jax.random.key(0),
         callback=lambda state, info: rows.append(info.row()),
     )
@@ -51,4 +73,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark import Settings
-from datasets import Case, mean_fsc, simulate
+from datasets import DATA_SETS, describe, mean_fsc, simulate
 from datasets import poses as poses_of
 from records import Record, markdown_table
 
@@ -29,17 +29,8 @@ from jaxrefine.maps.tv import IsotropicTV
 from jaxrefine.refinement import map_step
 from jaxrefine.refinement.sets import particle_set
 
-CASES = {
-    "hjc46": Case("hjc_46.mrc", 46, 500, 0.0),
-    "hjc46-low": Case("hjc_46.mrc", 46, 20000, -15.0),
-    "ptch44": Case("ptch1_44.mrc", 44, 500, -10.0),
-    "ptch44-low": Case("ptch1_44.mrc", 44, 500, -15.0),
-    "hjc64": Case("hjc_90.mrc", 64, 1000, -5.0),
-    "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
-    "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
-    "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
-    "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
-}
+CASES = ("hjc46", "hjc46-low", "ptch44", "ptch44-low", "hjc64", "ptch64")
+CASES += ("hjc64-low", "hjc90", "hjc128")
 PARTS = ()
 WAYS = ("best", "cross-validation", "SURE", "discrepancy")
 TAUS = 1.25 ** np.arange(-6, 7)
@@ -63,7 +54,7 @@ def misfit(sums: Sums, volume: jax.Array) -> float:
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:
     """Let each way choose, on one data set."""
-    described = CASES[case]
+    described = DATA_SETS[case]
     data = simulate(described, settings.data)
     count, n = described.particles, described.size
     poses = poses_of(data["angles"], data["shifts"])
@@ -132,8 +123,7 @@ def table(records: Sequence[Record]) -> str:
     for each in records:
         figures = each["figures"]
         case, fsc, tau = (figures[name] for name in ("case", "mean_fsc", "tau"))
-        molecule = case["file"].split("_")[0].upper()
-        data = f"{molecule} {case['size']}³, P={case['particles']}, "
-        data += f"{case['snr_db']:g} dB (`{each['case']}`)"
-        rows.append((data, *(f"{fsc[way]:.3f} ({tau[way]:.2f})" for way in WAYS)))
-    return markdown_table(("data", *WAYS), rows)
+        chosen = (f"{fsc[way]:.3f} ({tau[way]:.2f})" for way in WAYS)
+        rows.append((describe(each["case"], case), *chosen))
+    table = markdown_table(("data", *WAYS), rows)
+    return f"Mean FSC with the truth, and in brackets the tau picked.\n\n{table}"

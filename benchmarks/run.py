@@ -26,6 +26,7 @@ NAMES = {
     "refinement": "joint refinement against the truth, the oracle and RELION",
     "ctf": "data with CTFs through the command line, and RELION's map of our poses",
     "regularisation": "four ways to choose the regulariser's weight",
+    "tuning": "what each constant of the engine does",
 }
 WITHOUT_DATA = ("spatial", "slices")
 
@@ -37,17 +38,22 @@ def load(name: str) -> Benchmark:
 
 def markdown() -> str:
     """Return the stored figures of every benchmark as Markdown, without a title."""
-    sections = []
-    for name, title in NAMES.items():
-        stored = records.read(records.RESULTS / f"{name}.json")
-        if stored:
-            benchmark = load(name)
-            place = {case: place for place, case in enumerate(benchmark.CASES)}
-            stored = sorted(stored, key=lambda each, at=place: at[each["case"]])
-            heading = f"## {title[0].upper()}{title[1:]} (`{name}`)"
-            table, origins = benchmark.table(stored), records.origins(stored)
-            sections.append(f"{heading}\n\n{table}\n{origins}")
-    return "\n".join(sections)
+    return "\n".join(
+        f"## {title[0].upper()}{title[1:]} (`{name}`)\n\n{table(name)}"
+        for name, title in NAMES.items()
+        if records.stored_at(name).exists()
+    )
+
+
+def table(name: str) -> str:
+    """Return the stored figures of a benchmark as Markdown, and where they are from."""
+    stored = records.read(records.stored_at(name))
+    if not stored:
+        return "No figures are stored yet.\n"
+    benchmark = load(name)
+    place = {case: place for place, case in enumerate(benchmark.CASES)}
+    stored.sort(key=lambda each: place[each["case"]])
+    return f"{benchmark.table(stored)}\n{records.origins(stored)}"
 
 
 def _check(
@@ -114,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = options.case or list(benchmark.CASES)
         _check(parser, "--case", cases, benchmark.CASES)
         _check(parser, "--parts", options.parts, benchmark.PARTS)
-        path = options.json or records.RESULTS / f"{name}.json"
+        path = options.json or records.stored_at(name)
         for case in cases:
             print(f"{name}: {case}", flush=True)
             record = records.record(case, benchmark.measure(case, settings))

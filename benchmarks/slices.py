@@ -216,5 +216,6 @@ def table(records: Sequence[Record]) -> str:
     for row in (row for each in records for row in each["figures"]["rows"]):
         error = f"{row['error']:.1e}" if "error" in row else ""
         times = (f"{row[name]:.0f}" if name in row else "" for name in COLUMNS)
-        rows.append((row["way"], error, *times))
-    return markdown_table(("way", "error", *(f"{c} (ms)" for c in COLUMNS)), rows)
+        rows.append((f"`{row['way']}`", error.replace("-", "−"), *times))
+    table = markdown_table(("way", "error", *(f"{c} (ms)" for c in COLUMNS)), rows)
+    return f"Relative errors, and times for {PARTICLES} particles.\n\n{table}"

@@ -115,15 +115,8 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 def table(records: Sequence[Record]) -> str:
     """Return one row for each number of cores and side."""
-    header = (
-        "cores",
-        "n",
-        "`normal.apply_normal` over a real FFT pair of the doubled grid",
-        "cost of a pose",
-        "cost and gradient",
-        "kernel `w` per particle",
-        "`H^T g` per particle",
-    )
+    header = ("cores", "n", "`apply_normal` / FFT pair", "cost (ms)")
+    header += ("cost and gradient (ms)", "kernel `w` (ms)", "`H^T g` (ms)")
     rows = []
     for each in sorted(records, key=lambda each: each["provenance"]["cores"]):
         figures = each["figures"]
@@ -140,7 +133,10 @@ def table(records: Sequence[Record]) -> str:
                 str(each["provenance"]["cores"]),
                 each["case"],
                 f"{figures['normal_operator']['ratio']:.2f}",
-                *("" if s is None else f"{1e3 * s:.1f} ms" for s in seconds),
+                *("" if s is None else f"{1e3 * s:.1f}" for s in seconds),
             )
         )
-    return markdown_table(header, rows)
+    return (
+        "Time of `operators.normal.apply_normal` over that of a real FFT pair of the "
+        f"doubled grid; times for one particle.\n\n{markdown_table(header, rows)}"
+    )

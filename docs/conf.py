@@ -6,7 +6,8 @@ from pathlib import Path
 
 import equinox
 
-sys.path.insert(0, str(Path(__file__).parent / "extensions"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent / "benchmarks")]
 
 # The reference shows functions with their signatures, not what compiles them.
 equinox.filter_jit = lambda function: function
@@ -25,6 +26,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "commands",
+    "measurements",
     "names",
     "notebooks",
     "reference",

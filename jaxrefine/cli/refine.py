@@ -1,7 +1,7 @@
 """``jaxrefine refine``: particles, a map and rough poses in; all three refined out."""
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
-from jaxrefine.runs import options, provenance
+from jaxrefine.runs import entries, options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
@@ -48,7 +48,7 @@ def run(settings: RefineSettings, engine: _production.Engine = refinement) -> No
         "command": options.command_line("refine", settings),
         "options": options.as_json(settings),
         "resolved": resolved,
-        "config": _as_json(config),
+        "config": entries.as_json(config, type(config)),
         **provenance.environment(),
     }
     identity = fingerprint(settings) | _sizes(inputs.source)
@@ -116,18 +116,6 @@ def _resolved_text(resolved: dict[str, Any]) -> str:
             text = f"{value:.4g} {option.unit}"
         lines.append(f"{option.flag}: {text}".rstrip())
     return "\n".join(lines)
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    """Return the parameters of an engine, radians and pixels, as JSON holds them."""
-    plain = bool | int | float | str | None
-
-    def entry(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [entry(each) for each in value]
-        return value if isinstance(value, plain) else repr(value)
-
-    return {each.name: entry(getattr(config, each.name)) for each in fields(config)}
 
 
 def _changes(given: Poses, refined: Poses) -> dict[str, np.ndarray]:

@@ -20,7 +20,9 @@ class Tuning:
     """Constants of the engine that a person may have a reason to change.
 
     The defaults were set by the mean FSC and the time of the cases ``hjc64``,
-    ``ptch64`` and ``hjc64-low`` of ``benchmarks/refinement.py``.
+    ``ptch64`` and ``hjc64-low`` of ``benchmarks/refinement.py``. On the same data
+    ``benchmarks/tuning.py`` compares each of them with a lower and a higher value, but
+    for ``least_per_group``, which tells only with several optics groups.
 
     Attributes
     ----------

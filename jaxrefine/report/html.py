@@ -124,7 +124,7 @@ class Report:
     rows
         A row of ``metrics.jsonl`` for every outer iteration.
     settings
-        The resolved parameters by name.
+        The resolved parameters by name; a group of them is a mapping, too.
     versions, device
         Versions of the software, and the device of the run.
     wall_s
@@ -384,11 +384,17 @@ def _pairs(texts: Mapping[str, str]) -> list[Element]:
 
 
 def _setting_texts(settings: Row) -> dict[str, str]:
-    def text(name: str, value: Any) -> str:
-        known = name in _UNITS and value is not None
-        return f"{_text(value)} {_UNITS[name]}" if known else _text(value)
-
-    return {name: text(name, value) for name, value in settings.items()}
+    """Format parameters by their names, those of a group as ``group.name``."""
+    texts: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            group = _setting_texts(value)
+            texts |= {f"{name}.{member}": text for member, text in group.items()}
+        elif name in _UNITS and value is not None:
+            texts[name] = f"{_text(value)} {_UNITS[name]}"
+        else:
+            texts[name] = _text(value)
+    return texts
 
 
 def _text(value: Any) -> str:

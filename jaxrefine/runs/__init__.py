@@ -4,6 +4,7 @@
   :mod:`jaxrefine.runs.fingerprint` what of it identifies the run;
 - :mod:`jaxrefine.runs.folder` is the folder that belongs to one run, and
   :mod:`jaxrefine.runs.history` its iterations and checkpoints;
+- :mod:`jaxrefine.runs.entries` puts values into the types of JSON, for its report;
 - :mod:`jaxrefine.runs.provenance` and :mod:`jaxrefine.runs.progress` tell what a run
   is made with, and how far it is.
 """

@@ -32,6 +32,7 @@ from types import UnionType
 from typing import Any, Union, final, get_args, get_origin, get_type_hints
 
 from jaxrefine.errors import InputError
+from jaxrefine.runs import entries
 
 _OPTION, _GROUP = "option", "group of options"
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
@@ -321,11 +322,8 @@ def command_line(command: str, settings: Any) -> str:
 
 def as_json(settings: Any) -> dict[str, Any]:
     """Return the value of every option by its name, as JSON can hold it."""
-    values = {o.name: o.value(settings) for o in declared(type(settings))}
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in values.items()
-    }
+    options = declared(type(settings))
+    return {each.name: entries.as_json(each.value(settings)) for each in options}
 
 
 def markdown_table(settings_class: type) -> str:

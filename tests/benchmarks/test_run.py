@@ -3,9 +3,15 @@
 import importlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from jaxrefine import io, simulate
+from jaxrefine.refinement.config import Tuning
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -77,3 +83,51 @@ def test_a_benchmark_is_run_and_stored(run, records, tmp_path):
     (record,) = records.read(path)
     assert record["figures"]["normal_operator"]["ratio"] > 0
     assert "46" in run.load("spatial").table([record])
+
+
+def test_the_constants_are_compared_with_a_lower_and_a_higher_value(run):
+    neighbours = run.load("tuning").NEIGHBOURS
+    defaults = asdict(Tuning())
+    # The data sets have one optics group, for which this constant has no effect.
+    assert neighbours.keys() == defaults.keys() - {"least_per_group"}
+    for name, (lower, higher) in neighbours.items():
+        assert lower < defaults[name] < higher, name
+
+
+def test_constants_are_shown_by_what_they_change(run):
+    same = {
+        **{"mean_fsc": 0.75, "fraction_within_10_deg": 0.9, "iterations": 5},
+        **{"angle_error_deg_median": 1.5, "wall_s": 100.0},
+    }
+    better = {**same, "mean_fsc": 0.875, "angle_error_deg_median": 1.25}
+    refinements = [
+        {"half_sets": False, "change": {}, **same},
+        {"half_sets": False, "change": {"sample": 500}, **same},
+        {"half_sets": True, "change": {}, **better},
+        {"half_sets": True, "change": {"stalled": 1e-3}, **same, "iterations": 4},
+    ]
+    data = {"file": "hjc_46.mrc", "size": 32, "particles": 300, "snr_db": 0.0}
+    figures = {**data, "defaults": asdict(Tuning()), "refinements": refinements}
+    table = run.load("tuning").table([{"case": "hjc32", "figures": figures}])
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[4:]]
+    assert rows == [
+        ["defaults", "", "0.750", "90.0 %", "1.50", "5", "100 s"],
+        ["`sample`", "2000 → 500", "+0.000", "+0.0 %", "+0.00", "+0", "+0 s"],
+        ["defaults, half sets", "", "0.875", "90.0 %", "1.25", "5", "100 s"],
+        ["`stalled`", "0.002 → 0.001", "-0.125", "+0.0 %", "+0.25", "-1", "+0 s"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_constant_is_measured(run, records, tmp_path):
+    pytest.importorskip("finufft", reason="data sets are simulated by finufft")
+    path, volume = tmp_path / "results.json", simulate.phantom(jax.random.key(0), 46)
+    io.write_mrc(tmp_path / "hjc_46.mrc", np.asarray(volume), 1.0)
+    where = ["--data", str(tmp_path), "--json", str(path)]
+    run.main(["tuning", "--case", "hjc32", "--parts", "settled", *where])
+    (record,) = records.read(path)
+    default, lower, higher = record["figures"]["refinements"]
+    assert default["change"] == {} and default["mean_fsc"] > 0.8
+    assert lower["change"]["settled"] < higher["change"]["settled"]
+    assert lower["iterations"] >= default["iterations"] >= higher["iterations"]
+    assert "`settled`" in run.load("tuning").table([record])

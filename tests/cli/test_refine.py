@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -149,7 +149,9 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     assert report["command"] == shlex.join(
         ["jaxrefine", *map(str, command(data, "--iterations", 3))]
     )
-    assert report["config"]["multi_start"] == list(RefineConfig().multi_start)
+    (call,) = stand_in.calls
+    assert report["config"]["multi_start"] == list(call.config.multi_start)
+    assert report["config"]["tuning"] == asdict(call.config.tuning)
     assert report["wall_s"] > 0 and report["peak_rss_mib"] > 10
     affecting = {
         option.name for option in declared(RefineSettings) if option.affects_results

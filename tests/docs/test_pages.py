@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,6 +182,60 @@ def test_readme_is_short():
 def test_readme_has_the_commands_of_the_set_up(command):
     line = rf'^pip install -e "\.\[test\]" && {command}\b'
     assert len(re.findall(line, README.read_text(encoding="utf-8"), re.MULTILINE)) == 1
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The driver of the benchmarks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("run")
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the cells of the tables of a text, the header first, without the rule."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    cells = [
+        [re.split(r" *\| *", line.strip("| ")) for line in block.splitlines()]
+        for block in blocks
+    ]
+    return [[header, *rows] for header, _, *rows in cells]
+
+
+def figures_by_case(text: str) -> dict[str, dict[str, str]]:
+    """Return the cells of tables, by the case in their first cell and their heading."""
+    found: dict[str, dict[str, str]] = {}
+    for header, *rows in tables(text):
+        for row in rows:
+            case = re.findall(r"`([^`]+)`", row[0])[-1]
+            found.setdefault(case, {}).update(zip(header, row, strict=False))
+    return found
+
+
+def test_the_results_of_the_readme_are_those_that_are_stored(benchmarks):
+    section = README.read_text(encoding="utf-8").split("\n## Results\n")[1]
+    told = figures_by_case(section.split("\n## ")[0])
+    stored = figures_by_case(benchmarks.table("refinement"))
+    assert len(told) >= 5
+    for case, figures in told.items():
+        assert figures.items() <= stored[case].items()
+
+
+def test_pages_show_the_figures_that_are_stored(benchmarks, monkeypatch):
+    pytest.importorskip("sphinx", reason="the pages are made by Sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extensions")
+    extension = importlib.import_module("measurements")
+    stored = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    shown = set()
+    for page in (ROOT / "docs").glob("*.md"):
+        read: list[str] = []
+        app = SimpleNamespace(env=SimpleNamespace(note_dependency=read.append))
+        source = [page.read_text(encoding="utf-8")]
+        extension.insert(app, page.stem, source)
+        assert "<!-- benchmark" not in source[0]
+        for path in map(Path, read):
+            assert benchmarks.table(path.stem) in source[0]
+            shown.add(path.stem)
+    assert stored <= shown <= benchmarks.NAMES.keys()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
