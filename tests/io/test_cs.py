@@ -170,8 +170,9 @@ def test_halves_of_which_one_is_empty_are_none(path, half):
 
 def test_dark_protein_is_a_negative_scale(path):
     save(path, blob__sign=("<f4", [-1, 1, -1, 1, 1]))
-    scale = read_particles(path).particles.ctf.scale
-    np.testing.assert_array_equal(scale, [-1, 1, -0.5, 1, 1])
+    ctf = read_particles(path).particles.ctf
+    assert ctf is not None
+    np.testing.assert_array_equal(ctf.scale, [-1, 1, -0.5, 1, 1])
 
 
 def test_little_is_needed(path):
@@ -183,6 +184,7 @@ def test_little_is_needed(path):
     np.testing.assert_array_equal(file.optics_group, np.ones(COUNT))
     optional = ["ctf/phase_shift_rad", "ctf/scale", "ctf/bfactor", "blob/sign"]
     ctf = read_particles(save(path, optional)).particles.ctf
+    assert ctf is not None
     np.testing.assert_array_equal(ctf.scale, np.ones(COUNT))
     np.testing.assert_array_equal(ctf.phase_shift, np.zeros(COUNT))
 

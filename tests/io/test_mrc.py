@@ -11,9 +11,17 @@ import jax.numpy as jnp
 import mrcfile
 import numpy as np
 import pytest
+from mrcfile.mrcfile import MrcFile
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import new_stack, read_mrc, read_stack, write_mrc, write_stack
+from jaxrefine.io import (
+    map_stack,
+    new_stack,
+    read_mrc,
+    read_stack,
+    write_mrc,
+    write_stack,
+)
 
 
 def unique_volume(n=5):
@@ -29,13 +37,23 @@ def path(tmp_path):
     return tmp_path / "map.mrc"
 
 
-def write_raw(path, data, voxel=1.5, **header):
+def write_raw(path, data, voxel: float | tuple[float, float, float] = 1.5, **fields):
     """Write with mrcfile alone, then set header fields by name."""
     with mrcfile.new(path, overwrite=True) as mrc:
         mrc.set_data(data)
         mrc.voxel_size = voxel
-        for name, value in header.items():
-            mrc.header[name] = value
+        header = mrc.header
+        assert header is not None
+        for name, value in fields.items():
+            header[name] = value
+
+
+def header_of(path):
+    """The header of a file, as mrcfile reads it."""
+    with mrcfile.open(path) as mrc:
+        header = mrc.header
+    assert header is not None
+    return header
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -54,9 +72,9 @@ def test_a_volume_lies_in_the_file_with_x_fastest(path):
     write_mrc(path, unique_volume(), 1.0)
     values = np.frombuffer(path.read_bytes()[1024:], dtype="<f4")
     np.testing.assert_array_equal(values, np.arange(125))
-    with mrcfile.open(path) as mrc:
-        assert (mrc.header.mapc, mrc.header.mapr, mrc.header.maps) == (1, 2, 3)
-        assert (mrc.header.ispg, mrc.header.mz) == (1, 5)
+    header = header_of(path)
+    assert (header.mapc, header.mapr, header.maps) == (1, 2, 3)
+    assert (header.ispg, header.mz) == (1, 5)
 
 
 @pytest.mark.parametrize("axes", list(permutations((1, 2, 3))))
@@ -113,8 +131,8 @@ def test_stack_round_trip(path, count):
     result, pixel = read_stack(path)
     np.testing.assert_array_equal(result, images)
     assert pixel == pytest.approx(1.34, rel=1e-6)
-    with mrcfile.open(path) as mrc:
-        assert (mrc.header.ispg, mrc.header.mz, mrc.header.nz) == (0, 1, count)
+    header = header_of(path)
+    assert (header.ispg, header.mz, header.nz) == (0, 1, count)
 
 
 def test_the_z_edge_of_a_stack_does_not_count(path):
@@ -277,7 +295,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
         assert len(list(path.parent.iterdir())) == 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mrcfile.mrcfile.MrcFile, "set_image_stack", die)
+    monkeypatch.setattr(MrcFile, "set_image_stack", die)
     with pytest.raises(KeyboardInterrupt):
         write_stack(path, unique_stack() + 1, 1.0)
     assert path.read_bytes() == before
@@ -330,6 +348,33 @@ def test_a_long_extended_header_is_not_taken_at_its_word(read, path, order):
     content[92:96] = np.array([2**31 - 1], f"{order}i4").tobytes()
     path.write_bytes(content)
     assert_one_sentence(read, path, "is not an MRC file, or is damaged")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", np.int8, np.int16, np.float16])
+def test_stacks_are_mapped_whatever_their_type(path, dtype):
+    with mrcfile.new(path) as mrc:
+        mrc.set_extended_header(np.zeros(100, "V1"))
+        mrc.set_data(unique_stack().astype(dtype))
+        mrc.voxel_size = 2.0
+    images, pixel = map_stack(path)
+    assert isinstance(images, np.memmap) and pixel == 2.0
+    np.testing.assert_array_equal(images, unique_stack())
+
+
+def test_a_stack_is_filled_in_place(path):
+    images = unique_stack()
+    with new_stack(path, 3, 4, 2.5) as empty:
+        empty[1:] = images[1:]
+        empty[0] = images[0]
+        assert not path.exists()
+    np.testing.assert_array_equal(read_stack(path)[0], images)
+    header = header_of(path)
+    assert (header.ispg, header.mz) == (0, 1)
+    assert header.dmax < header.dmin, "the statistics are unknown"
+    with pytest.raises(KeyboardInterrupt), new_stack(path, 9, 4, 2.5):
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == [path]
+    assert len(read_stack(path)[0]) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has none")

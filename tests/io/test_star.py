@@ -1,12 +1,14 @@
 """STAR files of several writers: quotes, comments, and rows that do not fit."""
 
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import Pairs, read_star, write_star
-from jaxrefine.io import star as star_module
 
 
 @pytest.fixture
@@ -222,6 +224,9 @@ def test_missing_file_and_folder(path):
         write_star(path.with_name("a" * 300), {"": {}})
 
 
+WORD: Any = "word"  # where a list of values belongs
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -234,8 +239,8 @@ def test_missing_file_and_folder(path):
         ({"a": ["a bell \a in quotes"]}, "cannot hold the value 'a bell"),
         ({"a": ["a\0b"]}, "cannot hold the value"),
         ({"a": ["folder\udcff"]}, r"cannot hold the value 'folder\\udcff'"),
-        ({"a": "word"}, "block 'x', column 'a': values must be a list, got a single s"),
-        (Pairs(a="word"), "values must be a list, got a single str"),
+        ({"a": WORD}, "block 'x', column 'a': values must be a list, got a single s"),
+        (Pairs(a=WORD), "values must be a list, got a single str"),
         ({"a": b"word"}, "got a single bytes"),
         ({"a": np.array(1.5)}, r"got an array of shape \(\)"),
         ({"a": np.zeros((2, 1))}, r"got an array of shape \(2, 1\)"),
@@ -272,7 +277,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
         self.write_bytes(text.encode(encoding)[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(star_module.Path, "write_text", die)
+    monkeypatch.setattr(Path, "write_text", die)
     with pytest.raises(InputError, match="No space left on device"):
         write_star(path, {"a": {"b": ["2"]}})
     assert path.read_bytes() == before

@@ -116,7 +116,7 @@ def ball(radius, *, n=20, shift=(0, 0, 0)):
     """Density 0 on a sphere about the origin moved by (x, y, z), rising inwards."""
     axes = np.meshgrid(*(3 * [np.arange(n) - n // 2]), indexing="ij")
     squares = [(axis - move) ** 2 for axis, move in zip(axes, shift[::-1], strict=True)]
-    return radius**2 - sum(squares)
+    return radius**2 - np.sum(squares, axis=0)
 
 
 def test_the_surface_of_a_ball_has_its_depth_and_normals():
