@@ -129,7 +129,7 @@ def all_images(file):
 # --- reading
 
 
-def test_a_new_file(new_style):
+def test_images_poses_and_optics_of_relion_31_are_read(new_style):
     path, images = new_style
     file = read_particles(path)
     np.testing.assert_array_equal(all_images(file), images)
@@ -150,7 +150,7 @@ def test_a_new_file(new_style):
     np.testing.assert_array_equal(ctf.b_factor, np.zeros(3))
 
 
-def test_an_old_file(old_style):
+def test_images_poses_and_optics_of_relion_30_are_read(old_style):
     path, images = old_style
     file = read_particles(path)
     np.testing.assert_array_equal(all_images(file), images)
@@ -163,7 +163,7 @@ def test_an_old_file(old_style):
     np.testing.assert_allclose(ctf_of(file).phase_shift, [0, np.pi / 2, 0])
 
 
-def test_without_optics_and_pixel_size(tmp_path):
+def test_a_bare_table_has_no_ctf_and_the_pixel_of_its_stack(tmp_path):
     """No defocus, no correction; the pixel is that of the stack, or 1 A."""
     for pixel, written in ((2.5, 2.5), (1.0, 0.0)):
         images = stack(tmp_path / "a.mrcs", 2)
@@ -187,7 +187,7 @@ def test_a_column_of_the_particle_precedes_its_groups(new_style):
     np.testing.assert_array_equal(voltage, [100, 120, 80])
 
 
-def test_a_single_image_without_a_number(tmp_path):
+def test_a_single_image_needs_no_number(tmp_path):
     with mrcfile.new(tmp_path / "one.mrc") as mrc:
         mrc.set_data(np.arange(M**2, dtype=np.float32).reshape(M, M))
     path = tmp_path / "p.star"
@@ -204,7 +204,7 @@ def test_a_single_image_without_a_number(tmp_path):
         (None, "is 3 every"),
     ],
 )
-def test_images_that_are_none_are_named(tmp_path, value, words):
+def test_images_that_are_blank_or_not_finite_are_named(tmp_path, value, words):
     images = RNG.normal(size=(4, M, M)).astype(np.float32)
     images[2] = 3
     if value is not None:
@@ -235,7 +235,7 @@ def test_a_linked_folder_is_where_it_leads(tmp_path):
         np.testing.assert_array_equal(all_images(file), images)
 
 
-def test_origins_in_angstroms_without_optics_groups(tmp_path):
+def test_origins_in_angstroms_need_no_optics_groups(tmp_path):
     """The pixel size is the particles' own, or the detector's."""
     stack(tmp_path / "s.mrcs", 2)
     path = tmp_path / "p.star"
@@ -255,7 +255,7 @@ def test_origins_in_angstroms_without_optics_groups(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift"])
-def test_optics_without_a_defocus(new_style, name):
+def test_optics_without_a_defocus_are_refused(new_style, name):
     path, _ = new_style
     blocks = read_star(path)
     table = blocks["particles"]
@@ -267,7 +267,7 @@ def test_optics_without_a_defocus(new_style, name):
         read_particles(path)
 
 
-def test_many_stacks_few_open(tmp_path):
+def test_few_of_many_stacks_are_open_at_once(tmp_path):
     """Images come in the order asked for, and memory maps are let go."""
     count = 40
     images = [stack(tmp_path / f"{i}.mrcs", 1)[0] for i in range(count)]
@@ -283,7 +283,7 @@ def test_many_stacks_few_open(tmp_path):
         assert 0 < maps.count(str(tmp_path)) <= count / 2
 
 
-def test_where_stacks_are_looked_for(tmp_path, monkeypatch):
+def test_stacks_are_looked_for_in_the_documented_order(tmp_path, monkeypatch):
     """In the data folder, beside the table, in the working directory, and above."""
     folders = [tmp_path / name for name in ("data", "p/q/table", "work", "p/q", "p")]
     for folder in folders:
@@ -332,7 +332,7 @@ def test_a_format_after_the_name_is_kept(tmp_path, mark):
     assert names[0] == names[1]
 
 
-def test_without_poses(old_style, tmp_path):
+def test_particles_without_poses_are_given_those_of_zero(old_style, tmp_path):
     """Particles as extracted, even with an angle in the plane, have poses of zero."""
     path, images = old_style
     blocks = read_star(path)
@@ -364,7 +364,7 @@ def test_unused_groups_may_differ(new_style):
     np.testing.assert_array_equal(ctf_of(file).voltage, [300] * 3)
 
 
-def test_images_that_are_said_to_be_raw(new_style):
+def test_images_that_are_said_to_be_raw_are_accepted(new_style):
     path, _ = new_style
     blocks = read_star(path)
     blocks["optics"]["rlnCtfDataAreCtfPremultiplied"] = ["0", "0"]
@@ -372,7 +372,7 @@ def test_images_that_are_said_to_be_raw(new_style):
     assert len(read_particles(path)) == 3
 
 
-def test_real_files(data_dir):
+def test_real_files_have_their_known_values(data_dir):
     for version, pixel in ((30, 5e4 / 37369.207031), (31, 1.4)):
         path = data_dir / "real_sample" / f"sample_particles_relion{version}.star"
         file = read_particles(path)
@@ -579,8 +579,8 @@ def test_names_from_the_project_stay(tmp_path, monkeypatch):
     assert image_identities(tables[0], path) == image_identities(tables[1], out)
 
 
-def test_an_at_sign_in_a_name(tmp_path):
-    """The first one ends the number, as in RELION."""
+def test_the_first_at_sign_of_a_name_ends_the_number(tmp_path):
+    """As in RELION."""
     images = stack(tmp_path / "a@b.mrcs", 2)
     write_star(tmp_path / "p.star", {"": particle_columns(["2@a@b.mrcs"])})
     file = read_particles(tmp_path / "p.star")
@@ -599,7 +599,7 @@ def test_names_from_the_data_folder_become_absolute(tmp_path):
     )
 
 
-def test_a_folder_that_has_no_text_for_a_name(tmp_path):
+def test_a_folder_whose_name_is_not_text_can_be_read_from(tmp_path):
     """It can be read from, and named by a path that leaves it out."""
     folder = tmp_path / os.fsdecode(b"f\xff")
     images = stack(folder / "a.mrcs", 1)
@@ -659,7 +659,7 @@ def test_the_tables_pixel_size_comes_before_the_headers(new_style):
         read_particles(plain)
 
 
-def test_as_many_values_as_particles(new_style, tmp_path):
+def test_each_particle_needs_one_value_of_every_column(new_style, tmp_path):
     file = read_particles(new_style[0])
     few = file.poses.take(np.arange(2))
     twice = file.poses.take(np.tile(np.arange(3), 2))
@@ -907,7 +907,7 @@ def test_a_bad_stack_is_a_sentence(new_style, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_defoci_without_any_pixel_size(new_style):
+def test_defoci_without_any_pixel_size_are_refused(new_style):
     path, _ = new_style
     table = read_star(path)["particles"]
     for name in ("rlnOriginXAngst", "rlnOriginYAngst", "rlnOpticsGroup"):

@@ -118,7 +118,7 @@ def test_the_correction_takes_away_what_the_mask_adds(phantom):
     assert abs(unmasked) < 0.02 and abs(true) < 0.05 and masked > 0.2
 
 
-def test_halves_that_agree_to_the_end(phantom, mask):
+def test_halves_that_agree_to_the_end_are_resolved_to_two_voxels(phantom, mask):
     halves = noisy_halves(phantom, 1e-6, 6, 7)
     result = postprocess(*halves, mask, VOXEL, key=KEY)
     assert result.randomised_from == N // 2 + 1

@@ -81,7 +81,7 @@ def test_wider_windows_and_finer_grids_are_more_accurate():
 
 @pytest.mark.parametrize(("n", "r_max"), SIZES)
 @pytest.mark.parametrize("way", [Gridding(3, 1.5), Gridding(4, 1.25)], ids=repr)
-def test_adjoint(way, n, r_max):
+def test_insertion_is_the_adjoint_of_the_spectrum(way, n, r_max):
     volume, points = draw(n, n, n), draw_points(r_max)
     values = draw_complex(len(points[0]), seed=3)
     inserted = way.adjoint(points, values, n, r_max)
@@ -173,7 +173,7 @@ def test_a_smaller_band_has_the_same_values_in_a_smaller_array():
     assert sizes[0] < sizes[1] / 4
 
 
-def test_single_precision():
+def test_single_precision_stays_single_and_as_accurate():
     n, r_max = 16, 7
     volume, points = draw(n, n, n), draw_points(r_max)
     exact = direct(volume, points)
@@ -187,7 +187,7 @@ def test_single_precision():
     assert inserted.dtype == jnp.float32 and bool(jnp.isfinite(inserted).all())
 
 
-def test_refusals(monkeypatch):
+def test_bad_parameters_and_a_missing_package_are_refused(monkeypatch):
     with pytest.raises(InputError, match="width from 2 to 8"):
         Gridding(1)
     with pytest.raises(InputError, match="oversampling=1"):
@@ -199,7 +199,7 @@ def test_refusals(monkeypatch):
         Finufft()
 
 
-def test_a_grid_that_indices_cannot_reach():
+def test_a_grid_that_indices_cannot_reach_is_refused():
     """A 32-bit index reaches 2**31 samples; nothing is allocated to find out."""
     way = Gridding()
 
