@@ -1,11 +1,17 @@
-"""What tests of several modules draw, and how they compare arrays.
+"""What tests of several modules draw, how they compare arrays and interrupt a run.
 
 Every draw is a pure function of its arguments: a test that fails fails again.
 """
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
@@ -111,3 +117,18 @@ def assert_close(value, exact, relative):
     """No element may be off by more than ``relative`` of the largest one."""
     scale = np.abs(exact).max()
     np.testing.assert_allclose(value, exact, rtol=0, atol=relative * scale)
+
+
+@contextmanager
+def interrupted_after(is_last: Callable[[Path], bool]) -> Iterator[None]:
+    """Interrupt this process when a file has come into its place that is the last."""
+    replace = os.replace
+
+    def stopping(source, target):
+        replace(source, target)
+        if is_last(Path(target)):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        yield

@@ -1,18 +1,15 @@
-"""Batches change the memory that a sum takes, never its value."""
+"""Batches change the memory that a sum or a map takes, never its value."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw
 
-from jaxrefine._batching import sum_over_particles
+from jaxrefine._batching import map_over_particles, sum_over_particles
+from jaxrefine.errors import InputError
 
 COUNT = 7
-
-
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
 
 # Seven terms of order one, added in another order: a few units of rounding.
 TOLERANCE = {jnp.float64: 1e-14, jnp.float32: 1e-5}
@@ -20,7 +17,7 @@ TOLERANCE = {jnp.float64: 1e-14, jnp.float32: 1e-5}
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6, 7, 8, 100])
-def test_sum_of_pytrees(batch_size, dtype):
+def test_a_sum_is_that_of_all_particles(batch_size, dtype):
     """Dividing the count, not dividing it, larger than it; trees in and out."""
     particles = {"x": draw(COUNT, 4, dtype=dtype), "y": (draw(COUNT, dtype=dtype),)}
 
@@ -38,15 +35,37 @@ def test_sum_of_pytrees(batch_size, dtype):
         np.testing.assert_allclose(a, b, rtol=0, atol=10 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6, 7, 8, 100])
+def test_a_map_has_the_result_of_each_particle_in_its_place(batch_size):
+    particles = draw(COUNT, 4), draw(COUNT, seed=1)
+
+    def function(particle):
+        vector, scalar = particle
+        return {"scaled": scalar * vector, "square": scalar**2}
+
+    results = map_over_particles(function, particles, batch_size)
+    vectors, scalars = map(np.asarray, particles)
+    np.testing.assert_allclose(results["scaled"], scalars[:, None] * vectors)
+    np.testing.assert_allclose(results["square"], scalars**2)
+
+
+@pytest.mark.parametrize("function", [map_over_particles, sum_over_particles])
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (3, 0), (3, -1)])
+def test_no_particles_and_no_batch_are_refused(function, count, batch_size):
+    words = f"at least 1, got {count} particles and a batch size of {batch_size}$"
+    with pytest.raises(InputError, match=words):
+        function(lambda v: v, jnp.zeros((count, 2)), batch_size)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_one_particle(batch_size):
+def test_the_sum_over_one_particle_is_its_result(batch_size):
     x = draw(1, 3)
     value = sum_over_particles(lambda v: v**3, x, batch_size)
     np.testing.assert_allclose(value, x[0] ** 3, rtol=1e-15)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_is_compiled_and_differentiated(batch_size):
+def test_a_sum_is_compiled_and_differentiated(batch_size):
     x, weights = draw(COUNT, 3), draw(3, seed=1)
 
     def total(weights):

@@ -37,9 +37,7 @@ LEAST_BATCH = 16
 
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
-_MEMORY = Path("/proc/meminfo")
 _RECLAIMABLE = ("active_file", "inactive_file")  # files that were read
-_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _PROGRAMS = 1200 * 2**20  # JAX with all compiled programs, on a CPU: fitted
 
 # Arrays of n**3 single-precision numbers.
@@ -104,28 +102,34 @@ class Plan:
         )
 
 
-def available_bytes() -> int | None:
+def available_bytes(root: Path = Path("/")) -> int | None:
     """Return how much memory the default device has to give; None if it is not known.
 
     On a CPU, what the system has available (Linux), and no more than the job's or
     container's limit leaves (cgroup v2); else, what JAX may take of the device's own.
+
+    Parameters
+    ----------
+    root
+        Folder that holds the system's ``proc`` and ``sys``.
     """
     if jax.default_backend() != "cpu":
         return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
+    path = root / "proc/meminfo"
+    lines = path.read_text().splitlines() if path.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    limits = [int(size) * 1024 for size in sizes] + _left_by_groups()
+    limits = [int(size) * 1024 for size in sizes] + _left_by_groups(root)
     return min(limits, default=None)
 
 
-def _left_by_groups() -> list[int]:
+def _left_by_groups(root: Path) -> list[int]:
     """Return what the limits of this process's control groups leave of memory."""
-    left = []
+    left, groups = [], root / "sys/fs/cgroup"
     with suppress(OSError):
-        own = _GROUP.read_text().strip().rpartition("::/")[2]
-        here = _GROUPS / own
+        own = (root / "proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        here = groups / own
         for folder in (here, *here.parents):
-            if not folder.is_relative_to(_GROUPS):
+            if not folder.is_relative_to(groups):
                 break
             with suppress(OSError, ValueError):  # no limit, or no such file
                 limit = int((folder / "memory.max").read_text())

@@ -7,7 +7,6 @@ every iteration; at the end come runs of the real ones.
 import json
 import math
 import shlex
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import interrupted_after
 
 from jaxrefine.cli import refine as cli_refine
 from jaxrefine.cli.commands.refine import REFINE, RefineSettings
@@ -28,9 +28,7 @@ from jaxrefine.io import (
     write_stack,
     write_star,
 )
-from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.runs.history import History
 from jaxrefine.runs.options import declared
 
 N, COUNT, PIXEL = 16, 8, 2.0  # of the data
@@ -524,38 +522,26 @@ def test_an_image_that_is_none(data, run, preset, values, words):
     assert not (data / "out").exists()
 
 
-def test_a_resumed_run_keeps_its_batches(data, refine, stand_in, monkeypatch):
+def test_a_resumed_run_keeps_its_batches(data, refine, stand_in):
     """Others would change its last bits, whatever memory is free; but one may ask."""
-    plan = memory.plan
-    for batch_size in (5, 3):
-        monkeypatch.setattr(
-            memory,
-            "plan",
-            lambda *what, size=batch_size: replace(plan(*what), batch_size=size),
-        )
-        stand_in.stop_after = 1 if batch_size == 5 else 2
-        refine(*command(data, "--iterations", 4))
+    stand_in.stop_after = 1
+    refine(*command(data, "--iterations", 4))
+    path = data / "out/run.json"
+    report = json.loads(path.read_text())
+    report["kept"]["batch_size"] = 5  # as where there was less memory
+    path.write_text(json.dumps(report))
+    stand_in.stop_after = 2
+    refine(*command(data, "--iterations", 4))
     stand_in.stop_after = None
     assert refine(*command(data, "--iterations", 4, "--batch-size", 2)).code == 0
-    assert [call.config.batch_size for call in stand_in.calls] == [5, 5, 2]
+    assert [call.config.batch_size for call in stand_in.calls] == [COUNT, 5, 2]
 
 
 # --- the real ones
 
 
-@contextmanager
-def interrupted_after(iteration):
-    """Interrupt a run when this iteration has been saved."""
-    original = History.record
-
-    def record(self, state, row):
-        original(self, state, row)
-        if row["iteration"] == iteration:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(History, "record", record)
-        yield
+def interrupted_after_an_iteration():
+    return interrupted_after(lambda path: path.name == "checkpoint.eqx")
 
 
 @pytest.mark.slow
@@ -568,7 +554,7 @@ def test_the_published_algorithm_runs_and_resumes(data, run):
     assert [row["iteration"] for row in log(data / "out")] == [1, 2]
     again = command(data, *words, star="plain.star")
     again[again.index(data / "out")] = data / "again"
-    with interrupted_after(1):
+    with interrupted_after_an_iteration():
         assert run(*again).code == 130
     assert run(*again).code == 0
     np.testing.assert_array_equal(read_mrc(data / "again/map.mrc")[0], undisturbed)
@@ -591,7 +577,7 @@ def test_the_production_engine_runs_and_resumes(simulated, tmp_path, run):
         assert errors[1][figure] < 0.5 * errors[0][figure]
     assert errors[1]["matched_by"] == "image name"
 
-    with interrupted_after(1):
+    with interrupted_after_an_iteration():
         assert run(*start, "--out", tmp_path / "stopped").code == 130
     assert run(*start, "--out", tmp_path / "stopped").code == 0
     for name in ("undisturbed", "stopped"):

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from jaxrefine import cli
-from jaxrefine import simulate as library
 from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
 from jaxrefine.runs.options import declared
@@ -183,10 +183,12 @@ def test_a_finished_data_set_is_left_alone(folder, run):
 
 
 def test_an_interruption_leaves_nothing_half_written(folder, run, monkeypatch):
+    """When the first images are in the stack, and the bar is to say so."""
+
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(library, "clean_images", stop)
+    monkeypatch.setattr(tqdm, "update", stop)
     out = folder / "stopped"
     command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
     code, _, err = run(*command, "--sigma", 1)

@@ -42,7 +42,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_batches_of_any_source(source, tmp_path):
+def test_batches_are_the_images_asked_for_in_single_precision(source, tmp_path):
     images = SOURCES[source](tmp_path)
     particles = Particles(images, CTF(DEFOCI, DEFOCI))
     assert len(particles) == 7 and particles.image_size == 4
@@ -50,7 +50,7 @@ def test_batches_of_any_source(source, tmp_path):
         batch, ctf = particles.batch(indices)
         expected = np.asarray(images[np.asarray(indices)], np.float32)
         np.testing.assert_array_equal(batch, expected)
-        assert batch.dtype == jnp.float32
+        assert batch.dtype == jnp.float32 and ctf is not None
         np.testing.assert_array_equal(ctf.defocus_u, DEFOCI[indices])
         assert ctf.voltage.dtype == jnp.float32
 
@@ -62,7 +62,7 @@ def test_a_view_reads_only_what_it_is_asked_for():
     assert source.read == []
     assert len(some) == 2 and some.pixel_size_in_angstroms == 1.5
     batch, ctf = some.batch(np.array([0]))
-    assert source.read == [2]
+    assert source.read == [2] and ctf is not None
     np.testing.assert_array_equal(batch, IMAGES[[2]].astype(np.float32))
     np.testing.assert_array_equal(ctf.defocus_u, DEFOCI[jnp.array([2])])
 
@@ -80,7 +80,7 @@ def test_groups_go_with_their_particles():
 
 
 @pytest.mark.parametrize("group", [np.zeros(6, int), np.arange(7) - 1])
-def test_groups_of_other_particles(group):
+def test_groups_of_other_particles_are_refused(group):
     with pytest.raises(InputError, match="each of 7 images"):
         Particles(IMAGES, group=group)
 
@@ -96,7 +96,7 @@ def test_the_share_of_the_noise_follows_from_the_images():
     assert Particles(IMAGES).take(np.array([6, 4])).noise_share == 1
 
 
-def test_without_optics():
+def test_particles_without_optics_stay_without():
     assert Particles(IMAGES).batch(np.array([3]))[1] is None
     assert Particles(IMAGES).take(np.array([3])).ctf is None
 
@@ -123,25 +123,25 @@ def test_an_image_that_is_not_finite_is_named(bad):
         (np.zeros((0, 4, 4)), "at least one particle"),
     ],
 )
-def test_images_of_another_shape(images, words):
+def test_images_that_are_none_or_not_square_are_refused(images, words):
     with pytest.raises(InputError, match=words):
         Particles(images)
 
 
 @pytest.mark.parametrize("defoci", [1e4, jnp.ones(6)])
-def test_optics_of_other_particles(defoci):
+def test_optics_of_other_particles_are_refused(defoci):
     with pytest.raises(InputError, match="each of 7 images"):
         Particles(IMAGES, CTF(defoci, defoci))
 
 
 @pytest.mark.parametrize("pixel", [0.0, -1.0, np.nan, np.inf])
-def test_pixel_sizes_that_are_none(pixel):
+def test_pixel_sizes_that_are_not_positive_are_refused(pixel):
     with pytest.raises(InputError, match="pixel_size_in_angstroms must be positive"):
         Particles(IMAGES, None, float(pixel))
 
 
 @pytest.mark.parametrize("indices", [[7], [-1, 2]])
-def test_particles_that_are_not_there(indices):
+def test_indices_of_no_particle_are_refused(indices):
     for ask in (Particles(IMAGES).take, Particles(IMAGES).batch):
         with pytest.raises(InputError, match="must be from 0 to 6"):
             ask(np.array(indices))

@@ -1,6 +1,7 @@
 """The modules of ``experiments``, which are scripts and no package."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +30,16 @@ def run_script(load: Callable[[str], ModuleType]):
             return load(name).main()
 
     return run
+
+
+@pytest.fixture
+def put_on_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch):
+    """Make programs, of a name and a text, that are found before all others."""
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def put(name: str, text: str) -> None:
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+    return put

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers import interrupted_after
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
@@ -26,7 +26,8 @@ from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.simulate import equidistributed_rotations, phantom
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+TESTS = Path(__file__).resolve().parents[1]
+EXPERIMENTS = TESTS.parent / "experiments"
 
 FAST = ["--preset", "smoke", "--set", "particles=6", "--set", "paper_iterations=1"]
 FAST += ["--set", "methods=['published']"]
@@ -60,26 +61,34 @@ def timeless(path: Path) -> dict:
 
 REFINED = Path("work/joint_released/state/checkpoint.eqx")
 
-STOP = """
+INTERRUPTED = """
 import sys
-_, experiments, moment, *words = sys.argv
-sys.argv = ["init1.py", *words]
-sys.path.insert(0, experiments)
-import init1
-from jaxrefine import io
+from importlib import import_module
+from pathlib import Path
 
-original = getattr(io, moment)
+experiments, tests, name, last, state, *words = sys.argv[1:]
+sys.argv = [f"{name}.py", *words]
+sys.path[:0] = [experiments, tests]
+study = import_module(name)
+from helpers import interrupted_after
 
-def stopping(path, *content):
-    original(path, *content)
-    state = path.parent / "work/joint_released/state/checkpoint.eqx"
-    stored = path.name == "metrics.json" and state.exists()
-    if stored or path.name == "checkpoint.eqx" and "joint_released" in path.parts:
-        raise KeyboardInterrupt
-
-setattr(io, moment, stopping)
-sys.exit(init1.main())
+with interrupted_after(lambda path: path.name == last and Path(state).exists()):
+    sys.exit(study.main())
 """
+
+
+def interrupt(
+    name: str, last: str, state: Path, words: list[str], cwd: Path
+) -> subprocess.CompletedProcess:
+    """Run a study until it has written a file of a name, and a state is there."""
+    folders = [str(EXPERIMENTS), str(TESTS)]
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *folders, name, last, str(state), *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
 
 
 @pytest.mark.slow
@@ -97,14 +106,8 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
     # Stopped twice: in the middle of the first method that refines poses, and when it
     # has its result but still its checkpoint, which is not the next method's.
     words = ["configs/hjc_init1.toml", *FAST, "--out", str(broken)]
-    for moment in ("save_checkpoint", "write_json"):
-        stopped = subprocess.run(
-            [sys.executable, "-c", STOP, str(EXPERIMENTS), moment, *words],
-            check=False,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+    for last in ("checkpoint.eqx", "metrics.json"):
+        stopped = interrupt("init1", last, broken / REFINED, words, tmp_path)
         assert stopped.returncode == 130, stopped.stderr
         assert "interrupted; the same command resumes" in stopped.stderr
         assert "Traceback" not in stopped.stderr
@@ -319,39 +322,70 @@ def test_an_interrupted_method_resumes_to_the_same_numbers(load, case, tmp_path,
     assert len(timeless(unbroken)[name]["history"]) >= 2
 
 
-def test_iterations_of_relions_are_told_once(load, case, tmp_path, monkeypatch):
+# In place of `mpirun`: iterations 1 and 2, and carried on, iteration 3 and the end.
+REFINES = """#!{python}
+import shutil, sys, time
+from pathlib import Path
+
+root = sys.argv[sys.argv.index("--o") + 1]
+
+def write(prefix, *maps):
+    shutil.copy("particles.star", f"{{prefix}}_data.star")
+    for name in maps:
+        shutil.copy("auto_refine_reference.mrc", f"{{prefix}}_{{name}}.mrc")
+    for name, pair in (
+        ("half1_model", "rlnCurrentResolution 20.5"),
+        ("half2_model", "rlnCurrentResolution 20.5"),
+        ("model", "rlnCurrentResolution 20.5"),
+        ("sampling", "rlnPsiStep 15"),
+        ("optimiser", "rlnOverallAccuracyRotations 1.5"),
+    ):
+        Path(f"{{prefix}}_{{name}}.star").write_text(f"data_\\n_{{pair}}\\n")
+
+carried_on = "--continue" in sys.argv
+for number in [3] if carried_on else [1, 2]:
+    write(f"{{root}}_it{{number:03d}}", "half1_class001", "half2_class001")
+if carried_on:
+    write(root, "class001", "half1_class001_unfil", "half2_class001_unfil")
+else:
+    time.sleep(60)
+"""
+
+
+def test_iterations_of_relions_are_told_once(load, case, tmp_path, put_on_path):
     """A run that is carried on tells its last iteration again."""
-    comparison, methods, relion = map(load, ("comparison", "methods", "relion"))
+    put_on_path("mpirun", REFINES.format(python=sys.executable))
+    post_process = "#!/bin/sh\ncp half1.mrc postprocess_masked.mrc\n"
+    put_on_path("relion_postprocess", post_process)
+    comparison, methods = load("comparison"), load("methods")
     given = case("particles=4")
-    truth, poses = np.asarray(given.truth, np.float32), given.dataset.truth
-
-    def state(number, finished=False):
-        halves = (truth, truth)
-        return relion.Refined(truth, poses, number, 60.0, finished, {}, halves)
-
-    def refine(numbers, end):
-        def auto_refine(*_, callback, **__):
-            for number in numbers:
-                callback(state(number))
-            if not end:
-                raise KeyboardInterrupt
-            return state(4, finished=True)
-
-        return auto_refine
-
-    monkeypatch.setattr(relion, "postprocess", lambda folder, half1, *_: half1)
     chosen = {"by RELION": methods.relion_refinement(40.0, True, 100.0, seed=0)}
-    monkeypatch.setattr(relion, "auto_refine", refine([1, 2], end=False))
-    with pytest.raises(KeyboardInterrupt):
-        comparison.compare(tmp_path, given, chosen)
-    monkeypatch.setattr(relion, "auto_refine", refine([2, 3], end=True))
-    found = comparison.compare(tmp_path, given, chosen)["by RELION"]
+
+    def is_second(path):
+        previous = path.with_name("previous.eqx")
+        return path.name == "checkpoint.eqx" and previous.exists()
+
+    with jax.enable_x64(False):  # as a study runs
+        with pytest.raises(KeyboardInterrupt), interrupted_after(is_second):
+            comparison.compare(tmp_path, given, chosen)
+        found = comparison.compare(tmp_path, given, chosen)["by RELION"]
     assert [row["relion_iteration"] for row in found["history"]] == [1, 2, 3]
     assert [row["iteration"] for row in found["history"]] == [1, 2, 3]
-    assert found["remark"] == "4 iterations, 1 minutes, from 40 Å"
+    assert found["remark"] == "4 iterations, 0 minutes, from 40 Å"
 
 
-def test_a_run_of_init2_keeps_its_start(load, tmp_path, monkeypatch):
+@pytest.fixture
+def install_relion(tmp_path_factory, monkeypatch):
+    """Leave RELION's programs on the path, and nothing else; or not even them."""
+    folder = tmp_path_factory.mktemp("relion")
+    names = ("refine", "refine_mpi", "reconstruct", "postprocess")
+    for program in ("mpirun", *(f"relion_{name}" for name in names)):
+        (folder / program).write_text("#!/bin/sh\n")
+        (folder / program).chmod(0o755)
+    return lambda there: monkeypatch.setenv("PATH", str(folder) if there else "")
+
+
+def test_a_run_of_init2_keeps_its_start(load, tmp_path, install_relion):
     """Should RELION be installed, or removed, before it is carried on."""
     cases, comparison, harness = map(load, ("cases", "comparison", "harness"))
     settings = load("configuration").read(
@@ -367,7 +401,7 @@ def test_a_run_of_init2_keeps_its_start(load, tmp_path, monkeypatch):
     for begun, later in ((False, True), (True, False)):
         study = harness.Study(settings, "hjc_init2", "smoke", tmp_path / str(begun))
         for there in (begun, later):
-            monkeypatch.setattr(cases.relion, "available", lambda now=there: now)
+            install_relion(there)
             with pytest.raises(KeyboardInterrupt):
                 comparison.run(study, looking, [])
     assert starts[0] == starts[1] and "RELION is not installed" in starts[0]
@@ -417,10 +451,10 @@ def test_what_computes_is_added_to_the_provenance_once(load, tmp_path):
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_a_run_without_relion_is_finished_until_it_is_there(
-    load, study, tmp_path, monkeypatch, installed
+    load, study, tmp_path, install_relion, installed
 ):
     harness, chosen = load("harness"), study(out=tmp_path / "run")
-    monkeypatch.setattr(harness.relion, "available", lambda: installed)
+    install_relion(installed)
     with chosen.open() as folder:
         harness.finish(folder, without_relion=True)
     with chosen.open() as folder:
@@ -533,38 +567,15 @@ def test_a_map_and_its_poses_are_brought_to_the_truths_place(load, mirrored):
     assert float(jnp.max(distance[10:])) < 0.02
 
 
-STOP_MATCHED = """
-import sys
-
-experiments, *words = sys.argv[1:]
-sys.argv = ["init2.py", *words]
-sys.path.insert(0, experiments)
-import init2
-from jaxrefine import io
-
-save = io.save_checkpoint
-
-def stopping(path, *content):
-    save(path, *content)
-    if path.name == "checkpoint.eqx" and "joint_matched_first" in path.parts:
-        raise KeyboardInterrupt
-
-io.save_checkpoint = stopping
-sys.exit(init2.main())
-"""
-
-
 @pytest.mark.slow
 def test_init2_carries_on_and_is_drawn(tmp_path):
     """From RELION's ab-initio map where it is installed, else from matching."""
     out = tmp_path / "run"
     words = ["configs/hjc_init2.toml", "--preset", "smoke", "--out", str(out)]
-    program = [sys.executable, "-c", STOP_MATCHED, str(EXPERIMENTS)]
-    stopped = subprocess.run(
-        [*program, *words], check=False, capture_output=True, text=True, cwd=tmp_path
-    )
+    work = out / "work/joint_matched_first"
+    state, kept = work / "state/checkpoint.eqx", work / "matched.eqx"
+    stopped = interrupt("init2", state.name, state, words, tmp_path)
     assert stopped.returncode == 130, stopped.stderr
-    kept = out / "work/joint_matched_first/matched.eqx"
     stamp, before = kept.stat().st_mtime_ns, timeless(out)
     assert list(before) == ["oracle", "unrefined", "joint", "joint, post-processed"]
     again = subprocess.run(

@@ -1,7 +1,6 @@
 """RELION as a baseline: conventions, order, time limits and resuming."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -117,7 +116,7 @@ SILENT = "time.sleep(60)"
 
 
 @pytest.fixture
-def fake(tmp_path, star, truth, monkeypatch):
+def fake(tmp_path, star, truth, put_on_path):
     """Put a ``relion_refine`` first on the path, and what it writes in its folder."""
     shutil.copy(star, tmp_path / "template_data.star")
     io.write_mrc(tmp_path / "template_class001.mrc", truth, PIXEL)
@@ -135,17 +134,9 @@ def fake(tmp_path, star, truth, monkeypatch):
         text = textwrap.dedent(FAKE).format(
             python=sys.executable, body=textwrap.dedent(body)
         )
-        put_on_path(monkeypatch, tmp_path / "bin" / "relion_refine", text.lstrip())
+        put_on_path("relion_refine", text.lstrip())
 
     return install
-
-
-def put_on_path(monkeypatch, program: Path, text: str) -> None:
-    program.parent.mkdir()
-    program.write_text(text)
-    program.chmod(0o755)
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", path)
 
 
 def ab_initio(star, limit_s, seed=0, **options):
@@ -280,7 +271,7 @@ exec {program} "$@"
 
 @needs_relion
 @pytest.mark.slow
-def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, monkeypatch):
+def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, put_on_path):
     """RELION's final iteration is made to follow at once; its poses make its map."""
     images, poses = jax.tree.map(lambda leaf: leaf[:20], (data.images, data.truth))
     star = relion.write_particles(tmp_path, images, poses, PIXEL)
@@ -309,9 +300,8 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, monkeyp
         refine(interrupt)
     assert not programs_in(tmp_path)
 
-    program = tmp_path / "bin" / "relion_refine_mpi"
-    text = CONVERGES.format(program=shutil.which(program.name))
-    put_on_path(monkeypatch, program, text)
+    program = shutil.which("relion_refine_mpi")
+    put_on_path("relion_refine_mpi", CONVERGES.format(program=program))
     done = refine(seen.append)
     assert [state.iterations for state in seen] == [1, 1]
     assert (done.iterations, done.finished) == (2, True)

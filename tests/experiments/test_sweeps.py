@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers import interrupted_after
 
 from jaxrefine import simulate
 from jaxrefine.data import observation
@@ -53,23 +54,12 @@ def report(folder):
 
 
 @pytest.fixture(scope="module")
-def swept(load, run_script, tmp_path_factory):
-    """Return a sweep that was interrupted before its second point, and resumed."""
+def swept(run_script, tmp_path_factory):
+    """Return a sweep that was interrupted at its second point, and resumed."""
     out = tmp_path_factory.mktemp("sweep") / "run"
     words = ["configs/sweeps.toml", "--preset", "smoke", "--out", out]
-    comparison = load("comparison")
-    original, called = comparison.run, []
-
-    def stopping(study, *arguments):
-        called.append(study.folder.name)
-        if len(called) == 2:
-            raise KeyboardInterrupt
-        original(study, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "run", stopping)
+    with interrupted_after(lambda path: path == out / "points/snr_db=10/run.json"):
         assert run_script("sweeps", *words) == 130
-    assert called == ["snr_db=20", "snr_db=10"]
     assert not report(out)["finished"]
     assert len(read(out)["points"]) == 1
     first = out / "points/snr_db=20/metrics.json"

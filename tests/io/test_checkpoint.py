@@ -43,13 +43,13 @@ def test_round_trip_is_exact(path, dtype):
     assert eqx.tree_equal(result, state)
 
 
-def test_shapes_alone_are_enough(path):
+def test_shapes_alone_are_enough_to_load(path):
     save_checkpoint(path, a_state(), {})
     result, _ = load_checkpoint(path, eqx.filter_eval_shape(a_state))
     np.testing.assert_array_equal(result.volume, a_state().volume)
 
 
-def test_the_first_line_is_readable(path):
+def test_the_metadata_can_be_read_in_the_first_line(path):
     save_checkpoint(path, a_state(), METADATA)
     assert b'"iteration": 3' in path.read_bytes().split(b"\n")[0]
 
@@ -64,7 +64,7 @@ def test_the_first_line_is_readable(path):
     ],
     ids=["shape", "dtype", "too few", "too many"],
 )
-def test_a_file_that_does_not_fit(path, like, words):
+def test_a_checkpoint_of_another_structure_is_refused(path, like, words):
     save_checkpoint(path, a_state(), {})
     with pytest.raises(InputError, match=words) as caught:
         load_checkpoint(path, like)
@@ -73,7 +73,7 @@ def test_a_file_that_does_not_fit(path, like, words):
     assert "\n" not in str(caught.value)
 
 
-def test_truncated_or_changed(path):
+def test_a_checkpoint_that_is_cut_or_changed_is_damaged(path):
     """Wherever the file ends, and whichever byte is another one."""
     save_checkpoint(path, a_state(n=2), {"iteration": 3})
     content = path.read_bytes()
@@ -91,14 +91,14 @@ def test_truncated_or_changed(path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe\x00", b"[1]\n", b"{}\n", b"hello\n", b'{"format": 1}']
 )
-def test_not_a_checkpoint(path, content):
+def test_a_file_of_another_kind_is_a_damaged_checkpoint(path, content):
     path.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match="complete checkpoint of jaxrefine"):
         load_checkpoint(path, a_state())
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_another_version(path, version):
+def test_a_checkpoint_of_another_version_is_refused(path, version):
     header = {"format": f"jaxrefine checkpoint {version}", "metadata": {}}
     path.write_bytes(json.dumps(header).encode() + b"\nanything")
     with pytest.raises(InputError, match="another version") as caught:
@@ -117,7 +117,7 @@ def test_the_file_that_is_replaced_can_be_kept(path):
         assert eqx.tree_equal(found, a_state(seed=seed))
 
 
-def test_missing_file_and_folder(path):
+def test_paths_that_cannot_be_read_or_written_are_refused(path):
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(path, a_state())
     with pytest.raises(InputError, match="is a folder"):

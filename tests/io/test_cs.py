@@ -78,7 +78,7 @@ def path(tmp_path):
         ((0.5, 0, 0), (-np.pi / 2, 0.5, np.pi / 2)),
     ],
 )
-def test_turns_about_the_axes(path, vector, angles):
+def test_rotation_vectors_about_the_axes_become_rotations(path, vector, angles):
     """By hand: ``Z(0.5)``, ``Y(0.5)`` and ``Z(pi/2) Y(0.5) Z(-pi/2) = X(0.5)``."""
     save(path, alignments3D__pose=("<f8", [vector] * COUNT))
     found = read_particles(path).poses.rotations
@@ -86,7 +86,7 @@ def test_turns_about_the_axes(path, vector, angles):
     np.testing.assert_allclose(found, np.stack([expected] * COUNT), atol=1e-8)
 
 
-def test_poses_from_known_ones(path):
+def test_poses_are_those_that_a_table_was_made_from(path):
     """Made by SciPy from the transposes of RELION's matrices, in doubled pixels."""
     angles = RNG.uniform(-np.pi, np.pi, (COUNT, 3))
     shifts = RNG.normal(0, 3, (COUNT, 2))
@@ -105,7 +105,7 @@ def test_poses_from_known_ones(path):
     np.testing.assert_allclose(read_particles(path).poses.shifts, shifts, atol=1e-6)
 
 
-def test_images_optics_and_halves(path, tmp_path):
+def test_images_optics_and_halves_are_those_of_the_table(path, tmp_path):
     file = read_particles(save(path))
     stacks = {
         name: np.fromfile(tmp_path / f"J1/{name}.mrcs", "<f4", offset=1024)
@@ -170,11 +170,12 @@ def test_halves_of_which_one_is_empty_are_none(path, half):
 
 def test_dark_protein_is_a_negative_scale(path):
     save(path, blob__sign=("<f4", [-1, 1, -1, 1, 1]))
-    scale = read_particles(path).particles.ctf.scale
-    np.testing.assert_array_equal(scale, [-1, 1, -0.5, 1, 1])
+    ctf = read_particles(path).particles.ctf
+    assert ctf is not None
+    np.testing.assert_array_equal(ctf.scale, [-1, 1, -0.5, 1, 1])
 
 
-def test_little_is_needed(path):
+def test_fields_that_are_optional_have_defaults(path):
     dropped = [name for name in FIELDS if name.startswith(("align", "ctf"))]
     file = read_particles(save(path, dropped))
     assert not file.has_poses
@@ -183,11 +184,12 @@ def test_little_is_needed(path):
     np.testing.assert_array_equal(file.optics_group, np.ones(COUNT))
     optional = ["ctf/phase_shift_rad", "ctf/scale", "ctf/bfactor", "blob/sign"]
     ctf = read_particles(save(path, optional)).particles.ctf
+    assert ctf is not None
     np.testing.assert_array_equal(ctf.scale, np.ones(COUNT))
     np.testing.assert_array_equal(ctf.phase_shift, np.zeros(COUNT))
 
 
-def test_a_real_file(data_dir, tmp_path):
+def test_a_real_file_has_its_known_values(data_dir, tmp_path):
     """Imported particles, as exported after 2-D classification."""
     path = data_dir / "cs/cryosparc_J2_particles_exported.cs"
     blocks = read_cs(path)
@@ -279,7 +281,7 @@ def test_a_bad_table_is_a_sentence(path, bad):
     assert str(path) in message and "\n" not in message and message.endswith(".")
 
 
-def test_other_files(path):
+def test_files_of_another_kind_are_refused(path):
     with pytest.raises(InputError, match="does not exist"):
         read_cs(path)
     objects = np.array([({},)], [("blob/path", object)])

@@ -11,9 +11,17 @@ import jax.numpy as jnp
 import mrcfile
 import numpy as np
 import pytest
+from mrcfile.mrcfile import MrcFile
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import new_stack, read_mrc, read_stack, write_mrc, write_stack
+from jaxrefine.io import (
+    map_stack,
+    new_stack,
+    read_mrc,
+    read_stack,
+    write_mrc,
+    write_stack,
+)
 
 
 def unique_volume(n=5):
@@ -29,18 +37,28 @@ def path(tmp_path):
     return tmp_path / "map.mrc"
 
 
-def write_raw(path, data, voxel=1.5, **header):
+def write_raw(path, data, voxel: float | tuple[float, float, float] = 1.5, **fields):
     """Write with mrcfile alone, then set header fields by name."""
     with mrcfile.new(path, overwrite=True) as mrc:
         mrc.set_data(data)
         mrc.voxel_size = voxel
-        for name, value in header.items():
-            mrc.header[name] = value
+        header = mrc.header
+        assert header is not None
+        for name, value in fields.items():
+            header[name] = value
+
+
+def header_of(path):
+    """The header of a file, as mrcfile reads it."""
+    with mrcfile.open(path) as mrc:
+        header = mrc.header
+    assert header is not None
+    return header
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("as_jax", [False, True])
-def test_volume_round_trip(path, dtype, as_jax):
+def test_a_volume_comes_back_in_single_precision(path, dtype, as_jax):
     volume = unique_volume().astype(dtype)
     write_mrc(path, jnp.asarray(volume) if as_jax else volume, 2.8667)
     result, voxel = read_mrc(path)
@@ -54,9 +72,9 @@ def test_a_volume_lies_in_the_file_with_x_fastest(path):
     write_mrc(path, unique_volume(), 1.0)
     values = np.frombuffer(path.read_bytes()[1024:], dtype="<f4")
     np.testing.assert_array_equal(values, np.arange(125))
-    with mrcfile.open(path) as mrc:
-        assert (mrc.header.mapc, mrc.header.mapr, mrc.header.maps) == (1, 2, 3)
-        assert (mrc.header.ispg, mrc.header.mz) == (1, 5)
+    header = header_of(path)
+    assert (header.mapc, header.mapr, header.maps) == (1, 2, 3)
+    assert (header.ispg, header.mz) == (1, 5)
 
 
 @pytest.mark.parametrize("axes", list(permutations((1, 2, 3))))
@@ -107,14 +125,14 @@ def test_unset_voxel_size_is_one(path, read):
 
 
 @pytest.mark.parametrize("count", [3, 1])
-def test_stack_round_trip(path, count):
+def test_a_stack_comes_back_and_is_marked_as_one(path, count):
     images = unique_stack()[:count]
     write_stack(path, images, 1.34)
     result, pixel = read_stack(path)
     np.testing.assert_array_equal(result, images)
     assert pixel == pytest.approx(1.34, rel=1e-6)
-    with mrcfile.open(path) as mrc:
-        assert (mrc.header.ispg, mrc.header.mz, mrc.header.nz) == (0, 1, count)
+    header = header_of(path)
+    assert (header.ispg, header.mz, header.nz) == (0, 1, count)
 
 
 def test_the_z_edge_of_a_stack_does_not_count(path):
@@ -135,7 +153,7 @@ def assert_one_sentence(read, path, words):
 
 
 @BOTH
-def test_missing_file_and_folder(read, path):
+def test_a_missing_file_and_a_folder_are_refused(read, path):
     assert_one_sentence(read, path, "does not exist")
     assert_one_sentence(read, path.parent, "is a folder")
 
@@ -153,13 +171,13 @@ def test_missing_file_and_folder(read, path):
     ],
     ids=["empty", "short", "long", "false gzip", "false bzip2", "gzip"],
 )
-def test_not_an_mrc_file(read, path, content):
+def test_a_file_of_another_kind_is_refused(read, path, content):
     path.write_bytes(content)
     assert_one_sentence(read, path, "not an MRC file")
 
 
 @BOTH
-def test_without_the_word_map(read, path):
+def test_a_file_without_the_word_map_is_refused(read, path):
     """As very old programs write: what lacks is said."""
     write_raw(path, unique_volume(), map=b"\0\0\0\0")
     assert_one_sentence(read, path, "not an MRC file: its header lacks the word MAP")
@@ -167,14 +185,14 @@ def test_without_the_word_map(read, path):
 
 @BOTH
 @pytest.mark.parametrize("kept", [1024, 1030, 1024 + 124 * 4])
-def test_truncated(read, path, kept):
+def test_a_truncated_file_is_refused(read, path, kept):
     write_raw(path, unique_volume())
     path.write_bytes(path.read_bytes()[:kept])
     assert_one_sentence(read, path, "truncated")
 
 
 @BOTH
-def test_truncated_gzip(read, path):
+def test_a_truncated_gzip_file_is_refused(read, path):
     write_raw(path, np.random.default_rng(0).random((5, 5, 5), np.float32))
     path.write_bytes(gzip.compress(path.read_bytes())[:-60])
     assert_one_sentence(read, path, "damaged")
@@ -182,7 +200,7 @@ def test_truncated_gzip(read, path):
 
 @BOTH
 @pytest.mark.parametrize("header", [{"nx": -5}, {"mode": 77}, {"nz": 2**31 - 1}])
-def test_nonsense_in_the_header(read, path, header):
+def test_nonsense_in_the_header_is_refused(read, path, header):
     write_raw(path, unique_volume())
     content = np.frombuffer(path.read_bytes(), dtype="<i4").copy()
     for name, value in header.items():
@@ -192,7 +210,7 @@ def test_nonsense_in_the_header(read, path, header):
 
 
 @BOTH
-def test_no_values(read, path):
+def test_a_file_without_values_is_refused(read, path):
     with mrcfile.new(path) as mrc:
         mrc.set_data(np.zeros((0, 0, 0), np.float32))
     assert_one_sentence(read, path, "truncated or damaged")
@@ -200,7 +218,7 @@ def test_no_values(read, path):
 
 @BOTH
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite(read, path, bad):
+def test_values_that_are_not_finite_are_refused(read, path, bad):
     write_mrc(path, unique_volume(), 1.0)
     content = bytearray(path.read_bytes())
     content[1024:1032] = np.array([bad, bad], "<f4").tobytes()
@@ -211,7 +229,7 @@ def test_not_finite(read, path, bad):
 
 
 @BOTH
-def test_complex_or_anisotropic(read, path):
+def test_complex_values_and_anisotropic_voxels_are_refused(read, path):
     write_raw(path, unique_volume().astype(np.complex64))
     assert_one_sentence(read, path, "must hold real values, got complex")
     write_raw(path, unique_volume(), mode=3)  # of 16-bit integers
@@ -222,12 +240,12 @@ def test_complex_or_anisotropic(read, path):
 
 @BOTH
 @pytest.mark.parametrize("edge", [-1.0, np.nan, np.inf])
-def test_impossible_voxel(read, path, edge):
+def test_impossible_voxels_are_refused(read, path, edge):
     write_raw(path, unique_volume(), voxel=(edge, 1.0, 1.0))
     assert_one_sentence(read, path, "voxel size must be positive")
 
 
-def test_not_cubic(path):
+def test_maps_must_be_cubic_and_images_square(path):
     write_raw(path, np.zeros((4, 5, 6), np.float32))
     assert_one_sentence(read_mrc, path, "cubic map, got an array of 4 x 5 x 6")
     assert_one_sentence(read_stack, path, "square images, got an array of 4 x 5 x 6")
@@ -244,7 +262,7 @@ def test_a_stack_of_one_volume_is_a_map(path):
     assert voxel == 1.5
 
 
-def test_axes_that_cannot_be(path):
+def test_impossible_axes_are_refused(path):
     write_raw(path, unique_volume(), mapc=1, mapr=1, maps=3)
     assert_one_sentence(read_mrc, path, r"\(1, 1, 3\)")
     write_raw(path, unique_stack(), mapc=2, mapr=1)
@@ -277,14 +295,14 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
         assert len(list(path.parent.iterdir())) == 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mrcfile.mrcfile.MrcFile, "set_image_stack", die)
+    monkeypatch.setattr(MrcFile, "set_image_stack", die)
     with pytest.raises(KeyboardInterrupt):
         write_stack(path, unique_stack() + 1, 1.0)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_writing_where_one_cannot(tmp_path):
+def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="Cannot write .*No such file or directory"):
         write_mrc(tmp_path / "absent" / "map.mrc", unique_volume(), 1.0)
     with pytest.raises(InputError, match="Cannot write .*: it is a folder"):
@@ -301,7 +319,7 @@ def test_writing_where_one_cannot(tmp_path):
         ("relion_oracle/clean70SRibosome_vol_65p.mrc", 65, 1.0),
     ],
 )
-def test_real_maps(data_dir, name, n, voxel):
+def test_real_maps_have_their_known_sizes(data_dir, name, n, voxel):
     volume, size = read_mrc(data_dir / name)
     assert volume.shape == (n, n, n)
     assert size == pytest.approx(voxel, rel=1e-6)
@@ -315,7 +333,7 @@ def test_real_maps(data_dir, name, n, voxel):
         ("relion_oracle/rln_proj_64_centered.mrcs", (4, 64, 64), 1.0),
     ],
 )
-def test_real_stacks(data_dir, name, shape, pixel):
+def test_real_stacks_have_their_known_sizes(data_dir, name, shape, pixel):
     images, size = read_stack(data_dir / name)
     assert images.shape == shape
     assert size == pytest.approx(pixel, rel=1e-6)
@@ -332,6 +350,33 @@ def test_a_long_extended_header_is_not_taken_at_its_word(read, path, order):
     assert_one_sentence(read, path, "is not an MRC file, or is damaged")
 
 
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", np.int8, np.int16, np.float16])
+def test_stacks_are_mapped_whatever_their_type(path, dtype):
+    with mrcfile.new(path) as mrc:
+        mrc.set_extended_header(np.zeros(100, "V1"))
+        mrc.set_data(unique_stack().astype(dtype))
+        mrc.voxel_size = 2.0
+    images, pixel = map_stack(path)
+    assert isinstance(images, np.memmap) and pixel == 2.0
+    np.testing.assert_array_equal(images, unique_stack())
+
+
+def test_a_stack_is_filled_in_place(path):
+    images = unique_stack()
+    with new_stack(path, 3, 4, 2.5) as empty:
+        empty[1:] = images[1:]
+        empty[0] = images[0]
+        assert not path.exists()
+    np.testing.assert_array_equal(read_stack(path)[0], images)
+    header = header_of(path)
+    assert (header.ispg, header.mz) == (0, 1)
+    assert header.dmax < header.dmin, "the statistics are unknown"
+    with pytest.raises(KeyboardInterrupt), new_stack(path, 9, 4, 2.5):
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == [path]
+    assert len(read_stack(path)[0]) == 3
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has none")
 def test_a_stack_has_its_room_before_it_is_filled(tmp_path):
     """A file with holes would meet a full disk with a signal, not with a sentence."""
@@ -341,7 +386,7 @@ def test_a_stack_has_its_room_before_it_is_filled(tmp_path):
         assert 512 * status.st_blocks >= status.st_size > 5 * 4 * 200**2
 
 
-def test_a_stack_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
+def test_a_stack_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
     def full(descriptor, offset, length):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

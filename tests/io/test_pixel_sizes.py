@@ -195,7 +195,7 @@ def test_poses_are_compared_in_one_pixel_size(merged, capsys):
 
 
 @pytest.mark.slow
-def test_poses_are_refined(merged, tmp_path):
+def test_poses_are_refined_across_pixel_sizes(merged, tmp_path):
     """From ten degrees off; Angstroms come out where they were."""
     write_mrc(tmp_path / "init.mrc", density(PIXEL).astype(np.float32), PIXEL)
     file = read_particles(merged.path)
@@ -233,7 +233,7 @@ def test_white_noise_stays_white_and_as_strong():
         ([1.0, 1.1, np.nan], "got nan"),
     ],
 )
-def test_steps_that_are_refused(step, words):
+def test_steps_out_of_range_are_refused(step, words):
     with pytest.raises(InputError, match=words):
         Resampled(np.zeros((3, M, M)), np.array(step))
 

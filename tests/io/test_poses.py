@@ -29,7 +29,7 @@ def pose_file(path: Path, **columns: list[str]) -> Path:
     return path
 
 
-def test_poses_round_trip(path):
+def test_poses_come_back_to_the_digits_that_are_written(path):
     rng = np.random.default_rng(0)
     poses = Poses(draw_rotations(9), rng.normal(0, 5, (9, 2)))
     names = [f"{i:06d}@stack of mine.mrcs" for i in range(1, 10)]
@@ -52,7 +52,7 @@ def test_poses_round_trip(path):
     assert blocks["particles"]["rlnOpticsGroup"] == ["1"] * 9
 
 
-def test_units_and_sign_of_what_is_written(path):
+def test_poses_are_written_with_relions_units_and_signs(path):
     """rot, tilt, psi in this order; a particle at +x has a negative origin."""
     poses = Poses(in_degrees([[10.0, 20.0, 30.0]]), np.array([[1.0, -2.0]]))
     write_poses(path, poses, 1.5, ["1@a.mrcs"], 8)
@@ -64,13 +64,13 @@ def test_units_and_sign_of_what_is_written(path):
     assert particles["rlnOriginYAngst"] == ["3.000000"]
 
 
-def test_one_name_for_each_pose(path):
+def test_each_pose_needs_the_name_of_an_image(path):
     with pytest.raises(InputError, match="one image name for each of 2 poses, got 1"):
         write_poses(path, draw_poses(2), 1.0, ["1@a.mrcs"], 8)
     assert not path.exists()
 
 
-def test_origins_in_pixels_or_missing(path):
+def test_origins_may_be_in_pixels_or_missing(path):
     poses = read_poses(pose_file(path, rlnOriginX=["3", "-4"]))
     np.testing.assert_array_equal(poses.shifts, [[-3, 0], [4, 0]])
     expected = in_degrees([[10.0] * 3, [20.0] * 3])
@@ -90,7 +90,7 @@ def test_each_particle_has_the_pixel_of_its_optics_group(path):
 @pytest.mark.parametrize(
     "bad", ["zero", "nan", "inf", "1e39", "-1e300", "1_0", "\u0661", "1" * 400, ""]
 )
-def test_values_that_are_not_numbers(path, bad):
+def test_values_that_are_not_numbers_are_refused(path, bad):
     """Nor are Python's and other alphabets' numbers, nor those beyond float32."""
     pose_file(path, rlnOriginX=["1", bad])
     words = rf"{path}, column rlnOriginX: .*got '{bad[:9]}.*\(row 2\)\.$"
@@ -146,19 +146,19 @@ def test_missing_angles_are_named(path):
         read_poses(path)
 
 
-def test_two_blocks_that_could_be_particles(path):
+def test_two_blocks_that_could_be_particles_are_refused(path):
     write_star(path, {"a": {}, "b": {}})
     with pytest.raises(InputError, match="got the blocks 'a', 'b'"):
         read_poses(path)
 
 
-def test_real_files_without_poses(data_dir):
+def test_real_files_without_poses_are_refused(data_dir):
     for name in ("star/toy_projections_13", "star/empty_loop"):
         with pytest.raises(InputError, match="lacks the columns rlnAngleRot"):
             read_poses(data_dir / f"{name}.star")
 
 
-def test_real_origins_in_angstroms(data_dir):
+def test_real_origins_in_angstroms_become_pixels(data_dir):
     poses = read_poses(data_dir / "star" / "relion_style_particles.star")
     expected = in_degrees([-175.64627, 69.778893, 124.646599])
     np.testing.assert_allclose(poses.rotations[0], expected, atol=1e-15)
@@ -184,7 +184,7 @@ def test_relion_30_and_31_agree(data_dir):
     assert np.ptp(old.shifts) > 1
 
 
-def test_relion_oracle(data_dir):
+def test_poses_that_relion_projected_at_are_the_known_ones(data_dir):
     folder = data_dir / "relion_oracle"
     shifted = read_poses(folder / "rln_proj_64_shifted.star")
     centred = read_poses(folder / "rln_proj_64_centered.star")

@@ -1,12 +1,14 @@
 """STAR files of several writers: quotes, comments, and rows that do not fit."""
 
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import Pairs, read_star, write_star
-from jaxrefine.io import star as star_module
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ _rlnOne #1 [a remark]
 """
 
 
-def test_quotes_comments_pairs_and_empty_loops(path):
+def test_quotes_comments_pairs_and_empty_loops_are_read(path):
     path.write_bytes(AWKWARD.replace("\n", "\r\n").encode("utf-8-sig"))
     assert read_star(path) == {
         "general": {
@@ -79,7 +81,7 @@ def test_what_was_no_loop_stays_none(path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_tabs_and_blank_lines_anywhere(path, end):
+def test_tabs_and_blank_lines_may_be_anywhere(path, end):
     text = "\n\n\tdata_a\n\n\nloop_\n\n_x #1\n\n\t_y\t#2\n\n1\t2\n \n\n3 4\n\n"
     path.write_bytes(text.replace("\n", end).encode())
     assert read_star(path) == {"a": {"x": ["1", "3"], "y": ["2", "4"]}}
@@ -99,7 +101,7 @@ def test_only_files_with_optics_groups_are_marked_as_new(path):
     assert "version" not in path.read_text()
 
 
-def test_round_trip_of_awkward_values(path):
+def test_awkward_values_come_back(path):
     blocks = {
         "optics": {"rlnOpticsGroup": ["1"], "rlnName": ["two words"]},
         "particles": {
@@ -160,7 +162,7 @@ def test_values_are_written_as_their_text(path, values):
         assert not hasattr(value, "dtype") or value.dtype.type(text) == value
 
 
-def test_written_as_relion_does(path):
+def test_files_are_laid_out_as_relions(path):
     write_star(path, {"optics": {"rlnOpticsGroup": ["1"]}, "particles": {"rlnX": []}})
     lines = [line.strip() for line in path.read_text().splitlines()]
     assert lines == [
@@ -201,7 +203,7 @@ def test_written_as_relion_does(path):
         (b"data_x\ndata_x\n", "line 2: 'x' occurs twice"),
     ],
 )
-def test_bad_content(path, content, words):
+def test_bad_content_is_a_sentence(path, content, words):
     path.write_bytes(content)
     with pytest.raises(InputError, match=words) as caught:
         read_star(path)
@@ -211,7 +213,7 @@ def test_bad_content(path, content, words):
     assert message.endswith(".")
 
 
-def test_missing_file_and_folder(path):
+def test_paths_that_cannot_be_read_or_written_are_refused(path):
     with pytest.raises(InputError, match="does not exist"):
         read_star(path)
     with pytest.raises(InputError, match="is a folder"):
@@ -220,6 +222,9 @@ def test_missing_file_and_folder(path):
         read_star(path.with_name("a" * 300))
     with pytest.raises(InputError, match="Cannot write .*[Nn]ame too long"):
         write_star(path.with_name("a" * 300), {"": {}})
+
+
+WORD: Any = "word"  # where a list of values belongs
 
 
 @pytest.mark.parametrize(
@@ -234,8 +239,8 @@ def test_missing_file_and_folder(path):
         ({"a": ["a bell \a in quotes"]}, "cannot hold the value 'a bell"),
         ({"a": ["a\0b"]}, "cannot hold the value"),
         ({"a": ["folder\udcff"]}, r"cannot hold the value 'folder\\udcff'"),
-        ({"a": "word"}, "block 'x', column 'a': values must be a list, got a single s"),
-        (Pairs(a="word"), "values must be a list, got a single str"),
+        ({"a": WORD}, "block 'x', column 'a': values must be a list, got a single s"),
+        (Pairs(a=WORD), "values must be a list, got a single str"),
         ({"a": b"word"}, "got a single bytes"),
         ({"a": np.array(1.5)}, r"got an array of shape \(\)"),
         ({"a": np.zeros((2, 1))}, r"got an array of shape \(2, 1\)"),
@@ -258,7 +263,7 @@ def test_a_refused_write_leaves_the_old_file(path, table, words):
     ("blocks", "words"),
     [({}, "at least one block"), ({"x y": {"a": ["1"]}}, "block 'x y': names must")],
 )
-def test_blocks_that_could_not_be_read_back(path, blocks, words):
+def test_blocks_that_could_not_be_read_back_are_refused(path, blocks, words):
     with pytest.raises(InputError, match=words):
         write_star(path, blocks)
     assert not path.exists()
@@ -272,7 +277,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
         self.write_bytes(text.encode(encoding)[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(star_module.Path, "write_text", die)
+    monkeypatch.setattr(Path, "write_text", die)
     with pytest.raises(InputError, match="No space left on device"):
         write_star(path, {"a": {"b": ["2"]}})
     assert path.read_bytes() == before
@@ -315,7 +320,7 @@ def test_real_particles_survive_a_round_trip(data_dir, path, folder):
         assert_same(read_star(path), blocks)
 
 
-def test_real_quoted_values(data_dir):
+def test_real_quoted_values_are_read(data_dir):
     table = read_star(data_dir / "star" / "loop_double_quote.star")[""]
     assert table["quote_string"] == ["quote string"] * 2
     assert table["whitespace_string"] == [" ", " "]

@@ -119,7 +119,7 @@ def test_groups_are_summed_apart_and_pooled_by_their_weights(compared):
     pooled = sums.pooled(weights)
     known = slice(1, R_MAX + 1)
     cross, model = (
-        sum(np.asarray(weights[g] * getattr(parts[g], name)) for g in (0, 1))[known]
+        sum(np.asarray(weights[g] * getattr(parts[g], name))[known] for g in (0, 1))
         for name in ("cross", "model")
     )
     np.testing.assert_allclose(pooled.gain[known], cross / model, rtol=1e-12)

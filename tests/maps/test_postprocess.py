@@ -6,12 +6,14 @@ maps are RELION's, where it is installed.
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import fft_radii
+from jaxtyping import Array
 
 from jaxrefine import simulate
 from jaxrefine.errors import InputError
@@ -26,6 +28,8 @@ SHELLS = np.arange(N // 2 + 1)
 KEY = jax.random.key(0)
 ONES = jnp.ones((N, N, N))
 
+Halves = tuple[Array, Array]
+
 
 def white(seed):
     return np.random.default_rng(seed).normal(size=(N, N, N))
@@ -35,16 +39,21 @@ def filtered(volume, transfer):
     return np.fft.ifftn(np.fft.fftn(volume) * transfer).real
 
 
+def noisy_halves(volume, level: float, seed1: int, seed2: int) -> Halves:
+    """A volume twice, each time with white noise of its own."""
+    half1, half2 = (jnp.asarray(volume + level * white(s)) for s in (seed1, seed2))
+    return half1, half2
+
+
 @pytest.fixture(scope="module")
 def phantom():
     return simulate.phantom(KEY, N, jnp.float64)
 
 
 @pytest.fixture(scope="module")
-def halves(phantom):
+def halves(phantom) -> Halves:
     """Two noisy halves, which agree to somewhere in the middle of the shells."""
-    noise = 1.5 * float(phantom.std())
-    return tuple(phantom + noise * jnp.asarray(white(seed)) for seed in (1, 2))
+    return noisy_halves(phantom, 1.5 * float(phantom.std()), 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def mask(phantom):
 # --- the curves
 
 
-def test_curves_are_those_of_the_definition(halves, mask):
+def test_curves_are_those_of_the_definition(halves: Halves, mask):
     result = postprocess(*halves, mask, VOXEL, key=KEY)
     np.testing.assert_allclose(result.fsc_unmasked, fsc(*halves), atol=1e-12)
     masked = fsc(*(half * mask for half in halves))
@@ -74,7 +83,7 @@ def test_curves_are_those_of_the_definition(halves, mask):
     assert (true[1 : int(radius) + 1] >= 0.143).all()
 
 
-def test_phases_are_random_from_their_shell_on(halves):
+def test_phases_are_random_from_their_shell_on(halves: Halves):
     """Without a mask the curve is as it was, then zero but for its spread."""
     result = postprocess(*halves, ONES, VOXEL, key=KEY)
     first = result.randomised_from
@@ -99,8 +108,7 @@ def test_the_correction_takes_away_what_the_mask_adds(phantom):
     sharp = soft_mask(phantom, VOXEL, extend=0.0, edge=0.0)
     means = []
     for seed in range(4):
-        noise = level * white(seed), level * white(10 + seed)
-        halves = [jnp.asarray(common + part) for part in noise]
+        halves = noisy_halves(common, level, seed, 10 + seed)
         result = postprocess(*halves, sharp, VOXEL, key=jax.random.key(seed))
         assert 5 <= result.randomised_from <= 7
         beyond = slice(9, None)
@@ -110,8 +118,8 @@ def test_the_correction_takes_away_what_the_mask_adds(phantom):
     assert abs(unmasked) < 0.02 and abs(true) < 0.05 and masked > 0.2
 
 
-def test_halves_that_agree_to_the_end(phantom, mask):
-    halves = [phantom + 1e-6 * jnp.asarray(white(seed)) for seed in (6, 7)]
+def test_halves_that_agree_to_the_end_are_resolved_to_two_voxels(phantom, mask):
+    halves = noisy_halves(phantom, 1e-6, 6, 7)
     result = postprocess(*halves, mask, VOXEL, key=KEY)
     assert result.randomised_from == N // 2 + 1
     np.testing.assert_array_equal(result.fsc_true, result.fsc_masked)
@@ -124,7 +132,7 @@ def test_halves_that_agree_to_the_end(phantom, mask):
 @pytest.mark.parametrize(
     ("b_factor", "cut_off"), [(None, 9.0), (-90.0, 7.3), (60.0, None)]
 )
-def test_the_map_is_the_weighted_mean(halves, mask, b_factor, cut_off):
+def test_the_map_is_the_weighted_mean(halves: Halves, mask, b_factor, cut_off):
     result = postprocess(
         *halves,
         mask,
@@ -157,7 +165,7 @@ def test_the_b_factor_that_was_applied_is_found(b_factor):
     """White noise under a Gaussian: the sharpened spectrum is flat again."""
     decay = np.exp(-b_factor / 4 * (fft_radii(N) / BOX) ** 2)
     common = filtered(white(8), decay)
-    halves = [jnp.asarray(common + 0.01 * white(seed)) for seed in (9, 10)]
+    halves = noisy_halves(common, 0.01, 9, 10)
     result = postprocess(
         *halves, ONES, VOXEL, key=KEY, b_factor_in_square_angstroms=GuinierFit()
     )
@@ -180,7 +188,7 @@ def test_the_b_factor_that_was_applied_is_found(b_factor):
     assert other.b_factor_in_square_angstroms == pytest.approx(-b_factor, abs=30)
 
 
-def test_a_b_factor_is_not_fitted_at_low_resolution(halves, mask):
+def test_a_b_factor_is_not_fitted_at_low_resolution(halves: Halves, mask):
     """The same maps with voxels of 8 A: all is coarser than 10 A."""
     result, plain = (
         postprocess(*halves, mask, 8.0, key=KEY, b_factor_in_square_angstroms=b)
@@ -193,7 +201,7 @@ def test_a_b_factor_is_not_fitted_at_low_resolution(halves, mask):
     np.testing.assert_array_equal(result.volume, plain.volume)
 
 
-def test_bad_input_is_a_sentence(halves, mask):
+def test_bad_input_is_a_sentence(halves: Halves, mask):
     one, two = halves
     nan = one.at[0, 0, 0].set(jnp.nan)
     small = jnp.ones((8, 8, 8))
@@ -237,18 +245,21 @@ COLUMNS = {
 }
 
 
+Case = tuple[Path, Halves, Array]
+
+
 @pytest.fixture(scope="module")
-def case(tmp_path_factory, phantom):
+def case(tmp_path_factory, phantom) -> Case:
     """Files for RELION, and the same arrays."""
     if shutil.which("relion_postprocess") is None:
         pytest.skip("relion_postprocess is not installed")
     folder = tmp_path_factory.mktemp("relion")
-    noisy = (phantom + phantom.std() * jnp.asarray(white(seed)) for seed in (1, 2))
-    halves = [half.astype(jnp.float32) for half in noisy]
-    mask = soft_mask((halves[0] + halves[1]) / 2, VOXEL)
-    for name, volume in zip(("half1", "half2", "mask"), (*halves, mask), strict=True):
+    halves = noisy_halves(phantom, float(phantom.std()), 1, 2)
+    half1, half2 = (half.astype(jnp.float32) for half in halves)
+    mask = soft_mask((half1 + half2) / 2, VOXEL)
+    for name, volume in (("half1", half1), ("half2", half2), ("mask", mask)):
         write_mrc(folder / f"{name}_class001_unfil.mrc", volume, VOXEL)
-    return folder, halves, mask
+    return folder, (half1, half2), mask
 
 
 def relion(folder, *options):
@@ -281,7 +292,7 @@ def half_space_fsc(a, b, weights):
     return cross / np.sqrt(pa * pb)
 
 
-def test_curves_and_resolution_are_relions(case):
+def test_curves_and_resolution_are_relions(case: Case):
     """RELION counts the plane x = 0 twice; but for this the curves are the same."""
     folder, halves, mask = case
     result = postprocess(
@@ -297,10 +308,10 @@ def test_curves_and_resolution_are_relions(case):
     theirs = {k: np.array(tables["fsc"][v], float) for k, v in COLUMNS.items()}
     once = np.where(np.isin(SHELLS, (0, N // 2)), 0.5, 1.0)
     for name, masking in (("unmasked", 1.0), ("masked", np.asarray(mask, float))):
-        pair = [np.asarray(half, float) * masking for half in halves]
+        a, b = (np.asarray(half, float) * masking for half in halves)
         ours = getattr(result, f"fsc_{name}")
-        np.testing.assert_allclose(ours, half_space_fsc(*pair, once), atol=1e-5)
-        np.testing.assert_allclose(theirs[name], half_space_fsc(*pair, 1.0), atol=2e-5)
+        np.testing.assert_allclose(ours, half_space_fsc(a, b, once), atol=1e-5)
+        np.testing.assert_allclose(theirs[name], half_space_fsc(a, b, 1.0), atol=2e-5)
         np.testing.assert_allclose(ours, theirs[name], atol=0.02)
     # Their phases are others.
     assert np.abs(result.fsc_randomised - theirs["randomised"]).mean() < 0.04
@@ -317,7 +328,7 @@ def test_curves_and_resolution_are_relions(case):
 
 
 @pytest.mark.parametrize("b_factor", [None, -100.0])
-def test_the_filtered_map_is_relions(case, b_factor):
+def test_the_filtered_map_is_relions(case: Case, b_factor):
     folder, halves, mask = case
     options = [] if b_factor is None else ["--adhoc_bfac", f"{b_factor}"]
     _, volume, masked = relion(folder, *options, "--low_pass", "8")

@@ -18,7 +18,6 @@ from jaxrefine.euler import euler_to_matrix, projection_jacobian
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import tv
 from jaxrefine.operators import kbwf, normal, spatial
-from jaxrefine.operators._radial import RadialSeries
 
 BASIS = kbwf.KBWF()
 TIGHT = spatial.footprint(BASIS, tolerance=1e-13)
@@ -243,7 +242,7 @@ def test_sum_over_tube_is_the_quadratic_form(n, dtype):
     np.testing.assert_allclose(value, exact, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
-def direct_gradient(c, series: RadialSeries, matrix):
+def direct_gradient(c, series, matrix):
     """``sum_k A[k] 2 f'(|M k|^2) (M k) k^T`` over the whole grid."""
     k = lattice(c.shape[0]).reshape(-1, 3)
     weights = np.asarray(normal.autocorrelation(c)).ravel()

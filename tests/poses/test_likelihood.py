@@ -12,7 +12,6 @@ import pytest
 from helpers import blobs, draw, draw_complex, draw_poses, relative_error
 
 from jaxrefine import geometry
-from jaxrefine._batching import map_over_particles
 from jaxrefine.data.observation import Observation
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
@@ -103,7 +102,7 @@ def test_gauss_newton_finds_the_pose():
         np.testing.assert_allclose(value, exact, rtol=0, atol=1e-8)
 
 
-def test_batches_of_particles_are_the_particles():
+def test_particles_of_a_batch_have_their_own_equations():
     reference = GRIDDING.spectrum(draw(N, N, N), R_MAX)
     poses, spectra = draw_poses(5), draw_complex(5, K)
 
@@ -112,7 +111,7 @@ def test_batches_of_particles_are_the_particles():
         return likelihood.normal_equations(reference, observation, rotation, shift)
 
     particles = (spectra, poses.rotations, poses.shifts)
-    together = map_over_particles(lambda p: equations_of(*p), particles, 2)
+    together = jax.jit(jax.vmap(equations_of))(*particles)
     for p in (0, 4):
         alone = jax.jit(equations_of)(*(leaf[p] for leaf in particles))
         for value, exact in zip(together, alone, strict=True):

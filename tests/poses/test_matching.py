@@ -94,7 +94,7 @@ def test_directions_cover_the_sphere(step):
     assert len(points) == pytest.approx(4 * np.pi / np.deg2rad(step) ** 2, rel=0.5)
 
 
-def all_scores(volume, images, config, ctf):
+def all_scores(volume, images, config, ctf=None):
     """Correlate with `slices.project` at every pose of the grid, one by one."""
     m, pixel = images.shape[-1], np.arange(images.shape[-1]) - images.shape[-1] // 2
     half = math.ceil(180 / config.angle_step_in_degrees)
@@ -123,11 +123,12 @@ def all_scores(volume, images, config, ctf):
     grid = poses_of(poses[:, :3], poses[:, 3:])
     templates = np.asarray(slices.project(spectrum, disc, grid), np.complex128)
     y, x = np.meshgrid(pixel, pixel, indexing="ij")
-    background = images[:, np.hypot(x, y) >= m / 2].mean(axis=1)
     kernel = np.exp(-2j * np.pi / m * (omega @ np.stack([x.ravel(), y.ravel()])))
-    data = (images - background[:, None, None]).reshape(len(images), -1) @ kernel.T
-    frequencies = jnp.asarray(omega / m / PIXEL, jnp.float32)
-    transfer = np.asarray(jax.vmap(lambda one: one(frequencies))(ctf))
+    data = images.reshape(len(images), -1) @ kernel.T
+    transfer = np.ones(data.shape)
+    if ctf is not None:
+        frequencies = jnp.asarray(omega / m / PIXEL, jnp.float32)
+        transfer = np.asarray(jax.vmap(lambda one: one(frequencies))(ctf))
     table = []
     for image, gain in zip(data, transfer, strict=True):
         model = templates * gain
@@ -137,17 +138,30 @@ def all_scores(volume, images, config, ctf):
     return grid, np.array(table)
 
 
+def without_background(images):
+    """Subtract the mean outside of the inscribed circle."""
+    m = images.shape[-1]
+    k = np.arange(m) - m // 2
+    outside = np.hypot(*np.meshgrid(k, k)) > m / 2
+    return images - images[:, outside].mean(axis=1)[:, None, None]
+
+
+def blurred_noise(n):
+    """A map of noise about the origin, which looks different from everywhere."""
+    k = np.arange(n) - n // 2
+    window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 18)
+    noise = np.random.default_rng(1).normal(size=(n, n, n))
+    return jnp.asarray(window * noise, jnp.float32)
+
+
 @pytest.mark.slow
 def test_brute_force_finds_the_same():
     """Every pose of a small grid; images of noise, so that nothing else is near."""
     n, config = 17, MatchConfig(35.0, 1.5, shift_step=0.75, r_max=4, batch_size=4)
     images = np.random.default_rng(n).normal(size=(6, n, n))
     ctf = optics(6, defocus_u=12000.0, defocus_v=12000.0)
-    k = np.arange(n) - n // 2
-    window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 18)
-    noise = np.random.default_rng(1).normal(size=(n, n, n))
-    volume = jnp.asarray(window * noise, jnp.float32)
-    grid, table = all_scores(volume, images, config, ctf)
+    volume = blurred_noise(n)
+    grid, table = all_scores(volume, without_background(images), config, ctf)
     best = table.argmax(axis=1)
     found = matching.match(Particles(images, ctf, PIXEL), volume, config)
     np.testing.assert_allclose(found.scores, table.max(axis=1), atol=1e-5)
@@ -288,10 +302,15 @@ def test_what_does_not_fit_is_refused(volume):
 
 @pytest.mark.parametrize("m", [16, 17])
 def test_the_background_is_what_lies_outside_of_the_inscribed_circle(m):
-    """A pixel on the circle, or within it, is none of it."""
-    points = matching._rings(3, 8)
-    for y, x in ((0, -8), (0, 8 - (m % 2 == 0)), (-5, 5)):
-        image = jnp.zeros((1, m, m), jnp.float32).at[0, y + m // 2, x + m // 2].set(1.0)
-        found = matching._image_spectra(image, points)[0]
-        angle = -2 * np.pi / m * (np.asarray(points) @ np.array([x, y]))
-        np.testing.assert_allclose(found, np.exp(1j * angle), atol=1e-5)
+    """A pixel on the circle, or within it, is none of it; the next one beyond is."""
+    places = [(0, -8), (0, 8 - (m % 2 == 0)), (-5, 5), (-3, -8), (-7, -5)]
+    images = np.zeros((len(places), m, m))
+    for image, (y, x) in zip(images, places, strict=True):
+        image[y + m // 2, x + m // 2] = 1
+    expected = without_background(images)
+    np.testing.assert_array_equal(expected[:3], images[:3])
+    assert (expected[3:] < images[3:]).all()
+    volume, config = blurred_noise(m), MatchConfig(45.0, 0.0, r_max=3)
+    _, table = all_scores(volume, expected, config)
+    found = matching.match(Particles(images), volume, config)
+    np.testing.assert_allclose(found.scores, table.max(axis=1), atol=1e-5)

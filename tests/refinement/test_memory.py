@@ -19,10 +19,10 @@ from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import visit
 from jaxrefine.poses.polish import Polish
 from jaxrefine.poses.prior import priors_about
-from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.memory import (
     LEAST_BATCH,
+    available_bytes,
     estimate_bytes,
     plan,
     retry_on_out_of_memory,
@@ -141,17 +141,21 @@ def test_a_plan_in_words():
     assert "free" not in plan(1200, 64, config, None).describe()
 
 
-def test_what_the_system_has(tmp_path, monkeypatch):
+@pytest.fixture
+def meminfo(tmp_path):
+    """The file in which a Linux at ``tmp_path`` tells how much memory is free."""
     if jax.default_backend() != "cpu":
         pytest.skip("on an accelerator its own memory counts")
-    path = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "_MEMORY", path)
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "absent")
-    assert memory.available_bytes() is None
-    path.write_text("MemTotal:  100 kB\nMemAvailable:    12 kB\nBuffers:  3 kB\n")
-    assert memory.available_bytes() == 12 * 1024
-    path.write_text("MemTotal:  100 kB\n")
-    assert memory.available_bytes() is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    return tmp_path / "proc/meminfo"
+
+
+def test_available_is_what_the_system_has_free(meminfo, tmp_path):
+    assert available_bytes(tmp_path) is None
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:    12 kB\nBuffers:  3 kB\n")
+    assert available_bytes(tmp_path) == 12 * 1024
+    meminfo.write_text("MemTotal:  100 kB\n")
+    assert available_bytes(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -165,25 +169,21 @@ def test_what_the_system_has(tmp_path, monkeypatch):
         ({"elsewhere": "1000"}, 9216),
     ],
 )
-def test_what_a_job_is_left(tmp_path, monkeypatch, limits, left):
+def test_available_is_no_more_than_a_jobs_limits_leave(meminfo, tmp_path, limits, left):
     """The least that any group above leaves; caches that can go do not count."""
-    if jax.default_backend() != "cpu":
-        pytest.skip("on an accelerator its own memory counts")
-    for folder in ("groups/job/step", "groups/elsewhere"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
-    (tmp_path / "own").write_text("0::/job/step\n")
+    meminfo.write_text("MemAvailable: 9 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    groups = tmp_path / "sys/fs/cgroup"
+    for folder in ("job/step", "elsewhere"):
+        (groups / folder).mkdir(parents=True)
     for folder, limit in limits.items():
-        here = tmp_path / "groups" / folder
+        here = groups / folder
         (here / "memory.max").write_text(f"{limit}\n")
         (here / "memory.current").write_text("1000\n")
         (here / "memory.stat").write_text(
             "anon 800\ninactive_file 60\nactive_file 40\n"
         )
-    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    assert memory.available_bytes() == left
+    assert available_bytes(tmp_path) == left
 
 
 # --- trying again
