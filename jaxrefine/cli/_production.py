@@ -206,7 +206,7 @@ def run(
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
-        report["fold_fsc"] = np.asarray(result.state.sets[0].fold_fsc).tolist()
+        report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
     poses = _refined(settings, source.poses, result.poses)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 

@@ -176,10 +176,10 @@ class Search(eqx.Module):
         turned = jnp.einsum("rij,ij->r", rotations, prior.rotations, precision=_HIGHEST)
         moved = jnp.sum((shifts - prior.shifts[None]) ** 2, axis=-1)
         # 3 - tr is the squared angle to fourth order.
-        by_rotation = -(3.0 - turned) / (2 * prior.angle_std**2)
+        by_rotation = -(3.0 - turned) / (2 * prior.angle_spread**2)
         within = 2.0 * (1.0 - jnp.cos(jnp.minimum(prior.max_angle, jnp.pi)))
         by_rotation = jnp.where(3.0 - turned > within + 1e-6, -jnp.inf, by_rotation)
-        by_shift = -moved / (2 * prior.shift_std**2)
+        by_shift = -moved / (2 * prior.shift_spread**2)
         by_shift = jnp.where(moved > prior.max_shift**2, -jnp.inf, by_shift)
         posterior = likelihoods + by_shift[None]
         score = jax.nn.logsumexp(posterior, axis=1) + by_rotation

@@ -22,7 +22,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def correlation(
-    first: SetState, second: SetState, members: ParticleSet
+    first: SetState, second: SetState, particle_set: ParticleSet
 ) -> Float[Array, "shells"]:
     """Return the FSC of two sets' maps, in one frame.
 
@@ -33,18 +33,18 @@ def correlation(
     ----------
     first, second
         The sets; the map of the second is put into the frame of the first.
-    members
+    particle_set
         The particles and parameters of either.
 
     Returns
     -------
     The correlation at the shells 0 to ``n // 2``.
     """
-    moved = align.move_map(second.mean_map, *_motion(second, first, members))
+    moved = align.move_map(second.mean_map, *_motion(second, first, particle_set))
     return fsc(first.mean_map, moved)
 
 
-def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetState:
+def turned(state: SetState, reference: SetState, particle_set: ParticleSet) -> SetState:
     """Turn and move a set's maps and poses, all together, to those of another set.
 
     Poses stay within their limits.
@@ -53,10 +53,10 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
     ----------
     state, reference
         The set to move, and the one to move it to.
-    members
+    particle_set
         The particles and parameters of the first.
     """
-    rotation, translation = _motion(state, reference, members)
+    rotation, translation = _motion(state, reference, particle_set)
     maps = [
         admm.init(align.move_map(fold.coefficients, rotation, translation))
         for fold in state.maps
@@ -64,7 +64,7 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
     rotations = jnp.matmul(state.hypotheses.rotations, rotation, precision=_HIGHEST)
     moved = jnp.matmul(rotations[..., :2, :], translation, precision=_HIGHEST)
     rotations, shifts = jax.vmap(lambda prior, *poses: jax.vmap(prior.clip)(*poses))(
-        members.prior, rotations, state.hypotheses.shifts - moved
+        particle_set.prior, rotations, state.hypotheses.shifts - moved
     )
     return eqx.tree_at(
         lambda s: (s.maps, s.hypotheses.rotations, s.hypotheses.shifts),
@@ -74,16 +74,16 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
 
 
 def _motion(
-    state: SetState, reference: SetState, members: ParticleSet
+    state: SetState, reference: SetState, particle_set: ParticleSet
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
     """Return the motion of a set's map to another's, found at the search's band.
 
     Angles that are fixed leave no rotation free, shifts no translation.
     """
-    config, size = members.config, members.particles.image_size
+    config, size = particle_set.config, particle_set.particles.image_size
     rotation, translation = align.align_maps(
-        members.masked(state.mean_map),
-        members.masked(reference.mean_map),
+        particle_set.masked(state.mean_map),
+        particle_set.masked(reference.mean_map),
         slices.bucket(config.search_r_max, size),
     )
     rotation, translation = on_axes(rotation, translation, config.operators)

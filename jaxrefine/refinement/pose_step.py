@@ -1,7 +1,7 @@
 r"""The pose side of an outer iteration, for one set of particles.
 
 `update_poses` searches, polishes and weighs; `measure_information` says how well the
-poses are known in the end, `undetermined` which particles show nothing.
+poses are known in the end, `determined` which images show a particle.
 """
 
 from dataclasses import dataclass
@@ -40,20 +40,20 @@ class PoseReport:
         Fraction of the particles with one hypothesis left.
     damping
         Median damping in each iteration of the polishing.
-    angle_change_in_degrees, shift_change_in_pixels
-        Median changes of the best poses.
+    angle_change, shift_change
+        Median changes of the best poses, radians and pixels.
     """
 
     searched: int
     search_r_max: int
     decided: float
     damping: list[float]
-    angle_change_in_degrees: float
-    shift_change_in_pixels: float
+    angle_change: float
+    shift_change: float
 
 
 def update_poses(
-    members: ParticleSet,
+    particle_set: ParticleSet,
     state: SetState,
     iteration: int,
     r_max: int,
@@ -63,7 +63,7 @@ def update_poses(
 
     Parameters
     ----------
-    members, state
+    particle_set, state
         The particles, and what is known of them.
     iteration
         Outer iteration, from 0.
@@ -72,7 +72,11 @@ def update_poses(
     key
         Draws the candidates.
     """
-    config, count, tuning = members.config, len(members), members.config.tuning
+    config, count, tuning = (
+        particle_set.config,
+        len(particle_set),
+        particle_set.config.tuning,
+    )
     keep, everyone = config.hypotheses, np.arange(count)
     # The last place is for the best pose so far, which no search may lose.
     places = np.arange(keep + 1) % keep
@@ -85,17 +89,17 @@ def update_poses(
     after_multi_start = iteration > config.last_multi_start
     searched = undecided if after_multi_start else np.ones(count, bool)
     search_r_max = slices.bucket(
-        min(r_max, config.search_r_max), members.particles.image_size
+        min(r_max, config.search_r_max), particle_set.particles.image_size
     )
-    view = observation.view(members.particles, r_max, state.noise)
+    view = observation.view(particle_set.particles, r_max, state.noise)
     results = []
     for fold in range(FOLDS):
-        of_fold = members.of_fold(fold)
+        of_fold = particle_set.of_fold(fold)
         chosen = of_fold[searched[of_fold]]
-        volume = reference_map(members, state, fold)
+        volume = reference_map(particle_set, state, fold)
         if len(chosen):
             candidates = search_candidates(
-                members, state, chosen, volume, search_r_max, is_wide, key
+                particle_set, state, chosen, volume, search_r_max, is_wide, key
             )
             rotations[chosen, :keep], shifts[chosen, :keep] = candidates
             active[chosen, :keep] = True
@@ -103,11 +107,11 @@ def update_poses(
         rows, columns = np.nonzero(active[of_fold])
         owners = of_fold[rows]
         polished = polish.polish_poses(
-            members.particles,
+            particle_set.particles,
             owners,
             config.interpolation.spectrum(volume, r_max),
             view,
-            members.prior,
+            particle_set.prior,
             rotations[owners, columns],
             shifts[owners, columns],
             config.update,
@@ -139,8 +143,8 @@ def update_poses(
         search_r_max=search_r_max if searched.any() else 0,
         decided=float(np.mean(np.asarray(hypotheses.weights)[:, 0] >= tuning.decided)),
         damping=np.median(damping, axis=0).tolist(),
-        angle_change_in_degrees=float(np.rad2deg(angle_change)),
-        shift_change_in_pixels=shift_change,
+        angle_change=angle_change,
+        shift_change=shift_change,
     )
     state = eqx.tree_at(
         lambda s: (s.hypotheses, s.information, s.evidence),
@@ -162,9 +166,9 @@ def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float
     return float(np.median(turned)), float(np.median(moved))
 
 
-def reference_map(members: ParticleSet, state: SetState, fold: int) -> Volume:
+def reference_map(particle_set: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = members.masked(state.maps[fold].coefficients)
+    volume = particle_set.masked(state.maps[fold].coefficients)
     return filter_shells(volume, state.gain)
 
 
@@ -245,7 +249,7 @@ def all_centres(
 
 
 def search_candidates(
-    members: ParticleSet,
+    particle_set: ParticleSet,
     state: SetState,
     chosen: Int[np.ndarray, " chosen"],
     volume: Volume,
@@ -257,7 +261,7 @@ def search_candidates(
 
     Parameters
     ----------
-    members, state
+    particle_set, state
         The particles, and what is known of them.
     chosen
         Which of them to search for.
@@ -270,7 +274,7 @@ def search_candidates(
     key
         Draws the candidates.
     """
-    config, size = members.config, members.particles.image_size
+    config, size = particle_set.config, particle_set.particles.image_size
     dtype = state.noise.dtype
     centres = np.array(state.hypotheses.rotations)
     shifts = np.array(state.hypotheses.shifts[:, 0])
@@ -280,19 +284,19 @@ def search_candidates(
         return search_poses(
             search,
             jax.random.fold_in(key, number),
-            members.particles,
+            particle_set.particles,
             chosen,
             config.search_interpolation.spectrum(volume, r_max),
-            observation.view(members.particles, r_max, state.noise),
-            members.prior,
+            observation.view(particle_set.particles, r_max, state.noise),
+            particle_set.prior,
             centres,
             shifts,
         )
 
     if is_wide:
         first, search = wide_search(config, size, dtype)
-        given = np.asarray(members.prior.rotations)[:, None]
-        origin = np.asarray(members.prior.shifts)
+        given = np.asarray(particle_set.prior.rotations)[:, None]
+        origin = np.asarray(particle_set.prior.shifts)
         rotations, moved = run(0, search, first, given, origin)
         centres = all_centres(state.hypotheses, chosen, rotations)
         # The wide search's shift is the better one only where nothing was known.
@@ -304,30 +308,30 @@ def search_candidates(
 
 
 def measure_information(
-    members: ParticleSet, state: SetState, r_max: int
+    particle_set: ParticleSet, state: SetState, r_max: int
 ) -> Float[np.ndarray, "particles 5 5"]:
     """Return the information on every best pose, the cost's curvature included."""
     poses = state.hypotheses.best()
     rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
     information = np.array(state.information)
-    view = observation.view(members.particles, r_max, state.noise)
+    view = observation.view(particle_set.particles, r_max, state.noise)
     for fold in range(FOLDS):
-        owners = members.of_fold(fold)
-        volume = reference_map(members, state, fold)
+        owners = particle_set.of_fold(fold)
+        volume = reference_map(particle_set, state, fold)
         information[owners] = uncertainty.mean_curvatures(
-            members.particles,
+            particle_set.particles,
             owners,
-            members.config.interpolation.spectrum(volume, r_max),
+            particle_set.config.interpolation.spectrum(volume, r_max),
             view,
-            members.prior,
+            particle_set.prior,
             rotations[owners],
             shifts[owners],
             information[owners],
-            members.config.batch_size,
+            particle_set.config.batch_size,
         )
     return information
 
 
-def undetermined(state: SetState) -> Bool[np.ndarray, " particles"]:
-    """Return the particles whose images are more probable without a particle."""
-    return ~(np.asarray(state.evidence) > 0)
+def determined(state: SetState) -> Bool[np.ndarray, " particles"]:
+    """Return which images are more probable with the particle than without one."""
+    return np.asarray(state.evidence) > 0
