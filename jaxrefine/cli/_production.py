@@ -133,7 +133,7 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
 
 
 def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
-    """Return what the options came to, by their names and in their units.
+    """Return the values that the options have in this run, in the options' units.
 
     None stands for what the refinement chooses by itself.
     """

@@ -67,7 +67,9 @@ class Prior(eqx.Module):
         v, u = self.deviation(rotation, shift)
         size = jnp.log(2 * jnp.pi) * 2.5 + jnp.log(self.angle_spread) * 3
         size = size + jnp.log(self.shift_spread) * 2
-        square = jnp.sum(v**2) / self.angle_spread**2 + jnp.sum(u**2) / self.shift_spread**2
+        square = (
+            jnp.sum(v**2) / self.angle_spread**2 + jnp.sum(u**2) / self.shift_spread**2
+        )
         return square / 2 + size
 
     def gradient(

@@ -7,7 +7,7 @@ singularity, as Euler angles may be.
 A pose update is a `PoseUpdate`: any object with its method ``minimise``. An objective
 returns the cost at a pose, its gradient by the 5-vector, and an approximation of its
 Hessian: :math:`J^T W J` of the residual plus the prior's. Everything is written for one
-particle; ``jax.vmap`` makes it many.
+particle; use ``jax.vmap`` for many.
 """
 
 from collections.abc import Callable
@@ -37,9 +37,9 @@ Constraint = Callable[
 """Takes a pose to the nearest allowed one."""
 
 _LARGEST_TURN = 0.5  # radians in one step; the linearisation is good for no more
-# Factors of the damping after an accepted and a refused step. They are chosen by
-# convention, like Marquardt's 10 for both, and no benchmark tells them from others. That
-# they differ keeps the damping from alternating between two values.
+# The damping is divided by the first after an accepted step, and multiplied by the
+# second after a rejected one. They are a convention, like Marquardt's 10 for both, that
+# no benchmark has set.
 _RELAX, _TIGHTEN = 5, 8
 
 

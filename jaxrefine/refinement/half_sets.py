@@ -1,8 +1,9 @@
-"""Two sets of particles that are refined by themselves, brought together.
+"""Two sets of particles that are refined independently, in a common frame.
 
-Nothing in the data keeps them from drifting apart as wholes, by a fraction of a degree.
-Before their maps are compared or joined, the second is put into the frame of the first.
-Neither learns anything of the other but that.
+A rotation and shift of a map together with its poses changes no image, so nothing in
+the data holds two sets to one frame, and they come to differ by a fraction of a degree.
+Before their maps are compared or joined, the second is moved into the frame of the
+first. This motion is all that one set is told of the other.
 """
 
 import equinox as eqx
@@ -26,15 +27,16 @@ def correlation(
 ) -> Float[Array, "shells"]:
     """Return the FSC of two sets' maps, in one frame.
 
-    The maps are regularised, and agree beyond what the images say: this tells whether
-    an iteration was worth it. What the resolution is `result.Result.fsc` tells.
+    The maps are regularised, and their prior makes them agree better than the images
+    alone would. This curve therefore only tells whether an iteration has improved them;
+    the resolution is that of `result.Result.fsc`.
 
     Parameters
     ----------
     first, second
         The sets; the map of the second is put into the frame of the first.
     particle_set
-        The particles and parameters of either.
+        Either set, whose parameters, image size and mask are those of both.
 
     Returns
     -------
@@ -45,7 +47,7 @@ def correlation(
 
 
 def turned(state: SetState, reference: SetState, particle_set: ParticleSet) -> SetState:
-    """Turn and move a set's maps and poses, all together, to those of another set.
+    """Move a set's maps and poses together into the frame of another set.
 
     Poses stay within their limits.
 
@@ -54,7 +56,11 @@ def turned(state: SetState, reference: SetState, particle_set: ParticleSet) -> S
     state, reference
         The set to move, and the one to move it to.
     particle_set
-        The particles and parameters of the first.
+        The particles and parameters of the set to move.
+
+    Returns
+    -------
+    The state of the set to move, with its maps and poses in the frame of the reference.
     """
     rotation, translation = _motion(state, reference, particle_set)
     maps = [
@@ -76,9 +82,9 @@ def turned(state: SetState, reference: SetState, particle_set: ParticleSet) -> S
 def _motion(
     state: SetState, reference: SetState, particle_set: ParticleSet
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
-    """Return the motion of a set's map to another's, found at the search's band.
+    """Return the motion that aligns a set's map to another's, up to the search's band.
 
-    Angles that are fixed leave no rotation free, shifts no translation.
+    With fixed angles there is no rotation, with fixed shifts no translation.
     """
     config, size = particle_set.config, particle_set.particles.image_size
     rotation, translation = align.align_maps(
@@ -99,9 +105,16 @@ def on_axes(
     translation: Float[Array, "3"],
     operators: Float[np.ndarray, "order 3 3"],
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
-    """Return what a point group leaves free of a motion: a symmetric map stays on axes.
+    """Return the part of a motion that keeps a symmetric map on the axes of its group.
 
-    The mean of the operators projects vectors onto those that all of them keep.
+    The mean of the operators projects a vector onto those that all operators keep.
+
+    Parameters
+    ----------
+    rotation, translation
+        The motion, the translation in voxels.
+    operators
+        Of the map's symmetry.
     """
     mean = jnp.asarray(np.mean(operators, axis=0), rotation.dtype)
     vector = jnp.matmul(mean, matrix_to_rotvec(rotation), precision=_HIGHEST)

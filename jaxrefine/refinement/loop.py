@@ -1,10 +1,10 @@
-r"""The joint refinement for production: from poses known to tens of degrees to the end.
+r"""The joint refinement for production, from poses known to within tens of degrees.
 
 One outer iteration, at a band limit ``r_max`` that grows with what the map supports:
 
 1. *search* (:mod:`jaxrefine.poses.search`): many candidate poses of every particle
-   whose pose is still open are compared with the map at low resolution; the best few
-   are kept;
+   whose pose is still undecided are compared with the map at low resolution; the best
+   few are kept;
 2. *polish* (:mod:`jaxrefine.poses.solvers`): Levenberg-Marquardt takes each of them to
    its optimum on the continuum; their posterior masses (Laplace) are their weights;
 3. *volume* (:mod:`jaxrefine.maps.sums`): the weighted images are summed up, in two
@@ -12,12 +12,12 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    of the fold that it is not in;
 4. scale, noise and supported resolution are measured shell by shell from the folds.
 
-Half sets go through this independently. Since nothing keeps them from drifting apart as
-wholes, the second is put into the frame of the first before they are compared or joined
-(:mod:`jaxrefine.refinement.half_sets`).
+Half sets go through this independently. Since nothing in the data holds them to a
+common frame, the second is rotated and shifted into the frame of the first before they
+are compared or joined (:mod:`jaxrefine.refinement.half_sets`).
 
 At the end the regulariser's weight is chosen by cross-validation, and one map is made
-of all particles. The images are visited in batches, from wherever they are kept.
+of all particles. Images are read in batches, and need not fit into memory.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,23 @@ def init(
     subsets: Int[np.ndarray, " particles"] | None = None,
     mask: Float[Array, "_ _ _"] | None = None,
 ) -> RefineState:
-    """Return the state that :func:`refine` begins with; parameters as there."""
+    """Return the state that :func:`refine` begins with.
+
+    Parameters
+    ----------
+    particles, poses, volume, config, key, subsets, mask
+        As for :func:`refine`.
+
+    Returns
+    -------
+    The state before the first outer iteration, for instance as a template for
+    :func:`jaxrefine.io.load_checkpoint`.
+
+    Raises
+    ------
+    InputError
+        As :func:`refine` does.
+    """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
     _, particle_sets = divide(particles, poses, config, key, subsets, mask)
@@ -74,38 +90,48 @@ def refine(
     state: RefineState | None = None,
     callback: Callback | None = None,
 ) -> Result:
-    """Refine poses and map jointly, until the folds' maps agree no better.
+    """Refine poses and map jointly, until another iteration would not improve them.
 
     Parameters
     ----------
     particles
-        Images and optics.
+        At least 4 images, of side ``n``, 16 pixels or more, and their optics.
     poses
-        Poses to start from.
+        Poses to start from: rotation matrices ``(P, 3, 3)``, and shifts ``(P, 2)`` in
+        pixels.
     volume
-        Initial map, of the side of the images. Its scale does not matter.
+        Initial map, of shape ``(n, n, n)``, with voxels of the images' pixel size. Its
+        scale does not matter.
     config
-        Parameters; the defaults need no tuning.
+        Parameters; by default `RefineConfig()`, which needs no tuning.
     key
         Deals the particles into sets and folds, and draws candidate poses.
     subsets
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
     mask
-        From 0 in the solvent to 1, of the map's side and symmetry. Particles are
-        compared with masked maps. Correlations are those of maps that are not masked,
-        since masked maps agree by the shape of the mask; nor are the maps masked that
-        are returned.
+        From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
+        map's symmetry. Particles are compared with masked maps. Correlations are those
+        of maps without the mask, whose shape would correlate, too; nor are the returned
+        maps masked.
     state
         A state that the callback was given, to continue from; with the same other
         arguments the result is that of an uninterrupted run.
     callback
         Called with the state and its information after every outer iteration.
 
+    Returns
+    -------
+    The refined poses with their covariances, the map, with half sets their maps and
+    FSC, and the last state.
+
     Raises
     ------
     InputError
-        If images, poses, map and mask do not fit each other, or are not finite, or the
-        mask is not from 0 to 1.
+        If there are fewer than 4 particles, or fewer than 4 in a half set; if the
+        images have a side of less than 16 pixels; if images, poses, map, mask and
+        subsets do not fit each other; if poses, map or an image are not finite; if the
+        rotations are not rotation matrices, the mask is not from 0 to 1, or the subsets
+        are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
@@ -210,7 +236,7 @@ def _iterate(
 def _conclude(
     particle_sets: list[ParticleSet], given: Poses, state: RefineState
 ) -> Result:
-    """Make the final maps of the particles that show something."""
+    """Make the final maps, of the particles whose poses are determined."""
     config, count = particle_sets[0].config, len(given)
     rotations, shifts = np.array(given.rotations), np.array(given.shifts)
     information = np.zeros((count, 5, 5), shifts.dtype)

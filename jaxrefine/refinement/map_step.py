@@ -1,8 +1,8 @@
-r"""The volume side of an outer iteration, for one set of particles.
+r"""The volume update of an outer iteration, for one set of particles.
 
-`start` makes the state, `sum_up` inserts the images, `update_maps` makes the folds'
-maps, `assess` measures what they are worth, `choose_tau` and `final_map` make one of
-all particles.
+`start` makes the first state, `sum_up` inserts the images, `update_maps` makes the maps
+of the folds, `assess` measures their scale, noise and correlation, and `choose_tau` and
+`final_map` make one map of all particles.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
-# Guards against images that are empty in some shells, filtered or noiseless. They are
-# far from what data with noise have, and far above rounding.
+# Guards against images that are filtered or noiseless, and so empty in some shells.
+# They are far below the power of noisy data, and far above rounding.
 _EMPTY_SHELL = 1e-10  # power of an empty shell, relative to the fullest
 _LEAST_NOISE = 1e-2  # noise of a shell, relative to the median of its group
 _LEAST_INITIAL_NOISE = 1e-6  # relative to the fullest shell
@@ -41,13 +41,21 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def start(particle_set: ParticleSet, volume: Volume) -> SetState:
-    """Begin with a map of unknown scale, and with noise as strong as it is far out.
+    """Return the first state: a map at the scale of the images, and white noise.
 
-    Of the map only what lies below the first band limit is used. The noise is taken to
-    be white at first, with the power of a group's images in the last quarter of their
-    shells; groups of no or empty images get the largest of these. The map is scaled
-    such that its projections have the power of the images beyond that in the first
-    three shells, which does not need the poses.
+    Only the shells of the map below the first band limit are used. The power of the
+    noise in each group is that of the group's images in the last quarter of their
+    shells, where noise dominates; groups without images, or of empty ones, get the
+    largest of these. The map is scaled such that, in the first three shells, the power
+    of its projections is that of the images less that of the noise, for which the poses
+    need not be right.
+
+    Parameters
+    ----------
+    particle_set
+        The particles, with their given poses.
+    volume
+        The map to start from, of shape ``(n, n, n)`` and any scale.
     """
     count, config = len(particle_set), particle_set.config
     given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
@@ -119,7 +127,7 @@ def sum_up(
     noise: Float[Array, "*groups shells"],
     included: Bool[np.ndarray, " particles"],
 ) -> list[Sums]:
-    """Sum up the images of each fold at all their hypotheses, by their weights.
+    """Return weighted sums over the images of each fold, at all their hypotheses.
 
     A hypothesis is inserted once for each operator of the symmetry.
 
@@ -173,7 +181,7 @@ def sum_up(
 
 
 def _rounded(count: int, largest: int) -> int:
-    """Return a batch size for so many, one of few so that few programs are compiled."""
+    """Return a count rounded up to a multiple of `_ROUND`, but at most ``largest``."""
     return min(max(1, -(-count // _ROUND)) * _ROUND, largest)
 
 
@@ -192,7 +200,7 @@ def _compare(spectrum, view: View, images, ctf, poses, included):
 def _measure(
     particle_set: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
 ) -> ShellSums:
-    """Compare images with the masked maps that they are not in, at their best poses."""
+    """Compare a sample of images with the masked maps of the other fold."""
     particles, dtype = particle_set.particles, maps[0].dtype
     tuning = particle_set.config.tuning
     ones = jnp.ones(particles.image_size // 2 + 1, dtype)
@@ -229,11 +237,11 @@ def _measure(
 
 
 def _evenly_spaced(
-    particle_set: Int[np.ndarray, " chosen"], most: int
+    indices: Int[np.ndarray, " chosen"], most: int
 ) -> Int[np.ndarray, " sample"]:
-    """Return so many of the particle_set, evenly spaced."""
-    count = min(len(particle_set), most)
-    return particle_set[np.linspace(0, len(particle_set) - 1, count).astype(int)]
+    """Return at most ``most`` of the indices, evenly spaced."""
+    count = min(len(indices), most)
+    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
 def update_maps(
@@ -244,7 +252,7 @@ def update_maps(
     Parameters
     ----------
     particle_set
-        The parameters of the particles.
+        The particles, of which only the parameters are used.
     state
         The maps and multipliers to start from, and ``tau``.
     data
@@ -260,21 +268,21 @@ def update_maps(
 def assess(particle_set: ParticleSet, state: SetState) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
-    The scale is common to all groups. The power of the noise, which is taken for what
-    it is within the circle if the images are masked, is infinite in shells that
-    a group's images are empty in; a group of no or empty images keeps what it has.
+    The scale is common to all groups. The power of the noise is that within the circle
+    if the images are masked. It is infinite in shells where a group's images are empty;
+    groups without images, or of empty ones, keep the power that they have.
 
     Parameters
     ----------
     particle_set
         The particles, a sample of which is compared with the maps.
     state
-        Their poses, the folds' maps, and the noise that groups are weighed by.
+        Their poses, the folds' maps, and the noise by which groups are weighted.
     """
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
     gain = sums.pooled(observation.relative_precision(state.noise)).gain
-    # A shell that the images are empty in says nothing, however small its residual.
+    # Where the images are empty the residual is small, but says nothing of the noise.
     data, inside = (
         sums.data / jnp.maximum(sums.count, 1.0),
         slice(1, particle_set.last_shell + 1),
@@ -326,7 +334,7 @@ def choose_tau(
     Parameters
     ----------
     particle_set
-        The parameters of the particles, which may give the weight.
+        The particles, whose parameters may give the weight.
     state
         The folds' maps to start from, and the weight to begin with.
     sums
@@ -334,8 +342,8 @@ def choose_tau(
 
     Returns
     -------
-    The state with the folds' maps and the weight that were chosen, and the errors of
-    prediction that they were chosen by, if they were.
+    The state with the chosen weight and the folds' maps made with it, and the errors of
+    prediction of the weights that were tried; none if the weight is given.
     """
     config = particle_set.config
     if config.tau is not None:
@@ -351,16 +359,16 @@ def choose_tau(
 
 
 def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalMap:
-    """Make one map of all folds, starting between theirs, at the state's ``tau``.
+    """Make one map of both folds, with the state's weight ``tau`` of the regulariser.
 
     Parameters
     ----------
     config
         The regulariser, and how many iterations are made.
     sums
-        The sums of both folds; of no images the map is empty.
+        The sums of both folds; without images the map is empty.
     state
-        The folds' maps to start from, and the weight of the regulariser.
+        The folds' maps, whose mean the iterations start from, and ``tau``.
     """
     total = sums[0] + sums[1]
     data = data_term(total)

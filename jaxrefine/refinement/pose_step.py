@@ -1,7 +1,8 @@
-r"""The pose side of an outer iteration, for one set of particles.
+r"""The pose update of an outer iteration, for one set of particles.
 
-`update_poses` searches, polishes and weighs; `measure_information` says how well the
-poses are known in the end, `determined` which images show a particle.
+`update_poses` searches, polishes and weights candidate poses; `measure_information`
+measures how well the poses are known in the end, and `determined` tells which images
+show a particle.
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ class PoseReport:
     Attributes
     ----------
     searched, search_r_max
-        How many particles were searched for, and up to which band limit, cycles per
-        box; 0 without a search.
+        Number of particles that were searched for, and the band limit of the search,
+        cycles per box; 0 without a search.
     decided
-        Fraction of the particles with one hypothesis left.
+        Fraction of the particles whose best hypothesis has a weight of at least
+        ``Tuning.decided``.
     damping
         Median damping in each iteration of the polishing.
     angle_change, shift_change
@@ -59,7 +61,7 @@ def update_poses(
     r_max: int,
     key: PRNGKeyArray,
 ) -> tuple[SetState, PoseReport]:
-    """Search for, polish and weigh the poses of all particles at a band limit.
+    """Search for, polish and weight the poses of all particles at a band limit.
 
     Parameters
     ----------
@@ -71,6 +73,10 @@ def update_poses(
         Band limit, cycles per box, one of `slices.bucket`.
     key
         Draws the candidates.
+
+    Returns
+    -------
+    The state with the new poses, and what was done.
     """
     config, count, tuning = (
         particle_set.config,
@@ -78,7 +84,7 @@ def update_poses(
         particle_set.config.tuning,
     )
     keep, everyone = config.hypotheses, np.arange(count)
-    # The last place is for the best pose so far, which no search may lose.
+    # The last place keeps the best pose so far, which a search may not find again.
     places = np.arange(keep + 1) % keep
     rotations = np.asarray(state.hypotheses.rotations)[:, places]
     shifts = np.asarray(state.hypotheses.shifts)[:, places]
@@ -159,7 +165,7 @@ def update_poses(
 
 
 def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float]:
-    """Return by how much the best poses have changed, radians and pixels."""
+    """Return the median changes of the best poses, radians and pixels."""
     trace = np.einsum("pij,pij->p", before.rotations[:, 0], after.rotations[:, 0])
     turned = np.arccos(np.clip((trace - 1) / 2, -1, 1))
     moved = np.linalg.norm(after.shifts[:, 0] - before.shifts[:, 0], axis=-1)
@@ -180,9 +186,10 @@ def _were_compared(state: SetState) -> bool:
 def wide_search(
     config: RefineConfig, image_size: int, dtype: jax.typing.DTypeLike
 ) -> tuple[int, Search]:
-    """Return the band limit of the search of the whole prior, and how it is searched.
+    """Return the band limit of the search of the whole prior, and the search.
 
-    Only what is refined is searched: of a fixed orientation or shift there is one.
+    Only what is refined is searched: a fixed orientation, or shift, is the only
+    candidate.
     """
     r_max = slices.bucket(config.first_r_max, image_size)
     step = image_size / (config.tuning.shifts_per_period * r_max)
@@ -199,10 +206,20 @@ def local_search(
     centres: int,
     dtype: jax.typing.DTypeLike,
 ) -> Search:
-    """Return how to search about so many centres at a band limit.
+    """Return the search about given orientations at a band limit.
 
-    Only what is refined is searched, as in `wide_search`. The spread of the candidates
-    about the centres is in radians.
+    Only what is refined is searched, as in `wide_search`.
+
+    Parameters
+    ----------
+    config, image_size, r_max
+        Parameters, side of the images in pixels, and band limit in cycles per box.
+    spread
+        Standard deviation of the candidates about each centre, radians.
+    centres
+        Number of orientations to search about, which share the candidates.
+    dtype
+        Type of the arrays.
     """
     step = image_size / (config.tuning.shifts_per_period * r_max)
     steps = config.tuning.local_shift_steps
@@ -234,14 +251,14 @@ def all_centres(
     chosen: Int[np.ndarray, " chosen"],
     rotations: Float[np.ndarray, "chosen h 3 3"],
 ) -> Float[np.ndarray, "particles 2*h 3 3"]:
-    """Return the centres of a local search: what a wide search found, and hypotheses.
+    """Return the centres of a local search: results of a wide search, and hypotheses.
 
     Parameters
     ----------
     hypotheses
         Of all particles, ``h`` of each.
     chosen, rotations
-        The particles that were searched for, and the orientations found.
+        The particles that were searched for, and the orientations that were found.
     """
     centres = np.tile(np.array(hypotheses.rotations), (1, 2, 1, 1))
     centres[chosen, : rotations.shape[1]] = rotations
@@ -264,13 +281,13 @@ def search_candidates(
     particle_set, state
         The particles, and what is known of them.
     chosen
-        Which of them to search for.
+        The particles to search for.
     volume
         The map that they are compared with.
     r_max
         Band limit, cycles per box.
     is_wide
-        Whether the whole prior is searched, at the first band limit, before.
+        Whether the whole prior is searched before, at the first band limit.
     key
         Draws the candidates.
     """
@@ -299,7 +316,7 @@ def search_candidates(
         origin = np.asarray(particle_set.prior.shifts)
         rotations, moved = run(0, search, first, given, origin)
         centres = all_centres(state.hypotheses, chosen, rotations)
-        # The wide search's shift is the better one only where nothing was known.
+        # Later, the polished shifts are better than those of the wide search.
         if not _were_compared(state):
             shifts[chosen] = moved[:, 0]
         spread = config.search_cell(first)
@@ -310,7 +327,7 @@ def search_candidates(
 def measure_information(
     particle_set: ParticleSet, state: SetState, r_max: int
 ) -> Float[np.ndarray, "particles 5 5"]:
-    """Return the information on every best pose, the cost's curvature included."""
+    """Return the information on every best pose, by `uncertainty.mean_curvatures`."""
     poses = state.hypotheses.best()
     rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
     information = np.array(state.information)

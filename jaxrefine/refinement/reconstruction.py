@@ -30,19 +30,30 @@ def reconstruct(
 
     Parameters
     ----------
-    particles, poses
-        Images, optics and poses.
+    particles
+        At least 4 images, of side ``n``, 16 pixels or more, and their optics.
+    poses
+        Rotation matrices ``(P, 3, 3)``, and shifts ``(P, 2)`` in pixels.
     config
-        Parameters, of which those of the volume update matter.
+        Parameters, by default `RefineConfig()`. Only those of the volume update have an
+        effect.
     key
         Deals the particles into two halves.
     subsets
         The half of each particle, 1 or 2; dealt at random without it.
 
+    Returns
+    -------
+    The map, of shape ``(n, n, n)``, the weight of its regulariser, and the sums that
+    the maps of the halves are made from.
+
     Raises
     ------
     InputError
-        If images and poses do not fit each other, or are not finite.
+        If there are fewer than 4 particles, or fewer than 4 in a given half; if the
+        images have a side of less than 16 pixels; if images, poses and subsets do not
+        fit each other; if poses or an image are not finite; if the rotations are not
+        rotation matrices, or the subsets are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size

@@ -128,7 +128,12 @@ def test_covering_counts_grow_within_bounds():
 
 
 def make_prior(rotation, **changes):
-    settings = {"angle_spread": 0.4, "shift_spread": 2.0, "max_angle": 3.2, "max_shift": 6.0}
+    settings = {
+        "angle_spread": 0.4,
+        "shift_spread": 2.0,
+        "max_angle": 3.2,
+        "max_shift": 6.0,
+    }
     settings = settings | changes
     numbers = [jnp.asarray(x, rotation.dtype) for x in settings.values()]
     return Prior(rotation, jnp.zeros(2, rotation.dtype), *numbers)

@@ -32,7 +32,7 @@ from jaxrefine.refinement import (
     reconstruction,
     schedule,
 )
-from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.config import RefineConfig, Tuning
 from jaxrefine.refinement.sets import divide, make_particle_set
 
 N, P, LAST = 24, 80, 11
@@ -451,7 +451,9 @@ def test_subsets_are_respected(scene, halves):
     for subsets, expected in ((uneven, [60, 20]), (None, [40, 40])):
         particle_sets = deal(HALVES, subsets)
         assert [len(particle_set) for particle_set in particle_sets] == expected
-        places = np.concatenate([particle_set.indices for particle_set in particle_sets])
+        places = np.concatenate(
+            [particle_set.indices for particle_set in particle_sets]
+        )
         assert sorted(places) == list(range(P))
         for particle_set in particle_sets:
             images, _ = particle_set.particles.batch(np.arange(len(particle_set)))
@@ -641,8 +643,12 @@ def test_maps_and_their_correlations_are_whole(scene):
         first, second = known.maps
         curve = fsc(first.coefficients, second.coefficients)
         np.testing.assert_allclose(known.fold_fsc, curve, atol=1e-5)
-    _, particle_sets = divide(Particles(scene.images), scene.initial, config, KEY, SUBSETS, mask)
-    gold = half_sets.correlation(state.set_states[0], state.set_states[1], particle_sets[0])
+    _, particle_sets = divide(
+        Particles(scene.images), scene.initial, config, KEY, SUBSETS, mask
+    )
+    gold = half_sets.correlation(
+        state.set_states[0], state.set_states[1], particle_sets[0]
+    )
     score = float(jnp.mean(gold[1 : LAST + 1]))
     assert info.gold_score == pytest.approx(score, rel=1e-5)
     first, second = map(jnp.asarray, result.half_maps)
@@ -820,7 +826,6 @@ def test_the_largest_band_limit_is_kept(scene):
 
 # --- what is refused
 
-POSITIVE = ("angle_spread", "shift_spread")
 COUNTS = (
     "iterations",
     "first_r_max",
@@ -832,18 +837,57 @@ COUNTS = (
 )
 
 
-@pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
-def test_settings_that_must_be_positive(name, value):
-    with pytest.raises(InputError, match=f"^{name} must be positive, got {value}$"):
-        dataclasses.replace(CONFIG, **{name: float(value)})
+def test_settings_that_must_be_positive(value):
+    with pytest.raises(InputError, match=f"^shift_spread must be .*, got {value}$"):
+        RefineConfig(shift_spread=float(value))
 
 
-@pytest.mark.parametrize("name", ["max_angle", "max_shift"])
 @pytest.mark.parametrize("value", [-1.0, np.nan])
-def test_limits_that_are_none(name, value):
-    with pytest.raises(InputError, match=f"^{name} must be at least 0, got"):
-        RefineConfig(**{name: value})
+def test_limits_that_are_none(value):
+    with pytest.raises(InputError, match=f"^max_shift must be .* 0, got {value}$"):
+        RefineConfig(max_shift=float(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_angle", 180.0),
+        ("max_angle", -1.0),
+        ("max_angle", np.nan),
+        ("angle_spread", 26.0),
+        ("angle_spread", 0.0),
+        ("angle_spread", np.nan),
+    ],
+)
+def test_angles_are_radians(name, value):
+    words = f"^{name} must be .* at most pi radians, got {value}$"
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(CONFIG, **{name: float(value)})
+    largest = dataclasses.replace(CONFIG, **{name: np.pi})
+    assert getattr(largest, name) == np.pi
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "range_"),
+    [
+        ("supported_fsc", 2.0, "more than 0 and at most 1"),
+        ("supported_fsc", 0.0, "more than 0 and at most 1"),
+        ("settled", -0.1, "at least 0"),
+        ("progress", 0.0, "positive"),
+        ("stalled", np.nan, "at least 0"),
+        ("sample", 0, "at least 2"),
+        ("least_per_group", 1, "at least 2"),
+        ("shifts_per_period", 0, "at least 1"),
+        ("local_shift_steps", -1, "at least 0"),
+        ("decided", 1.5, "more than 0 and at most 1"),
+        ("negligible", 1.0, "at least 0 and less than 1"),
+        ("final_rounds", 0, "at least 1"),
+    ],
+)
+def test_tuning_out_of_range_is_refused(name, value, range_):
+    with pytest.raises(InputError, match=f"^{name} must be {range_}, got {value}$"):
+        dataclasses.replace(Tuning(), **{name: value})
 
 
 @pytest.mark.parametrize(
