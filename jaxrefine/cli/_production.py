@@ -135,7 +135,7 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
 def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
     """Return the values that the options have in this run, in the options' units.
 
-    None stands for what the refinement chooses by itself.
+    None stands for a value that the refinement chooses.
     """
     box = particles.box_in_angstroms
     finest = None if config.max_r_max is None else box / config.max_r_max

@@ -51,7 +51,7 @@ _DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
 # Bytes.
 _POLISHED = 85  # a frequency of a particle whose pose is polished
 _PIXEL = 12  # of its image, on the host, on the device and transformed
-_SEARCH = 44 * 2**20  # a batch of the search, whose size it finds by itself
+_SEARCH = 44 * 2**20  # a batch of the search, of `search.search_poses`' own size
 _INSERTED_SAMPLE = 80  # a sample of an inserted slice
 _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 
