@@ -27,7 +27,7 @@ from jaxrefine.maps.sums import Sums, data_term
 from jaxrefine.maps.sums import solve as solve_map
 from jaxrefine.maps.tv import IsotropicTV
 from jaxrefine.refinement import map_step
-from jaxrefine.refinement.sets import particle_set
+from jaxrefine.refinement.sets import make_particle_set
 
 CASES = ("hjc46", "hjc46-low", "ptch44", "ptch44-low", "hjc64", "ptch64")
 CASES += ("hjc64-low", "hjc90", "hjc128")
@@ -62,11 +62,11 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
     everyone = np.ones(count, bool)
 
     def sums_of(images: np.ndarray):
-        members = particle_set(
+        particle_set = make_particle_set(
             jr.Particles(images), poses, jax.random.key(1), jr.RefineConfig()
         )
-        state = map_step.start(members, jnp.zeros((n,) * 3, jnp.float32))
-        return map_step.sum_up(members, state.hypotheses, noise, everyone)
+        state = map_step.start(particle_set, jnp.zeros((n,) * 3, jnp.float32))
+        return map_step.sum_up(particle_set, state.hypotheses, noise, everyone)
 
     first, second = sums_of(data["images"])
     both = first + second

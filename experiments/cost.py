@@ -21,6 +21,7 @@ first round, which compiles. ``metrics.json`` also holds the exponents ``k`` of 
 that fit the times best. ``plot_cost.py`` draws it.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
     finest = settings.matching_step_deg
     same, scaled = (
         MatchConfig(
-            angle_step_in_degrees=step, max_shift=settings.max_shift, r_max=last
+            angle_step=math.radians(step), max_shift=settings.max_shift, r_max=last
         )
         for step in (finest, finest * max(settings.sizes) / size)
     )

@@ -11,6 +11,7 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 ``fig01_...py`` to ``fig08_...py`` draw the pictures.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def matching(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return projection matching, the classical method."""
     del case
     config = MatchConfig(
-        angle_step_in_degrees=settings.matching_step_deg,
+        angle_step=math.radians(settings.matching_step_deg),
         max_shift=settings.max_shift + 1,
     )
     rounds, seed = settings.matching_rounds, settings.seed

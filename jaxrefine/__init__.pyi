@@ -1,5 +1,7 @@
 from . import (
+    ctf,
     data,
+    errors,
     euler,
     evaluation,
     geometry,
@@ -37,7 +39,9 @@ __all__ = [
     "Result",
     "Tuning",
     "__version__",
+    "ctf",
     "data",
+    "errors",
     "euler",
     "evaluation",
     "geometry",

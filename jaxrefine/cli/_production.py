@@ -133,9 +133,9 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
 
 
 def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
-    """Return what the options came to, by their names and in their units.
+    """Return the values that the options have in this run, in the options' units.
 
-    None stands for what the refinement chooses by itself.
+    None stands for a value that the refinement chooses.
     """
     box = particles.box_in_angstroms
     finest = None if config.max_r_max is None else box / config.max_r_max
@@ -206,7 +206,7 @@ def run(
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
-        report["fold_fsc"] = np.asarray(result.state.sets[0].fold_fsc).tolist()
+        report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
     poses = _refined(settings, source.poses, result.poses)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 

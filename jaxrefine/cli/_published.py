@@ -15,7 +15,6 @@ from jaxrefine.operators import kbwf, spatial
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
-_BATCH_SIZE = 8
 _MEASURED = 500  # images that the noise is measured in
 
 
@@ -34,7 +33,9 @@ def configure(
             f"{source.path} has contrast-transfer functions, which --preset "
             f"{settings.preset} cannot correct for; the default preset can."
         )
-    chosen: dict[str, Any] = {"batch_size": settings.batch_size or _BATCH_SIZE}
+    chosen: dict[str, Any] = {}
+    if settings.batch_size is not None:
+        chosen["batch_size"] = settings.batch_size
     if settings.iterations is not None:
         chosen["iterations"] = settings.iterations
     if settings.preset == "paper":
@@ -50,7 +51,7 @@ def _noise(source: io.ParticleFile) -> float:
 
 
 def resolved(config: paper.Algorithm1Config) -> dict[str, Any]:
-    """Return what the options came to, by their names."""
+    """Return the values that the options have in this run."""
     return {"iterations": config.iterations, "batch_size": config.batch_size}
 
 

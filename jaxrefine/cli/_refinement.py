@@ -33,12 +33,12 @@ class Inputs:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a refinement came to, with whatever it alone knows.
+    """The results of a refinement.
 
     Attributes
     ----------
     poses, volume, half_maps
-        Refined.
+        The refined poses and map, and the maps of the half sets, if there are any.
     columns
         Further columns of the particles.
     report

@@ -17,12 +17,12 @@ _SHOWN = (
 
 
 def run(settings: EvaluateSettings) -> None:
-    """Print the errors of the poses; write them where it was asked for.
+    """Print the errors of the poses, and write them to a file if one was asked for.
 
     Raises
     ------
     InputError
-        If the tables cannot be used, or their particles not be matched.
+        If the tables cannot be used, or their particles cannot be matched.
     """
     if settings.json is not None:
         check_can_be_written(settings.json)
@@ -58,10 +58,11 @@ def run(settings: EvaluateSettings) -> None:
 
 
 def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]:
-    """Return the true place of each particle, and what told it: name or order.
+    """Return where each particle is among the true ones, and how it was matched.
 
-    Names match as they stand, as they do in files of the same project; or else by the
-    images that they stand for, which files in different folders name differently.
+    Image names are compared as they are written, as they are equal in files of one
+    project. If they differ, the images that they refer to are compared, which files in
+    different folders name differently. If these differ, too, the order decides.
     """
     for names in (
         [_image_names(table) for table in tables],
@@ -86,7 +87,7 @@ def _image_names(table) -> list[str] | None:
 def _places(
     names: Sequence[Hashable] | None, true_names: Sequence[Hashable] | None
 ) -> np.ndarray | None:
-    """Return where each name is among the true ones; None if that is not clear."""
+    """Return where each name is among the true ones; None if this is ambiguous."""
     if names is None or true_names is None:
         return None
     place = {name: i for i, name in enumerate(true_names)}

@@ -13,7 +13,7 @@ from jaxrefine.report import plots
 
 
 def run(settings: FscSettings) -> None:
-    """Print the curve and the resolutions; write them where it was asked for.
+    """Print the curve and the resolutions, and write them to the files asked for.
 
     Raises
     ------

@@ -39,7 +39,7 @@ def run(settings: MatchSettings, engine: Any = matching) -> None:
             "--resolution", settings.resolution, source.particles
         )
     config = matching.MatchConfig(
-        settings.angle_step,
+        math.radians(settings.angle_step),
         settings.max_shift,
         settings.shift_step,
         r_max=r_max,
@@ -54,7 +54,8 @@ def run(settings: MatchSettings, engine: Any = matching) -> None:
     io.write_particles(out, source, result.poses, columns)
     median = float(np.median(columns["jaxrefineCorrelation"]))
     detail = source.particles.box_in_angstroms / result.r_max
+    step = math.degrees(result.angle_step)
     print(
-        f"{len(source)} particles, {result.step_in_degrees:g} degree steps, details "
+        f"{len(source)} particles, {step:g} degree steps, details "
         f"down to {detail:.3g} A, median correlation {median:.3f}: {out}"
     )

@@ -107,7 +107,7 @@ def _sizes(source: io.ParticleFile) -> dict[str, list[int]]:
 
 
 def _resolved_text(resolved: dict[str, Any]) -> str:
-    """Return what the options came to as lines for a reader, with their units."""
+    """Return the values that the options have, as lines with their units."""
     declared = {each.name: each for each in options.declared(RefineSettings)}
     lines = []
     for name, value in resolved.items():

@@ -46,7 +46,8 @@ class Particles:
         Optics of the particles, with a leading axis ``P``; None if there is no CTF to
         correct for.
     pixel_size_in_angstroms
-        Edge of a pixel, the same for all images.
+        Edge of a pixel, the same for all images. It must be given with a ``ctf``; by
+        default it is 1, so that angstroms are pixels.
     group
         Group of each particle, such as its optics group, counted from 0. The noise has
         one power spectrum in each group. None puts all particles into one group.
@@ -55,12 +56,13 @@ class Particles:
     ------
     InputError
         If there are no images, if they are not square, if the pixel size is not
-        positive, or if the optics or the groups do not belong to ``P`` particles.
+        positive, or not given though there is a CTF, or if the optics or the groups do
+        not belong to ``P`` particles.
     """
 
     images: ImageSource
     ctf: CTF | None = None
-    pixel_size_in_angstroms: float = 1.0
+    pixel_size_in_angstroms: float = None  # pyright: ignore[reportAssignmentType]
     group: Int[np.ndarray, " P"] | None = None
 
     def __post_init__(self):
@@ -72,6 +74,13 @@ class Particles:
             )
         if not shape[0]:
             raise InputError("images must hold at least one particle, got none")
+        if self.pixel_size_in_angstroms is None:
+            if self.ctf is not None:
+                raise InputError(
+                    "pixel_size_in_angstroms must be given with a ctf, got none"
+                )
+            # Nothing but a CTF depends on it: it is a number from here on.
+            object.__setattr__(self, "pixel_size_in_angstroms", 1.0)
         if not 0 < self.pixel_size_in_angstroms < math.inf:
             raise InputError(
                 "pixel_size_in_angstroms must be positive, got "

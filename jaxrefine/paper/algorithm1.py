@@ -74,7 +74,8 @@ class Algorithm1Config(eqx.Module):
     keep_duals
         Whether the multipliers persist from one outer iteration to the next.
     batch_size
-        Particles at a time.
+        Number of particles at a time. It bounds the memory and changes no result but by
+        rounding; the default is a convention.
     """
 
     lam: Schedule

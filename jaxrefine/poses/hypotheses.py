@@ -1,7 +1,7 @@
 """A few weighted candidate poses for each particle.
 
-At low resolution a noisy image fits several orientations. The candidates that fit are
-kept side by side, weighted by their posterior probability, until the data decide.
+At low resolution a noisy image is compatible with several orientations. All of them are
+kept, weighted by their posterior probability, until the data decide.
 """
 
 from typing import final
@@ -47,7 +47,7 @@ class Hypotheses(eqx.Module):
 
 
 def certain(poses: Poses, count: int) -> Hypotheses:
-    """Return hypotheses that believe in one pose each, with ``count`` places."""
+    """Return one pose of weight 1 for each particle, with places for ``count``."""
     rotations = jnp.repeat(poses.rotations[:, None], count, axis=1)
     shifts = jnp.repeat(poses.shifts[:, None], count, axis=1)
     empty = jnp.full((len(poses), count), -jnp.inf, poses.shifts.dtype)
@@ -61,7 +61,7 @@ def merge(
     separation: Scalar,
     operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
 ) -> tuple[Hypotheses, Int[Array, "h"]]:
-    """Rank one particle's candidates, counting those that coincide once.
+    """Rank one particle's candidates, counting those that are nearly equal once.
 
     Parameters
     ----------
@@ -70,13 +70,14 @@ def merge(
     evidence
         Logarithms of their unnormalised posterior masses.
     separation
-        Candidates nearer than this angle (radians) are one.
+        Candidates nearer than this angle (radians) count as one.
     operators
-        Of the map's symmetry, if any, which makes ``R`` and ``R S`` one, too.
+        Operators ``S`` of the map's symmetry, if any, for which ``R`` and ``R S`` are
+        equivalent.
 
     Returns
     -------
-    The ranked hypotheses, and the order in which the candidates are in them.
+    The ranked hypotheses, and the indices of the candidates in this order.
     """
     copies = rotations[:, None]
     if operators is not None:

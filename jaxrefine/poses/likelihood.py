@@ -7,7 +7,7 @@ With the noise's inverse power as weights, the negative log-likelihood of a pose
 where ``S`` is the slice of the map's spectrum at the pose, times the transfer function,
 and ``y`` the spectrum of the image (:mod:`jaxrefine.operators.slices`). The derivatives
 of the interpolated spectrum are exact, and so are the gradients here. All functions are
-for one particle; ``jax.vmap`` makes it many.
+for one particle; use ``jax.vmap`` for many.
 """
 
 import math
@@ -34,10 +34,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Residual(eqx.Module):
-    """What a particle's cost is made of, everything shifted to the image's origin.
+    """The residual of a particle and the terms of its cost, in the particle's frame.
 
-    Moving both the data and the model by ``-t`` changes no inner product, and spares
-    the model and each of its derivatives the phases.
+    Moving both the data and the model by ``-t`` changes no inner product, and makes the
+    phase factors of the model and its derivatives unnecessary.
     """
 
     slices: tuple[Complex[Array, "k"], ...]
@@ -131,10 +131,10 @@ def normal_equations(
 ) -> tuple[Scalar, Float[Array, "5"], Float[Array, "5 5"]]:
     r"""Return the cost, its gradient :math:`J^T W r` and :math:`J^T W J`.
 
-    ``J`` are the derivatives of the residual ``r = S - y`` listed in
-    :func:`cost_and_gradient`. They are three slices times monomials of ``omega``, and
-    so are their inner products sums of ten images times monomials. Parameters and
-    errors as for :func:`cost`.
+    ``J`` holds the derivatives of the residual ``r = S - y`` listed in
+    :func:`cost_and_gradient`. They are three slices times monomials of ``omega``, so
+    their inner products are sums of ten images times monomials. Parameters and errors
+    as for :func:`cost`.
     """
     residual = _residual(reference, observation, rotation, shift, sloping=True)
     disc, weights = observation.disc, observation.weights

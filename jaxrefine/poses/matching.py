@@ -1,4 +1,4 @@
-r"""Projection matching: the poses of images, found in a map from nowhere.
+r"""Projection matching: the poses of images in a map, without initial poses.
 
 Templates are slices of the map's spectrum along near-uniform viewing directions, read
 on rings up to a band limit. With an image's spectrum :math:`\hat g` and its contrast
@@ -8,10 +8,10 @@ angle a turn of the slice :math:`S_d` of direction ``d``:
 .. math:: C(d, \psi, t) = \sum_{r, \phi} r\, \Re\bigl(\overline{S_d(r, \phi + \psi)}\,
    h(r, \phi)\, \hat g(r, \phi)\, e^{2\pi i\, \omega\cdot t / m}\bigr),
 
-the factor ``r`` being the area that a ring stands for. For all ``psi`` at once this is
-a product of matrices over the rings for each angular frequency, and a Fourier transform
-(Joyeux and Penczek, Ultramicroscopy 92, 2002, compare such methods). The score is
-``C`` over the norms of the image and of the template times ``h``.
+the factor ``r`` being proportional to the area of a ring. For all ``psi`` at once this
+is a product of matrices over the rings for each angular frequency, and a Fourier
+transform (Joyeux and Penczek, Ultramicroscopy 92, 2002, compare such methods). The
+score is ``C`` divided by the norms of the image and of the template times ``h``.
 
 A spectrum at :math:`\phi + \pi` is the conjugate of that at :math:`\phi`. The sum of
 its real part, all of whose angular frequencies are even, and its imaginary part, whose
@@ -40,9 +40,14 @@ from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, projection_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.operators.gridding import Gridding
+from jaxrefine.poses.search import PARTICLE_DIAMETER, search_cell
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_SCORES_AT_ONCE = 2**23  # 32 MiB, and about three times that in passing
+# 32 MiB of scores in single precision; products and transforms of the same size take
+# about three times as much while they are made.
+_SCORES_AT_ONCE = 2**23
+# Slices read at a time. It bounds the memory of the interpolation and changes no
+# result; the number itself is a convention.
 _TEMPLATES_AT_ONCE = 64
 
 
@@ -53,25 +58,25 @@ class MatchConfig:
 
     Attributes
     ----------
-    angle_step_in_degrees
-        Between neighbouring directions, and in plane; at most 90. Where it does not
-        divide half a turn, the next smaller one that does is taken.
+    angle_step
+        Between neighbouring directions, and in plane; radians, at most ``pi / 2``.
+        Where it does not divide half a turn, the next smaller one that does is taken.
     max_shift, shift_step
         Radius and spacing of the grid of shifts, pixels.
     r_max
-        Band limit, cycles per box. None takes the last one that the angular step
-        supports for a particle of two thirds of the box, one over the step in radians
-        (see `search.covering_count`), but none beyond Nyquist.
+        Band limit, cycles per box. None takes the largest one for which the angular
+        step is at most `search.search_cell`, for a particle of
+        `search.PARTICLE_DIAMETER`, but none beyond Nyquist.
     batch_size
         Particles at a time. Memory grows with it, with the shifts and with the band.
 
     Raises
     ------
     InputError
-        If the shifts or the batch are out of range; `match` checks the others.
+        If the shifts or the batch size are out of range; `match` checks the others.
     """
 
-    angle_step_in_degrees: float = 7.5
+    angle_step: float = math.radians(7.5)
     max_shift: float = 4.0
     shift_step: float = 1.0
     r_max: int | None = None
@@ -98,38 +103,42 @@ class Match:
     Attributes
     ----------
     poses
-        Angles in ``[0, 2 pi)``, and shifts in pixels.
+        Rotation matrices ``(P, 3, 3)`` and shifts ``(P, 2)``, pixels.
     scores
         Normalised cross-correlation of each image and its template within the band,
         from -1 to 1 (with astigmatism roughly so, see `match`).
-    step_in_degrees, r_max
-        The in-plane step and the band limit that were used.
+    angle_step, r_max
+        The in-plane step, radians, and the band limit, cycles per box, that were used.
     """
 
     poses: Poses
     scores: Float[Array, "particles"]
-    step_in_degrees: float
+    angle_step: float
     r_max: int
 
 
-def directions(step_in_degrees: float) -> Float[np.ndarray, "d 2"]:
+def directions(step: float) -> Float[np.ndarray, "d 2"]:
     """Return near-uniform viewing directions ``(rot, tilt)``, in radians.
 
-    Parallels of latitude from pole to pole, at most a step apart, with meridians at
-    most a step apart on each. No direction of the sphere is further than about 0.75
+    They lie on parallels of latitude from pole to pole, at most a step apart, and on
+    each at most a step apart. No direction of the sphere is further than about 0.75
     steps from one of them.
+
+    Parameters
+    ----------
+    step
+        Angular step, radians.
 
     Raises
     ------
     InputError
-        If the step is not positive, or more than 90 degrees.
+        If the step is not positive, or more than ``pi / 2``.
     """
-    if not 0 < step_in_degrees <= 90:
+    if not 0 < step <= math.pi / 2:
         raise InputError(
-            "the angular step must be more than 0 and at most 90 degrees, got "
-            f"{step_in_degrees}"
+            "the angular step must be more than 0 and at most pi / 2 radians, got "
+            f"{step}"
         )
-    step = math.radians(step_in_degrees)
     parallels = []
     for tilt in np.linspace(0, math.pi, _steps(math.pi, step) + 1):
         count = max(_steps(2 * math.pi * math.sin(tilt), step), 1)
@@ -145,11 +154,11 @@ def match(
     *,
     callback: Callable[[int], None] | None = None,
 ) -> Match:
-    """Find the pose of every particle among all on a grid.
+    """Find the pose of every particle by projection matching, on a grid of poses.
 
-    An image's background, the mean outside the circle inscribed in it, is subtracted:
-    its mean does not count. The map's background should be zero. Where an image or a
-    template has no power in the band, the score is 0.
+    An image's background, the mean outside the circle inscribed in it, is subtracted,
+    so that a constant added to an image changes nothing. The map's background should be
+    zero. Where an image or a template has no power in the band, the score is 0.
 
     The norm of a template is that with the square of the contrast transfer function
     averaged over each ring, which is exact without astigmatism.
@@ -157,19 +166,23 @@ def match(
     Parameters
     ----------
     particles
-        The images, which are read in batches, and their optics.
+        ``P`` images of side ``n``, which are read in batches, and their optics.
     volume
-        The map, with voxels of the images' pixel size, and as many on a side.
+        The map, of shape ``(n, n, n)``, with voxels of the images' pixel size.
     config
         Parameters; by default `MatchConfig()`.
     callback
         Called after each batch with the number of particles done so far.
 
+    Returns
+    -------
+    The best pose of each particle on the grid, and its score.
+
     Raises
     ------
     InputError
         If the angular step, the band limit or the largest shift is out of range, the
-        map has not the side of the images, or an image is not finite.
+        map does not have the side of the images, or an image is not finite.
     """
     config = MatchConfig() if config is None else config
     m = particles.image_size
@@ -183,10 +196,9 @@ def match(
             f"max_shift must be at most half of the side of the images, {m // 2} "
             f"pixels, got {config.max_shift:g}"
         )
-    views = directions(config.angle_step_in_degrees)
-    step = math.radians(config.angle_step_in_degrees)
-    half_turn = _steps(math.pi, step)
-    r_max = _band_limit(config.r_max, step, m)
+    views = directions(config.angle_step)
+    half_turn = _steps(math.pi, config.angle_step)
+    r_max = _band_limit(config.r_max, config.angle_step, m)
     points = _rings(r_max, half_turn)
     shifts = jnp.asarray(_shifts(config.max_shift, config.shift_step), jnp.float32)
     size = min(config.batch_size, len(particles))
@@ -207,7 +219,8 @@ def match(
             callback(done)
     columns = zip(*results, strict=True)
     scores, angles, moves = (jnp.asarray(np.concatenate(x)) for x in columns)
-    return Match(Poses(euler_to_matrix(angles), moves), scores, 180 / half_turn, r_max)
+    poses = Poses(euler_to_matrix(angles), moves)
+    return Match(poses, scores, math.pi / half_turn, r_max)
 
 
 def _steps(length: float, step: float) -> int:
@@ -218,7 +231,9 @@ def _steps(length: float, step: float) -> int:
 def _band_limit(r_max: int | None, step: float, image_size: int) -> int:
     last = (image_size - 1) // 2
     if r_max is None:
-        return max(min(int(1 / step + 1e-9), last), 1)
+        # The cell is inversely proportional to the band limit.
+        supported = search_cell(PARTICLE_DIAMETER, 1) / step
+        return max(min(int(supported + 1e-9), last), 1)
     if not 1 <= r_max <= last:
         raise InputError(
             f"the band limit of images of {image_size} pixels must be from 1 to {last} "
@@ -259,12 +274,12 @@ def _unit(angle: Float[Array, "*b"]) -> Complex[Array, "*b"]:
 
 
 def _inverse_root(energy: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Return one over the square root; 0 of 0."""
+    """Return one over the square root, and 0 for 0."""
     return jnp.where(energy > 0, jax.lax.rsqrt(jnp.where(energy > 0, energy, 1)), 0)
 
 
 class _Templates(eqx.Module):
-    """The slices of viewing directions, in chunks of as many."""
+    """The slices of viewing directions, in chunks of equal size."""
 
     views: Float[Array, "*chunks c 2"]
     series: Complex[Array, "*chunks l r c"]

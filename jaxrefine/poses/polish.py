@@ -1,4 +1,4 @@
-"""Candidate poses on the continuum: each is taken to its optimum, and weighed."""
+"""The polishing of candidate poses: each is optimised on the continuum and weighted."""
 
 from typing import final
 
@@ -20,15 +20,15 @@ from jaxrefine.poses.visit import visit
 
 @final
 class Polished(eqx.Module):
-    """What became of candidates (leading axis: candidates, if there are several).
+    """Candidate poses at their optima, with a leading axis if there are several.
 
     Attributes
     ----------
     rotations, shifts, information, damping
         See `solvers.Estimate`.
     evidence
-        Logarithm of the posterior mass about the pose, relative to the probability
-        that the image shows no particle.
+        Logarithm of the posterior mass about the pose, relative to the probability of
+        the image without a particle.
     """
 
     rotations: Float[Array | np.ndarray, "*c 3 3"]
@@ -40,7 +40,7 @@ class Polished(eqx.Module):
 
 @final
 class Polish(eqx.Module):
-    r"""Takes one candidate pose to its optimum and measures the mass about it.
+    r"""Takes one candidate pose to its optimum and measures the posterior mass there.
 
     With the cost :math:`J` at the optimum, which includes the prior, the information
     :math:`A` there and the energy :math:`E` of the image, the evidence is that of
@@ -66,8 +66,8 @@ class Polish(eqx.Module):
         shift: Float[Array, "2"],
     ) -> Polished:
         """Polish one candidate; arguments as for `likelihood.cost`."""
-        # A fixed component has its prior's information and no other, which takes it out
-        # of the evidence, too: its integral over the prior is 1.
+        # A fixed component has only its prior's information. It cancels from the
+        # evidence, because the integral of its prior is 1.
         free = prior.free
 
         def objective(rotation, shift):
@@ -108,7 +108,7 @@ def polish_poses(
     Parameters
     ----------
     particles, owners
-        All particles, and the one that each candidate belongs to.
+        All particles, and the index of the one that each candidate belongs to.
     reference, view
         Spectrum of the map, and how images are compared with it.
     prior
@@ -118,7 +118,11 @@ def polish_poses(
     update
         How a pose is improved, for instance `solvers.LevenbergMarquardt()`.
     batch_size
-        Candidates at a time, at most as many as there are particles.
+        Number of candidates at a time, at most that of the particles.
+
+    Returns
+    -------
+    The polished candidates, in their order, as NumPy arrays.
     """
     candidates = (prior.take(owners), rotations, shifts)
     polish = Polish(update)
@@ -143,7 +147,7 @@ def weigh(
     evidence
         Their posterior masses, logarithms; see `Polished`.
     separation
-        Angle below which two of them are one, radians.
+        Angle below which two candidates count as one, radians.
     keep
         How many to keep.
     operators
@@ -151,8 +155,8 @@ def weigh(
 
     Returns
     -------
-    What is kept, the best first, with weights that add up to 1, and the places of all
-    candidates in that order.
+    The kept candidates, the best first, with weights that add up to 1, and the indices
+    of all candidates in this order.
     """
     ranked, order = jax.vmap(lambda r, t, e: merge(r, t, e, separation, operators))(
         rotations, shifts, evidence

@@ -29,18 +29,18 @@ class Prior(eqx.Module):
     ----------
     rotations, shifts
         The pose ``R_0``, ``t_0`` (pixels).
-    angle_std, shift_std
+    angle_spread, shift_spread
         Standard deviations ``s_R`` (radians, of each component of the rotation vector
         ``v``) and ``s_t`` (pixels, of each component).
     max_angle, max_shift
-        Largest ``|v|`` (radians) and largest ``|t - t_0|`` (pixels). What may not move
-        at all is fixed: the data say nothing of it.
+        Largest ``|v|`` (radians) and largest ``|t - t_0|`` (pixels). With 0 the
+        rotation, or the shift, is fixed, whatever the data say.
     """
 
     rotations: Rotations
     shifts: Shifts
-    angle_std: Float[Array, "*batch"]
-    shift_std: Float[Array, "*batch"]
+    angle_spread: Float[Array, "*batch"]
+    shift_spread: Float[Array, "*batch"]
     max_angle: Float[Array, "*batch"]
     max_shift: Float[Array, "*batch"]
 
@@ -51,9 +51,9 @@ class Prior(eqx.Module):
         moves = (limits > 0).astype(limits.dtype)
         return jnp.repeat(moves, np.array([3, 2]), total_repeat_length=5)
 
-    def take(self, some: Int[np.ndarray, " some"]) -> "Prior":
-        """Return the priors of some of the particles."""
-        return jax.tree.map(lambda leaf: leaf[some], self)
+    def take(self, indices: Int[np.ndarray, " chosen"]) -> "Prior":
+        """Return the priors of the particles at the given indices."""
+        return jax.tree.map(lambda leaf: leaf[indices], self)
 
     def deviation(
         self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]
@@ -65,9 +65,11 @@ class Prior(eqx.Module):
     def cost(self, rotation: Float[Array, "3 3"], shift: Float[Array, "2"]) -> Scalar:
         """Return ``-log p``, normalised as if nothing were cut off."""
         v, u = self.deviation(rotation, shift)
-        size = jnp.log(2 * jnp.pi) * 2.5 + jnp.log(self.angle_std) * 3
-        size = size + jnp.log(self.shift_std) * 2
-        square = jnp.sum(v**2) / self.angle_std**2 + jnp.sum(u**2) / self.shift_std**2
+        size = jnp.log(2 * jnp.pi) * 2.5 + jnp.log(self.angle_spread) * 3
+        size = size + jnp.log(self.shift_spread) * 2
+        square = (
+            jnp.sum(v**2) / self.angle_spread**2 + jnp.sum(u**2) / self.shift_spread**2
+        )
         return square / 2 + size
 
     def gradient(
@@ -75,12 +77,12 @@ class Prior(eqx.Module):
     ) -> Float[Array, "5"]:
         """Return the gradient of the cost by ``(w, t)``, ``R <- exp(w^) R``."""
         v, u = self.deviation(rotation, shift)
-        return jnp.concatenate([v / self.angle_std**2, u / self.shift_std**2])
+        return jnp.concatenate([v / self.angle_spread**2, u / self.shift_spread**2])
 
     def information(self) -> Float[Array, "5 5"]:
         """Return the inverse of the prior's covariance."""
-        rotation = jnp.broadcast_to(1 / self.angle_std**2, (3,))
-        shift = jnp.broadcast_to(1 / self.shift_std**2, (2,))
+        rotation = jnp.broadcast_to(1 / self.angle_spread**2, (3,))
+        shift = jnp.broadcast_to(1 / self.shift_spread**2, (2,))
         return jnp.diag(jnp.concatenate([rotation, shift]))
 
     def clip(
@@ -97,13 +99,21 @@ class Prior(eqx.Module):
 
 def priors_about(
     poses: Poses,
-    angle_std: float,
-    shift_std: float,
+    angle_spread: float,
+    shift_spread: float,
     max_angle: float,
     max_shift: float,
 ) -> Prior:
-    """Return priors about given poses, with a leading axis on every leaf."""
+    """Return priors about given poses, with a leading axis on every leaf.
+
+    Parameters
+    ----------
+    poses
+        The given poses, radians and pixels.
+    angle_spread, shift_spread, max_angle, max_shift
+        See `Prior`; the same for all of them.
+    """
     count, dtype = len(poses), poses.rotations.dtype
-    numbers = (angle_std, shift_std, max_angle, max_shift)
+    numbers = (angle_spread, shift_spread, max_angle, max_shift)
     each = [jnp.full(count, number, dtype) for number in numbers]
     return Prior(poses.rotations, poses.shifts, *each)

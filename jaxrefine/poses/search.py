@@ -1,4 +1,4 @@
-r"""Multi-start: the orientations and shifts that explain an image at low resolution.
+r"""The search for orientations and shifts that explain an image at low resolution.
 
 Candidate orientations are drawn about the current ones. For each of them one slice of
 the map gives, by correlation, the log-likelihoods on a whole grid of shifts:
@@ -9,7 +9,7 @@ the map gives, by correlation, the log-likelihoods on a whole grid of shifts:
 relative to that of an image without a particle. An orientation's score adds the prior
 and is summed over the shifts; the best orientations that differ are kept.
 
-All functions but `search_poses` are for one particle; ``jax.vmap`` makes it many.
+All functions but `search_poses` are for one particle; use ``jax.vmap`` for many.
 """
 
 import math
@@ -31,6 +31,11 @@ from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.visit import visit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Orientations that a search of a whole prior tries: a few even if the prior is narrower
+# than a cell, and no more than can be afforded. The upper bound is reached by a spread
+# of 6.4 cells; beyond it the prior is searched more sparsely than by cells. Both bounds
+# are conventions that no benchmark has set.
+_FEWEST, _MOST = 24, 4096
 
 
 def shift_grid(steps: int) -> Float[np.ndarray, "t 2"]:
@@ -39,6 +44,10 @@ def shift_grid(steps: int) -> Float[np.ndarray, "t 2"]:
     inside = x**2 + y**2 <= (steps + 0.5) ** 2
     points = np.stack([x[inside], y[inside]], axis=-1).astype(float)
     return points[np.argsort(np.sum(points**2, axis=-1), kind="stable")]
+
+
+PARTICLE_DIAMETER = 2 / 3
+"""Diameter of a particle whose size is not given, as a fraction of the box."""
 
 
 def half_period_turn(particle_diameter: float, r_max: int) -> float:
@@ -54,11 +63,25 @@ def half_period_turn(particle_diameter: float, r_max: int) -> float:
     return 1 / (particle_diameter * r_max)
 
 
-def covering_count(spread: float, cell: float) -> int:
-    r"""Return how many orientations cover a Gaussian of a standard deviation.
+def search_cell(particle_diameter: float, r_max: int) -> float:
+    """Return the side of the cells that rotations are searched in, radians.
 
-    Its volume :math:`(2\pi)^{3/2} s^3` over that of a cell of rotations; from 24 to
-    4096.
+    It is two thirds of `half_period_turn`, so that neighbouring cells overlap. For a
+    particle of `PARTICLE_DIAMETER` it is ``1 / r_max``.
+
+    Parameters
+    ----------
+    particle_diameter, r_max
+        As for `half_period_turn`.
+    """
+    return 2 / 3 * half_period_turn(particle_diameter, r_max)
+
+
+def covering_count(spread: float, cell: float) -> int:
+    r"""Return how many orientations cover a Gaussian distribution of rotations.
+
+    This is its volume :math:`(2\pi)^{3/2} s^3` over that of a cell, but no less than 24
+    and no more than 4096.
 
     Parameters
     ----------
@@ -68,7 +91,7 @@ def covering_count(spread: float, cell: float) -> int:
         Side of a cell, radians.
     """
     count = (2 * math.pi) ** 1.5 * (spread / cell) ** 3
-    return int(min(max(math.ceil(count), 24), 4096))
+    return int(min(max(math.ceil(count), _FEWEST), _MOST))
 
 
 def propose(
@@ -157,7 +180,7 @@ class Search(eqx.Module):
         centres: Float[Array, "h 3 3"],
         shift: Float[Array, "2"],
     ) -> tuple[Float[Array, "keep 3 3"], Float[Array, "keep 2"]]:
-        """Return the best candidate poses of one particle, no two of them alike.
+        """Return the best candidate poses of one particle, none near another.
 
         Parameters
         ----------
@@ -176,10 +199,10 @@ class Search(eqx.Module):
         turned = jnp.einsum("rij,ij->r", rotations, prior.rotations, precision=_HIGHEST)
         moved = jnp.sum((shifts - prior.shifts[None]) ** 2, axis=-1)
         # 3 - tr is the squared angle to fourth order.
-        by_rotation = -(3.0 - turned) / (2 * prior.angle_std**2)
+        by_rotation = -(3.0 - turned) / (2 * prior.angle_spread**2)
         within = 2.0 * (1.0 - jnp.cos(jnp.minimum(prior.max_angle, jnp.pi)))
         by_rotation = jnp.where(3.0 - turned > within + 1e-6, -jnp.inf, by_rotation)
-        by_shift = -moved / (2 * prior.shift_std**2)
+        by_shift = -moved / (2 * prior.shift_spread**2)
         by_shift = jnp.where(moved > prior.max_shift**2, -jnp.inf, by_shift)
         posterior = likelihoods + by_shift[None]
         score = jax.nn.logsumexp(posterior, axis=1) + by_rotation
@@ -212,7 +235,7 @@ def search_poses(
     Parameters
     ----------
     search
-        How to search.
+        Which candidates are tried, and how many are kept.
     key
         Folded with the index of each particle, so that its candidates depend neither
         on the other particles nor on the batches.
@@ -223,9 +246,10 @@ def search_poses(
     prior
         Priors of all particles.
     centres, shifts
-        Where to search, for all particles.
+        Orientations and shifts (pixels) to draw candidates about, for all particles.
     samples_at_once
-        Samples of slices in a batch; the default is 16 MiB of spectra.
+        Samples of slices in a batch, which bounds its memory and changes no result. The
+        default is 16 MiB of spectra; `jaxrefine.refinement.memory` counts on it.
     """
     indices = jnp.asarray(chosen)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)

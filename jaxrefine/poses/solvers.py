@@ -1,12 +1,13 @@
 r"""Pose updates in the tangent space of SO(3) x R^2.
 
-A pose moves by a 5-vector ``(w, t)``: :math:`R \leftarrow e^{\hat w} R` and
-``t <- t + dt``. There are no Euler angles to be singular, and no chart to leave.
+A pose moves by a 5-vector ``(w, dt)``: :math:`R \leftarrow e^{\hat w} R` and
+``t <- t + dt``. Each step has coordinates of its own, so that none is near a
+singularity, as Euler angles may be.
 
-A pose update is any object with ``minimise(objective, rotation, shift)``. An objective
+A pose update is a `PoseUpdate`: any object with its method ``minimise``. An objective
 returns the cost at a pose, its gradient by the 5-vector, and an approximation of its
-Hessian: :math:`J^T W J` of the residual plus the prior's. All is written for one
-particle; ``jax.vmap`` makes it many.
+Hessian: :math:`J^T W J` of the residual plus the prior's. Everything is written for one
+particle; use ``jax.vmap`` for many.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,10 @@ Constraint = Callable[
 """Takes a pose to the nearest allowed one."""
 
 _LARGEST_TURN = 0.5  # radians in one step; the linearisation is good for no more
+# The damping is divided by the first after an accepted step, and multiplied by the
+# second after a rejected one. They are a convention, like Marquardt's 10 for both, that
+# no benchmark has set.
+_RELAX, _TIGHTEN = 5, 8
 
 
 @final
@@ -81,11 +86,11 @@ def retract(
 
 @runtime_checkable
 class PoseUpdate(Protocol):
-    """What the refinement asks of a way to improve a pose."""
+    """The methods that a pose update must have."""
 
     @property
     def iterations(self) -> int:
-        """Steps that are tried."""
+        """Number of steps that are tried."""
         ...
 
     def minimise(
@@ -113,9 +118,9 @@ class LevenbergMarquardt(eqx.Module):
     Parameters
     ----------
     iterations
-        Steps tried.
+        Number of steps that are tried.
     damping
-        Its first value.
+        First value of the damping ``mu``.
     """
 
     iterations: int = eqx.field(static=True, default=3)
@@ -142,22 +147,23 @@ class LevenbergMarquardt(eqx.Module):
             turn = jnp.sqrt(jnp.sum(step[:3] ** 2) + jnp.finfo(dtype).tiny)
             step = step * jnp.minimum(1.0, _LARGEST_TURN / turn)
             trial = constraint(*retract(rotation, shift, step))
-            there = objective(*trial)
-            better = there[0] < cost
-            here = (rotation, shift), (cost, gradient, information)
+            trial_values = objective(*trial)
+            better = trial_values[0] < cost
+            current = (rotation, shift), (cost, gradient, information)
             kept = jax.tree.map(
-                lambda a, b: jnp.where(better, a, b), (trial, there), here
+                lambda a, b: jnp.where(better, a, b), (trial, trial_values), current
             )
-            next_damping = jnp.where(better, damping / 5, damping * 8)
+            next_damping = jnp.where(better, damping / _RELAX, damping * _TIGHTEN)
             return (*kept, next_damping), (damping, better)
 
-        # The first iteration stands still and is accepted: it evaluates the start.
+        # The first step is 0, and accepted since any cost is below infinity: this
+        # iteration evaluates the start, and relaxes the damping to its first value.
         unknown = (
             jnp.asarray(jnp.inf, dtype),
             jnp.zeros(5, dtype),
             jnp.eye(5, dtype=dtype),
         )
-        first = jnp.asarray(5 * self.damping, dtype)
+        first = jnp.asarray(_RELAX * self.damping, dtype)
         (pose, (cost, _, information), _), (damping, accepted) = jax.lax.scan(
             iterate, ((rotation, shift), unknown, first), None, self.iterations + 1
         )
@@ -170,14 +176,15 @@ class Descent(eqx.Module):
     """A first-order method of ``optax`` on the 5-vector of the tangent space.
 
     The gradient is scaled by the square roots of the information's diagonal at the
-    start, which makes radians and pixels alike; the best pose met is kept.
+    start, so that steps do not depend on the units of angles and shifts. The pose of
+    the lowest cost is returned, which need not be the last one.
 
     Parameters
     ----------
     transformation
         For instance ``optax.adam(0.5)``.
     iterations
-        Steps made.
+        Number of steps.
     """
 
     transformation: optax.GradientTransformation = eqx.field(static=True)
@@ -194,18 +201,19 @@ class Descent(eqx.Module):
         start = constraint(rotation, shift)
         cost, gradient, information = objective(*start)
         scale = jnp.sqrt(jnp.diag(information)) + jnp.finfo(rotation.dtype).tiny
-        here = jnp.zeros_like(gradient)
-        memory = self.transformation.init(here)
+        # The tangent space is that at the pose of each step, whose coordinates are 0.
+        origin = jnp.zeros_like(gradient)
+        memory = self.transformation.init(origin)
 
         def iterate(carry, _):
             pose, gradient, memory, best = carry
-            step, memory = self.transformation.update(gradient / scale, memory, here)
+            step, memory = self.transformation.update(gradient / scale, memory, origin)
             moved = retract(pose[0], pose[1], jnp.asarray(step) / scale)
             pose = constraint(*moved)
             cost, gradient, information = objective(*pose)
             better = cost < best[1]
-            there = (pose, cost, information)
-            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), there, best)
+            latest = (pose, cost, information)
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), latest, best)
             return (pose, gradient, memory, best), better
 
         best = (start, cost, information)

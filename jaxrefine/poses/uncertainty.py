@@ -16,8 +16,9 @@ from jaxrefine.poses.solvers import retract
 from jaxrefine.poses.visit import visit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Of the curvature of Gauss and Newton. Below it an ellipsoid would be more than three
-# times as long, farther than the cubature points that it was measured from.
+# Least curvature that is accepted, relative to that of Gauss-Newton. With less, an axis
+# of the error ellipsoid would be more than three times as long, and so reach beyond the
+# cubature points from which it was measured.
 _LEAST_CURVATURE = 0.1
 
 
@@ -37,9 +38,10 @@ def mean_curvature(
     (Stein's lemma), the expectation by the spherical-radial cubature rule of third
     degree: gradients at plus and minus :math:`\sqrt 5` standard deviations along five
     axes (Arasaratnam and Haykin, IEEE Trans. Automatic Control 54, 2009). Unlike the
-    information of Gauss and Newton it knows the residual and how the cost flattens away
-    from its optimum, so that ellipsoids of its inverse cover more nearly what they
-    should. Where it is not safely positive definite, the given information is returned.
+    Gauss-Newton information, it includes the residual and the flattening of the cost
+    away from its optimum, so that the error ellipsoids of its inverse contain the true
+    pose more nearly as often as they should. Where it is not safely positive definite,
+    the given information is returned.
 
     Parameters
     ----------
@@ -85,7 +87,12 @@ def mean_curvatures(
 ) -> Float[np.ndarray, "c 5 5"]:
     """Return `mean_curvature` for the poses of some of the particles.
 
-    Parameters as for `polish.polish_poses`; the information is that of each pose.
+    Parameters
+    ----------
+    information
+        That of each pose, as for `mean_curvature`.
+    particles, owners, reference, view, prior, rotations, shifts, batch_size
+        As for `polish.polish_poses`.
     """
     candidates = (prior.take(owners), rotations, shifts, information)
     return visit(

@@ -1,8 +1,8 @@
-"""One visitor of candidate poses, for the search, the polishing and the curvature.
+"""The evaluation of candidate poses in batches, for search, polishing and curvature.
 
-Candidates are visited in batches, each with the image of the particle that it belongs
-to. What is done with a candidate is a function of one: it is given the map, the image,
-and whatever the candidate brings along.
+Each candidate is evaluated with the image of the particle that it belongs to, by a
+function of one candidate, which is given the map, the image and the candidate's own
+values.
 """
 
 from collections.abc import Callable
@@ -38,16 +38,17 @@ def visit(
     Parameters
     ----------
     comparison
-        What is done with one candidate: a function, or a pytree that can be called.
-        It is compiled once for each function and each kind of candidates.
+        Evaluates one candidate: a function, or a pytree that can be called. It is
+        compiled once for each function and each structure of candidates.
     particles, owners
-        All particles, and the one that each of ``c`` candidates belongs to.
+        All particles, and the index of the one that each of ``c`` candidates belongs
+        to.
     reference, view
         Spectrum of the map, and how images are compared with it.
     candidates
-        What each candidate brings along: pytrees with a leading axis ``c``.
+        The values of the candidates: pytrees with a leading axis ``c``.
     batch_size
-        Candidates at a time, at most as many as there are particles.
+        Number of candidates at a time, at most that of the particles.
 
     Returns
     -------

@@ -1,5 +1,6 @@
 """The parameters of the joint refinement."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -9,9 +10,18 @@ from jaxtyping import Float
 from jaxrefine import symmetry
 from jaxrefine.errors import InputError
 from jaxrefine.maps import tv
+from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators.gridding import Gridding, Insertion
-from jaxrefine.poses.search import half_period_turn
+from jaxrefine.poses.search import PARTICLE_DIAMETER, half_period_turn, search_cell
 from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
+
+
+def _check_at_least(config: object, least: int, *names: str) -> None:
+    """Refuse a parameter that is smaller, or not a number."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
 
 
 @final
@@ -19,37 +29,55 @@ from jaxrefine.poses.solvers import LevenbergMarquardt, PoseUpdate
 class Tuning:
     """Constants of the engine that a person may have a reason to change.
 
-    The defaults were set by the mean FSC and the time of the cases ``hjc64``,
-    ``ptch64`` and ``hjc64-low`` of ``benchmarks/refinement.py``. On the same data
-    ``benchmarks/tuning.py`` compares each of them with a lower and a higher value, but
-    for ``least_per_group``, which tells only with several optics groups.
+    The defaults were chosen by the mean FSC and the time of the cases ``hjc64``,
+    ``ptch64`` and ``hjc64-low`` of ``benchmarks/refinement.py``, which has neither half
+    sets nor several optics groups. ``benchmarks/tuning.py`` compares each of them but
+    ``least_per_group`` with a lower and a higher value; its figures are not measured
+    yet.
 
     Attributes
     ----------
     supported_fsc
-        Correlation of the maps of the two folds up to where poses are compared. Lower
-        values use more of the images, and more noise of the maps.
+        Poses are compared up to the shell where the correlation of the folds' maps
+        falls to this. Lower values use more of the images, and more of the maps' noise.
+        Set by ``benchmarks/refinement.py``.
     settled, progress
-        The refinement ends when poses change by less than ``settled`` of their error
-        bars, or by more than ``progress`` of what they changed before.
+        Without half sets, the refinement ends when poses change by less than
+        ``settled`` times their error bars, or by more than ``progress`` times what they
+        changed before. Set by ``benchmarks/refinement.py``.
     stalled
-        With half sets the refinement ends when the correlation of their maps grows by
-        less than this.
+        With half sets, the refinement ends when the correlation of their maps grows by
+        less than this; without, it has no effect. Set by judgement: no refinement of
+        ``benchmarks/refinement.py`` has half sets. ``benchmarks/tuning.py`` measures
+        it with half sets.
     sample
-        Particles that scale and noise are measured from in each iteration; fewer are
-        faster, and make the spectrum of the noise rougher.
+        Number of particles from which scale and noise are measured in each iteration;
+        fewer are faster, and make the spectrum of the noise rougher. Set by
+        ``benchmarks/refinement.py``.
     least_per_group
-        Particles of each optics group in this sample, if it has as many.
+        Least number of particles of each optics group in this sample, if the group has
+        as many; with one group it has no effect as long as it is at most ``sample``.
+        Set by judgement: no benchmark has several groups.
     shifts_per_period
-        Steps of the grid of shifts in one period of the finest detail compared.
+        Steps of the grid of shifts in one period of the finest detail that is compared.
+        Set by ``benchmarks/refinement.py``.
     local_shift_steps
-        Radius of the grid of shifts of a local search, in steps.
+        Radius of the grid of shifts of a local search, in steps. Set by
+        ``benchmarks/refinement.py``.
     decided
-        Weight of its best hypothesis from which a particle is not searched for again.
+        A particle whose best hypothesis has at least this weight is not searched for
+        again. Set by ``benchmarks/refinement.py``.
     negligible
-        Hypotheses of less weight than this are not followed.
+        Hypotheses of at most this weight are not followed. Set by
+        ``benchmarks/refinement.py``.
     final_rounds
-        How many times the ADMM iterations of a volume update the final map takes.
+        The final map takes this many times the ADMM iterations of a volume update. Set
+        by ``benchmarks/refinement.py``.
+
+    Raises
+    ------
+    InputError
+        If a constant is out of range.
     """
 
     supported_fsc: float = 0.5
@@ -64,6 +92,24 @@ class Tuning:
     negligible: float = 1e-2
     final_rounds: int = 3
 
+    def __post_init__(self):
+        for name in ("supported_fsc", "decided"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(
+                    f"{name} must be more than 0 and at most 1, got "
+                    f"{getattr(self, name)}"
+                )
+        if not self.progress > 0:
+            raise InputError(f"progress must be positive, got {self.progress}")
+        if not 0 <= self.negligible < 1:
+            raise InputError(
+                f"negligible must be at least 0 and less than 1, got {self.negligible}"
+            )
+        _check_at_least(self, 0, "settled", "stalled", "local_shift_steps")
+        _check_at_least(self, 1, "shifts_per_period", "final_rounds")
+        # One particle of each fold.
+        _check_at_least(self, FOLDS, "sample", "least_per_group")
+
 
 @final
 @dataclass(frozen=True)
@@ -74,21 +120,21 @@ class RefineConfig:
     ----------
     angle_spread, shift_spread
         How well the given poses are known: standard deviations of each component of
-        the rotation vector (radians) and of the shift (pixels).
+        the rotation vector (radians, at most ``pi``) and of the shift (pixels).
     max_angle, max_shift
-        Largest changes of the given poses, radians and pixels. With 0 the angles, or
-        the shifts, stay as they are given.
+        Largest changes of the given poses, radians (at most ``pi``) and pixels. With 0
+        the angles, or the shifts, stay as they are given.
     symmetry
         Point group of the map, see :mod:`jaxrefine.symmetry`. The given poses are those
         of a map whose axes are the group's.
     particle_diameter
-        As a fraction of the box. How far a rotation moves the rim of the particle
-        decides how densely rotations are searched.
+        As a fraction of the box. The larger the particle, the farther a rotation moves
+        its rim, and the more densely rotations are searched.
     half_sets
         Whether two halves of the particles are refined independently, for a
         gold-standard FSC.
     iterations
-        Most outer iterations.
+        Largest number of outer iterations.
     first_r_max
         Band limit of the first iteration, cycles per box: what the initial map and
         poses support.
@@ -101,9 +147,9 @@ class RefineConfig:
         Outer iterations, from 0, that search the whole prior, not just about the
         current poses.
     hypotheses
-        Candidate poses of each particle that are followed.
+        Number of candidate poses of each particle that are kept.
     candidates
-        Orientations that a local search tries.
+        Number of orientations that a local search tries for each hypothesis.
     admm_iterations
         ADMM iterations of each volume update.
     tau
@@ -119,7 +165,7 @@ class RefineConfig:
     insertion
         How slices are inserted; None takes the faster way on the default device.
     batch_size
-        Particles at a time.
+        Number of particles at a time.
     tuning
         Further constants, which seldom need a change.
 
@@ -134,7 +180,7 @@ class RefineConfig:
     max_angle: float = np.pi
     max_shift: float = 6.0
     symmetry: str = "C1"
-    particle_diameter: float = 2 / 3
+    particle_diameter: float = PARTICLE_DIAMETER
     half_sets: bool = False
     iterations: int = 12
     first_r_max: int = 7
@@ -178,29 +224,35 @@ class RefineConfig:
         return half_period_turn(self.particle_diameter, r_max)
 
     def search_cell(self, r_max: int) -> float:
-        """Return the side of the cells that rotations are searched in, radians.
+        """Return `search.search_cell` of the particle, radians.
 
-        Two thirds of `half_period_turn`, so that cells overlap; candidates that are
-        nearer than this count as one.
+        Candidates that are nearer than this count as one.
         """
-        return 2 / 3 * self.half_period_turn(r_max)
+        return search_cell(self.particle_diameter, r_max)
 
     def __post_init__(self):
         symmetry.operators(self.symmetry)
-        for name in ("angle_spread", "shift_spread"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_angle", "max_shift"):
-            if not getattr(self, name) >= 0:
-                raise InputError(
-                    f"{name} must be at least 0, got {getattr(self, name)}"
-                )
+        if not 0 < self.angle_spread <= math.pi:
+            raise InputError(
+                "angle_spread must be more than 0 and at most pi radians, got "
+                f"{self.angle_spread}"
+            )
+        if not self.shift_spread > 0:
+            raise InputError(f"shift_spread must be positive, got {self.shift_spread}")
+        _check_at_least(self, 0, "max_shift")
+        if not 0 <= self.max_angle <= math.pi:
+            raise InputError(
+                "max_angle must be at least 0 and at most pi radians, got "
+                f"{self.max_angle}"
+            )
         if not 0 < self.particle_diameter <= 1:
             raise InputError(
                 "particle_diameter must be more than 0 and at most 1, a fraction of "
                 f"the box, got {self.particle_diameter}"
             )
-        for name in (
+        _check_at_least(
+            self,
+            1,
             "iterations",
             "first_r_max",
             "search_r_max",
@@ -208,11 +260,7 @@ class RefineConfig:
             "candidates",
             "admm_iterations",
             "batch_size",
-        ):
-            if not getattr(self, name) >= 1:
-                raise InputError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+        )
         if self.max_r_max is not None and not self.max_r_max >= self.first_r_max:
             raise InputError(
                 f"max_r_max must be at least first_r_max, {self.first_r_max}, got "

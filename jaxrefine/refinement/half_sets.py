@@ -1,8 +1,9 @@
-"""Two sets of particles that are refined by themselves, brought together.
+"""Two sets of particles that are refined independently, in a common frame.
 
-Nothing in the data keeps them from drifting apart as wholes, by a fraction of a degree.
-Before their maps are compared or joined, the second is put into the frame of the first.
-Neither learns anything of the other but that.
+A rotation and shift of a map together with its poses changes no image, so nothing in
+the data holds two sets to one frame, and they come to differ by a fraction of a degree.
+Before their maps are compared or joined, the second is moved into the frame of the
+first. This motion is all that one set is told of the other.
 """
 
 import equinox as eqx
@@ -22,30 +23,31 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def correlation(
-    first: SetState, second: SetState, members: ParticleSet
+    first: SetState, second: SetState, particle_set: ParticleSet
 ) -> Float[Array, "shells"]:
     """Return the FSC of two sets' maps, in one frame.
 
-    The maps are regularised, and agree beyond what the images say: this tells whether
-    an iteration was worth it. What the resolution is `result.Result.fsc` tells.
+    The maps are regularised, and their prior makes them agree better than the images
+    alone would. This curve therefore only tells whether an iteration has improved them;
+    the resolution is that of `result.Result.fsc`.
 
     Parameters
     ----------
     first, second
         The sets; the map of the second is put into the frame of the first.
-    members
-        The particles and parameters of either.
+    particle_set
+        Either set, whose parameters, image size and mask are those of both.
 
     Returns
     -------
     The correlation at the shells 0 to ``n // 2``.
     """
-    moved = align.move_map(second.mean_map, *_motion(second, first, members))
+    moved = align.move_map(second.mean_map, *_motion(second, first, particle_set))
     return fsc(first.mean_map, moved)
 
 
-def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetState:
-    """Turn and move a set's maps and poses, all together, to those of another set.
+def turned(state: SetState, reference: SetState, particle_set: ParticleSet) -> SetState:
+    """Move a set's maps and poses together into the frame of another set.
 
     Poses stay within their limits.
 
@@ -53,10 +55,14 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
     ----------
     state, reference
         The set to move, and the one to move it to.
-    members
-        The particles and parameters of the first.
+    particle_set
+        The particles and parameters of the set to move.
+
+    Returns
+    -------
+    The state of the set to move, with its maps and poses in the frame of the reference.
     """
-    rotation, translation = _motion(state, reference, members)
+    rotation, translation = _motion(state, reference, particle_set)
     maps = [
         admm.init(align.move_map(fold.coefficients, rotation, translation))
         for fold in state.maps
@@ -64,7 +70,7 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
     rotations = jnp.matmul(state.hypotheses.rotations, rotation, precision=_HIGHEST)
     moved = jnp.matmul(rotations[..., :2, :], translation, precision=_HIGHEST)
     rotations, shifts = jax.vmap(lambda prior, *poses: jax.vmap(prior.clip)(*poses))(
-        members.prior, rotations, state.hypotheses.shifts - moved
+        particle_set.prior, rotations, state.hypotheses.shifts - moved
     )
     return eqx.tree_at(
         lambda s: (s.maps, s.hypotheses.rotations, s.hypotheses.shifts),
@@ -74,16 +80,16 @@ def turned(state: SetState, reference: SetState, members: ParticleSet) -> SetSta
 
 
 def _motion(
-    state: SetState, reference: SetState, members: ParticleSet
+    state: SetState, reference: SetState, particle_set: ParticleSet
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
-    """Return the motion of a set's map to another's, found at the search's band.
+    """Return the motion that aligns a set's map to another's, up to the search's band.
 
-    Angles that are fixed leave no rotation free, shifts no translation.
+    With fixed angles there is no rotation, with fixed shifts no translation.
     """
-    config, size = members.config, members.particles.image_size
+    config, size = particle_set.config, particle_set.particles.image_size
     rotation, translation = align.align_maps(
-        members.masked(state.mean_map),
-        members.masked(reference.mean_map),
+        particle_set.masked(state.mean_map),
+        particle_set.masked(reference.mean_map),
         slices.bucket(config.search_r_max, size),
     )
     rotation, translation = on_axes(rotation, translation, config.operators)
@@ -99,9 +105,16 @@ def on_axes(
     translation: Float[Array, "3"],
     operators: Float[np.ndarray, "order 3 3"],
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
-    """Return what a point group leaves free of a motion: a symmetric map stays on axes.
+    """Return the part of a motion that keeps a symmetric map on the axes of its group.
 
-    The mean of the operators projects vectors onto those that all of them keep.
+    The mean of the operators projects a vector onto those that all operators keep.
+
+    Parameters
+    ----------
+    rotation, translation
+        The motion, the translation in voxels.
+    operators
+        Of the map's symmetry.
     """
     mean = jnp.asarray(np.mean(operators, axis=0), rotation.dtype)
     vector = jnp.matmul(mean, matrix_to_rotvec(rotation), precision=_HIGHEST)

@@ -1,10 +1,10 @@
-r"""The joint refinement for production: from poses known to tens of degrees to the end.
+r"""The joint refinement for production, from poses known to within tens of degrees.
 
 One outer iteration, at a band limit ``r_max`` that grows with what the map supports:
 
 1. *search* (:mod:`jaxrefine.poses.search`): many candidate poses of every particle
-   whose pose is still open are compared with the map at low resolution; the best few
-   are kept;
+   whose pose is still undecided are compared with the map at low resolution; the best
+   few are kept;
 2. *polish* (:mod:`jaxrefine.poses.solvers`): Levenberg-Marquardt takes each of them to
    its optimum on the continuum; their posterior masses (Laplace) are their weights;
 3. *volume* (:mod:`jaxrefine.maps.sums`): the weighted images are summed up, in two
@@ -12,12 +12,12 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    of the fold that it is not in;
 4. scale, noise and supported resolution are measured shell by shell from the folds.
 
-Half sets go through this independently. Since nothing keeps them from drifting apart as
-wholes, the second is put into the frame of the first before they are compared or joined
-(:mod:`jaxrefine.refinement.half_sets`).
+Half sets go through this independently. Since nothing in the data holds them to a
+common frame, the second is rotated and shifted into the frame of the first before they
+are compared or joined (:mod:`jaxrefine.refinement.half_sets`).
 
 At the end the regulariser's weight is chosen by cross-validation, and one map is made
-of all particles. The images are visited in batches, from wherever they are kept.
+of all particles. Images are read in batches, and need not fit into memory.
 """
 
 from collections.abc import Callable
@@ -55,11 +55,27 @@ def init(
     subsets: Int[np.ndarray, " particles"] | None = None,
     mask: Float[Array, "_ _ _"] | None = None,
 ) -> RefineState:
-    """Return the state that :func:`refine` begins with; parameters as there."""
+    """Return the state that :func:`refine` begins with.
+
+    Parameters
+    ----------
+    particles, poses, volume, config, key, subsets, mask
+        As for :func:`refine`.
+
+    Returns
+    -------
+    The state before the first outer iteration, for instance as a template for
+    :func:`jaxrefine.io.load_checkpoint`.
+
+    Raises
+    ------
+    InputError
+        As :func:`refine` does.
+    """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
-    _, sets = divide(particles, poses, config, key, subsets, mask)
-    return _start(sets, volume)
+    _, particle_sets = divide(particles, poses, config, key, subsets, mask)
+    return _start(particle_sets, volume)
 
 
 def refine(
@@ -74,58 +90,71 @@ def refine(
     state: RefineState | None = None,
     callback: Callback | None = None,
 ) -> Result:
-    """Refine poses and map jointly, until the folds' maps agree no better.
+    """Refine poses and map jointly, until another iteration would not improve them.
 
     Parameters
     ----------
     particles
-        Images and optics.
+        At least 4 images, of side ``n``, 16 pixels or more, and their optics.
     poses
-        Poses to start from.
+        Poses to start from: rotation matrices ``(P, 3, 3)``, and shifts ``(P, 2)`` in
+        pixels.
     volume
-        Initial map, of the side of the images. Its scale does not matter.
+        Initial map, of shape ``(n, n, n)``, with voxels of the images' pixel size. Its
+        scale does not matter.
     config
-        Parameters; the defaults need no tuning.
+        Parameters; by default `RefineConfig()`, which needs no tuning.
     key
         Deals the particles into sets and folds, and draws candidate poses.
     subsets
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
     mask
-        From 0 in the solvent to 1, of the map's side and symmetry. Particles are
-        compared with masked maps. Correlations are those of maps that are not masked,
-        since masked maps agree by the shape of the mask; nor are the maps masked that
-        are returned.
+        From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
+        map's symmetry. Particles are compared with masked maps. Correlations are those
+        of maps without the mask, whose shape would correlate, too; nor are the returned
+        maps masked.
     state
         A state that the callback was given, to continue from; with the same other
         arguments the result is that of an uninterrupted run.
     callback
         Called with the state and its information after every outer iteration.
 
+    Returns
+    -------
+    The refined poses with their covariances, the map, with half sets their maps and
+    FSC, and the last state.
+
     Raises
     ------
     InputError
-        If images, poses, map and mask do not fit each other, or are not finite, or the
-        mask is not from 0 to 1.
+        If there are fewer than 4 particles, or fewer than 4 in a half set; if the
+        images have a side of less than 16 pixels; if images, poses, map, mask and
+        subsets do not fit each other; if poses, map or an image are not finite; if the
+        rotations are not rotation matrices, the mask is not from 0 to 1, or the subsets
+        are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
-    draw, sets = divide(particles, poses, config, key, subsets, mask)
+    draw, particle_sets = divide(particles, poses, config, key, subsets, mask)
     if state is None:
-        state = _start(sets, volume)
+        state = _start(particle_sets, volume)
     while int(state.iteration) < config.iterations and not bool(state.finished):
-        state, info = _iterate(sets, state, draw)
+        state, info = _iterate(particle_sets, state, draw)
         if callback is not None:
             callback(state, info)
-    return _conclude(sets, poses, state)
+    return _conclude(particle_sets, poses, state)
 
 
-def _start(sets: list[ParticleSet], volume: Volume) -> RefineState:
+def _start(particle_sets: list[ParticleSet], volume: Volume) -> RefineState:
     """Return the state before the first iteration."""
-    config, dtype = sets[0].config, volume.dtype
-    size = sets[0].particles.image_size
+    config, dtype = particle_sets[0].config, volume.dtype
+    size = particle_sets[0].particles.image_size
     return RefineState(
-        tuple(map_step.start(members, volume) for members in sets),
-        tuple(jnp.asarray(members.indices, jnp.int32) for members in sets),
+        tuple(map_step.start(particle_set, volume) for particle_set in particle_sets),
+        tuple(
+            jnp.asarray(particle_set.indices, jnp.int32)
+            for particle_set in particle_sets
+        ),
         jnp.zeros((), jnp.int32),
         jnp.asarray(slices.bucket(config.first_r_max, size), jnp.int32),
         jnp.asarray(jnp.inf, dtype),
@@ -135,51 +164,53 @@ def _start(sets: list[ParticleSet], volume: Volume) -> RefineState:
 
 
 def _iterate(
-    sets: list[ParticleSet], state: RefineState, key: PRNGKeyArray
+    particle_sets: list[ParticleSet], state: RefineState, key: PRNGKeyArray
 ) -> tuple[RefineState, RefineInfo]:
     """Make one outer iteration on every set."""
-    config, iteration = sets[0].config, int(state.iteration)
+    config, iteration = particle_sets[0].config, int(state.iteration)
     r_max = int(state.r_max)
-    states, reports = [], []
-    for i, (members, known) in enumerate(zip(sets, state.sets, strict=True)):
+    set_states, reports = [], []
+    for i, (particle_set, known) in enumerate(
+        zip(particle_sets, state.set_states, strict=True)
+    ):
         draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
-        known, report = pose_step.update_poses(members, known, iteration, r_max, draw)
-        everyone = np.ones(len(members), bool)
-        sums = map_step.sum_up(members, known.hypotheses, known.noise, everyone)
-        known = map_step.update_maps(members, known, folds.folds(sums))
-        states.append(map_step.assess(members, known))
+        known, report = pose_step.update_poses(
+            particle_set, known, iteration, r_max, draw
+        )
+        everyone = np.ones(len(particle_set), bool)
+        sums = map_step.sum_up(particle_set, known.hypotheses, known.noise, everyone)
+        known = map_step.update_maps(particle_set, known, folds.folds(sums))
+        set_states.append(map_step.assess(particle_set, known))
         reports.append(report)
 
-    last = sets[0].last_shell
-    curves = [known.fold_fsc[: last + 1] for known in states]
+    last = particle_sets[0].last_shell
+    curves = [known.fold_fsc[: last + 1] for known in set_states]
     threshold = config.tuning.supported_fsc
     supported = float(np.mean([float(crossing(curve, threshold)) for curve in curves]))
     gold_score, best = None, float(state.best_gold)
-    if len(states) == 2:
-        curve = half_sets.correlation(states[0], states[1], sets[0])
+    if len(set_states) == 2:
+        curve = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
         gold_score = float(jnp.mean(curve[1 : last + 1]))
-    next_r_max = schedule.next_band_limit(r_max, supported, sets[0])
+    next_r_max = schedule.next_band_limit(r_max, supported, particle_sets[0])
     if iteration + 1 == config.iterations:
         next_r_max = r_max  # error bars are measured where the poses were polished
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(report, name) for report in reports]))
 
-    unit = "angle_change_in_degrees"
-    if not config.refines_angles:
-        unit = "shift_change_in_pixels"
-    change, change_before = mean(unit), float(state.pose_change)
+    angle_change, shift_change = mean("angle_change"), mean("shift_change")
+    change = angle_change if config.refines_angles else shift_change
     continues = (
         schedule.is_worth_another(
-            change, change_before, gold_score, best, states, config
+            change, float(state.pose_change), gold_score, best, set_states, config
         )
         or iteration <= config.last_multi_start
         or next_r_max > r_max
     )
     dtype = state.pose_change.dtype
     state = RefineState(
-        tuple(states),
-        state.members,
+        tuple(set_states),
+        state.indices,
         state.iteration + 1,
         jnp.asarray(next_r_max, jnp.int32),
         jnp.asarray(change, dtype),
@@ -193,50 +224,54 @@ def _iterate(
         searched=sum(report.searched for report in reports),
         decided=mean("decided"),
         damping=np.mean([report.damping for report in reports], axis=0).tolist(),
-        angle_change_in_degrees=mean("angle_change_in_degrees"),
-        shift_change_in_pixels=mean("shift_change_in_pixels"),
-        tau=[float(known.tau) for known in states],
+        angle_change_in_degrees=float(np.rad2deg(angle_change)),
+        shift_change_in_pixels=shift_change,
+        tau=[float(known.tau) for known in set_states],
         fold_score=float(np.mean([float(jnp.mean(curve[1:])) for curve in curves])),
         gold_score=gold_score,
     )
     return state, info
 
 
-def _conclude(sets: list[ParticleSet], given: Poses, state: RefineState) -> Result:
-    """Make the final maps of the particles that show something."""
-    config, count = sets[0].config, len(given)
+def _conclude(
+    particle_sets: list[ParticleSet], given: Poses, state: RefineState
+) -> Result:
+    """Make the final maps, of the particles whose poses are determined."""
+    config, count = particle_sets[0].config, len(given)
     rotations, shifts = np.array(given.rotations), np.array(given.shifts)
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
-    sums_of_sets, states = [], []
-    for members, known in zip(sets, state.sets, strict=True):
+    sums_of_sets, set_states = [], []
+    for particle_set, known in zip(particle_sets, state.set_states, strict=True):
         # The second set is put into the frame of the first.
         aligned = known
-        if states:
-            aligned = half_sets.turned(known, state.sets[0], members)
-        nothing, best = pose_step.undetermined(aligned), aligned.hypotheses.best()
-        moved, places = ~nothing, members.indices
+        if set_states:
+            aligned = half_sets.turned(known, state.set_states[0], particle_set)
+        best, indices = aligned.hypotheses.best(), particle_set.indices
+        determined = pose_step.determined(aligned)
         if config.refines_angles:
-            rotations[places[moved]] = np.asarray(best.rotations)[moved]
+            rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:
-            shifts[places[moved]] = np.asarray(best.shifts)[moved]
-        refined = pose_step.measure_information(members, known, int(state.r_max))
-        unrefined = np.asarray(jax.vmap(lambda p: p.information())(members.prior))
-        information[places] = np.where(nothing[:, None, None], unrefined, refined)
-        evidence[places] = aligned.evidence
-        undetermined[places] = nothing
-        sums = map_step.sum_up(members, aligned.hypotheses, aligned.noise, moved)
+            shifts[indices[determined]] = np.asarray(best.shifts)[determined]
+        refined = pose_step.measure_information(particle_set, known, int(state.r_max))
+        unrefined = np.asarray(jax.vmap(lambda p: p.information())(particle_set.prior))
+        information[indices] = np.where(determined[:, None, None], refined, unrefined)
+        evidence[indices] = aligned.evidence
+        undetermined[indices] = ~determined
+        sums = map_step.sum_up(
+            particle_set, aligned.hypotheses, aligned.noise, determined
+        )
         sums_of_sets.append(sums)
-        states.append(map_step.choose_tau(members, aligned, sums)[0])
-    total, joined, half_maps, curve = sums_of_sets[0], states[0], None, None
-    if len(sets) == 2:
+        set_states.append(map_step.choose_tau(particle_set, aligned, sums)[0])
+    total, joined, half_maps, curve = sums_of_sets[0], set_states[0], None, None
+    if len(particle_sets) == 2:
         maps = [least_squares(first + second) for first, second in sums_of_sets]
         half_maps = (np.asarray(maps[0]), np.asarray(maps[1]))
         curve = np.asarray(fsc(*maps))
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
-        tau = jnp.sqrt(states[0].tau * states[1].tau)
-        joined = eqx.tree_at(lambda s: s.tau, states[0], tau)
+        tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
+        joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)
     final = map_step.final_map(config, total, joined)
     fixed_are_zero = np.repeat([config.refines_angles, config.refines_shifts], [3, 2])
     return Result(
@@ -248,5 +283,5 @@ def _conclude(sets: list[ParticleSet], given: Poses, state: RefineState) -> Resu
         half_maps,
         curve,
         final.tau,
-        eqx.tree_at(lambda s: s.sets, state, tuple(states)),
+        eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
     )

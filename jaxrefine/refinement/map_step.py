@@ -1,8 +1,8 @@
-r"""The volume side of an outer iteration, for one set of particles.
+r"""The volume update of an outer iteration, for one set of particles.
 
-`start` makes the state, `sum_up` inserts the images, `update_maps` makes the folds'
-maps, `assess` measures what they are worth, `choose_tau` and `final_map` make one of
-all particles.
+`start` makes the first state, `sum_up` inserts the images, `update_maps` makes the maps
+of the folds, `assess` measures their scale, noise and correlation, and `choose_tau` and
+`final_map` make one map of all particles.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
-# Guards against images that are empty in some shells, filtered or noiseless. They are
-# far from what data with noise have, and far above rounding.
+# Guards against images that are filtered or noiseless, and so empty in some shells.
+# They are far below the power of noisy data, and far above rounding.
 _EMPTY_SHELL = 1e-10  # power of an empty shell, relative to the fullest
 _LEAST_NOISE = 1e-2  # noise of a shell, relative to the median of its group
 _LEAST_INITIAL_NOISE = 1e-6  # relative to the fullest shell
@@ -40,25 +40,33 @@ _ROUND = 512
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def start(members: ParticleSet, volume: Volume) -> SetState:
-    """Begin with a map of unknown scale, and with noise as strong as it is far out.
+def start(particle_set: ParticleSet, volume: Volume) -> SetState:
+    """Return the first state: a map at the scale of the images, and white noise.
 
-    Of the map only what lies below the first band limit is used. The noise is taken to
-    be white at first, with the power of a group's images in the last quarter of their
-    shells; groups of no or empty images get the largest of these. The map is scaled
-    such that its projections have the power of the images beyond that in the first
-    three shells, which does not need the poses.
+    Only the shells of the map below the first band limit are used. The power of the
+    noise in each group is that of the group's images in the last quarter of their
+    shells, where noise dominates; groups without images, or of empty ones, get the
+    largest of these. The map is scaled such that, in the first three shells, the power
+    of its projections is that of the images less that of the noise, for which the poses
+    need not be right.
+
+    Parameters
+    ----------
+    particle_set
+        The particles, with their given poses.
+    volume
+        The map to start from, of shape ``(n, n, n)`` and any scale.
     """
-    count, config = len(members), members.config
-    given = Poses(members.prior.rotations, members.prior.shifts)
+    count, config = len(particle_set), particle_set.config
+    given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
     hypotheses = certain(given, config.hypotheses)
-    shells = members.particles.image_size // 2 + 1
+    shells = particle_set.particles.image_size // 2 + 1
     ones = jnp.ones(shells, volume.dtype)
     volume = filter_shells(volume, _up_to(config.first_r_max, ones))
-    sums = _measure(members, hypotheses, [volume] * FOLDS)
+    sums = _measure(particle_set, hypotheses, [volume] * FOLDS)
     power = sums.data / jnp.maximum(sums.count, 1.0)
     outer = jnp.mean(
-        power[:, 3 * members.last_shell // 4 : members.last_shell + 1], axis=1
+        power[:, 3 * particle_set.last_shell // 4 : particle_set.last_shell + 1], axis=1
     )
     level = jnp.maximum(outer, _LEAST_INITIAL_NOISE * jnp.max(power[:, 1:], axis=1))
     largest = jnp.max(level)
@@ -75,7 +83,7 @@ def start(members: ParticleSet, volume: Volume) -> SetState:
         evidence=jnp.zeros(count, volume.dtype),
         maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
         gain=ones,
-        noise=noise / members.particles.noise_share,
+        noise=noise / particle_set.particles.noise_share,
         tau=jnp.asarray(config.tau or 1.0, volume.dtype),
         fold_fsc=ones,
     )
@@ -114,18 +122,18 @@ def _insert(
 
 
 def sum_up(
-    members: ParticleSet,
+    particle_set: ParticleSet,
     hypotheses: Hypotheses,
     noise: Float[Array, "*groups shells"],
     included: Bool[np.ndarray, " particles"],
 ) -> list[Sums]:
-    """Sum up the images of each fold at all their hypotheses, by their weights.
+    """Return weighted sums over the images of each fold, at all their hypotheses.
 
     A hypothesis is inserted once for each operator of the symmetry.
 
     Parameters
     ----------
-    members, hypotheses
+    particle_set, hypotheses
         The particles, and their poses with weights.
     noise
         Power of the noise by shell, of each group or one for all.
@@ -136,33 +144,33 @@ def sum_up(
     -------
     The sums of each fold's own images.
     """
-    n = members.particles.image_size
-    view = observation.view(members.particles, members.last_shell, noise)
+    n = particle_set.particles.image_size
+    view = observation.view(particle_set.particles, particle_set.last_shell, noise)
     # Enough slices at a time to outweigh the FFT of the kernel's grid.
     size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
-    operators = members.config.operators
+    operators = particle_set.config.operators
     size = max(1, size // len(operators))
     weights = np.asarray(hypotheses.weights) * included[:, None]
-    weights = np.where(weights > members.config.tuning.negligible, weights, 0.0)
+    weights = np.where(weights > particle_set.config.tuning.negligible, weights, 0.0)
     sums = []
     for fold in range(FOLDS):
-        of_fold = members.of_fold(fold)
+        of_fold = particle_set.of_fold(fold)
         rows, columns = np.nonzero(weights[of_fold])
         owners = of_fold[rows]
         total = Sums.zero(n, noise.dtype)
         places = np.arange(len(owners))
         for batch, count in observation.batches(places, _rounded(len(owners), size)):
             owner, column = owners[batch], columns[batch]
-            images, ctf = members.particles.batch(owner)
+            images, ctf = particle_set.particles.batch(owner)
             weight = np.where(
                 np.arange(len(batch)) < count, weights[owner, column], 0.0
             )
             total = total + _insert(
-                members.insertion,
+                particle_set.insertion,
                 view,
                 images,
                 ctf,
-                members.particles.group_of(owner),
+                particle_set.particles.group_of(owner),
                 hypotheses.rotations[owner, column],
                 hypotheses.shifts[owner, column],
                 jnp.asarray(weight, noise.dtype),
@@ -173,7 +181,7 @@ def sum_up(
 
 
 def _rounded(count: int, largest: int) -> int:
-    """Return a batch size for so many, one of few so that few programs are compiled."""
+    """Return a count rounded up to a multiple of `_ROUND`, but at most ``largest``."""
     return min(max(1, -(-count // _ROUND)) * _ROUND, largest)
 
 
@@ -190,26 +198,28 @@ def _compare(spectrum, view: View, images, ctf, poses, included):
 
 
 def _measure(
-    members: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
+    particle_set: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
 ) -> ShellSums:
-    """Compare images with the masked maps that they are not in, at their best poses."""
-    particles, dtype = members.particles, maps[0].dtype
-    tuning = members.config.tuning
+    """Compare a sample of images with the masked maps of the other fold."""
+    particles, dtype = particle_set.particles, maps[0].dtype
+    tuning = particle_set.config.tuning
     ones = jnp.ones(particles.image_size // 2 + 1, dtype)
-    view = observation.view(particles, members.last_shell, ones)
+    view = observation.view(particles, particle_set.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
     poses = hypotheses.best()
     total = None
     for fold in range(FOLDS):
-        of_fold = members.of_fold(fold)
+        of_fold = particle_set.of_fold(fold)
         group = particles.group_of(of_fold)
         share = max(tuning.sample // len(groups), tuning.least_per_group) // FOLDS
         sample = np.concatenate(
             [_evenly_spaced(of_fold[group == g], share) for g in groups]
         )
-        size = min(members.config.batch_size, len(sample))
-        volume = members.masked(maps[fold])
-        spectrum = members.config.interpolation.spectrum(volume, members.last_shell)
+        size = min(particle_set.config.batch_size, len(sample))
+        volume = particle_set.masked(maps[fold])
+        spectrum = particle_set.config.interpolation.spectrum(
+            volume, particle_set.last_shell
+        )
         for batch, count in observation.batches(sample, size):
             images, ctf = particles.batch(batch)
             included = (particles.group_of(batch) == groups) & (np.arange(size) < count)
@@ -227,65 +237,69 @@ def _measure(
 
 
 def _evenly_spaced(
-    members: Int[np.ndarray, " members"], most: int
+    indices: Int[np.ndarray, " chosen"], most: int
 ) -> Int[np.ndarray, " sample"]:
-    """Return so many of the members, evenly spaced."""
-    count = min(len(members), most)
-    return members[np.linspace(0, len(members) - 1, count).astype(int)]
+    """Return at most ``most`` of the indices, evenly spaced."""
+    count = min(len(indices), most)
+    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
-def update_maps(members: ParticleSet, state: SetState, data: folds.Folds) -> SetState:
+def update_maps(
+    particle_set: ParticleSet, state: SetState, data: folds.Folds
+) -> SetState:
     """Make the folds' maps, each from the other fold.
 
     Parameters
     ----------
-    members
-        The parameters of the particles.
+    particle_set
+        The particles, of which only the parameters are used.
     state
         The maps and multipliers to start from, and ``tau``.
     data
         The data terms of the folds, see `sum_up` and `folds.folds`.
     """
-    config = members.config
+    config = particle_set.config
     maps = folds.solve_all(
         data, state.maps, state.tau, config.regulariser, config.admm_iterations
     )
     return eqx.tree_at(lambda s: s.maps, state, maps)
 
 
-def assess(members: ParticleSet, state: SetState) -> SetState:
+def assess(particle_set: ParticleSet, state: SetState) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
-    The scale is common to all groups. The power of the noise, which is taken for what
-    it is within the circle if the images are masked, is infinite in shells that
-    a group's images are empty in; a group of no or empty images keeps what it has.
+    The scale is common to all groups. The power of the noise is that within the circle
+    if the images are masked. It is infinite in shells where a group's images are empty;
+    groups without images, or of empty ones, keep the power that they have.
 
     Parameters
     ----------
-    members
+    particle_set
         The particles, a sample of which is compared with the maps.
     state
-        Their poses, the folds' maps, and the noise that groups are weighed by.
+        Their poses, the folds' maps, and the noise by which groups are weighted.
     """
     volumes = [fold.coefficients for fold in state.maps]
-    sums = _measure(members, state.hypotheses, volumes)
+    sums = _measure(particle_set, state.hypotheses, volumes)
     gain = sums.pooled(observation.relative_precision(state.noise)).gain
-    # A shell that the images are empty in says nothing, however small its residual.
+    # Where the images are empty the residual is small, but says nothing of the noise.
     data, inside = (
         sums.data / jnp.maximum(sums.count, 1.0),
-        slice(1, members.last_shell + 1),
+        slice(1, particle_set.last_shell + 1),
     )
     fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
     empty = data <= _EMPTY_SHELL * fullest
     residual, count = (
         jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
-    power = noise_power(residual, count) / members.particles.noise_share
+    power = noise_power(residual, count) / particle_set.particles.noise_share
     median = jnp.nanmedian(
         jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )
     power = jnp.where(empty, jnp.inf, jnp.maximum(power, _LEAST_NOISE * median))
-    measured = (fullest > 0) & (jnp.arange(data.shape[1])[None] <= members.last_shell)
+    measured = (fullest > 0) & (
+        jnp.arange(data.shape[1])[None] <= particle_set.last_shell
+    )
     noise = jnp.where(measured, power, state.noise)
     return eqx.tree_at(
         lambda s: (s.gain, s.noise, s.fold_fsc),
@@ -313,14 +327,14 @@ class FinalMap:
 
 
 def choose_tau(
-    members: ParticleSet, state: SetState, sums: list[Sums]
+    particle_set: ParticleSet, state: SetState, sums: list[Sums]
 ) -> tuple[SetState, dict[float, float]]:
     """Choose the regulariser's weight by cross-validation, unless it is given.
 
     Parameters
     ----------
-    members
-        The parameters of the particles, which may give the weight.
+    particle_set
+        The particles, whose parameters may give the weight.
     state
         The folds' maps to start from, and the weight to begin with.
     sums
@@ -328,10 +342,10 @@ def choose_tau(
 
     Returns
     -------
-    The state with the folds' maps and the weight that were chosen, and the errors of
-    prediction that they were chosen by, if they were.
+    The state with the chosen weight and the folds' maps made with it, and the errors of
+    prediction of the weights that were tried; none if the weight is given.
     """
-    config = members.config
+    config = particle_set.config
     if config.tau is not None:
         return state, {}
     tau, maps, errors = folds.cross_validate(
@@ -345,16 +359,16 @@ def choose_tau(
 
 
 def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalMap:
-    """Make one map of all folds, starting between theirs, at the state's ``tau``.
+    """Make one map of both folds, with the state's weight ``tau`` of the regulariser.
 
     Parameters
     ----------
     config
         The regulariser, and how many iterations are made.
     sums
-        The sums of both folds; of no images the map is empty.
+        The sums of both folds; without images the map is empty.
     state
-        The folds' maps to start from, and the weight of the regulariser.
+        The folds' maps, whose mean the iterations start from, and ``tau``.
     """
     total = sums[0] + sums[1]
     data = data_term(total)

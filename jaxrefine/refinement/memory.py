@@ -1,8 +1,7 @@
 r"""How much memory a refinement will need, and what to do when there is too little.
 
-The estimate is a count of the arrays that live at once, of the engine of
-:mod:`jaxrefine.refinement.loop`. Of the two halves of an outer iteration the larger one
-decides:
+The estimate counts the arrays that :mod:`jaxrefine.refinement.loop` holds at once. It
+is the larger of what the two steps of an outer iteration need:
 
 - the pose update holds, for each particle of a batch, about 85 bytes for each frequency
   that it is compared in, whatever the number of particles;
@@ -52,7 +51,7 @@ _DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
 # Bytes.
 _POLISHED = 85  # a frequency of a particle whose pose is polished
 _PIXEL = 12  # of its image, on the host, on the device and transformed
-_SEARCH = 44 * 2**20  # a batch of the search, whose size it finds by itself
+_SEARCH = 44 * 2**20  # a batch of the search, of `search.search_poses`' own size
 _INSERTED_SAMPLE = 80  # a sample of an inserted slice
 _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 
@@ -60,20 +59,21 @@ _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 @final
 @dataclass(frozen=True)
 class Plan:
-    """How a refinement will go about its work.
+    """The size of a refinement, its batch size, and the memory that it needs.
 
     Attributes
     ----------
     particles, image_size, half_sets
-        What will be refined: how many, of which side in pixels, in halves or not.
+        Number of particles, side of their images in pixels, and whether two half sets
+        are refined.
     r_max
         First and largest band limit of the poses, cycles per box.
     device
         Kind of the default device.
     batch_size
-        Particles at a time.
+        Number of particles at a time.
     estimated_bytes, available_bytes
-        The most memory that it will need, and what there is; None if unknown.
+        Estimated peak memory, and the memory that is available; None if unknown.
     """
 
     particles: int
@@ -103,10 +103,10 @@ class Plan:
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return how much memory the default device has to give; None if it is not known.
+    """Return the memory available on the default device; None if it is not known.
 
-    On a CPU, what the system has available (Linux), and no more than the job's or
-    container's limit leaves (cgroup v2); else, what JAX may take of the device's own.
+    On a CPU it is what the system has available (Linux), but no more than the limit of
+    the job or container leaves (cgroup v2). On other devices it is what JAX may take.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _left_by_groups(root: Path) -> list[int]:
-    """Return what the limits of this process's control groups leave of memory."""
+    """Return the memory that the limits of this process's control groups leave."""
     left, groups = [], root / "sys/fs/cgroup"
     with suppress(OSError):
         own = (root / "proc/self/cgroup").read_text().strip().rpartition("::/")[2]
@@ -149,9 +149,9 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     Parameters
     ----------
     particles
-        How many.
+        Their number.
     image_size
-        Their side in pixels.
+        Side of their images in pixels.
     config
         Parameters of the refinement.
     """
@@ -182,15 +182,15 @@ def plan(
 ) -> Plan:
     """Choose the largest batch with which a refinement fits into memory.
 
-    It is the one asked for, but no more than there are particles, or else a power of
-    two, from `LEAST_BATCH`.
+    This is the requested batch size, but at most the number of particles; if it does
+    not fit, it is the largest power of two that does, from `LEAST_BATCH`.
 
     Parameters
     ----------
     particles, image_size, config
         As for :func:`estimate_bytes`.
     available_bytes
-        Memory that there is, see :func:`available_bytes`; None for no limit.
+        Memory that may be used, see :func:`available_bytes`; None for no limit.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def plan(
 
 
 def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
-    """Return a plan with another batch, and what that needs, whether it fits or not."""
+    """Return a plan with another batch size and its memory, whether it fits or not."""
     needed = estimate_bytes(
         plan.particles, plan.image_size, replace(config, batch_size=batch_size)
     )
@@ -229,7 +229,7 @@ def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error says that the host or the device has no memory left."""
+    """Return whether an error says that the host or the device is out of memory."""
     return isinstance(error, MemoryError) or _EXHAUSTED in str(error)
 
 
@@ -241,11 +241,11 @@ def retry_on_out_of_memory(
     Parameters
     ----------
     function
-        What to call; it should carry on where it failed.
+        Called with a batch size; another call should continue where the last failed.
     batch_size
-        Particles at a time, at first.
+        Number of particles at a time in the first call.
     say
-        Called with a sentence before every further attempt.
+        Called with a message before every further attempt.
 
     Raises
     ------
@@ -263,7 +263,7 @@ def retry_on_out_of_memory(
                     f"there is too little memory even for {batch_size} particles at a "
                     "time"
                 ) from error
-        # Only here, out of the handler, are the failed attempt's arrays given back.
+        # The failed attempt's arrays are freed only here, outside of the handler.
         half = max(batch_size // 2, LEAST_BATCH)
         say(f"Out of memory with {batch_size} particles at a time; trying {half}.")
         batch_size = half

@@ -1,7 +1,8 @@
-r"""The pose side of an outer iteration, for one set of particles.
+r"""The pose update of an outer iteration, for one set of particles.
 
-`update_poses` searches, polishes and weighs; `measure_information` says how well the
-poses are known in the end, `undetermined` which particles show nothing.
+`update_poses` searches, polishes and weights candidate poses; `measure_information`
+measures how well the poses are known in the end, and `determined` tells which images
+show a particle.
 """
 
 from dataclasses import dataclass
@@ -34,36 +35,37 @@ class PoseReport:
     Attributes
     ----------
     searched, search_r_max
-        How many particles were searched for, and up to which band limit, cycles per
-        box; 0 without a search.
+        Number of particles that were searched for, and the band limit of the search,
+        cycles per box; 0 without a search.
     decided
-        Fraction of the particles with one hypothesis left.
+        Fraction of the particles whose best hypothesis has a weight of at least
+        ``Tuning.decided``.
     damping
         Median damping in each iteration of the polishing.
-    angle_change_in_degrees, shift_change_in_pixels
-        Median changes of the best poses.
+    angle_change, shift_change
+        Median changes of the best poses, radians and pixels.
     """
 
     searched: int
     search_r_max: int
     decided: float
     damping: list[float]
-    angle_change_in_degrees: float
-    shift_change_in_pixels: float
+    angle_change: float
+    shift_change: float
 
 
 def update_poses(
-    members: ParticleSet,
+    particle_set: ParticleSet,
     state: SetState,
     iteration: int,
     r_max: int,
     key: PRNGKeyArray,
 ) -> tuple[SetState, PoseReport]:
-    """Search for, polish and weigh the poses of all particles at a band limit.
+    """Search for, polish and weight the poses of all particles at a band limit.
 
     Parameters
     ----------
-    members, state
+    particle_set, state
         The particles, and what is known of them.
     iteration
         Outer iteration, from 0.
@@ -71,10 +73,18 @@ def update_poses(
         Band limit, cycles per box, one of `slices.bucket`.
     key
         Draws the candidates.
+
+    Returns
+    -------
+    The state with the new poses, and what was done.
     """
-    config, count, tuning = members.config, len(members), members.config.tuning
+    config, count, tuning = (
+        particle_set.config,
+        len(particle_set),
+        particle_set.config.tuning,
+    )
     keep, everyone = config.hypotheses, np.arange(count)
-    # The last place is for the best pose so far, which no search may lose.
+    # The last place keeps the best pose so far, which a search may not find again.
     places = np.arange(keep + 1) % keep
     rotations = np.asarray(state.hypotheses.rotations)[:, places]
     shifts = np.asarray(state.hypotheses.shifts)[:, places]
@@ -85,17 +95,17 @@ def update_poses(
     after_multi_start = iteration > config.last_multi_start
     searched = undecided if after_multi_start else np.ones(count, bool)
     search_r_max = slices.bucket(
-        min(r_max, config.search_r_max), members.particles.image_size
+        min(r_max, config.search_r_max), particle_set.particles.image_size
     )
-    view = observation.view(members.particles, r_max, state.noise)
+    view = observation.view(particle_set.particles, r_max, state.noise)
     results = []
     for fold in range(FOLDS):
-        of_fold = members.of_fold(fold)
+        of_fold = particle_set.of_fold(fold)
         chosen = of_fold[searched[of_fold]]
-        volume = reference_map(members, state, fold)
+        volume = reference_map(particle_set, state, fold)
         if len(chosen):
             candidates = search_candidates(
-                members, state, chosen, volume, search_r_max, is_wide, key
+                particle_set, state, chosen, volume, search_r_max, is_wide, key
             )
             rotations[chosen, :keep], shifts[chosen, :keep] = candidates
             active[chosen, :keep] = True
@@ -103,11 +113,11 @@ def update_poses(
         rows, columns = np.nonzero(active[of_fold])
         owners = of_fold[rows]
         polished = polish.polish_poses(
-            members.particles,
+            particle_set.particles,
             owners,
             config.interpolation.spectrum(volume, r_max),
             view,
-            members.prior,
+            particle_set.prior,
             rotations[owners, columns],
             shifts[owners, columns],
             config.update,
@@ -139,8 +149,8 @@ def update_poses(
         search_r_max=search_r_max if searched.any() else 0,
         decided=float(np.mean(np.asarray(hypotheses.weights)[:, 0] >= tuning.decided)),
         damping=np.median(damping, axis=0).tolist(),
-        angle_change_in_degrees=float(np.rad2deg(angle_change)),
-        shift_change_in_pixels=shift_change,
+        angle_change=angle_change,
+        shift_change=shift_change,
     )
     state = eqx.tree_at(
         lambda s: (s.hypotheses, s.information, s.evidence),
@@ -155,16 +165,16 @@ def update_poses(
 
 
 def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float]:
-    """Return by how much the best poses have changed, radians and pixels."""
+    """Return the median changes of the best poses, radians and pixels."""
     trace = np.einsum("pij,pij->p", before.rotations[:, 0], after.rotations[:, 0])
     turned = np.arccos(np.clip((trace - 1) / 2, -1, 1))
     moved = np.linalg.norm(after.shifts[:, 0] - before.shifts[:, 0], axis=-1)
     return float(np.median(turned)), float(np.median(moved))
 
 
-def reference_map(members: ParticleSet, state: SetState, fold: int) -> Volume:
+def reference_map(particle_set: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = members.masked(state.maps[fold].coefficients)
+    volume = particle_set.masked(state.maps[fold].coefficients)
     return filter_shells(volume, state.gain)
 
 
@@ -176,9 +186,10 @@ def _were_compared(state: SetState) -> bool:
 def wide_search(
     config: RefineConfig, image_size: int, dtype: jax.typing.DTypeLike
 ) -> tuple[int, Search]:
-    """Return the band limit of the search of the whole prior, and how it is searched.
+    """Return the band limit of the search of the whole prior, and the search.
 
-    Only what is refined is searched: of a fixed orientation or shift there is one.
+    Only what is refined is searched: a fixed orientation, or shift, is the only
+    candidate.
     """
     r_max = slices.bucket(config.first_r_max, image_size)
     step = image_size / (config.tuning.shifts_per_period * r_max)
@@ -195,10 +206,20 @@ def local_search(
     centres: int,
     dtype: jax.typing.DTypeLike,
 ) -> Search:
-    """Return how to search about so many centres at a band limit.
+    """Return the search about given orientations at a band limit.
 
-    Only what is refined is searched, as in `wide_search`. The spread of the candidates
-    about the centres is in radians.
+    Only what is refined is searched, as in `wide_search`.
+
+    Parameters
+    ----------
+    config, image_size, r_max
+        Parameters, side of the images in pixels, and band limit in cycles per box.
+    spread
+        Standard deviation of the candidates about each centre, radians.
+    centres
+        Number of orientations to search about, which share the candidates.
+    dtype
+        Type of the arrays.
     """
     step = image_size / (config.tuning.shifts_per_period * r_max)
     steps = config.tuning.local_shift_steps
@@ -230,14 +251,14 @@ def all_centres(
     chosen: Int[np.ndarray, " chosen"],
     rotations: Float[np.ndarray, "chosen h 3 3"],
 ) -> Float[np.ndarray, "particles 2*h 3 3"]:
-    """Return the centres of a local search: what a wide search found, and hypotheses.
+    """Return the centres of a local search: results of a wide search, and hypotheses.
 
     Parameters
     ----------
     hypotheses
         Of all particles, ``h`` of each.
     chosen, rotations
-        The particles that were searched for, and the orientations found.
+        The particles that were searched for, and the orientations that were found.
     """
     centres = np.tile(np.array(hypotheses.rotations), (1, 2, 1, 1))
     centres[chosen, : rotations.shape[1]] = rotations
@@ -245,7 +266,7 @@ def all_centres(
 
 
 def search_candidates(
-    members: ParticleSet,
+    particle_set: ParticleSet,
     state: SetState,
     chosen: Int[np.ndarray, " chosen"],
     volume: Volume,
@@ -257,20 +278,20 @@ def search_candidates(
 
     Parameters
     ----------
-    members, state
+    particle_set, state
         The particles, and what is known of them.
     chosen
-        Which of them to search for.
+        The particles to search for.
     volume
         The map that they are compared with.
     r_max
         Band limit, cycles per box.
     is_wide
-        Whether the whole prior is searched, at the first band limit, before.
+        Whether the whole prior is searched before, at the first band limit.
     key
         Draws the candidates.
     """
-    config, size = members.config, members.particles.image_size
+    config, size = particle_set.config, particle_set.particles.image_size
     dtype = state.noise.dtype
     centres = np.array(state.hypotheses.rotations)
     shifts = np.array(state.hypotheses.shifts[:, 0])
@@ -280,22 +301,22 @@ def search_candidates(
         return search_poses(
             search,
             jax.random.fold_in(key, number),
-            members.particles,
+            particle_set.particles,
             chosen,
             config.search_interpolation.spectrum(volume, r_max),
-            observation.view(members.particles, r_max, state.noise),
-            members.prior,
+            observation.view(particle_set.particles, r_max, state.noise),
+            particle_set.prior,
             centres,
             shifts,
         )
 
     if is_wide:
         first, search = wide_search(config, size, dtype)
-        given = np.asarray(members.prior.rotations)[:, None]
-        origin = np.asarray(members.prior.shifts)
+        given = np.asarray(particle_set.prior.rotations)[:, None]
+        origin = np.asarray(particle_set.prior.shifts)
         rotations, moved = run(0, search, first, given, origin)
         centres = all_centres(state.hypotheses, chosen, rotations)
-        # The wide search's shift is the better one only where nothing was known.
+        # Later, the polished shifts are better than those of the wide search.
         if not _were_compared(state):
             shifts[chosen] = moved[:, 0]
         spread = config.search_cell(first)
@@ -304,30 +325,30 @@ def search_candidates(
 
 
 def measure_information(
-    members: ParticleSet, state: SetState, r_max: int
+    particle_set: ParticleSet, state: SetState, r_max: int
 ) -> Float[np.ndarray, "particles 5 5"]:
-    """Return the information on every best pose, the cost's curvature included."""
+    """Return the information on every best pose, by `uncertainty.mean_curvatures`."""
     poses = state.hypotheses.best()
     rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
     information = np.array(state.information)
-    view = observation.view(members.particles, r_max, state.noise)
+    view = observation.view(particle_set.particles, r_max, state.noise)
     for fold in range(FOLDS):
-        owners = members.of_fold(fold)
-        volume = reference_map(members, state, fold)
+        owners = particle_set.of_fold(fold)
+        volume = reference_map(particle_set, state, fold)
         information[owners] = uncertainty.mean_curvatures(
-            members.particles,
+            particle_set.particles,
             owners,
-            members.config.interpolation.spectrum(volume, r_max),
+            particle_set.config.interpolation.spectrum(volume, r_max),
             view,
-            members.prior,
+            particle_set.prior,
             rotations[owners],
             shifts[owners],
             information[owners],
-            members.config.batch_size,
+            particle_set.config.batch_size,
         )
     return information
 
 
-def undetermined(state: SetState) -> Bool[np.ndarray, " particles"]:
-    """Return the particles whose images are more probable without a particle."""
-    return ~(np.asarray(state.evidence) > 0)
+def determined(state: SetState) -> Bool[np.ndarray, " particles"]:
+    """Return which images are more probable with the particle than without one."""
+    return np.asarray(state.evidence) > 0

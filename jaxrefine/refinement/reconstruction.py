@@ -12,7 +12,7 @@ from jaxrefine.maps import folds
 from jaxrefine.refinement import map_step
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import Reconstruction
-from jaxrefine.refinement.sets import checked, halves, particle_set
+from jaxrefine.refinement.sets import checked, halves, make_particle_set
 
 
 def reconstruct(
@@ -30,34 +30,45 @@ def reconstruct(
 
     Parameters
     ----------
-    particles, poses
-        Images, optics and poses.
+    particles
+        At least 4 images, of side ``n``, 16 pixels or more, and their optics.
+    poses
+        Rotation matrices ``(P, 3, 3)``, and shifts ``(P, 2)`` in pixels.
     config
-        Parameters, of which those of the volume update matter.
+        Parameters, by default `RefineConfig()`. Only those of the volume update have an
+        effect.
     key
         Deals the particles into two halves.
     subsets
         The half of each particle, 1 or 2; dealt at random without it.
 
+    Returns
+    -------
+    The map, of shape ``(n, n, n)``, the weight of its regulariser, and the sums that
+    the maps of the halves are made from.
+
     Raises
     ------
     InputError
-        If images and poses do not fit each other, or are not finite.
+        If there are fewer than 4 particles, or fewer than 4 in a given half; if the
+        images have a side of less than 16 pixels; if images, poses and subsets do not
+        fit each other; if poses or an image are not finite; if the rotations are not
+        rotation matrices, or the subsets are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size
     poses, volume = checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
-    members = particle_set(particles, poses, key, config)
+    particle_set = make_particle_set(particles, poses, key, config)
     if subsets is not None:
         fold = np.zeros(len(particles), int)
         fold[halves(len(particles), key, subsets)[1]] = 1
-        members = replace(members, fold=fold)
-    state = map_step.start(members, volume)
+        particle_set = replace(particle_set, fold=fold)
+    state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(members, state.hypotheses, state.noise, everyone)
-    state = map_step.update_maps(members, state, folds.folds(sums))
-    state = map_step.assess(members, state)
-    sums = map_step.sum_up(members, state.hypotheses, state.noise, everyone)
-    state, errors = map_step.choose_tau(members, state, sums)
+    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    state = map_step.update_maps(particle_set, state, folds.folds(sums))
+    state = map_step.assess(particle_set, state)
+    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    state, errors = map_step.choose_tau(particle_set, state, sums)
     final = map_step.final_map(config, sums, state)
     return Reconstruction(np.asarray(final.volume), sums, final.lam, final.tau, errors)

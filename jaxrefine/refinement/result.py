@@ -1,4 +1,4 @@
-"""What a refinement, its iterations and a reconstruction return."""
+"""The results of a refinement, of its iterations and of a reconstruction."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +25,14 @@ class RefineInfo:
         Band limits of the polishing and of the search, cycles per box; 0 for a search
         that did not take place.
     searched
-        How many particles were searched for.
+        Number of particles that were searched for.
     decided
-        Fraction of the particles with one hypothesis left.
+        Fraction of the particles whose best hypothesis has a weight of at least
+        ``Tuning.decided``.
     damping
         Median damping of each iteration of the polishing.
     angle_change_in_degrees, shift_change_in_pixels
-        Medians over the particles.
+        Median changes of the best poses.
     tau
         Weight of the regulariser, for each set.
     fold_score
@@ -65,13 +66,13 @@ class Reconstruction:
     Attributes
     ----------
     volume
-        The map.
+        The map, of shape ``(n, n, n)``.
     sums
-        What the map was made of, for the two halves of the particles.
+        The sums that the map was made of, for the two halves of the particles.
     lam, tau
         Weight of the regulariser, absolute and in units of the noise.
     errors
-        Errors of prediction that ``tau`` was chosen by, if it was.
+        Error of prediction of each ``tau`` that was tried; empty if it was given.
     """
 
     volume: Float[np.ndarray, "n n n"]
@@ -82,7 +83,7 @@ class Reconstruction:
 
     @cached_property
     def half_maps(self) -> list[np.ndarray]:
-        """Maps of the halves by themselves, not regularised, made when asked for."""
+        """Maps of the two halves, not regularised; made when they are first read."""
         return [np.asarray(least_squares(half)) for half in self.sums]
 
 
@@ -94,19 +95,19 @@ class Result:
     Attributes
     ----------
     poses
-        Refined poses.
+        Refined poses: rotation matrices ``(P, 3, 3)``, and shifts ``(P, 2)`` in pixels.
     covariances
         Of each rotation vector (radians) and shift (pixels); 0 for what is fixed.
     log_likelihood
         Logarithm of each particle's evidence: how much more probable the image is with
         the particle than without.
     undetermined
-        Particles whose images are more probable without a particle. They keep the poses
-        that they were given, and no map is made of them.
+        Whether each image is more probable without a particle than with it. Such
+        particles keep their given poses, and are left out of the maps.
     volume
-        The map.
+        The map, of shape ``(n, n, n)``.
     half_maps, fsc
-        With half sets, their maps, not regularised, and the correlation of these.
+        With half sets, their maps, not regularised, and the FSC of these; else None.
     tau
         Weight of the regulariser.
     state

@@ -1,4 +1,4 @@
-"""Sets of particles that are refined by themselves: all of them, or two half sets."""
+"""Sets of particles that are refined independently: all of them, or two half sets."""
 
 from dataclasses import dataclass
 from typing import final
@@ -27,12 +27,12 @@ _UNIT = 1e-3  # how far R R^T may be from 1: rounding of files, and no more
 @final
 @dataclass(frozen=True)
 class ParticleSet:
-    """Particles that are refined by themselves, and how.
+    """Particles that are refined independently of all others, and how.
 
     Attributes
     ----------
     indices
-        Places of the particles of this set among all of the refinement.
+        Where the particles of this set are among all of the refinement.
     particles, prior
         The particles, and what is known of their poses.
     fold
@@ -40,7 +40,8 @@ class ParticleSet:
     config
         Parameters.
     mask
-        What of a map the particles are compared with; None for all of it.
+        What a map is multiplied by before the particles are compared with it; None if
+        they are compared with all of it.
     """
 
     indices: Int[np.ndarray, " particles"]
@@ -51,7 +52,7 @@ class ParticleSet:
     mask: Volume | None = None
 
     def masked(self, volume: Volume) -> Volume:
-        """Return what of a map the particles are compared with."""
+        """Return the part of a map that the particles are compared with."""
         return volume if self.mask is None else volume * self.mask
 
     def __len__(self) -> int:
@@ -68,18 +69,18 @@ class ParticleSet:
         insertion = self.config.insertion
         return default_insertion() if insertion is None else insertion
 
-    def of_fold(self, fold: int) -> Int[np.ndarray, " members"]:
-        """Return the particles of a fold."""
+    def of_fold(self, fold: int) -> Int[np.ndarray, " chosen"]:
+        """Return where the particles of a fold are in this set."""
         return np.flatnonzero(self.fold == fold)
 
 
-def particle_set(
+def make_particle_set(
     particles: Particles,
     poses: Poses,
     key: PRNGKeyArray,
     config: RefineConfig,
     mask: Volume | None = None,
-    indices: Int[np.ndarray, " members"] | None = None,
+    indices: Int[np.ndarray, " chosen"] | None = None,
 ) -> ParticleSet:
     """Deal particles into two folds, with priors about their poses.
 
@@ -146,14 +147,14 @@ def divide(
     dealing, fold, draw = jax.random.split(key, 3)
     if mask is not None:
         mask = _checked_mask(mask, particles.image_size)
-    members = [np.arange(len(particles))]
+    indices_of_sets = [np.arange(len(particles))]
     if config.half_sets:
-        members = halves(len(particles), dealing, subsets)
-    sets = [
-        particle_set(particles, poses, fold, config, mask, indices)
-        for indices in members
+        indices_of_sets = halves(len(particles), dealing, subsets)
+    particle_sets = [
+        make_particle_set(particles, poses, fold, config, mask, indices)
+        for indices in indices_of_sets
     ]
-    return draw, sets
+    return draw, particle_sets
 
 
 def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
@@ -165,8 +166,8 @@ def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
 
 def halves(
     count: int, key: PRNGKeyArray, subsets: Int[np.ndarray, " particles"] | None
-) -> list[Int[np.ndarray, " members"]]:
-    """Return the particles of two halves: given as 1 and 2, or dealt at random.
+) -> list[Int[np.ndarray, " chosen"]]:
+    """Return the indices of the particles of either half: as given, or at random.
 
     Parameters
     ----------
@@ -189,13 +190,13 @@ def halves(
             f"subsets must be 1 or 2 for each of {count} particles, and not all the "
             f"same, got {sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
         )
-    sets = [np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)]
-    if min(map(len, sets)) < FEWEST:
+    first, second = np.flatnonzero(subsets == 1), np.flatnonzero(subsets == 2)
+    if min(len(first), len(second)) < FEWEST:
         raise InputError(
-            f"each half set must have at least {FEWEST} particles, got {len(sets[0])} "
-            f"and {len(sets[1])}"
+            f"each half set must have at least {FEWEST} particles, got {len(first)} "
+            f"and {len(second)}"
         )
-    return sets
+    return [first, second]
 
 
 def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, Volume]:

@@ -1,4 +1,4 @@
-"""What the refinement knows: the state that its iterations pass on."""
+"""The state that one outer iteration of the refinement hands to the next."""
 
 from typing import final
 
@@ -15,14 +15,14 @@ from jaxrefine.poses.hypotheses import Hypotheses
 
 @final
 class SetState(eqx.Module):
-    """What is known of a set of particles that is refined by itself.
+    """What is known of a set of particles that is refined independently.
 
     Attributes
     ----------
     hypotheses
-        Poses.
+        Candidate poses of each particle, with their weights.
     information, evidence
-        Of each particle's best pose; see `polish.Polished`.
+        Those of each particle's best pose, see `polish.Polished`.
     maps
         ADMM states of the folds' maps.
     gain
@@ -57,21 +57,21 @@ class RefineState(eqx.Module):
 
     Attributes
     ----------
-    sets, members
-        The sets that are refined by themselves, and the places of their particles
-        among all.
+    set_states, indices
+        The states of the sets that are refined independently, and where the particles
+        of each are among all.
     iteration, r_max
         Outer iterations made, and the band limit of the next (of the last, at the end).
     pose_change, best_gold
-        What the next iteration is compared with: the median change of the angles, in
-        degrees (or of the shifts, in pixels, if the angles are fixed), and the best
+        What the next iteration is compared with: the median change of the rotations,
+        radians (or of the shifts, pixels, if the angles are fixed), and the best
         correlation of half sets.
     finished
         Whether the refinement has converged.
     """
 
-    sets: tuple[SetState, ...]
-    members: tuple[Int[Array, "_"], ...]
+    set_states: tuple[SetState, ...]
+    indices: tuple[Int[Array, "_"], ...]
     iteration: Int[Array, ""]
     r_max: Int[Array, ""]
     pose_change: Float[Array, ""]
@@ -81,12 +81,12 @@ class RefineState(eqx.Module):
     @property
     def poses(self) -> Poses:
         """The best poses so far, in the order of the particles."""
-        best = [each.hypotheses.best() for each in self.sets]
-        back = jnp.argsort(jnp.concatenate(self.members))
+        best = [each.hypotheses.best() for each in self.set_states]
+        back = jnp.argsort(jnp.concatenate(self.indices))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *best)
 
     @property
     def volume(self) -> Volume:
         """The mean of the maps so far."""
-        maps = [each.mean_map for each in self.sets]
+        maps = [each.mean_map for each in self.set_states]
         return sum(maps[1:], maps[0]) / len(maps)

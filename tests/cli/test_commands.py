@@ -131,8 +131,11 @@ def test_the_defaults_that_are_told_are_those_of_the_library():
     )
     matching = declared(match.MatchSettings)
     for name, value in dataclasses.asdict(MatchConfig()).items():
-        option = matching.get({"angle_step_in_degrees": "angle_step"}.get(name, name))
-        assert option is None or option.default == value
+        option = matching.get(name)
+        if option is not None:
+            in_radians = option.unit == "degrees"
+            default = math.radians(option.default) if in_radians else option.default
+            assert default == value
     assert math.radians(declared(demo.DemoSettings)["max_angle_error"].default) == 0.7
 
 

@@ -32,7 +32,7 @@ def scene():
     k = np.arange(N) - N // 2
     window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 10)
     volume = window * rng.normal(size=(N, N, N))
-    views = matching.directions(STEP)
+    views = matching.directions(np.deg2rad(STEP))
     psi = np.deg2rad(STEP) * rng.integers(0, 12, (COUNT, 1))
     angles = np.concatenate([views[rng.integers(0, len(views), COUNT)], psi], axis=1)
     shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)

@@ -70,7 +70,9 @@ def stand_in():
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
-            state=SimpleNamespace(sets=[SimpleNamespace(fold_fsc=np.ones(N // 2 + 1))]),
+            state=SimpleNamespace(
+                set_states=[SimpleNamespace(fold_fsc=np.ones(N // 2 + 1))]
+            ),
             tau=0.7,
         )
 

@@ -44,7 +44,7 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_batches_are_the_images_asked_for_in_single_precision(source, tmp_path):
     images = SOURCES[source](tmp_path)
-    particles = Particles(images, CTF(DEFOCI, DEFOCI))
+    particles = Particles(images, CTF(DEFOCI, DEFOCI), 1.5)
     assert len(particles) == 7 and particles.image_size == 4
     for indices in (np.array([5, 0, 5]), jnp.array([1]), np.arange(7)):
         batch, ctf = particles.batch(indices)
@@ -131,13 +131,21 @@ def test_images_that_are_none_or_not_square_are_refused(images, words):
 @pytest.mark.parametrize("defoci", [1e4, jnp.ones(6)])
 def test_optics_of_other_particles_are_refused(defoci):
     with pytest.raises(InputError, match="each of 7 images"):
-        Particles(IMAGES, CTF(defoci, defoci))
+        Particles(IMAGES, CTF(defoci, defoci), 1.5)
 
 
 @pytest.mark.parametrize("pixel", [0.0, -1.0, np.nan, np.inf])
 def test_pixel_sizes_that_are_not_positive_are_refused(pixel):
     with pytest.raises(InputError, match="pixel_size_in_angstroms must be positive"):
         Particles(IMAGES, None, float(pixel))
+
+
+def test_optics_need_a_pixel_size():
+    """A CTF is a function of frequencies in angstroms; nothing else needs them."""
+    words = "^pixel_size_in_angstroms must be given with a ctf, got none$"
+    with pytest.raises(InputError, match=words):
+        Particles(IMAGES, CTF(DEFOCI, DEFOCI))
+    assert Particles(IMAGES).box_in_angstroms == 4
 
 
 @pytest.mark.parametrize("indices", [[7], [-1, 2]])

@@ -1,6 +1,7 @@
 """The studies run, resume, and refuse folders of runs with other settings."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -304,7 +305,7 @@ def interrupted(method):
 @pytest.mark.parametrize("name", ["projection matching", "joint, matched first"])
 def test_an_interrupted_method_resumes_to_the_same_numbers(load, case, tmp_path, name):
     compare, methods = load("comparison").compare, load("methods")
-    matching = MatchConfig(angle_step_in_degrees=30.0, max_shift=2.0)
+    matching = MatchConfig(angle_step=math.radians(30), max_shift=2.0)
     settings = RefineConfig(half_sets=True, iterations=3, multi_start=())
     method = {
         "projection matching": methods.projection_matching(matching, 2, seed=0),

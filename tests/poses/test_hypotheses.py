@@ -22,8 +22,8 @@ def draw_rotations(count, seed=0, dtype=jnp.float64):
 
 def make_prior(seed=0, dtype=jnp.float64, **changes):
     settings = {
-        "angle_std": ANGLE_STD,
-        "shift_std": SHIFT_STD,
+        "angle_spread": ANGLE_STD,
+        "shift_spread": SHIFT_STD,
         "max_angle": MAX_ANGLE,
         "max_shift": MAX_SHIFT,
     }

@@ -20,7 +20,7 @@ from jaxrefine.poses import matching
 from jaxrefine.poses.matching import MatchConfig
 
 N, PIXEL, COUNT = 32, 4.0, 24
-STEP = 15.0
+STEP = math.radians(15)
 CONFIG = MatchConfig(STEP, max_shift=2.0, r_max=8)
 
 
@@ -68,7 +68,7 @@ def on_grid(volume):
     """Poses of the grid, and the images that they make."""
     rng = np.random.default_rng(0)
     views = matching.directions(STEP)
-    psi = np.deg2rad(STEP) * rng.integers(0, 24, COUNT)
+    psi = STEP * rng.integers(0, 24, COUNT)
     chosen = views[rng.integers(0, len(views), COUNT)]
     chosen[:2] = views[[0, -1]]  # the poles
     shifts = rng.integers(-1, 2, (COUNT, 2))
@@ -79,7 +79,7 @@ def on_grid(volume):
 @pytest.mark.parametrize("step", [6.0, 7.0, 15.0, 40.0, 90.0])
 def test_directions_cover_the_sphere(step):
     """None is further than 0.75 steps; neighbours are a step apart, more or less."""
-    rot, tilt = matching.directions(step).T
+    rot, tilt = matching.directions(np.deg2rad(step)).T
     points = np.stack(
         [np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], axis=1
     )
@@ -97,7 +97,7 @@ def test_directions_cover_the_sphere(step):
 def all_scores(volume, images, config, ctf=None):
     """Correlate with `slices.project` at every pose of the grid, one by one."""
     m, pixel = images.shape[-1], np.arange(images.shape[-1]) - images.shape[-1] // 2
-    half = math.ceil(180 / config.angle_step_in_degrees)
+    half = math.ceil(math.pi / config.angle_step - 1e-9)
     radii, phi = np.meshgrid(
         np.arange(1, config.r_max + 1), np.pi / half * np.arange(half), indexing="ij"
     )
@@ -112,7 +112,7 @@ def all_scores(volume, images, config, ctf=None):
     reach = np.arange(-10, 11) * config.shift_step
     poses = [
         (rot, tilt, np.pi / half * k, x, y)
-        for rot, tilt in matching.directions(config.angle_step_in_degrees)
+        for rot, tilt in matching.directions(config.angle_step)
         for k in range(2 * half)
         for x in reach
         for y in reach
@@ -157,7 +157,10 @@ def blurred_noise(n):
 @pytest.mark.slow
 def test_brute_force_finds_the_same():
     """Every pose of a small grid; images of noise, so that nothing else is near."""
-    n, config = 17, MatchConfig(35.0, 1.5, shift_step=0.75, r_max=4, batch_size=4)
+    n, config = (
+        17,
+        MatchConfig(math.radians(35), 1.5, shift_step=0.75, r_max=4, batch_size=4),
+    )
     images = np.random.default_rng(n).normal(size=(6, n, n))
     ctf = optics(6, defocus_u=12000.0, defocus_v=12000.0)
     volume = blurred_noise(n)
@@ -208,7 +211,8 @@ def test_poses_between_are_found_within_about_a_step(volume):
     truth = Poses(rotations, simulate.random_shifts(key, COUNT, 1.4, jnp.float32))
     found = matching.match(Particles(project(volume, truth)), volume, CONFIG)
     angles, shifts = errors(found.poses, truth)
-    assert np.median(angles) < 0.75 * STEP and angles.max() < 1.5 * STEP
+    step = math.degrees(STEP)
+    assert np.median(angles) < 0.75 * step and angles.max() < 1.5 * step
     assert np.median(shifts) < 0.75 and shifts.max() < 1.5
     assert float(found.scores.min()) > 0.9
 
@@ -225,7 +229,7 @@ def test_the_optics_are_undone(on_grid, volume):
     np.testing.assert_allclose(found.scores, 1, atol=0.1)
 
     blind = matching.match(Particles(images, None, PIXEL), volume, CONFIG)
-    assert np.median(errors(blind.poses, truth)[0]) > 2 * STEP
+    assert np.median(errors(blind.poses, truth)[0]) > 2 * math.degrees(STEP)
     assert float(blind.scores.max()) < float(found.scores.min())
     crossed = optics(COUNT, scale=-1.0, defocus_angle=0.6 + np.pi / 2)
     turned = matching.match(Particles(images, crossed, PIXEL), volume, CONFIG)
@@ -234,7 +238,7 @@ def test_the_optics_are_undone(on_grid, volume):
 
 def test_the_band_follows_the_step(on_grid, volume):
     """1 / 0.25 radians is 4 cycles per box."""
-    particles, step = Particles(on_grid[1][:1]), math.degrees(0.25)
+    particles, step = Particles(on_grid[1][:1]), 0.25
     one, other = (
         matching.match(particles, volume, MatchConfig(step, 0.0, r_max=r_max))
         for r_max in (None, 4)
@@ -259,7 +263,7 @@ def test_relions_projections(data_dir):
     found = matching.match(
         Particles(np.concatenate(images)),
         jnp.asarray(cropped),
-        MatchConfig(10.0, max_shift=12.0),
+        MatchConfig(math.radians(10), max_shift=12.0),
     )
     truth = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves).astype(jnp.float32), *poses
@@ -278,7 +282,7 @@ def test_relions_projections(data_dir):
         (lambda: MatchConfig(shift_step=0.0), "shift_step must be .*, got 0.0$"),
         (lambda: MatchConfig(batch_size=0), "batch_size must be .*, got 0$"),
         (lambda: matching.directions(0.0), "angular step must be .*, got 0.0$"),
-        (lambda: matching.directions(91.0), "angular step must be .*, got 91.0$"),
+        (lambda: matching.directions(7.5), "angular step must be .*, got 7.5$"),
         (lambda: matching.directions(math.nan), "angular step must be .*, got nan$"),
     ],
 )
@@ -310,7 +314,7 @@ def test_the_background_is_what_lies_outside_of_the_inscribed_circle(m):
     expected = without_background(images)
     np.testing.assert_array_equal(expected[:3], images[:3])
     assert (expected[3:] < images[3:]).all()
-    volume, config = blurred_noise(m), MatchConfig(45.0, 0.0, r_max=3)
+    volume, config = blurred_noise(m), MatchConfig(math.radians(45), 0.0, r_max=3)
     _, table = all_scores(volume, expected, config)
     found = matching.match(Particles(images), volume, config)
     np.testing.assert_allclose(found.scores, table.max(axis=1), atol=1e-5)

@@ -128,7 +128,12 @@ def test_covering_counts_grow_within_bounds():
 
 
 def make_prior(rotation, **changes):
-    settings = {"angle_std": 0.4, "shift_std": 2.0, "max_angle": 3.2, "max_shift": 6.0}
+    settings = {
+        "angle_spread": 0.4,
+        "shift_spread": 2.0,
+        "max_angle": 3.2,
+        "max_shift": 6.0,
+    }
     settings = settings | changes
     numbers = [jnp.asarray(x, rotation.dtype) for x in settings.values()]
     return Prior(rotation, jnp.zeros(2, rotation.dtype), *numbers)
@@ -157,10 +162,10 @@ def brute_force(known, rotations, likelihoods, keep, separation):
     turns = np.asarray(rotations) @ np.asarray(known.rotations).T
     angles = np.linalg.norm(Rotation.from_matrix(turns).as_rotvec(), axis=1)
     chord = 2 * np.sin(angles / 2)
-    by_rotation = -(chord**2) / 2 / float(known.angle_std) ** 2
+    by_rotation = -(chord**2) / 2 / float(known.angle_spread) ** 2
     by_rotation[angles > float(known.max_angle)] = -np.inf
     lengths = np.hypot(*np.asarray(OFFSETS).T)
-    by_shift = -(lengths**2) / 2 / float(known.shift_std) ** 2
+    by_shift = -(lengths**2) / 2 / float(known.shift_spread) ** 2
     by_shift[lengths > float(known.max_shift)] = -np.inf
     posterior = np.asarray(likelihoods) + by_shift
     score = np.logaddexp.reduce(posterior, axis=1) + by_rotation
@@ -233,7 +238,7 @@ def test_half_a_turn_or_more_is_no_limit(max_angle):
     """All rotations are within pi: a larger limit must not forbid any."""
     given = draw_rotations(1, 9)[0]
     truth = jnp.asarray(Rotation.from_rotvec([0, 3.0, 0]).as_matrix()) @ given
-    known = make_prior(given, angle_std=10.0, max_angle=max_angle)
+    known = make_prior(given, angle_spread=10.0, max_angle=max_angle)
     (rotations, _), *_ = run(
         jax.random.key(4), image_at(truth, SHIFT), known, jnp.stack([given, truth])
     )

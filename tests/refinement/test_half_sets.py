@@ -21,7 +21,7 @@ from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import half_sets, map_step
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import particle_set
+from jaxrefine.refinement.sets import make_particle_set
 
 N, COUNT = 24, 8
 TURN, OFFSET = jnp.array([0.05, -0.04, 0.06]), jnp.array([0.4, 0.3, -0.5])
@@ -59,7 +59,7 @@ def test_a_set_that_drifted_is_brought_back(fixed):
     )
     limits = {} if fixed is None else {f"max_{fixed}": 0.0}
     images = np.zeros((COUNT, N, N), np.float32)
-    whole = particle_set(
+    whole = make_particle_set(
         Particles(images),
         poses,
         jax.random.key(3),
@@ -107,7 +107,7 @@ def test_no_pose_leaves_its_limits():
     )
     config = RefineConfig(max_angle=0.02, max_shift=0.1)
     images = np.zeros((COUNT, N, N), np.float32)
-    whole = particle_set(Particles(images), poses, jax.random.key(3), config)
+    whole = make_particle_set(Particles(images), poses, jax.random.key(3), config)
     here, there = (map_step.start(whole, volume) for _ in range(2))
     maps = (admm.init(drifted), admm.init(drifted))
     here = eqx.tree_at(lambda s: s.maps, here, (admm.init(volume), admm.init(volume)))

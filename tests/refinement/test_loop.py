@@ -32,8 +32,8 @@ from jaxrefine.refinement import (
     reconstruction,
     schedule,
 )
-from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import divide, particle_set
+from jaxrefine.refinement.config import RefineConfig, Tuning
+from jaxrefine.refinement.sets import divide, make_particle_set
 
 N, P, LAST = 24, 80, 11
 ZEROS, CONSTANT, NOISE = 3, 10, 41  # particles without a particle
@@ -280,7 +280,7 @@ def test_poses_stay_in_their_bounds(scene, run):
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 def test_the_scale_of_the_initial_map_does_not_matter(scene, factor):
     """It is given that of the images, whatever it was; an empty map stays empty."""
-    whole = particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
+    whole = make_particle_set(Particles(scene.images), scene.initial, KEY, CONFIG)
     known = [
         map_step.start(whole, scene.map * jnp.asarray(f, SINGLE))
         for f in (1.0, factor, 0.0)
@@ -325,7 +325,7 @@ def test_the_callback_is_told_everything(run):
 def test_the_state_is_consistent(run):
     """Weights are probabilities; the best hypothesis is the first one."""
     for state, _ in run[1]:
-        (one,) = state.sets
+        (one,) = state.set_states
         weights = np.asarray(one.hypotheses.weights)
         np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
         assert (np.diff(weights, axis=1) <= 0).all()
@@ -407,7 +407,7 @@ def test_half_sets_have_maps_and_a_correlation(scene, halves):
     # They have no regulariser, unlike the maps that the poses were compared with.
     smooth, rough = (
         float(jnp.sum(jnp.linalg.norm(tv.gradient(jnp.asarray(volume)), axis=0)))
-        for volume in (result.state.sets[0].mean_map, first)
+        for volume in (result.state.set_states[0].mean_map, first)
     )
     assert rough > 1.5 * smooth
     assert result.tau == pytest.approx(0.9, rel=1e-6)
@@ -436,14 +436,14 @@ def test_half_sets_know_nothing_of_each_other(scene, halves):
         jax.tree.map(lambda leaf: leaf[first], halves[0].poses),
     )
     np.testing.assert_array_equal(result.half_maps[0], halves[0].half_maps[0])
-    assert_identical(result.state.sets[0], halves[0].state.sets[0])
+    assert_identical(result.state.set_states[0], halves[0].state.set_states[0])
     assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
 
 
 @pytest.mark.slow
 def test_subsets_are_respected(scene, halves):
     """Sets are who they are said to be; without labels they are two halves."""
-    sizes = [len(one.evidence) for one in halves[0].state.sets]
+    sizes = [len(one.evidence) for one in halves[0].state.set_states]
     assert sizes == [P // 2, P // 2]
     uneven = np.where(np.arange(P) < 20, 2, 1)
 
@@ -452,17 +452,19 @@ def test_subsets_are_respected(scene, halves):
         return divide(particles, scene.initial, config, KEY, subsets)[1]
 
     for subsets, expected in ((uneven, [60, 20]), (None, [40, 40])):
-        sets = deal(HALVES, subsets)
-        assert [len(members) for members in sets] == expected
-        places = np.concatenate([members.indices for members in sets])
+        particle_sets = deal(HALVES, subsets)
+        assert [len(particle_set) for particle_set in particle_sets] == expected
+        places = np.concatenate(
+            [particle_set.indices for particle_set in particle_sets]
+        )
         assert sorted(places) == list(range(P))
-        for members in sets:
-            images, _ = members.particles.batch(np.arange(len(members)))
-            np.testing.assert_array_equal(images, scene.images[members.indices])
-            given = scene.initial.shifts[members.indices]
-            np.testing.assert_array_equal(members.prior.shifts, given)
+        for particle_set in particle_sets:
+            images, _ = particle_set.particles.batch(np.arange(len(particle_set)))
+            np.testing.assert_array_equal(images, scene.images[particle_set.indices])
+            given = scene.initial.shifts[particle_set.indices]
+            np.testing.assert_array_equal(particle_set.prior.shifts, given)
             # Two folds of each set, as large as each other.
-            assert abs(len(members.of_fold(0)) - len(members.of_fold(1))) <= 1
+            assert abs(len(particle_set.of_fold(0)) - len(particle_set.of_fold(1))) <= 1
     np.testing.assert_array_equal(deal(HALVES, uneven)[1].indices, np.arange(20))
     (everyone,) = deal(CONFIG, None)
     np.testing.assert_array_equal(everyone.indices, np.arange(P))
@@ -530,25 +532,25 @@ def test_no_map_is_made_of_what_is_undetermined(scene, which):
     scene.refine(STILL, images=images, callback=lambda state, info: seen.append(state))
     chosen = np.ones(P, bool)
     if which == "a fold":
-        _, (members,) = divide(Particles(images), scene.initial, STILL, KEY, None)
-        chosen = members.fold == 0
+        _, (particle_set,) = divide(Particles(images), scene.initial, STILL, KEY, None)
+        chosen = particle_set.fold == 0
     # The state before the final maps, with particles that show something or not.
     evidence = jnp.where(chosen, -1.0, 1.0).astype(SINGLE)
     state = eqx.tree_at(
-        lambda s: (s.sets[0].evidence, s.finished), seen[-1], (evidence, True)
+        lambda s: (s.set_states[0].evidence, s.finished), seen[-1], (evidence, True)
     )
     result = scene.refine(STILL, images=images, state=state)
     for leaf in jax.tree.leaves(outcome(result)):
         assert not np.isnan(leaf).any()
     # A fold's map is made from the other one, and that of fold 1 from none at all.
-    first, second = (fold.coefficients for fold in result.state.sets[0].maps)
+    first, second = (fold.coefficients for fold in result.state.set_states[0].maps)
     assert not np.any(second)
     assert np.any(first) == np.any(result.volume) == (which == "a fold")
 
 
 def test_the_wide_search_keeps_all_that_is_known(run):
     """The second pass is about the candidates found and every current hypothesis."""
-    (state,) = run[1][1][0].sets
+    (state,) = run[1][1][0].set_states
     chosen = np.arange(0, P, 2)
     candidates = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
     centres = pose_step.all_centres(state.hypotheses, chosen, candidates)[chosen]
@@ -583,11 +585,17 @@ def test_error_bars_are_those_of_the_last_band(scene):
     result = scene.refine(config, callback=lambda *each: seen.append(each))
     (before, first), (after, second) = seen
     assert first.r_max < int(before.r_max) == second.r_max == int(after.r_max)
-    _, (members,) = divide(Particles(scene.images), scene.initial, config, KEY, None)
-    (state,) = after.sets
+    _, (particle_set,) = divide(
+        Particles(scene.images), scene.initial, config, KEY, None
+    )
+    (state,) = after.set_states
     supported = float(crossing(state.fold_fsc[: LAST + 1], 0.5))
-    assert schedule.next_band_limit(second.r_max, supported, members) > second.r_max
-    bars = np.linalg.inv(pose_step.measure_information(members, state, second.r_max))
+    assert (
+        schedule.next_band_limit(second.r_max, supported, particle_set) > second.r_max
+    )
+    bars = np.linalg.inv(
+        pose_step.measure_information(particle_set, state, second.r_max)
+    )
     some = ~result.undetermined
     np.testing.assert_array_equal(result.covariances[some], bars[some])
     assert_identical(outcome(scene.refine(config, state=before)), outcome(result))
@@ -618,7 +626,7 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
 
     def error(volume, mask):
         particles = Particles(scene.images)
-        whole = particle_set(particles, scene.initial, KEY, CONFIG, mask)
+        whole = make_particle_set(particles, scene.initial, KEY, CONFIG, mask)
         state = map_step.start(whole, volume)
         state, _ = pose_step.update_poses(whole, state, 0, LAST, KEY)
         return scene.errors(state.hypotheses.best())["angle_error_deg_median"]
@@ -637,18 +645,22 @@ def test_maps_and_their_correlations_are_whole(scene):
         config, subsets=SUBSETS, mask=mask, callback=lambda *each: seen.append(each)
     )
     ((state, info),) = seen
-    for known in state.sets:
+    for known in state.set_states:
         first, second = known.maps
         curve = fsc(first.coefficients, second.coefficients)
         np.testing.assert_allclose(known.fold_fsc, curve, atol=1e-5)
-    _, sets = divide(Particles(scene.images), scene.initial, config, KEY, SUBSETS, mask)
-    gold = half_sets.correlation(state.sets[0], state.sets[1], sets[0])
+    _, particle_sets = divide(
+        Particles(scene.images), scene.initial, config, KEY, SUBSETS, mask
+    )
+    gold = half_sets.correlation(
+        state.set_states[0], state.set_states[1], particle_sets[0]
+    )
     score = float(jnp.mean(gold[1 : LAST + 1]))
     assert info.gold_score == pytest.approx(score, rel=1e-5)
     first, second = map(jnp.asarray, result.half_maps)
     curve = fsc(first, second)
     np.testing.assert_array_equal(result.fsc, curve)
-    first, second = (one.mean_map for one in state.sets)
+    first, second = (one.mean_map for one in state.set_states)
     solvent = np.asarray(mask) == 0
     for volume in (result.volume, *result.half_maps, first, second):
         assert np.asarray(volume)[solvent].std() > 1e-3 * np.asarray(volume).max()
@@ -687,7 +699,7 @@ def test_a_symmetric_sum_is_that_of_all_copies(scene):
         (np.repeat(some, 4), copies, CONFIG),
     ):
         images = scene.images[owners]
-        whole = particle_set(Particles(images), poses, KEY, settings)
+        whole = make_particle_set(Particles(images), poses, KEY, settings)
         fold = np.arange(len(images)) >= len(images) // 2
         whole = dataclasses.replace(whole, fold=fold.astype(int))
         everyone = np.ones(len(images), bool)
@@ -812,14 +824,15 @@ def test_a_small_particle_is_searched_in_larger_cells():
 def test_the_largest_band_limit_is_kept(scene):
     for most, expected in ((None, 8), (7, 6), (11, 8)):
         config = dataclasses.replace(CONFIG, first_r_max=4, max_r_max=most)
-        members = particle_set(Particles(scene.images), scene.initial, KEY, config)
-        reached = schedule.next_band_limit(4, 11.0, members)
+        particle_set = make_particle_set(
+            Particles(scene.images), scene.initial, KEY, config
+        )
+        reached = schedule.next_band_limit(4, 11.0, particle_set)
         assert reached == slices.bucket(expected, N), (most, reached)
 
 
 # --- what is refused
 
-POSITIVE = ("angle_spread", "shift_spread")
 COUNTS = (
     "iterations",
     "first_r_max",
@@ -831,18 +844,57 @@ COUNTS = (
 )
 
 
-@pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
-def test_settings_that_must_be_positive(name, value):
-    with pytest.raises(InputError, match=f"^{name} must be positive, got {value}$"):
-        dataclasses.replace(CONFIG, **{name: float(value)})
+def test_settings_that_must_be_positive(value):
+    with pytest.raises(InputError, match=f"^shift_spread must be .*, got {value}$"):
+        RefineConfig(shift_spread=float(value))
 
 
-@pytest.mark.parametrize("name", ["max_angle", "max_shift"])
 @pytest.mark.parametrize("value", [-1.0, np.nan])
-def test_limits_that_are_none(name, value):
-    with pytest.raises(InputError, match=f"^{name} must be at least 0, got"):
-        RefineConfig(**{name: value})
+def test_limits_that_are_none(value):
+    with pytest.raises(InputError, match=f"^max_shift must be .* 0, got {value}$"):
+        RefineConfig(max_shift=float(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_angle", 180.0),
+        ("max_angle", -1.0),
+        ("max_angle", np.nan),
+        ("angle_spread", 26.0),
+        ("angle_spread", 0.0),
+        ("angle_spread", np.nan),
+    ],
+)
+def test_angles_are_radians(name, value):
+    words = f"^{name} must be .* at most pi radians, got {value}$"
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(CONFIG, **{name: float(value)})
+    largest = dataclasses.replace(CONFIG, **{name: np.pi})
+    assert getattr(largest, name) == np.pi
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "range_"),
+    [
+        ("supported_fsc", 2.0, "more than 0 and at most 1"),
+        ("supported_fsc", 0.0, "more than 0 and at most 1"),
+        ("settled", -0.1, "at least 0"),
+        ("progress", 0.0, "positive"),
+        ("stalled", np.nan, "at least 0"),
+        ("sample", 0, "at least 2"),
+        ("least_per_group", 1, "at least 2"),
+        ("shifts_per_period", 0, "at least 1"),
+        ("local_shift_steps", -1, "at least 0"),
+        ("decided", 1.5, "more than 0 and at most 1"),
+        ("negligible", 1.0, "at least 0 and less than 1"),
+        ("final_rounds", 0, "at least 1"),
+    ],
+)
+def test_tuning_out_of_range_is_refused(name, value, range_):
+    with pytest.raises(InputError, match=f"^{name} must be {range_}, got {value}$"):
+        dataclasses.replace(Tuning(), **{name: value})
 
 
 @pytest.mark.parametrize(

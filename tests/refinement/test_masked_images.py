@@ -74,7 +74,7 @@ def masked(scene):
 
 def test_the_noise_is_that_in_the_circle(scene, whole, masked):
     for result in (whole, masked):
-        (state,) = result.state.sets
+        (state,) = result.state.set_states
         found = np.mean(np.asarray(state.noise)[0, 2:LAST])
         assert found == pytest.approx((scene[3] * N) ** 2, rel=0.1)
 
@@ -105,6 +105,6 @@ def test_a_better_start_of_the_noise(scene):
     """Before any map is made, too."""
     images = Masked(scene[2], DIAMETER, np.zeros((P, 2)))
     particles = Particles(images)
-    (state,) = loop.init(particles, scene[1], scene[0], CONFIG, key=KEY).sets
+    (state,) = loop.init(particles, scene[1], scene[0], CONFIG, key=KEY).set_states
     found = np.asarray(state.noise)[0, LAST]
     assert found == pytest.approx((scene[3] * N) ** 2, rel=0.1)

@@ -24,7 +24,7 @@ from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 from jaxrefine.refinement import loop, map_step, reconstruction
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import divide, particle_set
+from jaxrefine.refinement.sets import divide, make_particle_set
 
 N, LAST, P = 16, 7, 240
 SHELLS = N // 2 + 1
@@ -207,7 +207,7 @@ def test_a_group_knows_nothing_of_the_others_noise(scene, images):
 
 def whole_of(scene, images, group, config=CONFIG):
     particles = Particles(images, None, 4.0, group)
-    return particle_set(particles, scene.poses, KEY, config)
+    return make_particle_set(particles, scene.poses, KEY, config)
 
 
 def test_the_sums_are_those_of_the_groups(scene, images):
@@ -347,12 +347,14 @@ def test_half_sets_keep_their_groups(scene, images):
     config = dataclasses.replace(CONFIG, half_sets=True)
     particles = Particles(images, None, 4.0, GROUP)
     subsets = 1 + np.arange(P) % 2
-    _, sets = divide(particles, scene.poses, config, KEY, subsets)
-    for members in sets:
-        np.testing.assert_array_equal(members.particles.group, GROUP[members.indices])
+    _, particle_sets = divide(particles, scene.poses, config, KEY, subsets)
+    for particle_set in particle_sets:
+        np.testing.assert_array_equal(
+            particle_set.particles.group, GROUP[particle_set.indices]
+        )
     # A half that lacks the last group has one spectrum less.
-    _, sets = divide(particles, scene.poses, config, KEY, 1 + GROUP)
-    assert [members.particles.groups for members in sets] == [1, 2]
+    _, particle_sets = divide(particles, scene.poses, config, KEY, 1 + GROUP)
+    assert [particle_set.particles.groups for particle_set in particle_sets] == [1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +374,7 @@ def run(scene, images):
 @pytest.mark.slow
 def test_poses_are_known_as_well_as_the_noise_allows(scene, run):
     _, result, _ = run
-    (state,) = result.state.sets
+    (state,) = result.state.set_states
     errors = np.log(np.asarray(state.noise) / np.asarray(scene.power((WHITE, RISING))))
     assert np.abs(errors[:, 2 : LAST + 1].mean(axis=1)).max() < 0.2
     group, some = GROUP[:96], np.arange(96)

@@ -50,7 +50,7 @@ def test_the_spectrum_of_real_noise_is_found(data_dir):
         simulate.blur(truth, 3.0),
         key=jax.random.key(2),
     )
-    (found,) = result.state.sets[0].noise
+    (found,) = result.state.set_states[0].noise
     np.testing.assert_allclose(found[shells], expected, rtol=0.05)
     errors = evaluation.pose_errors(
         *jax.tree.map(lambda leaf: leaf.astype(float), (result.poses, clean.truth))
