@@ -16,6 +16,7 @@ from jaxrefine.cli import match, reconstruct, refine
 from jaxrefine.cli.commands.match import MATCH
 from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
@@ -71,19 +72,19 @@ def engine():
         calls.append((arguments, options))
         raise KeyboardInterrupt
 
-    names = ("init", "refine", "reconstruct", "match")
-    return SimpleNamespace(calls=calls, **dict.fromkeys(names, stop))
+    return SimpleNamespace(calls=calls, stop=stop)
 
 
 @pytest.fixture
 def command(data, run, engine):
     """Run a command on the data, with the engine above."""
+    all_stop = Engine(engine.stop, engine.stop, engine.stop)
     commands = [
-        replace(each, run=partial(module.run, engine=engine))
-        for each, module in (
-            (REFINE, refine),
-            (RECONSTRUCT, reconstruct),
-            (MATCH, match),
+        replace(each, run=partial(implementation, **stand_in))
+        for each, implementation, stand_in in (
+            (REFINE, refine.run, {"engine": all_stop}),
+            (RECONSTRUCT, reconstruct.run, {"engine": all_stop}),
+            (MATCH, match.run, {"match": engine.stop}),
         )
     ]
 
