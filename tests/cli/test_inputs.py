@@ -206,7 +206,9 @@ def test_masks_that_are_none(data, command, engine):
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_the_published_presets_know_no_mask(data, command, preset):
     for options in (["--mask", data / "mask.mrc"], ["--mask-images"]):
-        words = f"{options[0]} needs --preset default, got --preset {preset}"
+        words = (
+            f"{options[0]} must be given with --preset default, got --preset {preset}"
+        )
         assert_refused(data, command("refine", "--preset", preset, *options), words)
 
 

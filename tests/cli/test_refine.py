@@ -491,7 +491,7 @@ def test_a_bad_option_is_a_sentence(data, refine, stand_in, bad):
 )
 def test_what_the_published_presets_cannot(data, run, option):
     bad = command(data, "--preset", "released", *option, star="plain.star")
-    run(*bad).assert_refused(f"{option[0]} needs --preset default")
+    run(*bad).assert_refused(f"{option[0]} must be given with --preset default")
     assert not (data / "out").exists()
 
 
