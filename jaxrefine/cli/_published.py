@@ -39,8 +39,8 @@ def _configure(
     """Return the preset, at the noise level of the images."""
     if source.particles.ctf is not None:
         raise InputError(
-            f"{source.path} has contrast-transfer functions, which --preset "
-            f"{settings.preset} cannot correct for; the default preset can."
+            f"--preset must be default for particles with contrast-transfer functions, "
+            f"as {source.path} has, got {settings.preset}"
         )
     chosen: dict[str, Any] = {"batch_size": settings.batch_size or _BATCH_SIZE}
     if settings.iterations is not None:

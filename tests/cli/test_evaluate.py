@@ -188,7 +188,7 @@ def test_bad_input_is_a_sentence(tmp_path, run):
         ([empty, truth], "e.star must hold particles"),
         ([truth, empty], "e.star must hold particles"),
         ([tmp_path / "absent.star", truth], "does not exist"),
-        ([tmp_path / "p.star", truth], "lacks the columns rlnAngleRot"),
+        ([tmp_path / "p.star", truth], "must have the columns rlnAngleRot"),
         ([truth, truth, "--symmetry", "Q"], "symmetry"),
         ([truth, truth, "--json", tmp_path / "no/out.json"], "not a folder"),
     ):

@@ -142,7 +142,7 @@ def test_a_map_that_does_not_say_its_voxels(data, command, engine):
 )
 def test_a_diameter_that_nothing_uses(data, command, engine, words):
     refused = command(*words, "--particle-diameter", 20)
-    assert_refused(data, refused, "--particle-diameter has no effect here without")
+    assert_refused(data, refused, "--particle-diameter must be given with --normalise")
     assert not engine.calls
 
 
@@ -185,8 +185,8 @@ def test_the_folder_knows_its_mask(data, command, engine):
 
 def masks(data):
     soft, write = ball(N, PIXEL), partial(write_mrc, data / "bad.mrc")
-    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "use --resample")
-    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "use --resample")
+    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "--resample brings")
+    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "--resample brings")
     yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc must have values", "got 0 to 1.5")
     yield (
         lambda: write(soft - 0.5, PIXEL),

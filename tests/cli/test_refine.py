@@ -529,14 +529,14 @@ def odd(data):
 
 
 BAD_INPUTS = {
-    of_another_size: "init.mrc has 18^3 voxels",
-    of_another_voxel: "init.mrc has voxels of 2.02 A",
+    of_another_size: "got 18^3 voxels",
+    of_another_voxel: "got voxels of 2.02 A",
     of_zeros: "init.mrc must not be zero everywhere",
     lambda data: (data / "init.mrc").unlink(): "init.mrc does not exist",
     lambda data: (data / "particles.mrcs").unlink(): "names particles.mrcs, which",
     lambda data: (data / "particles.star").write_text("no"): "not a STAR file",
     lambda data: (data / "out").write_text("a file"): "out must be a folder, got",
-    odd: "has images of 17 x 17 pixels",
+    odd: "got images of 17 x 17 pixels",
     used: "holds files but no run.json",
     of_something_else: "run.json must be the report of a run",
 }
@@ -554,7 +554,7 @@ def test_bad_input_is_a_sentence(data, refine, stand_in, damage):
 @pytest.mark.parametrize("preset", ["default", "released"])
 @pytest.mark.parametrize(
     ("values", "words"),
-    [([np.nan], "holds a value that is not finite."), ([0] * N**2, "is 0 everywhere.")],
+    [([np.nan], "must be finite, got"), ([0] * N**2, "must not be constant, got 0")],
 )
 def test_an_image_that_is_none(data, run, preset, values, words):
     """Found when it is read; nothing is left of the run."""

@@ -1,5 +1,6 @@
 """What the README and the pages say holds: examples run, names and links exist."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -128,6 +129,37 @@ def exists(parts: list[str]) -> bool:
                 return False
         found = getattr(found, part)
     return True
+
+
+def messages() -> list[str]:
+    """Return the texts of the package, with an ellipsis where a value is put in."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [
+                part.value if isinstance(part, ast.Constant) else "..."
+                for part in parts
+            ]
+            if all(isinstance(text, str) for text in texts):
+                found.append("".join(map(str, texts)))
+    return found
+
+
+def test_messages_that_are_quoted_exist():
+    """Those of troubleshooting; what is not the program's own is left out by dots."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [" ".join(each.split()) for each in re.findall(r'\*"([^"]+)"\*', text)]
+    assert len(quoted) >= 5
+    known = messages()
+    for each in quoted:
+        pieces = [piece for piece in each.split("...") if piece.strip(" ()")]
+        assert any(in_order(pieces, message) for message in known), each
+
+
+def in_order(pieces: list[str], text: str) -> bool:
+    """Whether a text has these pieces, one after another."""
+    return re.search(".*".join(map(re.escape, pieces)), text) is not None
 
 
 def test_the_table_of_equations_has_every_part_of_the_method():

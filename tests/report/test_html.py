@@ -238,7 +238,7 @@ def test_a_report_without_poses_and_with_an_odd_name(reports, tmp_path):
         half_set_fsc=None,
         rows=[],
     )
-    with pytest.raises(InputError, match="Cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         html.write(tmp_path / "no" / "report.html", odd)
     html.write(tmp_path / "report.html", odd)
     page = Page((tmp_path / "report.html").read_text("utf-8"))
