@@ -109,7 +109,7 @@ def assert_refused(data, result, *words):
 def test_a_map_on_another_grid(data, command, engine, name, n, voxel, words):
     """It is refused, with a way out; resampled, it is what it was."""
     write_mrc(data / "map.mrc", blob(n, voxel), voxel)
-    offer = "map.mrc has", words, "images of", "; use --resample to bring it"
+    offer = "map.mrc must have", f"got {words}", "images of", "; --resample brings it"
     assert_refused(data, command(name), *offer)
     assert command(name, "--resample").code == 130
     ((arguments, _),) = engine.calls

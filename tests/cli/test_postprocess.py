@@ -184,7 +184,7 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
             "the mask must have the size of the maps",
         ),
         ((one, two, *out, "--mask", two), "half2.mrc must have values from 0"),
-        ((one, two, *out, "--seed", "-1"), "--seed must be at least 0"),
+        ((one, two, *out, "--seed", "-1"), "--seed must be from 0 to 2147483647"),
         (
             (one, two, *out, "--low-pass", "0"),
             "--low-pass must be more than 0",

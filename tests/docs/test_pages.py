@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
+from jaxrefine import cli, evaluation, io, simulate
 from jaxrefine.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +26,7 @@ PACKAGE = ROOT / "jaxrefine"
 PARTS = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
 
 # Examples that refine poses; all others take the time of an import.
-REFINES = ("jr.refine(", "paper.refine(")
+REFINES = ("jr.refine(", "paper.refine(", "refine_files(")
 
 
 def named(path: Path) -> str:
@@ -99,6 +101,30 @@ def test_example_of_the_method_refines_poses():
         )
         assert after < 0.5 * before
     assert float(fsc.removeprefix("mean FSC ")) > 0.5
+
+
+@pytest.mark.slow
+def test_example_of_files_refines_them(tmp_path):
+    """A small data set: what is written is closer to the truth than what was read."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    out.mkdir()
+    truth = simulate.phantom(jax.random.key(0), 16)
+    io.write_mrc(tmp_path / "map.mrc", truth, 4.0)
+    words = ["simulate", tmp_path / "map.mrc", "--out", data, "--particles", 64]
+    words += ["--snr-db", 6, "--max-shift", 1, "--max-angle-error", 14]
+    words += ["--initial-blur", 1]
+    assert cli.main([str(word) for word in words]) == 0
+    files = ", ".join(repr(str(data / name)) for name in ("particles.star", "init.mrc"))
+    call = f"import pathlib\nrefine_files({files}, pathlib.Path({str(out)!r}))\n"
+    output_of(f"{example_with('refine_files(')}\n{call}")
+    assert io.read_mrc(out / "map.mrc")[0].shape == truth.shape
+    true = io.read_poses(data / "truth.star")
+    before, after = (
+        evaluation.summarise(evaluation.pose_errors(io.read_poses(path), true))
+        for path in (data / "init.star", out / "particles.star")
+    )
+    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+        assert after[figure] < 0.5 * before[figure]
 
 
 def code_spans(text: str) -> list[str]:
