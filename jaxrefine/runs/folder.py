@@ -111,7 +111,7 @@ class RunFolder:
         others = [name for name in changed if name not in may_change]
         if others:
             raise InputError(
-                f"{self.path} must hold a run with these settings, got one with other "
+                f"{self.path} must hold a run with these settings, got a run with other "
                 f"settings ({', '.join(others)}); repeat its command, or name another "
                 "folder"
             )
