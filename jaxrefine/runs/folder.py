@@ -111,9 +111,9 @@ class RunFolder:
         others = [name for name in changed if name not in may_change]
         if others:
             raise InputError(
-                f"{self.path} must hold a run with these settings, got a run with other "
-                f"settings ({', '.join(others)}); repeat its command, or name another "
-                "folder"
+                f"{self.path} must hold a run with these settings, got a run with "
+                f"other settings ({', '.join(others)}); repeat its command, or name "
+                "another folder"
             )
         self.finished = report.get("finished") is True and not changed
         self._kept = report.get("kept", {})
