@@ -33,7 +33,7 @@ class Settings:
     data: Path
     parts: Collection[str] = ()
 
-    def wants(self, part: str) -> bool:
+    def measures(self, part: str) -> bool:
         """Return whether a part is to be measured."""
         return not self.parts or part in self.parts
 

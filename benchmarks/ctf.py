@@ -24,7 +24,7 @@ from jaxrefine import io
 CASES = {"hjc64": "hjc_90.mrc"}
 PARTS = ()
 JAXREFINE = [sys.executable, "-m", "jaxrefine.cli"]
-SIMULATE = "--ctf --size 64 --particles 1000 --snr-db -5 --max-shift 3 --init-angle 0.7"
+SIMULATE = "--ctf --size 64 --particles 1000 --snr-db -5 --max-shift 3"
 
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
     functions = {"relion": relion, "joint": refine, "oracle": oracle, "bound": bound}
     figures: dict[str, Any] = DATA_SETS[case]._asdict()
     for part, function in functions.items():
-        if settings.wants(part):
+        if settings.measures(part):
             figures[part] = function(data)
     return figures
 

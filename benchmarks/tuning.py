@@ -51,7 +51,7 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
         changes = [
             {name: value}
             for name, values in NEIGHBOURS.items()
-            if settings.wants(name) and (name in OF_HALF_SETS) == half_sets
+            if settings.measures(name) and (name in OF_HALF_SETS) == half_sets
             for value in values
         ]
         for change in [{}, *changes] if changes else []:

@@ -5,6 +5,7 @@ class InputError(ValueError):
     """Raised for input that cannot be used.
 
     The message is one sentence that names what must be given and what was received, as
-    in "angle_spread must be positive, got -1". The command line prints only the
+    in "angle_spread must be positive, got -1": without a capital, unless it begins with
+    a name, and without a full stop. The command line prints only the command and the
     message, and exits with code 2.
     """

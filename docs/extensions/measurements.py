@@ -1,6 +1,6 @@
 """The tables of measured figures, from what the benchmarks have stored.
 
-A page has the line ``<!-- benchmark: NAME -->`` where it wants one.
+A page has the line ``<!-- benchmark: NAME -->`` in the place of each.
 """
 
 import re

@@ -44,13 +44,15 @@ def main(
 
         if not memory.ran_out(error):
             raise
-        return _refuse(command, "There is not enough memory; try a smaller batch size.")
+        return _refuse(
+            command, "there is not enough memory; try a smaller --batch-size"
+        )
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return _refuse(command, f"The operating system reports: {error}.")
+        return _refuse(command, f"the operating system reports: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -28,14 +28,14 @@ def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]
     a, b = io.read_mrc(first)[0], io.read_mrc(second)[0]
     if a.shape != b.shape:
         raise InputError(
-            f"The maps must have the same size, got {a.shape[0]}^3 ({first}) and "
-            f"{b.shape[0]}^3 ({second})."
+            f"the maps must have the same size, got {a.shape[0]}^3 ({first}) and "
+            f"{b.shape[0]}^3 ({second})"
         )
     voxel, other = io.voxel_size(first), io.voxel_size(second)
     if voxel and other and not _same(voxel, other):
         raise InputError(
-            f"The maps must have the same voxel size, got {voxel:g} A ({first}) and "
-            f"{other:g} A ({second})."
+            f"the maps must have the same voxel size, got {voxel:g} A ({first}) and "
+            f"{other:g} A ({second})"
         )
     return a, b, voxel or other or 1.0
 
@@ -58,14 +58,14 @@ def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
     mask, _ = io.read_mrc(path)
     if len(mask) != side:
         raise InputError(
-            f"The mask must have the size of the maps, {side}^3, got {len(mask)}^3 "
-            f"({path})."
+            f"the mask must have the size of the maps, {side}^3, got {len(mask)}^3 "
+            f"({path})"
         )
     own, voxel = io.voxel_size(path), io.voxel_size(map_path)
     if own and voxel and not _same(own, voxel):
         raise InputError(
-            f"The mask must have the voxel size of the maps, {voxel:g} A, got {own:g} "
-            f"A ({path})."
+            f"the mask must have the voxel size of the maps, {voxel:g} A, got {own:g} "
+            f"A ({path})"
         )
     check_mask(mask, path)
     return mask
@@ -90,7 +90,7 @@ def read_map_for(source: io.ParticleFile, path: Path, resampled: bool) -> jax.Ar
     """
     volume = _on_grid_of(source, path, io.read_mrc(path)[0], resampled)
     if not volume.any():
-        raise InputError(f"{path} must not be zero everywhere; it is.")
+        raise InputError(f"{path} must not be zero everywhere, got zeros only")
     return volume
 
 
@@ -123,8 +123,8 @@ def _on_grid_of(
         voxel = pixel
     if voxel is None:
         raise InputError(
-            f"{path} must give its voxel size in its header, since it has {n}^3 voxels "
-            f"and the images of {source.path} have {m}^2 pixels of {pixel:g} A."
+            f"{path} must give its voxel size in its header or have {m}^3 voxels, as "
+            f"many as the images of {source.path}, got {n}^3 voxels of no size"
         )
     if n == m and _same(voxel, pixel):
         return jnp.asarray(volume)
@@ -134,12 +134,12 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
-    mine, theirs = f"voxels of {voxel:g} A", f"pixels of {pixel:g} A"
+    mine, theirs = f"voxels of {voxel:g} A", f"voxels of {pixel:g} A"
     if n != m:
-        mine, theirs = f"{n}^3 voxels", f"{m}^2 pixels"
+        mine, theirs = f"{n}^3 voxels", f"{m}^3 voxels"
     raise InputError(
-        f"{path} has {mine}, but the images of {source.path} have {theirs}; use "
-        "--resample to bring it to their grid."
+        f"{path} must have {theirs}, the grid of the images of {source.path}, got "
+        f"{mine}; --resample brings it to that grid"
     )
 
 

@@ -16,7 +16,7 @@ def check_can_be_written(path: Path) -> None:
         regular file.
     """
     if not path.parent.is_dir():
-        raise InputError(f"Cannot write {path}: {path.parent} is not a folder.")
+        raise InputError(f"cannot write {path}: {path.parent} is not a folder")
     io.check_writable(path)
 
 
@@ -30,4 +30,4 @@ def check_is_no_input(path: Path, *inputs: Path) -> None:
     """
     for each in inputs:
         if path.exists() and each.exists() and path.samefile(each):
-            raise InputError(f"Cannot write {path}: it is an input.")
+            raise InputError(f"cannot write {path}: it is an input")

@@ -49,8 +49,8 @@ def read(
     particles = source.particles
     if with_poses and not source.has_poses:
         raise InputError(
-            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), it has none; "
-            "`jaxrefine match` finds them."
+            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none; "
+            "`jaxrefine match` finds them"
         )
     if (
         settings.invert
@@ -58,14 +58,15 @@ def read(
         and np.any(particles.ctf.scale < 0)
     ):
         raise InputError(
-            f"{path} already says that protein is dark (a negative "
-            "rlnCtfScalefactor, or blob/sign); --invert would undo that."
+            "--invert must not be given for particles that are inverted already, got "
+            f"{path}, which says that protein is dark (a negative rlnCtfScalefactor, "
+            "or blob/sign)"
         )
     m = particles.image_size
     if m % 2:
         raise InputError(
-            f"The side of images must be even, here and in RELION; {path} has images "
-            f"of {m} x {m} pixels."
+            "the side of images must be even, here as in RELION, got images of "
+            f"{m} x {m} pixels in {path}"
         )
     _tell_what_is_done(source)
     diameter, box = settings.particle_diameter, particles.box_in_angstroms
@@ -77,8 +78,8 @@ def read(
     circled = settings.invert or settings.normalise or settings.mask_images
     if diameter is not None and not (diameter_used or circled):
         raise InputError(
-            "--particle-diameter has no effect here without --normalise, --invert or "
-            "--mask-images."
+            "--particle-diameter must be given with --normalise, --invert or "
+            "--mask-images, without which it has no effect here, got none of them"
         )
     circle = _CIRCLE * box if diameter is None else diameter
     return _prepared(source, settings, circle, with_poses)

@@ -6,7 +6,8 @@ Degrees and angstroms become radians and cycles per box here.
 import math
 import sys
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,13 +16,14 @@ from jaxtyping import Int
 
 from jaxrefine import io
 from jaxrefine.cli._particles import shell_of
-from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
     SHIFT_LIMIT_OF_SPREAD,
     SHIFT_SPREAD_OF_LIMIT,
     RefineSettings,
 )
+from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -32,23 +34,21 @@ from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """What refines and makes maps: :mod:`jaxrefine.refinement`, or a stand-in."""
-
-    init: Any
-    refine: Any
-    reconstruct: Any
-
-
-def configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:
-    """Return the engine's parameters; those that are not given follow from others.
+def prepare(settings: RefineSettings, inputs: Inputs, engine: Engine) -> Refinement:
+    """Return what an engine is to do.
 
     Raises
     ------
     InputError
         If a resolution or a shift is not one of the images'.
     """
+    config = _configure(settings, inputs.source)
+    resolved = _resolved(config, inputs.source.particles)
+    return Refinement(config, resolved, partial(_run, settings, inputs, config, engine))
+
+
+def _configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:
+    """Return the engine's parameters; those that are not given follow from others."""
     chosen: dict[str, Any] = {
         "half_sets": settings.half_sets,
         "symmetry": settings.symmetry,
@@ -132,33 +132,39 @@ def _band_limits(settings: RefineSettings, particles: Particles) -> dict[str, An
     return {**chosen, "first_r_max": first}
 
 
-def resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
+def _resolved(config: RefineConfig, particles: Particles) -> dict[str, Any]:
     """Return the values that the options have in this run, in the options' units.
 
     None stands for a value that the refinement chooses.
     """
     box = particles.box_in_angstroms
     finest = None if config.max_r_max is None else box / config.max_r_max
+    angles = {
+        "max_angle": math.degrees(config.max_angle),
+        "angle_spread": math.degrees(config.angle_spread),
+    }
+    shifts = {
+        "max_shift": float(config.max_shift),
+        "shift_spread": float(config.shift_spread),
+    }
     return {
         "iterations": config.iterations,
         "tau": config.tau,
-        "max_angle": math.degrees(config.max_angle),
-        "max_shift": float(config.max_shift),
-        "angle_spread": math.degrees(config.angle_spread),
-        "shift_spread": float(config.shift_spread),
+        **(angles if config.max_angle else {}),
+        **(shifts if config.max_shift else {}),
         "initial_resolution": box / config.first_r_max,
         "max_resolution": finest,
         "particle_diameter": config.particle_diameter * box,
     }
 
 
-def run(
+def _run(
     settings: RefineSettings,
     inputs: Inputs,
     config: RefineConfig,
+    engine: Engine,
     folder: RunFolder,
     bars: Bars,
-    engine: Engine,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     source = inputs.source

@@ -1,13 +1,14 @@
 """The presets ``paper`` and ``released`` of ``jaxrefine refine``: the spatial model."""
 
 import time
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, paper
-from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
@@ -18,20 +19,27 @@ from jaxrefine.runs.progress import Bars
 _MEASURED = 500  # images that the noise is measured in
 
 
-def configure(
-    settings: RefineSettings, source: io.ParticleFile
-) -> paper.Algorithm1Config:
-    """Return the preset, at the noise level of the images.
+def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
+    """Return what the published algorithm is to do.
 
     Raises
     ------
     InputError
         If the particles have optics, which the published algorithm cannot correct for.
     """
+    config = _configure(settings, inputs.source)
+    resolved = {"iterations": config.iterations, "batch_size": config.batch_size}
+    return Refinement(config, resolved, partial(_run, inputs, config))
+
+
+def _configure(
+    settings: RefineSettings, source: io.ParticleFile
+) -> paper.Algorithm1Config:
+    """Return the preset, at the noise level of the images."""
     if source.particles.ctf is not None:
         raise InputError(
-            f"{source.path} has contrast-transfer functions, which --preset "
-            f"{settings.preset} cannot correct for; the default preset can."
+            f"--preset must be default for particles with contrast-transfer functions, "
+            f"as {source.path} has, got {settings.preset}"
         )
     chosen: dict[str, Any] = {}
     if settings.batch_size is not None:
@@ -50,12 +58,7 @@ def _noise(source: io.ParticleFile) -> float:
     return float(np.std(np.asarray(images, np.float64)[:, outside(m, float(m))]))
 
 
-def resolved(config: paper.Algorithm1Config) -> dict[str, Any]:
-    """Return the values that the options have in this run."""
-    return {"iterations": config.iterations, "batch_size": config.batch_size}
-
-
-def run(
+def _run(
     inputs: Inputs, config: paper.Algorithm1Config, folder: RunFolder, bars: Bars
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""

@@ -1,5 +1,6 @@
 """What every preset of ``jaxrefine refine`` is given, and what it returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from jaxrefine import io
 from jaxrefine.geometry import Poses
+from jaxrefine.runs.folder import RunFolder
+from jaxrefine.runs.progress import Bars
 
 
 @final
@@ -50,3 +53,25 @@ class Outcome:
     half_maps: tuple[np.ndarray, np.ndarray] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class Refinement:
+    """A refinement that is ready to run.
+
+    Attributes
+    ----------
+    config
+        The engine's parameters, a dataclass.
+    resolved
+        What the options came to, by their names and in their units. None stands for
+        what the refinement chooses by itself; options of what is fixed are left out.
+    run
+        Refines in a folder, from its last checkpoint if it has one, and shows how far
+        it is.
+    """
+
+    config: Any
+    resolved: dict[str, Any]
+    run: Callable[[RunFolder, Bars], Outcome]

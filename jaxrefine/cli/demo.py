@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import evaluation, io, refinement, simulate
-from jaxrefine.cli._production import Engine
+from jaxrefine import evaluation, io, simulate
 from jaxrefine.cli.commands.demo import DemoSettings
+from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
@@ -28,7 +28,7 @@ from jaxrefine.runs.progress import Bars
 _SPREAD_OF_LARGEST = 0.65
 
 
-def run(settings: DemoSettings, engine: Engine = refinement) -> None:
+def run(settings: DemoSettings, engine: Engine = DEFAULT) -> None:
     """Run the demonstration, or carry on, and print its figures.
 
     ``demo.json`` comes first and marks the folder as the demo's own; ``summary.json``

@@ -36,7 +36,7 @@ def run(settings: EvaluateSettings) -> None:
     )
     for path, (poses, _) in zip(paths, (result, truth), strict=True):
         if not len(poses):
-            raise InputError(f"{path} must hold particles, it holds none.")
+            raise InputError(f"{path} must hold particles, got none")
     (poses, pixel), (true_poses, true_pixel) = result, truth
     if pixel is not None and true_pixel is not None:  # the result may be binned
         shifts = true_poses.shifts * (true_pixel / pixel)
@@ -73,8 +73,8 @@ def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]
             return places, "image name"
     if count != true_count:
         raise InputError(
-            f"The image names of {paths[0]} are not all in {paths[1]}, and {count} "
-            f"particles cannot be matched with {true_count} by their order."
+            f"{paths[1]} must hold all image names of {paths[0]}, or as many "
+            f"particles to be matched by their order, got {true_count} for {count}"
         )
     return np.arange(count), "order, as the image names do not match"
 

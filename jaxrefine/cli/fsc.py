@@ -28,7 +28,7 @@ def run(settings: FscSettings) -> None:
     for path, volume in ((settings.a, a), (settings.b, b)):
         if not (volume if mask is None else volume * mask).any():
             where = "everywhere" if mask is None else f"within {settings.mask}"
-            raise InputError(f"{path} must not be zero {where}; it is.")
+            raise InputError(f"{path} must not be zero {where}, got zeros only")
     n = a.shape[0]
     correlation = fsc(
         jnp.asarray(a), jnp.asarray(b), None if mask is None else jnp.asarray(mask)

@@ -1,7 +1,7 @@
 """``jaxrefine match``: particles and a map in, the particles' poses on a grid out."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,15 +13,17 @@ from jaxrefine.poses import matching
 from jaxrefine.runs.progress import Bars
 
 
-def run(settings: MatchSettings, engine: Any = matching) -> None:
+def run(
+    settings: MatchSettings, match: Callable[..., matching.Match] = matching.match
+) -> None:
     """Match the particles; write them with their poses.
 
     Parameters
     ----------
     settings
         What to do.
-    engine
-        What matches them: :mod:`jaxrefine.poses.matching`, or a stand-in.
+    match
+        What matches them, or a stand-in.
 
     Raises
     ------
@@ -47,7 +49,7 @@ def run(settings: MatchSettings, engine: Any = matching) -> None:
     )
     with Bars() as bars:
         advance = bars.next("matching", math.ceil(len(source) / config.batch_size))
-        result = engine.match(
+        result = match(
             source.particles, volume, config, callback=lambda done: advance(done, {})
         )
     columns = {"jaxrefineCorrelation": np.asarray(result.scores)}

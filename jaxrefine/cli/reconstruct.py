@@ -2,15 +2,15 @@
 
 import jax
 
-from jaxrefine import io, refinement
+from jaxrefine import io
 from jaxrefine.cli import _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
-from jaxrefine.cli._production import Engine
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
+from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.refinement.config import RefineConfig
 
 
-def run(settings: ReconstructSettings, engine: Engine = refinement) -> None:
+def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     """Make the map, and the half maps if they were asked for.
 
     Parameters
@@ -18,7 +18,7 @@ def run(settings: ReconstructSettings, engine: Engine = refinement) -> None:
     settings
         What to do.
     engine
-        What makes the map: :mod:`jaxrefine.refinement`, or a stand-in.
+        What makes the map.
 
     Raises
     ------

@@ -8,19 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrefine import io, refinement
+from jaxrefine import io
 from jaxrefine.cli import _maps, _particles, _production, _published
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli.commands.refine import RefineSettings
+from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
-from jaxrefine.runs.fingerprint import fingerprint
+from jaxrefine.runs.fingerprint import fingerprint, stacks_digest
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 
-def run(settings: RefineSettings, engine: _production.Engine = refinement) -> None:
+def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     """Refine, or carry on, or say that it is done.
 
     Parameters
@@ -39,31 +40,27 @@ def run(settings: RefineSettings, engine: _production.Engine = refinement) -> No
     published = settings.preset != "default"
     inputs = _read(settings, diameter_used=not published)
     if published:
-        config = _published.configure(settings, inputs.source)
-        resolved = _published.resolved(config)
+        refinement = _published.prepare(settings, inputs)
     else:
-        config = _production.configure(settings, inputs.source)
-        resolved = _production.resolved(config, inputs.source.particles)
+        refinement = _production.prepare(settings, inputs, engine)
+    config, resolved = refinement.config, _resolved_texts(refinement.resolved)
     details: dict[str, Any] = {
         "command": options.command_line("refine", settings),
         "options": options.as_json(settings),
-        "resolved": resolved,
-        "config": entries.as_json(config, type(config)),
+        "resolved": refinement.resolved,
+        "engine_config_in_radians_and_pixels": entries.as_json(config, type(config)),
         **provenance.environment(),
     }
-    identity = fingerprint(settings) | _sizes(inputs.source)
+    stacks = stacks_digest(inputs.source.stacks.values())
+    identity = fingerprint(settings) | {"stacks": stacks}
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         if folder.finished:
             print(f"{settings.out} holds this refinement already, finished")
             return
-        print(_resolved_text(resolved), file=sys.stderr)
+        for flag, text in resolved.items():
+            print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
-            if isinstance(config, _production.RefineConfig):
-                outcome = _production.run(
-                    settings, inputs, config, folder, bars, engine
-                )
-            else:
-                outcome = _published.run(inputs, config, folder, bars)
+            outcome = refinement.run(folder, bars)
         changes = _changes(inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
         _write(settings.out, inputs.source, outcome)
@@ -71,7 +68,7 @@ def run(settings: RefineSettings, engine: _production.Engine = refinement) -> No
         origin = {name: details[name] for name in ("command", "versions", "device")}
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
-            settings=details["config"],
+            settings=resolved,
             rows=folder.history.rows(),
             **_results(inputs, outcome),
             **origin,
@@ -97,25 +94,15 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
     return Inputs(source, volume, mask)
 
 
-def _sizes(source: io.ParticleFile) -> dict[str, list[int]]:
-    """Return how many stacks of images there are, and their bytes.
-
-    They may be large, and are known by their sizes, not by their content.
-    """
-    sizes = [path.stat().st_size for path in source.stacks.values()]
-    return {"stacks": [len(sizes), sum(sizes)]}
-
-
-def _resolved_text(resolved: dict[str, Any]) -> str:
-    """Return the values that the options have, as lines with their units."""
+def _resolved_texts(resolved: dict[str, Any]) -> dict[str, str]:
+    """Return the values that the options have, with their units, by their flags."""
     declared = {each.name: each for each in options.declared(RefineSettings)}
-    lines = []
+    texts = {}
     for name, value in resolved.items():
-        option, text = declared[name], declared[name].default_text
-        if value is not None:
-            text = f"{value:.4g} {option.unit}"
-        lines.append(f"{option.flag}: {text}".rstrip())
-    return "\n".join(lines)
+        option = declared[name]
+        text = option.default_text if value is None else f"{value:.4g} {option.unit}"
+        texts[option.flag] = text.rstrip()
+    return texts
 
 
 def _changes(given: Poses, refined: Poses) -> dict[str, np.ndarray]:

@@ -48,7 +48,7 @@ def run(settings: SimulateSettings) -> None:
         pixel = voxel * volume.shape[0] / settings.size
         volume = np.asarray(fourier_crop(jnp.asarray(volume), settings.size))
     if not volume.any():
-        raise InputError(f"{settings.map} must not be zero everywhere; it is.")
+        raise InputError(f"{settings.map} must not be zero everywhere, got zeros only")
     details = {
         "command": options.command_line("simulate", settings),
         **provenance.environment(),

@@ -176,7 +176,9 @@ class Particles:
             bad = int(chosen[np.argmin(finite)])
             if isinstance(self.images, _Chosen):
                 bad = int(self.images.indices[bad])
-            raise InputError(f"Image {bad} (from 0) holds a value that is not finite.")
+            raise InputError(
+                f"image {bad} (from 0) must be finite, got a value that is not"
+            )
         optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
         return jnp.asarray(values), optics
 

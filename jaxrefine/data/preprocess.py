@@ -143,8 +143,8 @@ class Normalised(_Derived):
         if len(constant):
             number = np.arange(self.shape[0])[indices][constant[0]]
             raise InputError(
-                f"Image {number} (from 0) is constant outside the particle, so it has "
-                "no background to be normalised by."
+                f"image {number} (from 0) must vary outside the particle to be "
+                "normalised by its background, got a constant one"
             )
         sign = -1.0 if self.invert else 1.0
         mean = background.mean(axis=1)[:, None, None]

@@ -31,11 +31,11 @@ def existing_file(path: str | Path) -> Path:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if is_folder:
-        raise InputError(f"{path} must be a file, but it is a folder.")
+        raise InputError(f"{path} must be a file, got a folder")
     if not is_file:
-        raise InputError(f"{path} does not exist.")
+        raise InputError(f"{path} does not exist")
     return path
 
 
@@ -51,7 +51,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def check_writable(path: Path) -> None:
 def _refuse_special(path: Path) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "not a regular file"
-        raise InputError(f"Cannot write {path}: it is {kind}.")
+        raise InputError(f"cannot write {path}: it is {kind}")
 
 
 @final
@@ -159,7 +159,7 @@ def _acquire(folder: Path) -> Lock:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise InputError(f"Another process is writing to {folder}.") from error
+        raise InputError(f"another process is writing to {folder}") from error
     except OSError:  # The file system does not support locks.
         pass
     return Lock(descriptor)

@@ -112,23 +112,23 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
         content = path.read_bytes()
     except OSError as error:
         reason = error.strerror or error
-        raise DamagedCheckpoint(f"{path} cannot be read: {reason}.") from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {reason}") from error
     file, payload = io.BytesIO(content), memoryview(content)[:-_DIGEST_SIZE]
     form, metadata = _header(file.readline())
     if form != _FORMAT and form.startswith(_NAME):
-        raise InputError(f"{path} was saved by another version of jaxrefine.")
+        raise InputError(f"{path} was saved by another version of jaxrefine")
     digest = hashlib.new(_DIGEST, payload).digest()
     if form != _FORMAT or digest != content[-_DIGEST_SIZE:]:
-        raise DamagedCheckpoint(f"{path} is not a complete checkpoint of jaxrefine.")
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint of jaxrefine")
     try:
         tree = eqx.tree_deserialise_leaves(file, like)
     except (RuntimeError, ValueError, TypeError, EOFError, OSError) as error:
         raise InputError(
             f"{path} was saved by a run whose arrays have another structure, shape or "
-            "type."
+            "type"
         ) from error
     if file.tell() < len(payload):
-        raise InputError(f"{path} holds more arrays than this run has.")
+        raise InputError(f"{path} holds more arrays than this run has")
     return tree, metadata
 
 

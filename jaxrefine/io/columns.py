@@ -34,7 +34,7 @@ def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
     if len(others) != 1:
         raise InputError(
             f"{path} must have a block 'particles', or a single block besides "
-            f"'optics', got the blocks {', '.join(map(repr, blocks))}."
+            f"'optics', got the blocks {', '.join(map(repr, blocks))}"
         )
     return others[0]
 
@@ -55,8 +55,8 @@ def pixel_sizes(
     sizes = pixel_sizes_if_any(blocks, particles, path)
     if sizes is None:
         raise InputError(
-            f"{path} has origins in angstroms but no pixel size; it must have the "
-            "columns rlnOpticsGroup and rlnImagePixelSize in an optics block."
+            f"{path} must have the columns rlnOpticsGroup and rlnImagePixelSize in an "
+            "optics block, got origins in angstroms without a pixel size"
         )
     return sizes
 
@@ -92,7 +92,7 @@ def pixel_sizes_if_any(
         row = int(np.argmin(good))
         raise InputError(
             f"{path}: the pixel size must be a positive number in single precision, "
-            f"got {sizes[row]:g} A (particle {row + 1})."
+            f"got {sizes[row]:g} A (particle {row + 1})"
         )
     return sizes
 
@@ -135,24 +135,28 @@ def of_optics_group(
     if not {"rlnOpticsGroup", name} <= optics.keys():
         raise InputError(
             f"{path} must have an optics block with the columns rlnOpticsGroup and "
-            f"{name}."
+            f"{name}, got none"
         )
     if "rlnOpticsGroup" not in particles:
         raise InputError(
-            f"{path}: the table of particles must have the column rlnOpticsGroup."
+            f"{path}: the table of particles must have the column rlnOpticsGroup, got "
+            "none"
         )
     values = numbers(optics, name, path)
     groups, rows = np.unique(
         whole_numbers(optics, "rlnOpticsGroup", path), return_index=True
     )
     if len(groups) < len(values):
-        raise InputError(f"{path} has two optics groups with the same number.")
+        raise InputError(
+            f"{path}: optics groups must have numbers of their own, got two with the "
+            "same number"
+        )
     membership = whole_numbers(particles, "rlnOpticsGroup", path)
     unknown = np.setdiff1d(membership, groups)
     if len(unknown):
         raise InputError(
-            f"{path} has no optics group {', '.join(map(str, unknown))}, but particles "
-            "that belong to it."
+            f"{path} must have an optics group for each particle, got particles of "
+            f"group {', '.join(map(str, unknown))}, which is missing"
         )
     return values[rows[np.searchsorted(groups, membership)]]
 
@@ -200,7 +204,7 @@ def require(
         text = reprlib.repr(table[name][row])
         raise InputError(
             f"{path}, column {name}: the value must be {expected}, got {text} "
-            f"(row {row + 1})."
+            f"(row {row + 1})"
         )
 
 

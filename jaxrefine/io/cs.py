@@ -116,7 +116,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         table = None
     if table is None or table.ndim != 1 or table.dtype.names is None:
         raise InputError(
-            f"{path} is not a cryoSPARC table in NumPy's format, or is damaged."
+            f"{path} must be a cryoSPARC table in NumPy's format, got another file or "
+            "a damaged one"
         )
     return {name: table[name] for name in table.dtype.names}
 
@@ -124,8 +125,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 def _field(fields: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     if name not in fields:
         raise InputError(
-            f"{path} lacks the field {name}; it must be a table of particles as "
-            "cryoSPARC exports it."
+            f"{path} must have the field {name}, as tables of particles that "
+            "cryoSPARC exports, got none"
         )
     return fields[name]
 
@@ -140,14 +141,14 @@ def _numbers(
         count = "one number" if width is None else f"{width} numbers"
         raise InputError(
             f"{path}, field {name}: there must be {count} for each particle, got "
-            f"values of shape {field.shape[1:]} and type {field.dtype}."
+            f"values of shape {field.shape[1:]} and type {field.dtype}"
         )
     with np.errstate(invalid="ignore"):
         numbers = field.astype(np.float64)
     if not is_single(numbers).all():
         raise InputError(
             f"{path}, field {name}: values must be finite in single precision, got "
-            f"{numbers[~is_single(numbers)][0]:g}."
+            f"{numbers[~is_single(numbers)][0]:g}"
         )
     return numbers
 
@@ -158,7 +159,7 @@ def _pixel_sizes(
     sizes = _numbers(fields, name, path)
     if not (sizes > 0).all():
         raise InputError(
-            f"{path}, field {name}: values must be positive, got {sizes.min():g}."
+            f"{path}, field {name}: values must be positive, got {sizes.min():g}"
         )
     return sizes
 
@@ -175,11 +176,12 @@ def _paths(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
         texts = None
     if texts is None or texts.dtype.kind != "U" or texts.ndim != 1:
         raise InputError(
-            f"{path}, field {name}: values must be text, got the type {field.dtype}."
+            f"{path}, field {name}: values must be text, got the type {field.dtype}"
         )
     if not all(text.isprintable() for text in texts.tolist()):
         raise InputError(
-            f"{path}, field {name}: paths must have printable characters only."
+            f"{path}, field {name}: paths must have printable characters only, got "
+            "others"
         )
     return [text.removeprefix(">") for text in texts.tolist()]
 
@@ -234,8 +236,8 @@ def _ctf(fields: dict[str, np.ndarray], path: Path) -> Table:
     if "ctf/df1_A" not in fields:
         if (sign < 0).any():
             raise InputError(
-                f"{path} has no CTF, so protein must be bright in its images, got "
-                "blob/sign -1."
+                f"{path}: protein must be bright in images without a CTF, got "
+                "blob/sign -1"
             )
         return {}
     columns = {}

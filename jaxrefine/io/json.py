@@ -36,7 +36,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(existing_file(path).read_text())
     except ValueError:
-        raise InputError(f"{path} is not a JSON file.") from None
+        raise InputError(f"{path} is not a JSON file") from None
 
 
 def append_json_line(path: str | Path, content: Any) -> None:

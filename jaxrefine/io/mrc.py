@@ -56,11 +56,11 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
         data = data[0]
     if data.ndim != 3 or len(set(data.shape)) != 1:
         shape = " x ".join(map(str, data.shape))
-        raise InputError(f"{path} must hold a cubic map, got an array of {shape}.")
+        raise InputError(f"{path} must hold a cubic map, got an array of {shape}")
     if sorted(axes) != [1, 2, 3]:
         raise InputError(
             f"{path}: the header's mapc, mapr, maps must be a permutation of 1, 2, 3, "
-            f"got {axes}."
+            f"got {axes}"
         )
     sections_rows_columns = axes[::-1]
     volume = data.transpose([sections_rows_columns.index(axis) for axis in (3, 2, 1)])
@@ -134,7 +134,7 @@ def map_stack(
     if _is_compressed(path):
         raise InputError(
             f"{path} is compressed; decompress it first, because its images are read "
-            "in place."
+            "in place"
         )
     header, dtype, offset = _header(path)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
@@ -224,7 +224,7 @@ def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
     except _DAMAGE:
         data = None
     if data is None or not data.size:
-        raise InputError(f"{path} is truncated or damaged: its values cannot be read.")
+        raise InputError(f"{path} is truncated or damaged: its values cannot be read")
     return data, _axes(header), _voxel(header)
 
 
@@ -238,12 +238,12 @@ def _header(path: Path) -> tuple[Any, np.dtype, int]:
         ):
             header: Any = mrc.header
         if int(header.mode) in _COMPLEX_MODES:
-            raise InputError(f"{path} must hold real values, got complex ones.")
+            raise InputError(f"{path} must hold real values, got complex ones")
         dtype = mrcfile_utils.data_dtype_from_header(header)
     except InputError:
         raise
     except _DAMAGE:
-        raise InputError(f"{path} is not an MRC file, or is damaged.") from None
+        raise InputError(f"{path} is not an MRC file, or is damaged") from None
     offset = header.nbytes + int(header.nsymbt)
     shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
     expected, actual = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
@@ -251,7 +251,7 @@ def _header(path: Path) -> tuple[Any, np.dtype, int]:
         raise InputError(
             f"{path} is truncated or damaged: according to its header of "
             f"{' x '.join(map(str, shape))} values it must have {expected} bytes, got "
-            f"{actual}."
+            f"{actual}"
         )
     return header, dtype, offset
 
@@ -281,12 +281,12 @@ def _require_square_images(
     if len(shape) != 3 or shape[1] != shape[2]:
         text = " x ".join(map(str, shape))
         raise InputError(
-            f"{path} must hold a stack of square images, got an array of {text}."
+            f"{path} must hold a stack of square images, got an array of {text}"
         )
     if axes != (1, 2, 3):
         raise InputError(
             f"{path}: the header's mapc, mapr, maps must be 1, 2, 3 for a stack of "
-            f"images, got {axes}."
+            f"images, got {axes}"
         )
 
 
@@ -306,7 +306,7 @@ def _require_start(path: Path) -> None:
             start = file.read(_WORD_MAP.stop)
         size = math.inf
     if start[_WORD_MAP] != b"MAP":
-        raise InputError(f"{path} is not an MRC file: its header lacks the word MAP.")
+        raise InputError(f"{path} is not an MRC file: its header lacks the word MAP")
     lengths = [
         int.from_bytes(start[_NSYMBT], order)
         for order in _BYTE_ORDERS
@@ -322,7 +322,7 @@ def _finite(data: np.ndarray, path: Path) -> np.ndarray:
     bad = values.size - np.count_nonzero(np.isfinite(values))
     if bad:
         raise InputError(
-            f"{path} must hold finite values, got {bad} that are NaN or infinite."
+            f"{path} must hold finite values, got {bad} that are NaN or infinite"
         )
     return values
 
@@ -333,9 +333,9 @@ def _isotropic(voxel: tuple[float, ...], path: Path) -> float:
         return 1.0
     edges = " x ".join(f"{edge:g}" for edge in voxel)
     if min(voxel) <= 0 or not all(map(math.isfinite, voxel)):
-        raise InputError(f"{path}: the voxel size must be positive, got {edges} A.")
+        raise InputError(f"{path}: the voxel size must be positive, got {edges} A")
     if max(voxel) - min(voxel) > _ISOTROPY * max(voxel):
-        raise InputError(f"{path}: the voxel must be isotropic, got {edges} A.")
+        raise InputError(f"{path}: the voxel must be isotropic, got {edges} A")
     return voxel[0]
 
 
@@ -348,15 +348,15 @@ def _write(
 ) -> None:
     if not 0 < voxel_size_in_angstroms < math.inf:
         raise InputError(
-            f"Cannot write {path}: the voxel size must be positive, got "
-            f"{voxel_size_in_angstroms} A."
+            f"cannot write {path}: the voxel size must be positive, got "
+            f"{voxel_size_in_angstroms} A"
         )
     with np.errstate(over="ignore"):
         values = np.asarray(data, dtype=np.float32)
     if not np.isfinite(values).all():
         raise InputError(
-            f"Cannot write {path}: the values must be finite in single precision, got "
-            "NaN or infinity."
+            f"cannot write {path}: the values must be finite in single precision, got "
+            "NaN or infinity"
         )
     with atomic_path(path) as temporary, mrcfile.new(temporary) as mrc:
         mrc.set_data(values)

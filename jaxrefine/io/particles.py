@@ -111,7 +111,7 @@ class ParticleFile:
         if len(set(subset)) == 1:
             raise InputError(
                 f"{self.path}, column rlnRandomSubset: there must be particles of both "
-                f"half sets, 1 and 2, got {subset[0]} for all particles."
+                f"half sets, 1 and 2, got {subset[0]} for all particles"
             )
         return subset
 
@@ -161,9 +161,9 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     blocks = read_blocks(path)
     table = particle_table(blocks, path)
     if not any(table.values()):
-        raise InputError(f"{path} holds no particles.")
+        raise InputError(f"{path} must hold particles, got none")
     if "rlnImageName" not in table:
-        raise InputError(f"{path} lacks the column rlnImageName.")
+        raise InputError(f"{path} must have the column rlnImageName, got none")
     _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
@@ -178,14 +178,14 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     if sizes is None:
         if np.isnan(images.pixel_size_in_angstroms or 1.0):
             raise InputError(
-                f"{path} gives no pixel size, so that of the first stack must be "
-                "positive and the same along x and y, which that of "
-                f"{next(iter(stacks.values()))} is not."
+                "the pixel size of the first stack must be positive and the same along "
+                f"x and y, since {path} gives none, got another in "
+                f"{next(iter(stacks.values()))}"
             )
         if images.pixel_size_in_angstroms is None and ctf is not None:
             raise InputError(
-                f"{path} gives defocus values but no pixel size, and neither does its "
-                "first stack."
+                f"{path} or its first stack must give a pixel size, got defocus values "
+                "without it"
             )
         sizes = np.full(count, images.pixel_size_in_angstroms or 1.0)
     pixel_size = float(sizes.max())
@@ -261,8 +261,8 @@ def write_particles(
     for column, values in columns.items():
         if len(values) != len(particle_file):
             raise InputError(
-                f"Cannot write {path}: there must be one value of {column} for each of "
-                f"{len(particle_file)} particles, got {len(values)}."
+                f"cannot write {path}: there must be one value of {column} for each of "
+                f"{len(particle_file)} particles, got {len(values)}"
             )
         texts = _texts(values)
         if column in columns_read and column in table:
@@ -382,7 +382,7 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     if "rlnDefocusU" not in table:
         for name in _PARTICLE_OPTICS:
             if name in table:
-                raise InputError(f"{path} has {name} but lacks rlnDefocusU.")
+                raise InputError(f"{path} must have rlnDefocusU, got {name} without it")
         return None
     leaves = {}
     for name, (leaf, unit, default) in _PARTICLE_OPTICS.items():
@@ -398,12 +398,12 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     if not bool(((contrast >= 0) & (contrast <= 1)).all()):
         raise InputError(
             f"{path}, column rlnAmplitudeContrast: values must be from 0 to 1, got "
-            f"{float(contrast.min()):g} to {float(contrast.max()):g}."
+            f"{float(contrast.min()):g} to {float(contrast.max()):g}"
         )
     lowest = float(leaves["voltage"].min())
     if not lowest > 0:
         raise InputError(
-            f"{path}, column rlnVoltage: values must be positive, got {lowest:g}."
+            f"{path}, column rlnVoltage: values must be positive, got {lowest:g}"
         )
     return CTF(**leaves)
 
@@ -414,7 +414,7 @@ def _require_finite(ctf: CTF, pixel_size: float, path: Path) -> None:
     if len(bad):
         raise InputError(
             f"{path}: the contrast-transfer function of particle {bad[0] + 1} must be "
-            "finite; its optics are out of range."
+            "finite, got optics that are out of range"
         )
 
 
@@ -426,13 +426,13 @@ def _require_single_particles(
     if name in general and numbers(general, name, path).any():
         raise InputError(
             f"{path} must be a table of single particles, got {name}: its images are "
-            "tilt series of particles in tomograms."
+            "tilt series of particles in tomograms"
         )
     dimensions = of_each_if_any(blocks, table, "rlnImageDimensionality", path)
     if dimensions is not None and (dimensions != 2).any():
         raise InputError(
             f"{path}: rlnImageDimensionality must be 2, for single particles, got "
-            f"{dimensions[dimensions != 2][0]:g}."
+            f"{dimensions[dimensions != 2][0]:g}"
         )
 
 
@@ -443,7 +443,7 @@ def _require_raw_images(blocks: dict[str, Table], table: Table, path: Path) -> N
         if flags is not None and flags.any():
             raise InputError(
                 f"{path}: images must be as they were extracted, got {name}: they are "
-                f"{treatment}."
+                f"{treatment}"
             )
 
 
@@ -454,7 +454,7 @@ def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) 
         stated = ", ".join(f"{value:g}" for value in np.unique(sizes))
         raise InputError(
             f"{path}: rlnImageSize must be {size}, the size of the images in pixels, "
-            f"got {stated}."
+            f"got {stated}"
         )
 
 
@@ -468,7 +468,7 @@ def _pixel_sizes(
         if largest > LARGEST_STEP * smallest:
             raise InputError(
                 f"{path}: pixel sizes must differ by at most {LARGEST_STEP - 1:.0%}, "
-                f"got {smallest:g} to {largest:g} A."
+                f"got {smallest:g} to {largest:g} A"
             )
     return sizes
 

@@ -49,7 +49,7 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
     particles = particle_table(blocks, path)
     missing = [name for name in _ANGLES if name not in particles]
     if missing:
-        raise InputError(f"{path} lacks the columns {', '.join(missing)}.")
+        raise InputError(f"{path} must have the columns {', '.join(missing)}, got none")
     angles = [numbers(particles, name, path) for name in _ANGLES]
     origins = []
     for axis in "XY":
@@ -63,7 +63,7 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
     if not is_single(np.array(origins)).all():
         raise InputError(
             f"{path}: origins in pixels must be finite in single precision, got a "
-            "number beyond it."
+            "number beyond it"
         )
     with jax.enable_x64(True):
         in_radians = jnp.deg2rad(jnp.asarray(np.stack(angles, axis=-1)))
@@ -120,8 +120,8 @@ def write_poses(
     """
     if len(image_names) != len(poses):
         raise InputError(
-            f"Cannot write {path}: there must be one image name for each of "
-            f"{len(poses)} poses, got {len(image_names)}."
+            f"cannot write {path}: there must be one image name for each of "
+            f"{len(poses)} poses, got {len(image_names)}"
         )
     optics = {
         "rlnOpticsGroup": ["1"],

@@ -79,8 +79,13 @@ class StackImages:
             bad = int(np.argmin(good))
             name = f"{index[bad] + 1:06d}@{self.paths[file[bad]]}"
             if lowest[bad] == highest[bad] and np.isfinite(lowest[bad]):
-                raise InputError(f"The image {name} is {lowest[bad]:g} everywhere.")
-            raise InputError(f"The image {name} holds a value that is not finite.")
+                raise InputError(
+                    f"the image {name} must not be constant, got {lowest[bad]:g} "
+                    "everywhere"
+                )
+            raise InputError(
+                f"the image {name} must be finite, got a value that is not"
+            )
         return images
 
 
@@ -126,25 +131,25 @@ def open_images(
         if path is None and os.path.isabs(stack):
             raise InputError(
                 f"{table} names {stack}, which does not exist; other folders are "
-                "searched only for stacks with a relative path."
+                "searched only for stacks with a relative path"
             )
         if path is None:
             further = "" if datadir is None else f", nor in {datadir}"
             raise InputError(
                 f"{table} names {stack}, which is neither in {table.parent}, nor in "
-                f"a folder above, nor in the working directory{further}."
+                f"a folder above, nor in the working directory{further}"
             )
         paths[stack] = path
         images, stack_pixel_size = map_stack(path)
         if stack in unnumbered and len(images) > 1:
             raise InputError(
                 f"{table} names {stack} without the number of an image, so it must "
-                f"hold one image, got {len(images)} sections."
+                f"hold one image, got {len(images)} sections"
             )
         if highest[position] >= len(images):
             raise InputError(
                 f"{table} names image {highest[position] + 1} of {path}, which has "
-                f"only {len(images)}."
+                f"only {len(images)}"
             )
         if position == 0:
             size, pixel_size = images.shape[1], stack_pixel_size
@@ -152,7 +157,7 @@ def open_images(
             raise InputError(
                 f"{table}: all images must have the same size, got "
                 f"{images.shape[1]} pixels ({path}) and {size} "
-                f"({paths[pairs[0][1]]})."
+                f"({paths[pairs[0][1]]})"
             )
     files = tuple(paths[stack] for stack in order)
     return StackImages(files, file, index, size, pixel_size), paths
@@ -184,7 +189,7 @@ def split_name(name: str, table: str | Path) -> tuple[int, str]:
     if not (is_number and int(number) >= 1 and stack):
         raise InputError(
             f"{table}: an image's name must be a number from 1, @ and a stack, got "
-            f"{name!r}."
+            f"{name!r}"
         )
     return int(number), stack
 
@@ -204,7 +209,7 @@ def search_folders(table: Path, datadir: str | Path | None = None) -> list[Path]
     first = [] if datadir is None else [Path(datadir)]
     for folder in first:
         if not os.path.isdir(folder):
-            raise InputError(f"datadir must be a folder, got {folder}.")
+            raise InputError(f"datadir must be a folder, got {folder}")
     return [*first, table.parent, Path(), *folders_above(table)]
 
 
@@ -268,7 +273,7 @@ def names_from(
 
     renamed = {stack: rename(stack, path) for stack, path in stacks.items()}
     for name in renamed.values():
-        quoted(name, f"Cannot write {table}")
+        quoted(name, f"cannot write {table}")
     return renamed
 
 

@@ -58,9 +58,9 @@ def read_star(path: str | Path) -> dict[str, Table]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a STAR file: it is not text.") from None
+        raise InputError(f"{path} is not a STAR file: it is not text") from None
     if "\0" in text:
-        raise InputError(f"{path} is not a STAR file: it is not text.")
+        raise InputError(f"{path} is not a STAR file: it is not text")
 
     blocks: dict[str, Table] = {}
     name, table = "", None
@@ -78,12 +78,12 @@ def read_star(path: str | Path) -> dict[str, Table]:
         elif table is None:
             raise InputError(
                 f"{where}: this is not a STAR file, because it does not begin with a "
-                "data_ block."
+                "data_ block"
             )
         elif alone and first == "loop_":
             if table or in_loop:
                 raise InputError(
-                    f"{where}: a block must hold one table, got a second one."
+                    f"{where}: a block must hold one table, got a second one"
                 )
             table, in_loop = {}, True
             blocks[name] = table
@@ -95,7 +95,7 @@ def read_star(path: str | Path) -> dict[str, Table]:
             if len(values) != len(table):
                 raise InputError(
                     f"{where}: the row must have {len(table)} values, one for each "
-                    f"column, got {len(values)}."
+                    f"column, got {len(values)}"
                 )
             for column, value in zip(table.values(), values, strict=True):
                 column.append(value)
@@ -104,10 +104,10 @@ def read_star(path: str | Path) -> dict[str, Table]:
         else:
             raise InputError(
                 f"{where}: the line must be loop_, or a name and a value, got "
-                f"{reprlib.repr(line.strip())}."
+                f"{reprlib.repr(line.strip())}"
             )
     if not blocks:
-        raise InputError(f"{path} is not a STAR file: it has no data_ block.")
+        raise InputError(f"{path} is not a STAR file: it has no data_ block")
     return blocks
 
 
@@ -127,11 +127,11 @@ def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> 
         written.
     """
     if not blocks:
-        raise InputError(f"Cannot write {path}: there must be at least one block.")
+        raise InputError(f"cannot write {path}: there must be at least one block")
     version = ["", "# version 30001"] if "optics" in blocks else []
     lines = []
     for name, table in blocks.items():
-        where = f"Cannot write {path}, block {name!r}"
+        where = f"cannot write {path}, block {name!r}"
         columns = {
             column: _quoted(values, f"{where}, column {column!r}")
             for column, values in table.items()
@@ -141,12 +141,12 @@ def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> 
             expected = "one value" if isinstance(table, Pairs) else "the same length"
             raise InputError(
                 f"{where}: all columns must have {expected}, got lengths of "
-                f"{', '.join(map(str, sorted(lengths)))}."
+                f"{', '.join(map(str, sorted(lengths)))}"
             )
         for label in (f"data_{name}", *columns):
             if not label or _NOT_IN_NAMES.search(label):
                 raise InputError(
-                    f"{where}: names must be text without blanks, got {label!r}."
+                    f"{where}: names must be text without blanks, got {label!r}"
                 )
         lines += [*version, "", f"data_{name}", ""]
         if isinstance(table, Pairs):
@@ -176,7 +176,7 @@ def quoted(value: str, where: str) -> str:
     if not _NEEDS_QUOTES.search(value):
         return value
     if _UNWRITABLE.search(value):
-        raise InputError(f"{where}: a STAR file cannot hold the value {value!r}.")
+        raise InputError(f"{where}: a STAR file cannot hold the value {value!r}")
     for quote in "\"'":
         if not re.search(rf"{quote}\s", value):
             return f"{quote}{value}{quote}"
@@ -188,11 +188,11 @@ def _quoted(values: Values, where: str) -> list[str]:
     array = np.asarray(values) if hasattr(values, "ndim") else None
     if array is not None and array.ndim != 1:
         raise InputError(
-            f"{where}: values must be a list, got an array of shape {array.shape}."
+            f"{where}: values must be a list, got an array of shape {array.shape}"
         )
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         kind = type(values).__name__
-        raise InputError(f"{where}: values must be a list, got a single {kind}.")
+        raise InputError(f"{where}: values must be a list, got a single {kind}")
     values = values if array is None else array
     return [quoted(str(value), where) for value in values]
 
@@ -215,5 +215,5 @@ def _values(line: str) -> list[str]:
 
 def _insert(mapping: dict, name: str, item: Table | list[str], where: str) -> None:
     if name in mapping:
-        raise InputError(f"{where}: {name!r} occurs twice.")
+        raise InputError(f"{where}: {name!r} occurs twice")
     mapping[name] = item

@@ -51,8 +51,8 @@ def low_pass(
     InputError
         If the pixel size or the resolution is not positive and finite.
     """
-    check_positive("The pixel size", pixel_size_in_angstroms)
-    check_positive("The low-pass resolution", resolution_in_angstroms)
+    check_positive("the pixel size", pixel_size_in_angstroms)
+    check_positive("the low-pass resolution", resolution_in_angstroms)
     n = volume.shape[0]
     cut_off = n * pixel_size_in_angstroms / resolution_in_angstroms
     return filtered(volume, cosine_edge(radii(n), cut_off))
@@ -83,4 +83,4 @@ def check_positive(name: str, value: float) -> None:
         If it is not; the message begins with `name`.
     """
     if not 0 < value < math.inf:
-        raise InputError(f"{name} must be positive, got {value:g} A.")
+        raise InputError(f"{name} must be positive, got {value:g} A")

@@ -60,11 +60,12 @@ def soft_mask(
 
     if min(extend, edge) < 0:
         raise InputError(
-            f"extend and edge must be at least 0, got {extend:g} and {edge:g} voxels."
+            f"extend and edge must be at least 0, got {extend:g} and {edge:g} voxels"
         )
     if not (jnp.isfinite(volume).all() and jnp.ptp(volume) > 0):
         raise InputError(
-            "The map that a mask is made from must be finite and not constant."
+            "the map that a mask is made from must be finite and not constant, got "
+            f"values from {volume.min():g} to {volume.max():g}"
         )
     smooth = np.asarray(
         low_pass(volume, pixel_size_in_angstroms, low_pass_in_angstroms)
@@ -74,8 +75,8 @@ def soft_mask(
     components, count = labelled
     if not count:
         raise InputError(
-            "The threshold of a mask must be below the largest density of the filtered "
-            f"map, {smooth.max():g}, got {level:g}."
+            "the threshold of a mask must be below the largest density of the filtered "
+            f"map, {smooth.max():g}, got {level:g}"
         )
     largest = 1 + np.argmax(np.bincount(components.ravel())[1:])
     distance = np.asarray(ndimage.distance_transform_edt(components != largest))
@@ -83,7 +84,7 @@ def soft_mask(
     return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * position_in_edge), volume.dtype)
 
 
-def check_mask(mask: Array | np.ndarray, name: object = "The mask") -> None:
+def check_mask(mask: Array | np.ndarray, name: object = "the mask") -> None:
     """Check that a mask has values from 0 to 1, and is not 0 everywhere.
 
     Raises
@@ -96,7 +97,7 @@ def check_mask(mask: Array | np.ndarray, name: object = "The mask") -> None:
     if not (-1e-6 <= low and 0 < high <= 1 + 1e-6):
         raise InputError(
             f"{name} must have values from 0 in the solvent to 1 in the particle, got "
-            f"{low:g} to {high:g}."
+            f"{low:g} to {high:g}"
         )
 
 

@@ -153,9 +153,9 @@ def postprocess(
         range.
     """
     _check(half1, half2, mask)
-    check_positive("The pixel size", pixel_size_in_angstroms)
+    check_positive("the pixel size", pixel_size_in_angstroms)
     if low_pass_in_angstroms is not None:
-        check_positive("The low-pass resolution", low_pass_in_angstroms)
+        check_positive("the low-pass resolution", low_pass_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
     box = n * pixel_size_in_angstroms
     shells = np.arange(n // 2 + 1)
@@ -193,24 +193,26 @@ def postprocess(
 
 
 def _check(half1: Array, half2: Array, mask: Array) -> None:
-    for name, other in (("The second half map", half2), ("The mask", mask)):
+    for name, other in (("the second half map", half2), ("the mask", mask)):
         if other.shape != half1.shape:
             sizes = [" x ".join(map(str, a.shape)) for a in (other, half1)]
             raise InputError(
                 f"{name} must have the size of the first half map, {sizes[1]}, got "
-                f"{sizes[0]}."
+                f"{sizes[0]}"
             )
     if not (jnp.isfinite(half1).all() and jnp.isfinite(half2).all()):
-        raise InputError("The half maps must be finite, got NaN or infinite values.")
+        raise InputError("the half maps must be finite, got NaN or infinite values")
     if jnp.array_equal(half1, half2):
         raise InputError(
-            "The half maps must be made from two sets of particles, got the same map "
-            "twice."
+            "the half maps must be made from two sets of particles, got the same map "
+            "twice"
         )
     check_mask(mask)
     for name, half in (("first", half1), ("second", half2)):
         if not jnp.any(half * mask):
-            raise InputError(f"The {name} half map is zero within the mask.")
+            raise InputError(
+                f"the {name} half map must not be zero within the mask, got zeros only"
+            )
 
 
 def _transfer(
@@ -223,8 +225,8 @@ def _transfer(
     highest, decay = frequency[transfer > 0].max(), b_factor / 4 / box**2
     if not (math.isfinite(decay) and -decay * highest**2 < _LARGEST_EXPONENT):
         raise InputError(
-            "The B factor must be finite and raise amplitudes by less than "
-            f"e^{_LARGEST_EXPONENT}, got {b_factor:g} A^2."
+            "the B factor must be finite and raise amplitudes by less than "
+            f"e^{_LARGEST_EXPONENT}, got {b_factor:g} A^2"
         )
     return transfer * np.exp(-decay * np.minimum(frequency, highest) ** 2)
 

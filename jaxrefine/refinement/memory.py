@@ -202,8 +202,9 @@ def plan(
     while (needed := estimate_bytes(particles, image_size, config)) > limit:
         if size <= LEAST_BATCH:
             raise InputError(
-                f"{particles} images of side {image_size} need {needed / _GIB:.1f} GiB "
-                f"of memory, {size} at a time, but {limit / _GIB:.1f} GiB are free"
+                f"the memory must be at least {needed / _GIB:.1f} GiB for {particles} "
+                f"images of side {image_size}, {size} at a time, got "
+                f"{limit / _GIB:.1f} GiB"
             )
         size = 2 ** ((size - 1).bit_length() - 1)
         config = replace(config, batch_size=size)
@@ -260,8 +261,8 @@ def retry_on_out_of_memory(
                 raise
             if batch_size <= LEAST_BATCH:
                 raise InputError(
-                    f"there is too little memory even for {batch_size} particles at a "
-                    "time"
+                    "the memory must hold at least a batch of particles, got too "
+                    f"little for {batch_size}"
                 ) from error
         # The failed attempt's arrays are freed only here, outside of the handler.
         half = max(batch_size // 2, LEAST_BATCH)

@@ -49,16 +49,6 @@ _HEADINGS = {
     "shift_moves": "accepted shift steps",
     "elapsed_s": "time (s)",
 }
-_UNITS = {
-    "angle_spread": "rad",
-    "max_angle": "rad",
-    "shift_spread": "px",
-    "max_shift": "px",
-    "first_r_max": _CYCLES,
-    "search_r_max": _CYCLES,
-    "max_r_max": _CYCLES,
-    "particle_diameter": "of the box",
-}
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f7; --quiet: #57606a }
@@ -124,7 +114,7 @@ class Report:
     rows
         A row of ``metrics.jsonl`` for every outer iteration.
     settings
-        The resolved parameters by name; a group of them is a mapping, too.
+        The values that the options have, with their units, by their flags.
     versions, device
         Versions of the software, and the device of the run.
     wall_s
@@ -150,7 +140,7 @@ class Report:
     initial_map: Float[np.ndarray, "n n n"]
     volume: Float[np.ndarray, "n n n"]
     rows: Sequence[Row]
-    settings: Row
+    settings: Mapping[str, str]
     versions: Mapping[str, str]
     device: str
     wall_s: float
@@ -212,7 +202,7 @@ def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
     yield "Map", _grid(_map_pictures(report))
     yield "Poses", _grid(_pose_pictures(report))
     yield "Iterations", _grid(_band_pictures(report)) + _iteration_table(report.rows)
-    yield "Settings", _pairs(_setting_texts(report.settings))
+    yield "Settings", _pairs(report.settings)
     yield "Command", [_element("p", [_element("code", report.command)])]
     yield "Software and device", _pairs({**report.versions, "device": report.device})
 
@@ -381,20 +371,6 @@ def _pairs(texts: Mapping[str, str]) -> list[Element]:
         for name, text in texts.items()
     ]
     return [_element("table", [_element("tbody", rows)])] if rows else []
-
-
-def _setting_texts(settings: Row) -> dict[str, str]:
-    """Format parameters by their names, those of a group as ``group.name``."""
-    texts: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            group = _setting_texts(value)
-            texts |= {f"{name}.{member}": text for member, text in group.items()}
-        elif name in _UNITS and value is not None:
-            texts[name] = f"{_text(value)} {_UNITS[name]}"
-        else:
-            texts[name] = _text(value)
-    return texts
 
 
 def _text(value: Any) -> str:

@@ -68,7 +68,7 @@ class RunFolder:
         self._details, self._kept = details or {}, {}
         self.finished = False
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path} must be a folder, got a file.")
+            raise InputError(f"{path} must be a folder, got a file")
         # Innermost first, to be removed in this order.
         self._created = [p for p in (path, *path.parents) if not p.exists()]
         with io.writing(path):
@@ -78,8 +78,8 @@ class RunFolder:
             self._recognise(may_change)
         elif set(path.iterdir()) - set(leftovers(path)):
             raise InputError(
-                f"{path} must be a new or an empty folder, or that of a run: it holds "
-                f"files but no {report}."
+                f"{path} must be a new or an empty folder, or that of a run, got one "
+                f"that holds files but no {report}"
             )
         for temporary in leftovers(path):
             temporary.unlink()
@@ -104,13 +104,16 @@ class RunFolder:
         report = io.read_json(self._report)
         earlier = report.get("settings") if isinstance(report, dict) else None
         if not isinstance(earlier, dict):
-            raise InputError(f"{self._report} must be the report of a run, it is not.")
+            raise InputError(
+                f"{self._report} must be the report of a run, got something else"
+            )
         changed = _differences(earlier, self._settings)
         others = [name for name in changed if name not in may_change]
         if others:
             raise InputError(
-                f"{self.path} holds a run with other settings ({', '.join(others)}); "
-                "repeat its command, or name another folder."
+                f"{self.path} must hold a run with these settings, got a run with "
+                f"other settings ({', '.join(others)}); repeat its command, or name "
+                "another folder"
             )
         self.finished = report.get("finished") is True and not changed
         self._kept = report.get("kept", {})

@@ -90,8 +90,8 @@ class History:
                     os.replace(path, self.newest)
                 return loaded
         raise InputError(
-            f"Both {self.newest} and {self.previous} are missing or damaged; delete "
-            "them to begin again."
+            f"{self.newest} or {self.previous} must be a whole checkpoint, got none "
+            "or damaged ones; delete them to begin again"
         )
 
     def record(self, state: Any, row: dict[str, Any]) -> None:

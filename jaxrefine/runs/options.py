@@ -112,6 +112,8 @@ class Option:
     @property
     def range_text(self) -> str:
         """The range of the value in words; empty if it has none."""
+        if self.least is not None and self.most is not None and not self.above:
+            return f"from {number_text(self.least)} to {number_text(self.most)}"
         bounds = []
         if self.least is not None:
             word = "more than" if self.above else "at least"
@@ -163,12 +165,14 @@ class Option:
             )
 
     def help_text(self) -> str:
-        """Return the option's help: what it is, its unit, its default, its effects."""
-        told = self.help
-        if self.unit:
-            told += f", {self.unit}"
+        """Return the option's help: what it is, its range, its default, its effects."""
+        facts = [f"{self.range_text} {self.unit}".strip()]
         if self.outcome_by_default:
-            told += f" (default: {self.outcome_by_default})"
+            facts.append(f"default: {self.outcome_by_default}")
+        if self.presets:
+            facts.append(f"--preset {' or '.join(self.presets)} only")
+        told = "; ".join(filter(None, facts))
+        told = f"{self.help} ({told})" if told else self.help
         return f"{told}. {self.implies}" if self.implies else told
 
 
@@ -288,13 +292,13 @@ def check(settings: Any) -> None:
     for each in given.values():
         if each.presets and settings.preset not in each.presets:
             raise InputError(
-                f"{each.flag} needs --preset {' or '.join(each.presets)}, got --preset "
-                f"{settings.preset}"
+                f"{each.flag} must be given with --preset "
+                f"{' or '.join(each.presets)}, got --preset {settings.preset}"
             )
         for other in each.excludes:
             if other in given:
                 raise InputError(
-                    f"{each.flag} must not be given with {given[other].flag}"
+                    f"{each.flag} must not be given with {given[other].flag}, got both"
                 )
 
 

@@ -1,5 +1,6 @@
 """The driver of the benchmarks: what it refuses, stores and shows."""
 
+import argparse
 import importlib
 import json
 import re
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from jaxrefine import io, simulate
+from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.refinement.config import Tuning
+from jaxrefine.runs.options import add_options, settings_from
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -42,6 +45,14 @@ def test_bad_options_are_one_sentence(run, capsys, words, sentence):
         run.main(words)
     assert stop.value.code == 2
     assert re.search(f"error: {sentence}", capsys.readouterr().err)
+
+
+def test_what_the_command_line_is_told_is_declared(run):
+    parser = argparse.ArgumentParser()
+    add_options(parser, SimulateSettings)
+    words = ["map.mrc", "--out", "data", *run.load("ctf").SIMULATE.split()]
+    settings = settings_from(SimulateSettings, vars(parser.parse_args(words)))
+    assert settings.ctf and settings.max_shift == 3
 
 
 def test_every_stored_case_is_in_the_table(run, records, capsys):

@@ -113,7 +113,7 @@ def test_the_defaults_that_are_told_are_those_of_the_library():
     told, engine = declared(refine.RefineSettings), RefineConfig()
     paper, released = paper_preset(1.0), released_preset()
     assert told["iterations"].default_text == (
-        f"{engine.iterations}; paper {paper.iterations}; released {released.iterations}"
+        f"{engine.iterations}, paper {paper.iterations}, released {released.iterations}"
     )
     assert told["max_angle"].default_text == f"{math.degrees(engine.max_angle):g}"
     assert told["max_shift"].default_text == f"{engine.max_shift:g}"
@@ -122,7 +122,7 @@ def test_the_defaults_that_are_told_are_those_of_the_library():
     assert told["shift_spread"].default_text == f"{engine.shift_spread:g}"
     assert told["symmetry"].default == engine.symmetry and engine.tau is None
     batch = told["batch_size"].default_text
-    assert batch.startswith(f"{engine.batch_size},")
+    assert batch.startswith(f"{engine.batch_size} ")
     assert batch.endswith(f" {paper.batch_size}")
     assert engine.first_r_max == 7, "a seventh of the box"
     # That of a particle of two thirds of the box: 3/14 of its diameter.

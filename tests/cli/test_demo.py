@@ -16,6 +16,7 @@ import pytest
 
 from jaxrefine.cli import demo as implementation
 from jaxrefine.cli.commands.demo import DEMO, DemoSettings
+from jaxrefine.cli.engine import Engine
 from jaxrefine.io import read_mrc
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.runs.options import declared
@@ -110,7 +111,8 @@ def engine():
 @pytest.fixture
 def show(run, engine):
     """Run the demo with the stand-in."""
-    command = replace(DEMO, run=partial(implementation.run, engine=engine))
+    stand_in = Engine(engine.init, engine.refine, engine.reconstruct)
+    command = replace(DEMO, run=partial(implementation.run, engine=stand_in))
     return lambda *words: run("demo", *words, commands=[command])
 
 

@@ -184,11 +184,11 @@ def test_bad_input_is_a_sentence(tmp_path, run):
     empty = write(tmp_path / "e.star", ROTATIONS[:0], SHIFTS[:0], [])
     write_star(tmp_path / "p.star", {"": {"rlnImageName": NAMES}})
     for arguments, words in (
-        ([other, truth], "9 particles cannot be matched with 30"),
+        ([other, truth], "by their order, got 30 for 9"),
         ([empty, truth], "e.star must hold particles"),
         ([truth, empty], "e.star must hold particles"),
         ([tmp_path / "absent.star", truth], "does not exist"),
-        ([tmp_path / "p.star", truth], "lacks the columns rlnAngleRot"),
+        ([tmp_path / "p.star", truth], "must have the columns rlnAngleRot"),
         ([truth, truth, "--symmetry", "Q"], "symmetry"),
         ([truth, truth, "--json", tmp_path / "no/out.json"], "not a folder"),
     ):

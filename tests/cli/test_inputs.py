@@ -16,6 +16,7 @@ from jaxrefine.cli import match, reconstruct, refine
 from jaxrefine.cli.commands.match import MATCH
 from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
@@ -71,19 +72,19 @@ def engine():
         calls.append((arguments, options))
         raise KeyboardInterrupt
 
-    names = ("init", "refine", "reconstruct", "match")
-    return SimpleNamespace(calls=calls, **dict.fromkeys(names, stop))
+    return SimpleNamespace(calls=calls, stop=stop)
 
 
 @pytest.fixture
 def command(data, run, engine):
     """Run a command on the data, with the engine above."""
+    all_stop = Engine(engine.stop, engine.stop, engine.stop)
     commands = [
-        replace(each, run=partial(module.run, engine=engine))
-        for each, module in (
-            (REFINE, refine),
-            (RECONSTRUCT, reconstruct),
-            (MATCH, match),
+        replace(each, run=partial(implementation, **stand_in))
+        for each, implementation, stand_in in (
+            (REFINE, refine.run, {"engine": all_stop}),
+            (RECONSTRUCT, reconstruct.run, {"engine": all_stop}),
+            (MATCH, match.run, {"match": engine.stop}),
         )
     ]
 
@@ -108,7 +109,7 @@ def assert_refused(data, result, *words):
 def test_a_map_on_another_grid(data, command, engine, name, n, voxel, words):
     """It is refused, with a way out; resampled, it is what it was."""
     write_mrc(data / "map.mrc", blob(n, voxel), voxel)
-    offer = "map.mrc has", words, "images of", "; use --resample to bring it"
+    offer = "map.mrc must have", f"got {words}", "images of", "; --resample brings it"
     assert_refused(data, command(name), *offer)
     assert command(name, "--resample").code == 130
     ((arguments, _),) = engine.calls
@@ -141,7 +142,7 @@ def test_a_map_that_does_not_say_its_voxels(data, command, engine):
 )
 def test_a_diameter_that_nothing_uses(data, command, engine, words):
     refused = command(*words, "--particle-diameter", 20)
-    assert_refused(data, refused, "--particle-diameter has no effect here without")
+    assert_refused(data, refused, "--particle-diameter must be given with --normalise")
     assert not engine.calls
 
 
@@ -184,8 +185,8 @@ def test_the_folder_knows_its_mask(data, command, engine):
 
 def masks(data):
     soft, write = ball(N, PIXEL), partial(write_mrc, data / "bad.mrc")
-    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "use --resample")
-    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "use --resample")
+    yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "--resample brings")
+    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "--resample brings")
     yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc must have values", "got 0 to 1.5")
     yield (
         lambda: write(soft - 0.5, PIXEL),
@@ -205,7 +206,9 @@ def test_masks_that_are_none(data, command, engine):
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_the_published_presets_know_no_mask(data, command, preset):
     for options in (["--mask", data / "mask.mrc"], ["--mask-images"]):
-        words = f"{options[0]} needs --preset default, got --preset {preset}"
+        words = (
+            f"{options[0]} must be given with --preset default, got --preset {preset}"
+        )
         assert_refused(data, command("refine", "--preset", preset, *options), words)
 
 

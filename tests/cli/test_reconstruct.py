@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from jaxrefine.cli import reconstruct as implementation
 from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
+from jaxrefine.cli.engine import Engine
 from jaxrefine.io import read_mrc
 from jaxrefine.maps.fsc import fsc
 
@@ -34,7 +35,7 @@ def reconstruct(run, calls):
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))
         return SimpleNamespace(volume=halves[0] + 2, half_maps=halves, lam=0.5, tau=2)
 
-    engine: Any = SimpleNamespace(init=None, refine=None, reconstruct=stand_in)
+    engine = Engine(reconstruct=cast(Any, stand_in))
     command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
     return lambda *words: run("reconstruct", *words, commands=[command])
 

@@ -6,9 +6,11 @@ every iteration; at the end come runs of the real ones.
 
 import json
 import math
+import re
 import shlex
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -20,6 +22,7 @@ from helpers import interrupted_after
 
 from jaxrefine.cli import refine as cli_refine
 from jaxrefine.cli.commands.refine import REFINE, RefineSettings
+from jaxrefine.cli.engine import Engine
 from jaxrefine.io import (
     read_mrc,
     read_particles,
@@ -79,14 +82,15 @@ def stand_in():
     def init(particles, poses, *_, **__):
         return State(jnp.zeros((), jnp.int32), poses.shifts)
 
-    seen.refine, seen.init, seen.reconstruct = refine, init, None
+    seen.refine, seen.init = refine, init
     return seen
 
 
 @pytest.fixture
 def refine(run, stand_in):
     """Run the command with the stand-in."""
-    implementation = partial(cli_refine.run, engine=stand_in)
+    engine = Engine(stand_in.init, stand_in.refine)
+    implementation = partial(cli_refine.run, engine=engine)
     commands = [replace(REFINE, run=implementation)]
     return lambda *words: run(*words, commands=commands)
 
@@ -142,7 +146,8 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
     assert rows == [{"iteration": i, "tau": [1.0, None]} for i in (1, 2, 3)]
     report = json.loads((data / "out/run.json").read_text())
     assert report["finished"] is True and report["undetermined"] == 1
-    assert report["config"]["iterations"] == 3 and report["settings"]["iterations"] == 3
+    config = report["engine_config_in_radians_and_pixels"]
+    assert config["iterations"] == 3 and report["settings"]["iterations"] == 3
     assert report["options"]["iterations"] == 3 and report["options"]["out"] == str(
         data / "out"
     )
@@ -150,8 +155,8 @@ def test_the_folder_of_a_finished_run(data, refine, stand_in):
         ["jaxrefine", *map(str, command(data, "--iterations", 3))]
     )
     (call,) = stand_in.calls
-    assert report["config"]["multi_start"] == list(call.config.multi_start)
-    assert report["config"]["tuning"] == asdict(call.config.tuning)
+    assert config["multi_start"] == list(call.config.multi_start)
+    assert config["tuning"] == asdict(call.config.tuning)
     assert report["wall_s"] > 0 and report["peak_rss_mib"] > 10
     affecting = {
         option.name for option in declared(RefineSettings) if option.affects_results
@@ -256,6 +261,25 @@ def test_what_is_fixed_is_written_as_it_stands(data, refine, stand_in, what):
             assert written[name] == values
     # The stand-in moves every particle.
     assert (written["rlnOriginYAngst"] == table["rlnOriginYAngst"]) == (not angles)
+
+
+def test_options_of_what_is_fixed_are_not_said(data, refine):
+    """There is no limit that they came to, and 0 is none that could be given."""
+    words = command(data, "--fix-angles", "--fix-shifts", "--iterations", 1)
+    err = refine(*words).err
+    resolved = json.loads((data / "out/run.json").read_text())["resolved"]
+    for what in ("angle", "shift"):
+        assert not {f"max_{what}", f"{what}_spread"} & resolved.keys()
+        assert f"--max-{what}" not in err and f"--{what}-spread" not in err
+
+
+def test_the_report_shows_what_options_came_to(data, refine):
+    assert refine(*command(data, "--iterations", 1, "--max-angle", 30)).code == 0
+    page = (data / "out/report.html").read_text()
+    rows = dict(re.findall(r"<th [^>]*>(--[^<]*)</th>\s*<td>([^<]*)</td>", page))
+    assert rows["--max-angle"] == "30 degrees"
+    assert rows["--particle-diameter"] == "21.33 angstroms"
+    assert rows["--tau"] == "chosen by cross-validation"
 
 
 @pytest.mark.slow
@@ -376,6 +400,28 @@ def test_other_settings_and_inputs_are_refused(data, refine, stand_in, finished)
     assert code == 0 and "finished" in out
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_are_refused_wherever_they_lie(data, refine, stand_in, finished):
+    """Stacks of the same size and names, in another folder; copies are the same run."""
+    folders = [data / name for name in ("images", "copies", "others")]
+    stack = (data / "particles.mrcs").read_bytes()
+    (data / "particles.mrcs").unlink()
+    changed = stack[:-4] + np.float32(0.5).tobytes()
+    for folder, content in zip(folders, (stack, stack, changed), strict=True):
+        folder.mkdir()
+        (folder / "particles.mrcs").write_bytes(content)
+
+    def from_folder(folder: Path):
+        return refine(*command(data, "--iterations", 2, "--datadir", folder))
+
+    stand_in.stop_after = None if finished else 1
+    assert from_folder(folders[0]).code == (0 if finished else 130)
+    stand_in.stop_after = None
+    from_folder(folders[2]).assert_refused("other settings (stacks)")
+    assert from_folder(folders[1]).code == 0
+    assert len(stand_in.iterations) == 2
+
+
 def test_a_folder_of_an_older_version(data, refine, stand_in):
     """That knew fewer options: they were not given."""
     first = command(data, "--iterations", 2)
@@ -448,7 +494,7 @@ def test_a_bad_option_is_a_sentence(data, refine, stand_in, bad):
 )
 def test_what_the_published_presets_cannot(data, run, option):
     bad = command(data, "--preset", "released", *option, star="plain.star")
-    run(*bad).assert_refused(f"{option[0]} needs --preset default")
+    run(*bad).assert_refused(f"{option[0]} must be given with --preset default")
     assert not (data / "out").exists()
 
 
@@ -486,14 +532,14 @@ def odd(data):
 
 
 BAD_INPUTS = {
-    of_another_size: "init.mrc has 18^3 voxels",
-    of_another_voxel: "init.mrc has voxels of 2.02 A",
+    of_another_size: "got 18^3 voxels",
+    of_another_voxel: "got voxels of 2.02 A",
     of_zeros: "init.mrc must not be zero everywhere",
     lambda data: (data / "init.mrc").unlink(): "init.mrc does not exist",
     lambda data: (data / "particles.mrcs").unlink(): "names particles.mrcs, which",
     lambda data: (data / "particles.star").write_text("no"): "not a STAR file",
     lambda data: (data / "out").write_text("a file"): "out must be a folder, got",
-    odd: "has images of 17 x 17 pixels",
+    odd: "got images of 17 x 17 pixels",
     used: "holds files but no run.json",
     of_something_else: "run.json must be the report of a run",
 }
@@ -511,7 +557,7 @@ def test_bad_input_is_a_sentence(data, refine, stand_in, damage):
 @pytest.mark.parametrize("preset", ["default", "released"])
 @pytest.mark.parametrize(
     ("values", "words"),
-    [([np.nan], "holds a value that is not finite."), ([0] * N**2, "is 0 everywhere.")],
+    [([np.nan], "must be finite, got"), ([0] * N**2, "must not be constant, got 0")],
 )
 def test_an_image_that_is_none(data, run, preset, values, words):
     """Found when it is read; nothing is left of the run."""

@@ -107,10 +107,10 @@ def test_an_image_that_is_not_finite_is_named(bad):
     images[5, 1, 2] = bad
     particles = Particles(images)
     particles.batch(np.array([0, 4, 6]))
-    with pytest.raises(InputError, match=r"^Image 5 \(from 0\) holds a value"):
+    with pytest.raises(InputError, match=r"^image 5 \(from 0\) must be finite"):
         particles.batch(np.array([0, 5]))
     # Also through a view, which counts otherwise.
-    with pytest.raises(InputError, match="^Image 5 "):
+    with pytest.raises(InputError, match="^image 5 "):
         particles.take(np.array([6, 5])).batch(np.array([1]))
 
 

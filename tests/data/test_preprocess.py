@@ -55,7 +55,7 @@ def test_what_is_refused(images):
         with pytest.raises(InputError, match="diameter must be positive and leave"):
             Normalised(images, diameter)
     images[3] = 2
-    with pytest.raises(InputError, match=r"Image 3 \(from 0\) is constant"):
+    with pytest.raises(InputError, match=r"image 3 \(from 0\) must vary"):
         Normalised(images, 12.0)[np.array([1, 3])]
 
 

@@ -1,5 +1,6 @@
 """What the README and the pages say holds: examples run, names and links exist."""
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -9,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 import jaxrefine
+from jaxrefine import cli, evaluation, io, simulate
 from jaxrefine.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +31,7 @@ PROGRAM = {"cli", "report", "runs"}
 """Packages of the command line, which are not attributes of the library."""
 
 # Examples that refine poses; all others take the time of an import.
-REFINES = ("jr.refine(", "paper.refine(")
+REFINES = ("jr.refine(", "paper.refine(", "refine_files(")
 
 
 def named(path: Path) -> str:
@@ -105,6 +108,30 @@ def test_example_of_the_method_refines_poses():
     assert float(fsc.removeprefix("mean FSC ")) > 0.5
 
 
+@pytest.mark.slow
+def test_example_of_files_refines_them(tmp_path):
+    """A small data set: what is written is closer to the truth than what was read."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    out.mkdir()
+    truth = simulate.phantom(jax.random.key(0), 16)
+    io.write_mrc(tmp_path / "map.mrc", truth, 4.0)
+    words = ["simulate", tmp_path / "map.mrc", "--out", data, "--particles", 64]
+    words += ["--snr-db", 6, "--max-shift", 1, "--max-angle-error", 14]
+    words += ["--initial-blur", 1]
+    assert cli.main([str(word) for word in words]) == 0
+    files = ", ".join(repr(str(data / name)) for name in ("particles.star", "init.mrc"))
+    call = f"import pathlib\nrefine_files({files}, pathlib.Path({str(out)!r}))\n"
+    output_of(f"{example_with('refine_files(')}\n{call}")
+    assert io.read_mrc(out / "map.mrc")[0].shape == truth.shape
+    true = io.read_poses(data / "truth.star")
+    before, after = (
+        evaluation.summarise(evaluation.pose_errors(io.read_poses(path), true))
+        for path in (data / "init.star", out / "particles.star")
+    )
+    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+        assert after[figure] < 0.5 * before[figure]
+
+
 def code_spans(text: str) -> list[str]:
     """Return what single backticks hold, outside of blocks of code."""
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -134,6 +161,37 @@ def exists(parts: list[str]) -> bool:
             return False
         found = getattr(found, part)
     return parts[0] in jaxrefine.__all__
+
+
+def messages() -> list[str]:
+    """Return the texts of the package, with an ellipsis where a value is put in."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [
+                part.value if isinstance(part, ast.Constant) else "..."
+                for part in parts
+            ]
+            if all(isinstance(text, str) for text in texts):
+                found.append("".join(map(str, texts)))
+    return found
+
+
+def test_messages_that_are_quoted_exist():
+    """Those of troubleshooting; what is not the program's own is left out by dots."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [" ".join(each.split()) for each in re.findall(r'\*"([^"]+)"\*', text)]
+    assert len(quoted) >= 5
+    known = messages()
+    for each in quoted:
+        pieces = [piece for piece in each.split("...") if piece.strip(" ()")]
+        assert any(in_order(pieces, message) for message in known), each
+
+
+def in_order(pieces: list[str], text: str) -> bool:
+    """Whether a text has these pieces, one after another."""
+    return re.search(".*".join(map(re.escape, pieces)), text) is not None
 
 
 def test_the_table_of_equations_has_every_part_of_the_method():

@@ -109,7 +109,7 @@ def test_values_have_the_declared_types(read):
         ("snr_db='0.1'", "snr_db must be a number, got '0.1'"),
         ("paper_step_scales=1.0", "paper_step_scales must be a list, got 1.0"),
         ("paper_step_scales=['1']", "paper_step_scales must be a number, got '1'"),
-        ("seed=-1", "seed must be at least 0 and at most 2147483646, got -1"),
+        ("seed=-1", "seed must be from 0 to 2147483646, got -1"),
         ("seed=9223372036854775808", "got 9223372036854775808"),
         ("matching_rounds=0", "matching_rounds must be at least 1, got 0"),
         ("voxel_size_in_angstroms=0.0", "must be more than 0 angstroms, got 0"),

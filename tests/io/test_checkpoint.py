@@ -120,12 +120,12 @@ def test_the_file_that_is_replaced_can_be_kept(path):
 def test_paths_that_cannot_be_read_or_written_are_refused(path):
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(path, a_state())
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="got a folder"):
         load_checkpoint(path.parent, a_state())
-    with pytest.raises(InputError, match="Cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         save_checkpoint(path / "absent" / "state", a_state(), {})
     path.write_text("a file, not a folder")
-    with pytest.raises(InputError, match="Cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         save_checkpoint(path / "state", a_state(), {})
 
 

@@ -211,10 +211,13 @@ def test_a_real_file_has_its_known_values(data_dir, tmp_path):
 
 NO_CTF = [name for name in FIELDS if name.startswith("ctf")]
 BAD = {
-    "no stack": ({"dropped": ["blob/path"]}, "lacks the field blob/path"),
-    "no voltage": ({"dropped": ["ctf/accel_kv"]}, "lacks the field ctf/accel_kv"),
-    "no angle": ({"dropped": ["ctf/df_angle_rad"]}, "lacks the field ctf/df_angle"),
-    "no shift": ({"dropped": ["alignments3D/shift"]}, "lacks the field alignments3D/s"),
+    "no stack": ({"dropped": ["blob/path"]}, "must have the field blob/path"),
+    "no voltage": ({"dropped": ["ctf/accel_kv"]}, "must have the field ctf/accel_kv"),
+    "no angle": ({"dropped": ["ctf/df_angle_rad"]}, "must have the field ctf/df_angle"),
+    "no shift": (
+        {"dropped": ["alignments3D/shift"]},
+        "must have the field alignments3D/s",
+    ),
     "NaN": (
         {"alignments3D__pose": ("<f4", [[0, np.nan, 0]] * COUNT)},
         "field alignments3D/pose: values must be finite .* got nan",
@@ -247,7 +250,7 @@ BAD = {
     ),
     "dark": (
         {"dropped": NO_CTF, "blob__sign": ("<f4", [-1] * COUNT)},
-        "no CTF, so protein must be bright",
+        "protein must be bright in images without a CTF",
     ),
     "boxes": (
         {"blob__shape": ("<u4", [[M, M], [8, 8]] + [[M, M]] * 3)},
@@ -267,7 +270,7 @@ BAD = {
                 ("alignments3D__shift", 2),
             )
         },
-        "holds no particles",
+        "must hold particles, got none",
     ),
 }
 
@@ -278,7 +281,7 @@ def test_a_bad_table_is_a_sentence(path, bad):
     with pytest.raises(InputError, match=words) as caught:
         read_particles(save(path, **changes))
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message and message.endswith(".")
+    assert str(path) in message and "\n" not in message and not message.endswith(".")
 
 
 def test_files_of_another_kind_are_refused(path):
@@ -288,9 +291,9 @@ def test_files_of_another_kind_are_refused(path):
     for content in (np.zeros(3), np.zeros((2, 2), [("a", "f4")]), objects):
         with open(path, "wb") as file:
             np.save(file, content, allow_pickle=True)
-        with pytest.raises(InputError, match="is not a cryoSPARC table"):
+        with pytest.raises(InputError, match="must be a cryoSPARC table"):
             read_cs(path)
     for content in (b"", b"data_\n", b"PK\x03\x04 and more", b"\x94CSDAT"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is not a cryoSPARC table"):
+        with pytest.raises(InputError, match="must be a cryoSPARC table"):
             read_cs(path)

@@ -27,7 +27,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("precious")
     for place in ("absent/report.json", "file/report.json"):
-        with pytest.raises(InputError, match="Cannot write"):
+        with pytest.raises(InputError, match="cannot write"):
             write_json(tmp_path / place, {})
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -48,11 +48,11 @@ def test_logs_keep_their_first_lines(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="Cannot write .*absent"):
+    with pytest.raises(InputError, match="cannot write .*absent"):
         append_json_line(tmp_path / "absent/log.jsonl", {})
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_is_a_sentence():
-    with pytest.raises(InputError, match="Cannot write /dev/full: No space left"):
+    with pytest.raises(InputError, match="cannot write /dev/full: No space left"):
         append_json_line("/dev/full", {"iteration": 1})

@@ -199,9 +199,9 @@ def test_a_single_image_needs_no_number(tmp_path):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (np.nan, "value that is not finite"),
+        (np.nan, "must be finite, got a value"),
         (np.inf, "value that"),
-        (None, "is 3 every"),
+        (None, "must not be constant, got 3"),
     ],
 )
 def test_images_that_are_blank_or_not_finite_are_named(tmp_path, value, words):
@@ -263,7 +263,7 @@ def test_optics_without_a_defocus_are_refused(new_style, name):
         table.pop(column, None)
     table[name] = ["1.0"] * len(table["rlnImageName"])
     write_star(path, blocks)
-    with pytest.raises(InputError, match=f"has {name} but lacks rlnDefocusU"):
+    with pytest.raises(InputError, match=f"must have rlnDefocusU, got {name}"):
         read_particles(path)
 
 
@@ -609,7 +609,7 @@ def test_a_folder_whose_name_is_not_text_can_be_read_from(tmp_path):
     write_particles(folder / "job/p.star", file, file.poses)
     found = read_particles(folder / "job/p.star")
     np.testing.assert_array_equal(all_images(found), images)
-    with pytest.raises(InputError, match=r"Cannot write .*cannot hold .*f\\udcff/a"):
+    with pytest.raises(InputError, match=r"cannot write .*cannot hold .*f\\udcff/a"):
         write_particles(tmp_path / "p.star", file, file.poses)
     assert not (tmp_path / "p.star").exists()
 
@@ -655,7 +655,9 @@ def test_the_tables_pixel_size_comes_before_the_headers(new_style):
     assert read_particles(path).particles.pixel_size_in_angstroms == 1.5
     plain = path.with_name("plain.star")
     write_star(plain, {"": particle_columns(["1@a.mrcs"])})
-    with pytest.raises(InputError, match="gives no pixel size, so .*a.mrcs is not"):
+    with pytest.raises(
+        InputError, match="pixel size of the first stack must be .*a.mrcs"
+    ):
         read_particles(plain)
 
 
@@ -744,10 +746,10 @@ BAD_TABLES = {
         set_names("x@a.mrcs", *["1@a.mrcs"] * 2),
         "number from 1, .* got 'x@a",
     ),
-    "no images": (drop("rlnImageName"), "lacks the column rlnImageName"),
-    "no poses": (drop("rlnAngleTilt"), "lacks the columns rlnAngleTilt"),
-    "no poses but one": (drop("rlnAngleRot"), "lacks the columns rlnAngleRot"),
-    "no defocus": (drop("rlnDefocusU"), "has rlnDefocusV but lacks rlnDefocusU"),
+    "no images": (drop("rlnImageName"), "must have the column rlnImageName"),
+    "no poses": (drop("rlnAngleTilt"), "must have the columns rlnAngleTilt"),
+    "no poses but one": (drop("rlnAngleRot"), "must have the columns rlnAngleRot"),
+    "no defocus": (drop("rlnDefocusU"), "must have rlnDefocusU, got rlnDefocusV"),
     "two boxes": (
         lambda _, groups: groups.update(rlnImageSize=["6", "8"]),
         "rlnImageSize must be 6, .* got 6, 8",
@@ -766,11 +768,11 @@ BAD_TABLES = {
     ),
     "missing group": (
         lambda table, _: table.update(rlnOpticsGroup=["1", "3", "7"]),
-        "has no optics group 3, 7",
+        "got particles of group 3, 7",
     ),
     "group twice": (
         lambda _, groups: groups.update(rlnOpticsGroup=["1", "1"]),
-        "two optics groups with the same number",
+        "got two with the same number",
     ),
     "half a group": (
         lambda table, _: table.update(rlnOpticsGroup=["1", "1.5", "2"]),
@@ -794,7 +796,10 @@ BAD_TABLES = {
     "no voltage": (drop("rlnVoltage"), "rlnVoltage"),
     "no contrast": (drop("rlnAmplitudeContrast"), "rlnAmplitudeContrast"),
     "no groups": (drop("rlnOpticsGroup"), "rlnOpticsGroup"),
-    "no rows": (lambda table, _: [v.clear() for v in table.values()], "no particles"),
+    "no rows": (
+        lambda table, _: [v.clear() for v in table.values()],
+        "must hold particles",
+    ),
     "contrast": (
         lambda _, groups: groups.update(rlnAmplitudeContrast=["0.1", "1.2"]),
         "rlnAmplitudeContrast: values must be from 0 to 1",
@@ -810,7 +815,7 @@ BAD_TABLES = {
     "no name": (set_names("", *["1@a.mrcs"] * 2), "a number from 1, .* got ''"),
     "endless CTF": (
         lambda table, _: table.update(rlnCtfBfactor=["1", "-1e6", "2"]),
-        "of particle 2 must be finite; its optics are out of range",
+        "of particle 2 must be finite, got optics",
     ),
     "endless scale": (
         lambda table, _: table.update(rlnCtfScalefactor=["1", "1", "1e39"]),
@@ -830,7 +835,7 @@ def test_a_bad_table_is_a_sentence(new_style, bad):
     with pytest.raises(InputError, match=words) as caught:
         read_particles(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message and message.endswith(".")
+    assert str(path) in message and "\n" not in message and not message.endswith(".")
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -925,5 +930,5 @@ def test_defoci_without_any_pixel_size_are_refused(new_style):
     for name in ("a.mrcs", "sub/b.mrcs"):
         with mrcfile.open(path.parent / name, "r+") as mrc:
             mrc.voxel_size = 0
-    with pytest.raises(InputError, match="defocus values but no pixel size"):
+    with pytest.raises(InputError, match="must give a pixel size, got defocus values"):
         read_particles(path)

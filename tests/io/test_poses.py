@@ -93,7 +93,7 @@ def test_each_particle_has_the_pixel_of_its_optics_group(path):
 def test_values_that_are_not_numbers_are_refused(path, bad):
     """Nor are Python's and other alphabets' numbers, nor those beyond float32."""
     pose_file(path, rlnOriginX=["1", bad])
-    words = rf"{path}, column rlnOriginX: .*got '{bad[:9]}.*\(row 2\)\.$"
+    words = rf"{path}, column rlnOriginX: .*got '{bad[:9]}.*\(row 2\)$"
     with pytest.raises(InputError, match=words) as caught:
         read_poses(path)
     assert len(str(caught.value)) < len(str(path)) + 120
@@ -105,10 +105,10 @@ OPTICS = {"rlnOpticsGroup": ["1"], "rlnImagePixelSize": ["2"]}
 @pytest.mark.parametrize(
     ("optics", "group", "words"),
     [
-        (None, {}, "no pixel size; .* rlnImagePixelSize"),
-        ({"rlnOpticsGroup": ["1"]}, {}, "no pixel size; .* rlnImagePixelSize"),
+        (None, {}, "rlnImagePixelSize .* without a pixel size"),
+        ({"rlnOpticsGroup": ["1"]}, {}, "rlnImagePixelSize .* without a pixel size"),
         (OPTICS, {}, "the table of particles must have the column rlnOpticsGroup"),
-        (OPTICS, {"rlnOpticsGroup": ["1", "7"]}, "no optics group 7"),
+        (OPTICS, {"rlnOpticsGroup": ["1", "7"]}, "got particles of group 7"),
         (
             OPTICS | {"rlnImagePixelSize": ["0"]},
             {"rlnOpticsGroup": ["1", "1"]},
@@ -154,7 +154,7 @@ def test_two_blocks_that_could_be_particles_are_refused(path):
 
 def test_real_files_without_poses_are_refused(data_dir):
     for name in ("star/toy_projections_13", "star/empty_loop"):
-        with pytest.raises(InputError, match="lacks the columns rlnAngleRot"):
+        with pytest.raises(InputError, match="must have the columns rlnAngleRot"):
             read_poses(data_dir / f"{name}.star")
 
 

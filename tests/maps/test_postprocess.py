@@ -207,14 +207,14 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
     small = jnp.ones((8, 8, 8))
     for maps, words in (
         ((one, small, mask), "second half map must .* 32 x 32 x 32, got 8 x 8 x 8"),
-        ((one, two, small), "The mask must have the size .* got 8 x 8 x 8"),
+        ((one, two, small), "the mask must have the size .* got 8 x 8 x 8"),
         ((nan, two, mask), "must be finite"),
         ((one, one, mask), "two sets of particles, got the same map"),
-        ((one, two, 2 * mask), "The mask must have values .* got 0 to 2"),
-        ((one, two, -mask), "The mask must have values .* got -1 to"),
-        ((one, two, 0 * mask), "The mask must have values .* got 0 to 0"),
-        ((one, two, nan), "The mask must have values .* got nan"),
-        ((one, 0 * two, mask), "The second half map is zero within the mask"),
+        ((one, two, 2 * mask), "the mask must have values .* got 0 to 2"),
+        ((one, two, -mask), "the mask must have values .* got -1 to"),
+        ((one, two, 0 * mask), "the mask must have values .* got 0 to 0"),
+        ((one, two, nan), "the mask must have values .* got nan"),
+        ((one, 0 * two, mask), "the second half map must not be zero within the mask"),
     ):
         with pytest.raises(InputError, match=words):
             postprocess(*maps, VOXEL, key=KEY)

@@ -999,13 +999,13 @@ def test_input_that_does_not_fit(case):
         ),
         (
             jnp.full((16,) * 3, 1.5),
-            "^The mask must have values from 0 .* got 1.5 to 1.5",
+            "^the mask must have values from 0 .* got 1.5 to 1.5",
         ),
         (
             jnp.full((16,) * 3, jnp.nan),
-            "^The mask must have values from 0 .* got nan to nan",
+            "^the mask must have values from 0 .* got nan to nan",
         ),
-        (jnp.zeros((16,) * 3), "^The mask must have values from 0 .* got 0 to 0"),
+        (jnp.zeros((16,) * 3), "^the mask must have values from 0 .* got 0 to 0"),
     ],
 )
 def test_masks_that_are_none(mask, words):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrefine.runs.fingerprint import fingerprint
+from jaxrefine.runs.fingerprint import fingerprint, stacks_digest
 from jaxrefine.runs.options import option
 
 
@@ -40,3 +40,18 @@ def test_files_count_by_their_content(settings, tmp_path):
     assert fingerprint(replace(settings, mask=copy)) != first
     copy.write_bytes(b"A map")
     assert fingerprint(replace(settings, map=copy)) != first
+
+
+def test_stacks_count_by_their_sizes_and_their_ends(tmp_path):
+    """In their order, whatever they are called; no more of them is read."""
+    content = bytes(range(256)) * 4096
+    stack, copy = tmp_path / "a.mrcs", tmp_path / "b.mrcs"
+    other = tmp_path / "c.mrcs"
+    stack.write_bytes(content)
+    copy.write_bytes(content)
+    first = stacks_digest([stack])
+    assert stacks_digest([copy]) == first
+    for changed in (b"?" + content[1:], content[:-1] + b"?", content + b"?", b""):
+        other.write_bytes(changed)
+        assert stacks_digest([other]) != first
+        assert stacks_digest([stack, other]) != stacks_digest([other, stack])

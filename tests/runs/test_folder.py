@@ -236,7 +236,7 @@ def test_a_place_that_is_no_folder_for_a_run(tmp_path):
     (tmp_path / "out").write_text("precious")
     with pytest.raises(InputError, match="out must be a folder, got a file"):
         a_folder(tmp_path)
-    with pytest.raises(InputError, match="Cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         a_folder(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
 
@@ -319,7 +319,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     def said():
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
-    busy = f"Another process is writing to {tmp_path / 'out'}.\n"
+    busy = f"another process is writing to {tmp_path / 'out'}\n"
     assert said() == busy
     assert a_folder(tmp_path).report() == folder.report()
     del folder

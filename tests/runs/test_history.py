@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_last_state(begun, tmp_path, monkeypatch, call):
     history.resume(lambda: state(0))
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
-        with pytest.raises(InputError, match="Cannot write .*: No space left"):
+        with pytest.raises(InputError, match="cannot write .*: No space left"):
             history.record(state(4), {"iteration": 4})
     assert sorted(contents(tmp_path / "state")) == [path.name for path in begun]
     assert eqx.tree_equal(resumed(tmp_path), state(3))
@@ -131,7 +131,7 @@ def test_writes_that_the_system_cuts_short(begun, tmp_path, size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(InputError, match="Cannot write .*: File too large"):
+        with pytest.raises(InputError, match="cannot write .*: File too large"):
             history.record(state(4), {"iteration": 4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -147,7 +147,7 @@ def test_a_large_state_on_a_full_disk(begun, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="Cannot write .*: File too large"):
+        with pytest.raises(InputError, match="cannot write .*: File too large"):
             history.record(large, {"iteration": 4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

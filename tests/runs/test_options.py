@@ -39,6 +39,7 @@ class Settings:
     fix_angles: bool = option(False, help="keep the angles")
     count: int = option(3, least=1, help="how many")
     b_factor: float | None = option(None, help="of the map")
+    share: float = option(0.5, least=0, most=1, help="how much")
     preset: str = option("default", choices=("default", "paper"), help="which")
     symmetry: str = option("C1", convert=str.upper, help="point group")
     shared: Shared = group(Shared, "images")
@@ -108,11 +109,11 @@ def test_words_give_the_same_settings_again(given):
         ({"preset": "other"}, "--preset must be one of default, paper, got other"),
         (
             {"max_angle": 3.0, "preset": "paper"},
-            "--max-angle needs --preset default, got --preset paper",
+            "--max-angle must be given with --preset default, got --preset paper",
         ),
         (
             {"max_angle": 3.0, "fix_angles": True},
-            "--max-angle must not be given with --fix-angles",
+            "--max-angle must not be given with --fix-angles, got both",
         ),
     ],
 )
@@ -133,12 +134,14 @@ def test_the_help_says_units_defaults_and_effects():
     options.add_options(parser, Settings)
     text = " ".join(parser.format_help().split())
     for told in (
-        "--max-angle DEGREES largest turn | 100 % of it, degrees (default: no limit). "
+        "--max-angle DEGREES largest turn | 100 % of it (more than 0 and at most 180 "
+        "degrees; default: no limit; --preset default only). "
         "Sets --spread to half of it.",
-        "--count N how many (default: 3)",
+        "--count N how many (at least 1; default: 3)",
         "--preset {default,paper} which (default: default)",
         "images: --invert protein is dark",
-        "--diameter ANGSTROMS of the particle, angstroms",
+        "--diameter ANGSTROMS of the particle (more than 0 angstroms)",
+        "--share X how much (from 0 to 1; default: 0.5)",
     ):
         assert told in text, text
 
@@ -149,6 +152,7 @@ def test_the_table_has_a_row_for_each_option():
     assert head.count("|") == line.count("|")
     assert [row.split("`")[1] for row in rows] == [
         *("MAP.mrc", "--out", "--max-angle", "--fix-angles", "--count", "--b-factor"),
+        "--share",
         *("--preset", "--symmetry", "--invert", "--diameter"),
     ]
     assert rows[2] == (
@@ -159,7 +163,8 @@ def test_the_table_has_a_row_for_each_option():
     assert rows[0].endswith("| required | yes |")
     assert rows[1].endswith("| required | no |")
     assert rows[3].endswith("| off | yes |") and "| 3 |" in rows[4]
-    assert "| `default`, `paper` | default |" in rows[6]
+    assert "| from 0 to 1 | 0.5 |" in rows[6]
+    assert "| `default`, `paper` | default |" in rows[7]
 
 
 def test_settings_as_json():
@@ -171,6 +176,7 @@ def test_settings_as_json():
         "fix_angles": False,
         "count": 5,
         "b_factor": None,
+        "share": 0.5,
         "preset": "default",
         "symmetry": "C1",
         "invert": True,

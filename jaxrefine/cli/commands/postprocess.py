@@ -26,7 +26,7 @@ class PostprocessSettings:
         unit="square angstroms",
         metavar="B",
         default_text="no sharpening",
-        help="sharpen by this B factor, which is negative",
+        help="filter by this B factor: negative sharpens, positive blurs",
     )
     auto_b_factor: bool = option(
         False,

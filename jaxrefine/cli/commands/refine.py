@@ -53,8 +53,8 @@ class RefineSettings:
     iterations: int | None = option(
         None,
         least=1,
-        default_text="12; paper 20; released 10",
-        help="most outer iterations",
+        default_text="12, paper 20, released 10",
+        help="maximum number of outer iterations",
     )
     tau: float | None = shared.tau(presets=_DEFAULT)
     max_angle: float | None = option(
@@ -66,8 +66,8 @@ class RefineSettings:
         presets=_DEFAULT,
         excludes=("fix_angles",),
         default_text="180",
-        implies="Unless --angle-spread is given, it becomes "
-        f"{ANGLE_SPREAD_OF_LIMIT:.2f} of this, but no more than its default.",
+        implies=f"Sets --angle-spread to {ANGLE_SPREAD_OF_LIMIT:.2f} of this, at most "
+        "its default, unless that is given.",
         help="largest turn of a pose from the given one",
     )
     max_shift: float | None = option(
@@ -78,8 +78,8 @@ class RefineSettings:
         presets=_DEFAULT,
         excludes=("fix_shifts",),
         default_text="6",
-        implies="Unless --shift-spread is given, it becomes "
-        f"{SHIFT_SPREAD_OF_LIMIT:g} of this.",
+        implies=f"Sets --shift-spread to {SHIFT_SPREAD_OF_LIMIT:g} of this, unless "
+        "that is given.",
         help="largest move of a particle from the given position",
     )
     angle_spread: float | None = option(
@@ -102,8 +102,8 @@ class RefineSettings:
         presets=_DEFAULT,
         excludes=("fix_shifts",),
         default_text="2",
-        implies="Unless --max-shift is given, it becomes "
-        f"{SHIFT_LIMIT_OF_SPREAD} times this, but no more than half of the image.",
+        implies=f"Sets --max-shift to {SHIFT_LIMIT_OF_SPREAD} times this, at most half "
+        "of the image, unless that is given.",
         help="how well the given positions are known: standard deviation along x and y",
     )
     fix_angles: bool = option(
@@ -120,7 +120,7 @@ class RefineSettings:
         above=True,
         presets=_DEFAULT,
         default_text="a seventh of the box",
-        help="detail that map and poses are good for at first",
+        help="resolution to which the initial map and poses are trusted",
     )
     max_resolution: float | None = option(
         None,
@@ -129,11 +129,13 @@ class RefineSettings:
         above=True,
         presets=_DEFAULT,
         default_text="what the map supports",
+        implies="Sets --initial-resolution to this if its default is finer, unless "
+        "that is given.",
         help="finest detail that poses are compared in",
     )
     seed: int = shared.seed("everything random")
     batch_size: int | None = shared.batch_size(
-        None, default_text="256, or what the memory allows; paper and released 8"
+        None, default_text="256 or what the memory allows, paper and released 8"
     )
     memory: float | None = option(
         None,
@@ -151,9 +153,10 @@ class RefineSettings:
         mask_images={"presets": _DEFAULT},
         particle_diameter={
             "default_text": "three quarters of the box for --normalise and "
-            "--mask-images; two thirds for the search",
-            "implies": "Unless --initial-resolution is given, it becomes 3/14 of this; "
-            "and a larger particle is searched for more densely.",
+            "--mask-images, two thirds for the search",
+            "implies": "Sets --initial-resolution to 3/14 of this, unless that is "
+            "given, and the resolution of the search in proportion: both then have as "
+            "many cycles per diameter as by default.",
         },
     )
 

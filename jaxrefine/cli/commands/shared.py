@@ -83,7 +83,7 @@ class ImageSettings:
     )
     datadir: Path | None = option(
         None,
-        affects_results=False,
+        affects_results=False,  # what is found there does, see runs.fingerprint
         metavar="DIR",
         help="where else to look for stacks of images",
     )

@@ -29,7 +29,7 @@ class SimulateSettings:
         least=-200,
         most=200,
         excludes=("sigma",),
-        help="signal-to-noise ratio in a pixel; this or --sigma must be given",
+        help="signal-to-noise ratio in a pixel, unless --sigma is given",
     )
     sigma: float | None = option(
         None,
@@ -64,10 +64,20 @@ class SimulateSettings:
     )
     ctf: bool = option(False, help="give each image a defocus of its own")
     voltage: float = option(
-        300.0, unit="kilovolts", least=1, most=10**4, metavar="KV", help="of the optics"
+        300.0,
+        unit="kilovolts",
+        least=1,
+        most=10**4,
+        metavar="KV",
+        help="acceleration voltage",
     )
     spherical_aberration: float = option(
-        2.7, unit="millimetres", least=0, most=100, metavar="MM", help="of the optics"
+        2.7,
+        unit="millimetres",
+        least=0,
+        most=100,
+        metavar="MM",
+        help="spherical aberration",
     )
     amplitude_contrast: float = option(
         0.1, least=0, most=1, help="share of amplitude contrast in the images"
