@@ -1,7 +1,7 @@
 """Reading and writing files: the only package that opens them."""
 
-from jaxrefine.io._atomic import check_writable as check_writable
-from jaxrefine.io._atomic import writing as writing
+from jaxrefine.io.atomic import check_writable as check_writable
+from jaxrefine.io.atomic import writing as writing
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
 from jaxrefine.io.cs import read_cs as read_cs

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file, writing
+from jaxrefine.io.atomic import atomic_path, existing_file, writing
 
 
 def write_json(path: str | Path, content: Any) -> None:

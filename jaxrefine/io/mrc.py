@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from mrcfile import utils as mrcfile_utils
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file, reserve
+from jaxrefine.io.atomic import atomic_path, existing_file, reserve
 
 _ISOTROPY = 1e-3  # Edges this close count as equal: cell sizes in headers are rounded.
 _COMPLEX_MODES = (3, 4)

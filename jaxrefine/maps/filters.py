@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
-from jaxrefine.operators._fourier import radii
+from jaxrefine.operators.fourier import radii
 
 
 def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:

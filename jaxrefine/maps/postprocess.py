@@ -24,7 +24,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.mask import check_mask
-from jaxrefine.operators._fourier import radii
+from jaxrefine.operators.fourier import radii
 
 # Phases are randomised from where the unmasked correlation falls below this: RELION's
 # default (--randomize_at_fsc).

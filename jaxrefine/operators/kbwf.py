@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxrefine._types import Points2, Points3, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.operators import _bessel
-from jaxrefine.operators._radial import RadialSeries, radial_series
+from jaxrefine.operators.radial import RadialSeries, radial_series
 
 
 class KBWF(eqx.Module):

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.geometry import Poses
-from jaxrefine.io._atomic import atomic_path
+from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import crossing
 from jaxrefine.report import plots
 

@@ -11,7 +11,7 @@ from typing import Any, final
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import leftovers
+from jaxrefine.io.atomic import leftovers
 from jaxrefine.io.checkpoint import DamagedCheckpoint
 
 
