@@ -1,4 +1,10 @@
-"""Reading and writing files: the only package that opens them."""
+"""Reading and writing files, which appear complete or not at all, and logs, by lines.
+
+The other packages leave the user's files to this one: a page or a picture is written
+under the path that :func:`jaxrefine.io.atomic.atomic_path` provides. There is one
+exception: :mod:`jaxrefine.runs.fingerprint` reads the bytes of input files, for their
+digests.
+"""
 
 from jaxrefine.io.atomic import check_writable as check_writable
 from jaxrefine.io.atomic import writing as writing
@@ -8,6 +14,7 @@ from jaxrefine.io.cs import read_cs as read_cs
 from jaxrefine.io.json import append_json_line as append_json_line
 from jaxrefine.io.json import keep_lines as keep_lines
 from jaxrefine.io.json import read_json as read_json
+from jaxrefine.io.json import read_json_lines as read_json_lines
 from jaxrefine.io.json import write_json as write_json
 from jaxrefine.io.mrc import map_stack as map_stack
 from jaxrefine.io.mrc import new_stack as new_stack

@@ -421,7 +421,7 @@ def _draw_views(path: Path, directions: Float[np.ndarray, "particles 3"]) -> Non
     axes.set(xlabel="rot", ylabel="tilt")
     bar = figure.colorbar(mesh)
     bar.set_label("density relative to uniform")
-    figure.savefig(path, format="png")
+    plots.save(figure, path)
 
 
 def _view_density(
@@ -468,7 +468,7 @@ def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> Non
     right.set_yticks(shells, [f"{box_in_angstroms / shell:.3g}" for shell in shells])
     right.set_ylabel("resolution (Å)")
     axes.legend()
-    figure.savefig(path, format="png")
+    plots.save(figure, path)
 
 
 def _figure(
