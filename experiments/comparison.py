@@ -279,12 +279,12 @@ def compare(
 
 def _write_poses(out: Path, name: str, poses: Poses, case: Case) -> None:
     images = case.dataset.images
-    io.write_poses(
+    io.write_new_particles(
         out / "poses" / f"{slug(name)}.star",
         poses,
-        case.voxel_size_in_angstroms,
         [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)],
         images.shape[-1],
+        case.voxel_size_in_angstroms,
     )
 
 

@@ -31,7 +31,6 @@ from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles
 from jaxrefine.io.poses import poses_on_one_grid as poses_on_one_grid
 from jaxrefine.io.poses import read_poses as read_poses
-from jaxrefine.io.poses import write_poses as write_poses
 from jaxrefine.io.star import Pairs as Pairs
 from jaxrefine.io.star import read_star as read_star
 from jaxrefine.io.star import write_star as write_star

@@ -10,7 +10,7 @@ import pytest
 from jaxrefine import evaluation, symmetry
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses, matrix_to_rotvec, rotvec_to_matrix
-from jaxrefine.io import write_poses, write_star
+from jaxrefine.io import write_new_particles, write_star
 
 COUNT = 30
 RNG = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def turned(degrees):
 
 def write(path, rotations=ROTATIONS, shifts=SHIFTS, names=NAMES):
     path.parent.mkdir(exist_ok=True)
-    write_poses(path, Poses(rotations, shifts), 1.5, list(names), 32)
+    write_new_particles(path, Poses(rotations, shifts), list(names), 32, 1.5)
     return path
 
 
