@@ -113,10 +113,14 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
     distance = np.einsum("pi,pij,pj->p", error, curvature, error)
     expected = np.einsum("pii->pi", covariance)
     return {
-        "rms_angle_deg": float(np.rad2deg(np.sqrt((error[:, :3] ** 2).sum(1).mean()))),
-        "bound_angle_deg": float(np.rad2deg(np.sqrt(expected[:, :3].sum(1).mean()))),
-        "rms_shift_px": float(np.sqrt((error[:, 3:] ** 2).sum(1).mean())),
-        "bound_shift_px": float(np.sqrt(expected[:, 3:].sum(1).mean())),
+        "rms_angle_in_degrees": float(
+            np.rad2deg(np.sqrt((error[:, :3] ** 2).sum(1).mean()))
+        ),
+        "bound_angle_in_degrees": float(
+            np.rad2deg(np.sqrt(expected[:, :3].sum(1).mean()))
+        ),
+        "rms_shift_in_pixels": float(np.sqrt((error[:, 3:] ** 2).sum(1).mean())),
+        "bound_shift_in_pixels": float(np.sqrt(expected[:, 3:].sum(1).mean())),
         # The 95 % quantile of chi squared with five degrees of freedom.
         "covered_by_95": float(np.mean(distance < 11.0705)),
     }
@@ -153,10 +157,10 @@ def table(records: Sequence[Record]) -> str:
         poses.append(
             (
                 case,
-                f"{100 * refined['fraction_within_10_deg']:.0f} %",
-                f"{refined['angle_error_deg_median']:.2f}",
-                f"{refined['shift_error_px_median']:.2f}",
-                _ratio(bound["rms_angle_deg"], bound["bound_angle_deg"])
+                f"{100 * refined['fraction_within_10_degrees']:.0f} %",
+                f"{refined['angle_error_in_degrees_median']:.2f}",
+                f"{refined['shift_error_in_pixels_median']:.2f}",
+                _ratio(bound["rms_angle_in_degrees"], bound["bound_angle_in_degrees"])
                 if bound
                 else "",
                 f"{100 * bound['covered_by_95']:.1f} %" if bound else "",

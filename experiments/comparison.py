@@ -358,9 +358,10 @@ def table(results: Mapping[str, Mapping[str, Any]], caption: str) -> str:
     rows = [
         f"| {name} | {r['mean_fsc']:.3f} | {r['mean_fsc_aligned']:.3f} "
         f"| {rc_text(r['rc'], len(r['fsc']) - 1)} "
-        f"| {r['angle_error_deg_median']:.2f} | {r['angle_error_deg_p90']:.1f} "
-        f"| {100 * r['fraction_within_10_deg']:.1f} % "
-        f"| {r['shift_error_px_median']:.3f} | {r['wall_s']:.0f} |"
+        f"| {r['angle_error_in_degrees_median']:.2f} "
+        f"| {r['angle_error_in_degrees_p90']:.1f} "
+        f"| {100 * r['fraction_within_10_degrees']:.1f} % "
+        f"| {r['shift_error_in_pixels_median']:.3f} | {r['wall_s']:.0f} |"
         for name, r in results.items()
     ]
     remarks = [f"- {name}: {r['remark']}" for name, r in results.items() if r["remark"]]

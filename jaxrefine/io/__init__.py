@@ -20,7 +20,7 @@ from jaxrefine.io.mrc import map_stack as map_stack
 from jaxrefine.io.mrc import new_stack as new_stack
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
-from jaxrefine.io.mrc import voxel_size as voxel_size
+from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms
 from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
 from jaxrefine.io.particles import ParticleFile as ParticleFile

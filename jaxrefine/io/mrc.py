@@ -67,7 +67,7 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     return _finite(volume, path), _isotropic(voxel, path)
 
 
-def voxel_size(path: str | Path) -> float | None:
+def voxel_size_in_angstroms(path: str | Path) -> float | None:
     """Return the edge of a map's voxels in angstroms; None if it is unset.
 
     Raises

@@ -139,10 +139,10 @@ def outcome(result):
 def test_poses_and_map_improve(scene, run, unrefined):
     result, _ = run
     before, after = scene.errors(scene.initial), scene.errors(result.poses)
-    assert before["angle_error_deg_median"] > 15
-    assert after["angle_error_deg_median"] < 5
-    assert after["fraction_within_10_deg"] > 0.9
-    assert after["shift_error_px_median"] < 0.3
+    assert before["angle_error_in_degrees_median"] > 15
+    assert after["angle_error_in_degrees_median"] < 5
+    assert after["fraction_within_10_degrees"] > 0.9
+    assert after["shift_error_in_pixels_median"] < 0.3
     assert scene.fsc(result.volume) > scene.fsc(unrefined.volume) + 0.2
     assert scene.fsc(result.volume) > scene.fsc(scene.map) + 0.05
 
@@ -504,7 +504,10 @@ def test_poses_may_be_updated_by_any_method_of_optax(scene):
         callback=lambda state, info: seen.append(info),
     )
     before, after = scene.errors(near), scene.errors(result.poses)
-    assert after["angle_error_deg_median"] < 0.6 * before["angle_error_deg_median"]
+    assert (
+        after["angle_error_in_degrees_median"]
+        < 0.6 * before["angle_error_in_degrees_median"]
+    )
     assert len(seen[0].damping) == 10 and seen[0].searched == 0
 
 
@@ -567,7 +570,7 @@ def test_the_band_limit_marches(scene):
     assert radii == sorted(radii) and radii[0] < radii[-1] <= LAST
     assert radii[0] <= 7 and (np.diff(np.log2(radii)) <= 1).all()
     assert all(info.search_r_max <= info.r_max for info in seen)
-    assert scene.errors(result.poses)["angle_error_deg_median"] < 8
+    assert scene.errors(result.poses)["angle_error_in_degrees_median"] < 8
     assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
@@ -615,7 +618,7 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
         whole = particle_set(particles, scene.initial, KEY, CONFIG, mask)
         state = map_step.start(whole, volume)
         state, _ = pose_step.update_poses(whole, state, 0, LAST, KEY)
-        return scene.errors(state.hypotheses.best())["angle_error_deg_median"]
+        return scene.errors(state.hypotheses.best())["angle_error_in_degrees_median"]
 
     clean, spoilt = (error(scene.map + x, None) for x in (0 * garbage, garbage))
     masked = error(scene.map + garbage, ball())
