@@ -137,11 +137,11 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
-    mine, theirs = f"voxels of {voxel:g} A", f"pixels of {pixel:g} A"
+    voxels, pixels = f"voxels of {voxel:g} A", f"pixels of {pixel:g} A"
     if n != m:
-        mine, theirs = f"{n}^3 voxels", f"{m}^2 pixels"
+        voxels, pixels = f"{n}^3 voxels", f"{m}^2 pixels"
     raise InputError(
-        f"{path} has {mine}, but the images of {source.path} have {theirs}; use "
+        f"{path} has {voxels}, but the images of {source.path} have {pixels}; use "
         "--resample to bring it to their grid."
     )
 
