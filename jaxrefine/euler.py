@@ -16,6 +16,7 @@ way round).
 Every function accepts leading batch axes.
 """
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -23,6 +24,7 @@ from jaxrefine._types import Angles, Rotations
 from jaxrefine.geometry import stack_rows
 
 
+@eqx.filter_jit
 def euler_to_matrix(angles: Angles) -> Rotations:
     """Return ``R = Z(psi) Y(tilt) Z(rot)``, RELION's Euler matrix."""
     (ca, cb, cg), (sa, sb, sg) = _cosines_and_sines(angles)
@@ -33,6 +35,7 @@ def euler_to_matrix(angles: Angles) -> Rotations:
     )
 
 
+@eqx.filter_jit
 def euler_jacobian(angles: Angles) -> Float[Array, "*batch 3 3 3"]:
     """Return the derivatives of ``R`` by ``rot``, ``tilt`` and ``psi``.
 
@@ -67,11 +70,13 @@ def projection_matrix(angles: Angles) -> Float[Array, "*batch 2 3"]:
     return euler_to_matrix(angles)[..., :2, :]
 
 
+@eqx.filter_jit
 def projection_jacobian(angles: Angles) -> Float[Array, "*batch 3 2 3"]:
     """Return ``dM_theta / d(rot, tilt, psi)``, the matrices of Theorem 1."""
     return euler_jacobian(angles)[..., :2, :]
 
 
+@eqx.filter_jit
 def matrix_to_euler(rotations: Rotations) -> Angles:
     """Return ``(rot, tilt, psi)`` with ``tilt`` in ``[0, pi]``.
 

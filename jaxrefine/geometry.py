@@ -49,6 +49,7 @@ class Poses(eqx.Module):
         return Poses(self.rotations[indices], self.shifts[indices])
 
 
+@eqx.filter_jit
 def rotvec_to_matrix(vectors: Float[Array, "*batch 3"]) -> Rotations:
     """Return ``exp(w^)``, the turn by ``|w|`` radians about ``w`` (Rodrigues).
 
@@ -73,6 +74,7 @@ def rotvec_to_matrix(vectors: Float[Array, "*batch 3"]) -> Rotations:
     )
 
 
+@eqx.filter_jit
 def matrix_to_rotvec(rotations: Rotations) -> Float[Array, "*batch 3"]:
     """Return the ``w`` with ``exp(w^) = R`` and ``|w| <= pi``.
 
@@ -93,6 +95,7 @@ def matrix_to_rotvec(rotations: Rotations) -> Float[Array, "*batch 3"]:
     return 2 * scale[..., None] * axis
 
 
+@eqx.filter_jit
 def uniform_rotations(
     key: PRNGKeyArray, count: int, dtype: jax.typing.DTypeLike = float
 ) -> Float[Array, "count 3 3"]:
@@ -102,6 +105,7 @@ def uniform_rotations(
     return _quaternion_to_matrix(quaternion / norm)
 
 
+@eqx.filter_jit
 def geodesic_distance(
     rotations: Rotations, reference: Rotations
 ) -> Float[Array, "*batch"]:
@@ -123,6 +127,7 @@ def geodesic_distance(
     return jnp.arctan2(sine, cosine)
 
 
+@eqx.filter_jit
 def align_rotations(
     rotations: Float[Array, "particles 3 3"],
     reference: Float[Array, "particles 3 3"],
@@ -168,6 +173,7 @@ def mirror(rotations: Rotations) -> Rotations:
     return rotations * jnp.broadcast_to(j[:, None] * j[None, :], rotations.shape)
 
 
+@eqx.filter_jit
 def align_rotations_and_hand(
     rotations: Float[Array, "particles 3 3"],
     reference: Float[Array, "particles 3 3"],
