@@ -30,8 +30,7 @@ def radii(n):
     return np.sqrt(x**2 + y**2 + z**2).reshape(n, n, n)
 
 
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("n", "seed"), list(zip(SIZES, range(3), strict=True)))
 def test_phantom_is_positive_compact_and_centred(n, seed):
     volume = np.asarray(simulate.phantom(jax.random.key(seed), n))
     assert volume.shape == (n, n, n) and volume.dtype == np.float32

@@ -114,6 +114,7 @@ def show(run, engine):
     return lambda *words: run("demo", *words, commands=[command])
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_carries_on(show, engine, tmp_path):
     out = tmp_path / "demo"
     engine.stop_after = 2

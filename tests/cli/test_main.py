@@ -115,6 +115,7 @@ def test_an_error_of_ours_is_not_hidden(run):
         run("fail", "a.mrc", "b.mrc", commands=[command])
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(maps):
     """Exit codes and streams as a shell sees them."""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -256,6 +256,7 @@ def test_what_is_fixed_is_written_as_it_stands(data, refine, stand_in, what):
     assert (written["rlnOriginYAngst"] == table["rlnOriginYAngst"]) == (not angles)
 
 
+@pytest.mark.slow
 def test_band_limits_and_symmetry(data, refine, stand_in):
     """For images of 16 pixels of 2 A: shells from 32 A to 32 / 7 A."""
     for options, expected in (

@@ -197,6 +197,7 @@ def test_an_interruption_leaves_nothing_half_written(folder, run, monkeypatch):
     assert not json.loads((out / "simulate.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("relion_reconstruct") is None,
     reason="relion_reconstruct is not installed",

@@ -252,6 +252,7 @@ def case(load, study, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_more_time_carries_on_what_a_limit_stopped(load, study, tmp_path):
     comparison, path = load("comparison"), tmp_path / "run"
 

@@ -177,6 +177,7 @@ def test_each_ablation_changes_one_thing(load):
     assert reduced["no marching"](46, 1.0).first_r_max == 22
 
 
+@pytest.mark.slow
 def test_the_papers_descent_is_that_of_algorithm_3(load):
     """On the cost (34) in units of the noise, shifts take the steps of `descend`.
 
@@ -224,6 +225,7 @@ def test_the_papers_descent_is_that_of_algorithm_3(load):
     assert both_moved.cost < shifted.cost and both_moved.accepted.all()
 
 
+@pytest.mark.slow
 def test_the_papers_descent_keeps_to_what_is_allowed(load, tmp_path):
     """In the engine's polish: it makes poses more probable, within their bounds."""
     ablation, file = load("ablation"), Path("configs/ablation.toml")

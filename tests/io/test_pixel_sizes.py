@@ -162,6 +162,7 @@ def test_old_tables_have_a_pixel_size_for_each_particle(merged, tmp_path):
     assert read_star(tmp_path / "same.star")[""]["rlnOriginX"] == table["rlnOriginX"]
 
 
+@pytest.mark.slow
 def test_the_map_is_that_of_one_pixel_size(merged, tmp_path, capsys):
     maps = []
     for path in (merged.path, merged.same):

@@ -362,16 +362,15 @@ def test_python_numbers_are_accepted(problem):
     np.testing.assert_allclose(plain.coefficients, typed.coefficients, atol=1e-13)
 
 
-# CG stops at a relative residual of 1e-6 in both precisions, which leaves 1e-5 in the
-# coefficients (of order one) after its magnification by the condition number.
-TOLERANCE = {jnp.float64: 5e-5, jnp.float32: 2e-4}
-
-
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @every_sign
 @every_regulariser
-def test_in_every_precision(optimum, regulariser, rho_nonnegative, dtype):
-    problem = Problem(dtype)
+def test_single_precision(optimum, regulariser, rho_nonnegative):
+    """CG stops at a relative residual of 1e-6.
+
+    In double precision too, this leaves 1e-5 in the coefficients (of order one) after
+    its magnification by the condition number.
+    """
+    problem = Problem(jnp.float32)
     state, info = problem.run(
         regulariser,
         rho_nonnegative=rho_nonnegative,
@@ -379,10 +378,10 @@ def test_in_every_precision(optimum, regulariser, rho_nonnegative, dtype):
         cg_iterations=30,
         cg_tolerance=1e-6,
     )
-    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves((state, info)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state, info)))
     best, _ = optimum(regulariser, rho_nonnegative)
     gap = np.abs(np.asarray(state.coefficients, float) - best.coefficients).max()
-    assert gap < TOLERANCE[dtype]
+    assert gap < 2e-4
 
 
 def test_stops_are_counted_in_info(problem):

@@ -73,10 +73,10 @@ def test_wider_windows_and_finer_grids_are_more_accurate():
         spectrum = Gridding(width, oversampling).spectrum(volume, 7)
         return relative_error(evaluate(spectrum, points), exact)
 
-    by_width = [error(width, 2.0) for width in (2, 3, 4, 5, 6)]
-    by_grid = [error(4, oversampling) for oversampling in (1.25, 1.5, 2.0, 3.0)]
-    assert np.all(np.diff(np.log(by_width)) < -1), by_width
-    assert np.all(np.diff(np.log(by_grid)) < -0.5), by_grid
+    by_width = [error(width, 2.0) for width in (2, 4, 6)]
+    by_grid = [error(4, oversampling) for oversampling in (1.25, 2.0, 3.0)]
+    assert np.all(np.diff(np.log(by_width)) < -2), by_width
+    assert np.all(np.diff(np.log(by_grid)) < -1), by_grid
 
 
 @pytest.mark.parametrize(("n", "r_max"), SIZES)

@@ -222,6 +222,7 @@ def test_a_finished_run_is_left_alone(scene, uninterrupted):
     assert_identical(again, final)
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter(scene, uninterrupted):
     final = algorithm1.refine(scene.start(), scene.problem, scene.config(batch_size=3))
     leaves = map(jax.tree.leaves, (final, uninterrupted[0]))
@@ -231,6 +232,7 @@ def test_batches_do_not_matter(scene, uninterrupted):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_iterations_do_not_recompile(scene, caplog):
     """The counter is traced: all is compiled by the end of the first iteration."""
     config, compiled = scene.config(max_trials=6), []  # not compiled before
@@ -301,6 +303,7 @@ def test_non_negative_coefficients_are_clipped(scene):
     assert state.volume.coefficients.min() < 0
 
 
+@pytest.mark.slow
 def test_exact_poses_stay():
     """Clean images, the true poses and a good map: the loop must not walk away."""
     exact = Scene(40, max_angle_error=0.0, max_shift=1.0, sigma=0.0)

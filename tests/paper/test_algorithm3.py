@@ -499,6 +499,7 @@ def test_exact_poses_stay(scene):
     assert shift.max() < 5e-4
 
 
+@pytest.mark.slow
 def test_small_errors_are_undone(scene):
     start = scene.perturbed(2.0, 0.3)
     config = scene.config(iterations=40)
@@ -510,6 +511,7 @@ def test_small_errors_are_undone(scene):
     assert after[1].max() < 5e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["angles", "shifts"])
 def test_a_step_of_zero_freezes(scene, frozen):
     start = scene.perturbed(5.0, 0.5)
@@ -521,6 +523,7 @@ def test_a_step_of_zero_freezes(scene, frozen):
     assert (np.abs(difference).max(axis=1) > 0).all()
 
 
+@pytest.mark.slow
 def test_single_precision(scene):
     """The same path in single precision: a line search may turn at rounding level."""
     single = Scene(dtype=jnp.float32)
@@ -535,6 +538,7 @@ def test_single_precision(scene):
     assert not jnp.isnan(info.cost).any()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_particles(scene):
     """No array of particles times voxels, nor of particles times fine image grids."""
 

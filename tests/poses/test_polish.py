@@ -117,6 +117,7 @@ def test_covariances_are_honest(scene, polished):
     assert bound[:3].max() < 0.25 and bound[3:].max() < 1
 
 
+@pytest.mark.slow
 def test_the_curvature_is_the_mean_hessian(scene, polished):
     """Against the Hessian, by autodiff, averaged over draws from the Gaussian."""
     owners = np.array([5, 9])

@@ -43,6 +43,7 @@ def test_a_symmetric_map_stays_on_its_axes(group, free):
         np.testing.assert_allclose(operator @ translation, translation, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [None, "angle", "shift"])
 def test_a_set_that_drifted_is_brought_back(fixed):
     """Map and poses together, so that projections stay; but not what is fixed."""

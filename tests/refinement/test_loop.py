@@ -379,6 +379,7 @@ def halves(scene):
     return result, seen
 
 
+@pytest.mark.slow
 def test_half_sets_have_maps_and_a_correlation(scene, halves):
     result, seen = halves
     first, second = result.half_maps
@@ -398,6 +399,7 @@ def test_half_sets_have_maps_and_a_correlation(scene, halves):
         json.dumps(info.row(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_half_sets_know_nothing_of_each_other(scene, halves):
     """Other images in set 2: set 1's poses, map and covariances keep their bits.
 
@@ -471,6 +473,7 @@ def test_a_tau_that_is_given_is_used(scene, run):
     assert 0.1 < run[0].tau < 10
 
 
+@pytest.mark.slow
 def test_poses_may_be_updated_by_any_method_of_optax(scene):
     """From poses near the truth; dtype promotion as users have it."""
     update = Descent(optax.sgd(0.3), iterations=10)
@@ -558,6 +561,7 @@ def test_the_band_limit_marches(scene):
     assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
+@pytest.mark.slow
 def test_error_bars_are_those_of_the_last_band(scene):
     """A run that is stopped while the band grows, and one that is taken up again."""
     config = dataclasses.replace(STILL, first_r_max=4, iterations=2, tau=1.0)
@@ -591,6 +595,7 @@ def test_a_mask_of_ones_changes_nothing(scene, run):
     assert_identical(outcome(scene.refine(mask=ones)), outcome(run[0]))
 
 
+@pytest.mark.slow
 def test_a_mask_keeps_the_solvent_from_the_poses(scene):
     """With garbage around the initial map they are as good as without, or far off."""
     noise = np.random.default_rng(8).normal(size=(N, N, N))
@@ -652,6 +657,7 @@ def fourfold(volume):
     return total / 4
 
 
+@pytest.mark.slow
 def test_a_symmetric_sum_is_that_of_all_copies(scene):
     """An image at ``R`` is inserted as four images at ``R S`` would be."""
     config = dataclasses.replace(CONFIG, symmetry="D2")

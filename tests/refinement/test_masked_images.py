@@ -14,6 +14,8 @@ from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
 
+pytestmark = pytest.mark.slow
+
 N, LAST, P, DIAMETER = 32, 15, 400, 14.0
 SINGLE, KEY = jnp.float32, jax.random.key(3)
 COARSE = Gridding(2, 2.0)

@@ -134,6 +134,7 @@ def costs(spectrum, view, plain, images, ctf, group, poses, weights):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_optics", [True, False])
 def test_the_cost_is_that_of_the_groups_own_noise(scene, images, with_optics):
     """``1/2 sum |g - C h|^2 / N_g`` and its gradient, some shells being empty."""
@@ -263,6 +264,7 @@ def test_the_spectra_of_two_groups_are_recovered(scene, images):
     np.testing.assert_allclose(gain[1:5], 1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_groups_of_equal_noise_are_as_one(scene):
     images = scene.images((WHITE, WHITE))
     apart, _, gain = assessed(scene, images, GROUP)

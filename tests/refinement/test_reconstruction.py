@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrefine import simulate
 from jaxrefine.data.particles import Particles
@@ -10,6 +11,7 @@ from jaxrefine.maps.fsc import fsc
 from jaxrefine.refinement import reconstruction
 
 
+@pytest.mark.slow
 def test_half_maps_agree_as_far_as_they_are_right():
     """Rosenthal and Henderson (J. Mol. Biol. 333, 2003): if they share but the signal,
     their correlation F tells that of their mean with the truth, sqrt(2 F / (1 + F)).
