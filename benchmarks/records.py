@@ -49,15 +49,15 @@ def read(path: Path) -> list[Record]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def store(path: Path, new: Record) -> None:
+def store(path: Path, measured: Record) -> None:
     """Add a record to a file, in place of one of the same case on as many cores."""
+    kept = [stored for stored in read(path) if _identity(stored) != _identity(measured)]
+    path.write_text(json.dumps([*kept, measured], indent=2) + "\n")
 
-    def is_replaced(old: Record) -> bool:
-        cores = [each["provenance"]["cores"] for each in (old, new)]
-        return old["case"] == new["case"] and cores[0] == cores[1]
 
-    records = [each for each in read(path) if not is_replaced(each)]
-    path.write_text(json.dumps([*records, new], indent=2) + "\n")
+def _identity(measured: Record) -> tuple[str, int]:
+    """Return what a file has one record of."""
+    return measured["case"], measured["provenance"]["cores"]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

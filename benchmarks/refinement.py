@@ -113,10 +113,14 @@ def bound(data: dict[str, np.ndarray]) -> dict[str, float]:
     distance = np.einsum("pi,pij,pj->p", error, curvature, error)
     expected = np.einsum("pii->pi", covariance)
     return {
-        "rms_angle_deg": float(np.rad2deg(np.sqrt((error[:, :3] ** 2).sum(1).mean()))),
-        "bound_angle_deg": float(np.rad2deg(np.sqrt(expected[:, :3].sum(1).mean()))),
-        "rms_shift_px": float(np.sqrt((error[:, 3:] ** 2).sum(1).mean())),
-        "bound_shift_px": float(np.sqrt(expected[:, 3:].sum(1).mean())),
+        "rms_angle_in_degrees": float(
+            np.rad2deg(np.sqrt((error[:, :3] ** 2).sum(1).mean()))
+        ),
+        "bound_angle_in_degrees": float(
+            np.rad2deg(np.sqrt(expected[:, :3].sum(1).mean()))
+        ),
+        "rms_shift_in_pixels": float(np.sqrt((error[:, 3:] ** 2).sum(1).mean())),
+        "bound_shift_in_pixels": float(np.sqrt(expected[:, 3:].sum(1).mean())),
         # The 95 % quantile of chi squared with five degrees of freedom.
         "covered_by_95": float(np.mean(distance < 11.0705)),
     }
@@ -135,39 +139,44 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 def table(records: Sequence[Record]) -> str:
     """Return three tables: the maps of every case, their poses, what they cost."""
-    maps, poses, costs = [], [], []
+    map_rows, pose_rows, cost_rows = [], [], []
     for each in records:
         figures, case = each["figures"], f"`{each['case']}`"
-        refined, oracle, bound = (figures.get(part) for part in PARTS[1:])
-        fsc = refined["mean_fsc"], oracle and oracle["mean_fsc"], figures.get("relion")
-        ours, best, theirs = fsc
-        maps.append(
+        joint, at_truth, polished = (figures.get(part) for part in PARTS[1:])
+        joint_fsc, relion_fsc = joint["mean_fsc"], figures.get("relion")
+        oracle_fsc = at_truth and at_truth["mean_fsc"]
+        map_rows.append(
             (
                 describe(each["case"], figures),
-                *("" if value is None else f"{value:.3f}" for value in fsc),
-                _ratio(ours, best),
-                _ratio(ours, theirs),
-                _ratio(best, theirs),
+                *(
+                    "" if value is None else f"{value:.3f}"
+                    for value in (joint_fsc, oracle_fsc, relion_fsc)
+                ),
+                _ratio(joint_fsc, oracle_fsc),
+                _ratio(joint_fsc, relion_fsc),
+                _ratio(oracle_fsc, relion_fsc),
             )
         )
-        poses.append(
+        pose_rows.append(
             (
                 case,
-                f"{100 * refined['fraction_within_10_deg']:.0f} %",
-                f"{refined['angle_error_deg_median']:.2f}",
-                f"{refined['shift_error_px_median']:.2f}",
-                _ratio(bound["rms_angle_deg"], bound["bound_angle_deg"])
-                if bound
+                f"{100 * joint['fraction_within_10_degrees']:.0f} %",
+                f"{joint['angle_error_in_degrees_median']:.2f}",
+                f"{joint['shift_error_in_pixels_median']:.2f}",
+                _ratio(
+                    polished["rms_angle_in_degrees"], polished["bound_angle_in_degrees"]
+                )
+                if polished
                 else "",
-                f"{100 * bound['covered_by_95']:.1f} %" if bound else "",
+                f"{100 * polished['covered_by_95']:.1f} %" if polished else "",
             )
         )
-        costs.append(
+        cost_rows.append(
             (
                 case,
-                f"{refined['wall_s']:.0f}",
-                f"{refined['peak_rss_mib']:.0f}",
-                f"{refined['images_mib']:.0f}",
+                f"{joint['wall_s']:.0f}",
+                f"{joint['peak_rss_mib']:.0f}",
+                f"{joint['images_mib']:.0f}",
             )
         )
     of_maps = ("data", "joint", "oracle", "RELION, true poses", "joint / oracle")
@@ -178,14 +187,14 @@ def table(records: Sequence[Record]) -> str:
     of_costs = ("case", "time (s)", "peak memory (MiB)", "images (MiB)")
     return "\n".join(
         (
-            f"Maps: mean FSC with the truth.\n\n{markdown_table(of_maps, maps)}",
+            f"Maps: mean FSC with the truth.\n\n{markdown_table(of_maps, map_rows)}",
             "Poses: errors of the joint refinement, and, with the true map, those of "
-            f"polished true poses.\n\n{markdown_table(of_poses, poses)}",
+            f"polished true poses.\n\n{markdown_table(of_poses, pose_rows)}",
             "Cost of the joint refinement from a cold start, compilation included.\n\n"
-            + markdown_table(of_costs, costs),
+            + markdown_table(of_costs, cost_rows),
         )
     )
 
 
-def _ratio(a: float | None, b: float | None) -> str:
-    return "" if a is None or b is None else f"{a / b:.2f}"
+def _ratio(value: float | None, reference: float | None) -> str:
+    return "" if value is None or reference is None else f"{value / reference:.2f}"

@@ -39,7 +39,7 @@ NEIGHBOURS = {
 """The other values of each constant."""
 OF_HALF_SETS = ("stalled",)
 PARTS = tuple(NEIGHBOURS)
-FIGURES = ("mean_fsc", "fraction_within_10_deg", "angle_error_deg_median")
+FIGURES = ("mean_fsc", "fraction_within_10_degrees", "angle_error_in_degrees_median")
 FIGURES += ("iterations", "wall_s")
 
 
@@ -95,8 +95,8 @@ def table(records: Sequence[Record]) -> str:
 def _cells(figures: Mapping[str, Any], sign: str) -> tuple[str, ...]:
     return (
         f"{figures['mean_fsc']:{sign}.3f}",
-        f"{100 * figures['fraction_within_10_deg']:{sign}.1f} %",
-        f"{figures['angle_error_deg_median']:{sign}.2f}",
+        f"{100 * figures['fraction_within_10_degrees']:{sign}.1f} %",
+        f"{figures['angle_error_in_degrees_median']:{sign}.2f}",
         f"{figures['iterations']:{sign}d}",
         f"{figures['wall_s']:{sign}.0f} s",
     )

@@ -36,7 +36,7 @@ def init1(settings: Init1Start, start: str, out: Path) -> Case:
     ab initio.
     """
     del start, out
-    truth, dataset = _simulate(settings, settings.max_angle_error)
+    truth, dataset = _simulate(settings, settings.max_angle_error_in_radians)
     initial_map = simulate.blur(truth, settings.initial_blur)
     return Case(truth, dataset, initial_map, settings.voxel_size_in_angstroms)
 

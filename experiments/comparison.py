@@ -279,12 +279,12 @@ def compare(
 
 def _write_poses(out: Path, name: str, poses: Poses, case: Case) -> None:
     images = case.dataset.images
-    io.write_poses(
+    io.write_new_particles(
         out / "poses" / f"{slug(name)}.star",
         poses,
-        case.voxel_size_in_angstroms,
         [f"{i:06d}@particles.mrcs" for i in range(1, len(images) + 1)],
         images.shape[-1],
+        case.voxel_size_in_angstroms,
     )
 
 
@@ -358,9 +358,10 @@ def table(results: Mapping[str, Mapping[str, Any]], caption: str) -> str:
     rows = [
         f"| {name} | {r['mean_fsc']:.3f} | {r['mean_fsc_aligned']:.3f} "
         f"| {rc_text(r['rc'], len(r['fsc']) - 1)} "
-        f"| {r['angle_error_deg_median']:.2f} | {r['angle_error_deg_p90']:.1f} "
-        f"| {100 * r['fraction_within_10_deg']:.1f} % "
-        f"| {r['shift_error_px_median']:.3f} | {r['wall_s']:.0f} |"
+        f"| {r['angle_error_in_degrees_median']:.2f} "
+        f"| {r['angle_error_in_degrees_p90']:.1f} "
+        f"| {100 * r['fraction_within_10_degrees']:.1f} % "
+        f"| {r['shift_error_in_pixels_median']:.3f} | {r['wall_s']:.0f} |"
         for name, r in results.items()
     ]
     remarks = [f"- {name}: {r['remark']}" for name, r in results.items() if r["remark"]]

@@ -103,7 +103,10 @@ def _entries(path: Path, preset: str) -> dict[str, Any]:
 def _of_map(volume: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that a true map brings."""
     size = len(io.read_mrc(volume)[0])
-    voxel, expected = io.voxel_size(volume), values.get("voxel_size_in_angstroms")
+    voxel, expected = (
+        io.voxel_size_in_angstroms(volume),
+        values.get("voxel_size_in_angstroms"),
+    )
     if expected and voxel != _NOT_GIVEN and abs(voxel / expected - 1) > _SAME_VOXEL:
         raise InputError(
             f"{volume} must have voxels of {expected:g} A, got {voxel:g} A; --set "

@@ -64,7 +64,7 @@ class CostSettings(StudySettings):
     repetitions: int = option(
         least=1, help="timed calls of each function, after one that is not"
     )
-    matching_step_deg: float = matching_step()
+    matching_step_in_degrees: float = matching_step()
 
     def __post_init__(self):
         if len(set(self.sizes)) < 2:
@@ -154,7 +154,7 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
             len(particles),
         )
 
-    finest = settings.matching_step_deg
+    finest = settings.matching_step_in_degrees
     same, scaled = (
         MatchConfig(
             angle_step=math.radians(step), max_shift=settings.max_shift, r_max=last

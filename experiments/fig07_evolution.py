@@ -23,7 +23,8 @@ def evolution(run: Run) -> list[Column]:
     shown = [Column("initial map", run.map("initial map"))]
     for number in chosen:
         row = history[number - 1]
-        note = f"FSC {row['mean_fsc']:.3f}\n{row['angle_error_deg_median']:.1f}° off"
+        error = row["angle_error_in_degrees_median"]
+        note = f"FSC {row['mean_fsc']:.3f}\n{error:.1f}° off"
         volume = run.map(f"{METHOD}_{number:03d}")
         shown.append(Column(f"iteration {number}", volume, note))
     return shown

@@ -120,7 +120,7 @@ def save(
                 f"{given.out.parent} is not a folder."
             )
         figure = draw([read(folder) for folder in given.runs])
-        figure.savefig(given.out, format="png")
+        plots.save(figure, given.out)
 
     return harness.main(command)
 

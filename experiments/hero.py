@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("demo", type=Path, metavar="DEMO")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     options = parser.parse_args()
-    draw(options.demo).savefig(options.out, format="png")
+    plots.save(draw(options.demo), options.out)
     return 0
 
 

@@ -61,7 +61,7 @@ def matching(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return projection matching, the classical method."""
     del case
     config = MatchConfig(
-        angle_step=math.radians(settings.matching_step_deg),
+        angle_step=math.radians(settings.matching_step_in_degrees),
         max_shift=settings.max_shift + 1,
     )
     rounds, seed = settings.matching_rounds, settings.seed
@@ -102,7 +102,7 @@ class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
     matching_rounds: int = option(
         least=1, help="rounds of projection matching and reconstruction"
     )
-    matching_step_deg: float = matching_step()
+    matching_step_in_degrees: float = matching_step()
 
 
 def main() -> int:

@@ -208,11 +208,11 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
             poses = matched.poses
             volume = jnp.asarray(reconstruct(particles, poses, key=key).volume)
             step = float(np.rad2deg(matched.angle_step))
-            grid = {"step_deg": step, "r_max": matched.r_max}
+            grid = {"step_in_degrees": step, "r_max": matched.r_max}
             record.add(volume, poses, (volume, poses), **grid)
         last = record.rows[-1]
         remark = (
-            f"{rounds} rounds, steps of {last['step_deg']:g} degrees, up to "
+            f"{rounds} rounds, steps of {last['step_in_degrees']:g} degrees, up to "
             f"{last['r_max']} cycles per box, maps by our volume update"
         )
         return Outcome(np.asarray(volume), poses, remark=remark)

@@ -14,8 +14,8 @@ from jaxrefine.report import plots
 
 PANELS = {
     "mean_fsc_aligned": ("mean FSC", "%.3f"),
-    "angle_error_deg_median": ("median angle error (deg)", "%.2f"),
-    "fraction_within_10_deg": ("fraction within 10 deg", "%.3f"),
+    "angle_error_in_degrees_median": ("median angle error (deg)", "%.2f"),
+    "fraction_within_10_degrees": ("fraction within 10 deg", "%.3f"),
     "wall_s": ("time (s)", "%.0f"),
 }
 """Figures of merit, and how they are written."""

@@ -67,7 +67,7 @@ def draw(runs: Sequence[CostRun]) -> Figure:
         f"{results['threads']} threads, without compilation; legend: best fit to a "
         f"power of n. {settings.particles} particles of the built-in phantom at once, "
         f"{settings.snr_db:g} dB, seed {settings.seed}; all frequencies below "
-        f"Nyquist. Projection matching: steps of {settings.matching_step_deg:g} "
+        f"Nyquist. Projection matching: steps of {settings.matching_step_in_degrees:g} "
         f"degrees (1/n: at n = {max(sizes)}), shifts up to {settings.max_shift:g} px. "
         f"Algorithm 3: three steps, with {trials} trials in a line search on average. "
         "LM: three steps."

@@ -18,19 +18,19 @@ from jaxrefine.report import plots
 LABELS = {
     "snr_db": "SNR per pixel (dB)",
     "particles": "number of particles",
-    "max_angle_error": "largest error of initial angles (rad)",
+    "max_angle_error_in_radians": "largest error of initial angles (rad)",
 }
 """What is swept."""
 
 PANELS = {
     "mean_fsc_aligned": "mean FSC",
     "rc": "$r_c$ (Fourier shells)",
-    "angle_error_deg_median": "median angle error (deg)",
-    "fraction_within_10_deg": "fraction within 10 deg",
+    "angle_error_in_degrees_median": "median angle error (deg)",
+    "fraction_within_10_degrees": "fraction within 10 deg",
 }
 """Figures of merit."""
 
-LIMITS = {"mean_fsc_aligned": (0, 1), "fraction_within_10_deg": (-0.03, 1.03)}
+LIMITS = {"mean_fsc_aligned": (0, 1), "fraction_within_10_degrees": (-0.03, 1.03)}
 """Of the axes of those that are fractions."""
 
 METHODS = {
@@ -40,7 +40,7 @@ METHODS = {
     "unrefined": STYLES["unrefined"],
 }
 
-_ERROR = "angle_error_deg_median"
+_ERROR = "angle_error_in_degrees_median"
 
 
 def draw(runs: Sequence[Run]) -> Figure:
@@ -82,7 +82,9 @@ def draw(runs: Sequence[Run]) -> Figure:
                     values, merits, color=colour, linestyle=dash, lw=2, marker="o", ms=4
                 )[0]
             if merit == _ERROR:
-                limits = [point["bound"]["bound_angle_deg_median"] for point in points]
+                limits = [
+                    point["bound"]["bound_angle_in_degrees_median"] for point in points
+                ]
                 curves["Cramér-Rao bound"] = axes.plot(values, limits, "0.5", lw=5)[0]
                 curves["Cramér-Rao bound"].set(zorder=1, alpha=0.5)
                 axes.set_yscale("log")

@@ -132,7 +132,7 @@ def postprocess(
     half1: Float[Array | np.ndarray, "n n n"],
     half2: Float[Array | np.ndarray, "n n n"],
     mask: Float[Array | np.ndarray, "n n n"],
-    pixel_size_in_angstroms: float,
+    voxel_size_in_angstroms: float,
 ) -> Float32[np.ndarray, "n n n"]:
     """Join two half maps, masked and low-passed, by ``relion_postprocess``.
 
@@ -143,8 +143,8 @@ def postprocess(
     """
     volumes = {"half1": half1, "half2": half2, "mask": mask}
     for name, volume in volumes.items():
-        io.write_mrc(folder / f"{name}.mrc", volume, pixel_size_in_angstroms)
-    pixel = ["--angpix", f"{pixel_size_in_angstroms:.6f}", "--low_pass", "-1"]
+        io.write_mrc(folder / f"{name}.mrc", volume, voxel_size_in_angstroms)
+    pixel = ["--angpix", f"{voxel_size_in_angstroms:.6f}", "--low_pass", "-1"]
     options = "--i half1.mrc --i2 half2.mrc --mask mask.mrc --o ./postprocess".split()
     complete(folder, "postprocess", [*options, *pixel])
     return io.read_mrc(folder / "postprocess_masked.mrc")[0]

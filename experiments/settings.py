@@ -91,7 +91,7 @@ class DatasetSettings(StudySettings):
 class Init1Start(DatasetSettings):
     """The start Init-1 of section IV-B: perturbed angles and a blurred map."""
 
-    max_angle_error: float = option(
+    max_angle_error_in_radians: float = option(
         unit="radians", least=0, help="largest initial error of each Euler angle"
     )
 
@@ -99,8 +99,8 @@ class Init1Start(DatasetSettings):
     def start(self) -> str:
         """What the refinements begin with, in words."""
         return (
-            f"Euler angles off by up to {self.max_angle_error:g} rad, initial map = "
-            f"truth blurred by {self.initial_blur:g} voxels"
+            f"Euler angles off by up to {self.max_angle_error_in_radians:g} rad, "
+            f"initial map = truth blurred by {self.initial_blur:g} voxels"
         )
 
 

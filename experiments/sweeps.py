@@ -43,7 +43,7 @@ from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.reconstruction import reconstruct
 from jaxrefine.runs.options import option
 
-AXES = ("snr_db", "particles", "max_angle_error")
+AXES = ("snr_db", "particles", "max_angle_error_in_radians")
 """What can be swept; the values of ``AXIS`` are ``AXIS_values``."""
 
 
@@ -58,8 +58,10 @@ class SweepSettings(Init1Start):
     particles_values: tuple[int, ...] = option(
         least=1, help="numbers of particles of a sweep of particles"
     )
-    max_angle_error_values: tuple[float, ...] = option(
-        unit="radians", least=0, help="largest errors of a sweep of max_angle_error"
+    max_angle_error_in_radians_values: tuple[float, ...] = option(
+        unit="radians",
+        least=0,
+        help="largest errors of a sweep of max_angle_error_in_radians",
     )
 
     def __post_init__(self):
@@ -80,8 +82,8 @@ FIGURES = (
     "mean_fsc",
     "mean_fsc_aligned",
     "rc",
-    "angle_error_deg_median",
-    "fraction_within_10_deg",
+    "angle_error_in_degrees_median",
+    "fraction_within_10_degrees",
     "wall_s",
 )
 """What ``metrics.json`` gathers of each method at each point."""
@@ -90,10 +92,10 @@ MADE = ("commit", "dirty", "measured_by")
 """What it gathers of the commits that each result is from, where they are known."""
 
 BOUND = (
-    "bound_angle_deg_rms",
-    "bound_angle_deg_median",
-    "bound_shift_px_rms",
-    "bound_shift_px_median",
+    "bound_angle_in_degrees_rms",
+    "bound_angle_in_degrees_median",
+    "bound_shift_in_pixels_rms",
+    "bound_shift_in_pixels_median",
 )
 """What it gathers of the Cramer-Rao bound."""
 
@@ -107,7 +109,7 @@ def family(settings: Init1Start, case: Case) -> dict[str, Method]:
     del case
     seed = settings.seed
     # The engine's default is for the errors of up to 0.7 rad of Init-1.
-    spread = RefineConfig().angle_spread * settings.max_angle_error / 0.7
+    spread = RefineConfig().angle_spread * settings.max_angle_error_in_radians / 0.7
     config = RefineConfig(angle_spread=spread)
     return {
         "oracle": methods.reconstruction(true_poses, seed),
@@ -135,8 +137,8 @@ def from_true_map(seed: int) -> Method:
         truth = case.dataset.truth
         errors = evaluation.pose_errors(poses, truth)
         attained = {
-            "angle_error_deg_rms": _rms(np.asarray(errors.angle_in_degrees)),
-            "shift_error_px_rms": _rms(np.asarray(errors.shift_in_pixels)),
+            "angle_error_in_degrees_rms": _rms(np.asarray(errors.angle_in_degrees)),
+            "shift_error_in_pixels_rms": _rms(np.asarray(errors.shift_in_pixels)),
         }
         record.add(volume, poses, **bound, **attained)
         return Outcome(volume, poses)
@@ -180,8 +182,8 @@ def cramer_rao(information: Float[np.ndarray, "particles 5 5"]) -> dict[str, flo
     errors = np.einsum("pij,dj->pdi", np.linalg.cholesky(covariance), draws)
     bound = {}
     for name, unit, components in (
-        ("angle_deg", np.rad2deg(1.0), slice(0, 3)),
-        ("shift_px", 1.0, slice(3, 5)),
+        ("angle_in_degrees", np.rad2deg(1.0), slice(0, 3)),
+        ("shift_in_pixels", 1.0, slice(3, 5)),
     ):
         square = np.einsum("pii->p", covariance[:, components, components])
         length = np.linalg.norm(errors[..., components], axis=-1)
@@ -239,16 +241,16 @@ def table(axis: str, points: list[dict[str, Any]], caption: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
-        bound = point["bound"]["bound_angle_deg_median"]
+        bound = point["bound"]["bound_angle_in_degrees_median"]
         rows += [
             f"| {point['value']:g} | {name} | {r['mean_fsc']:.3f} "
             f"| {r['mean_fsc_aligned']:.3f} | {r['rc']:.1f} "
-            f"| {r['angle_error_deg_median']:.2f} | {bound:.2f} "
-            f"| {100 * r['fraction_within_10_deg']:.1f} % | {r['wall_s']:.0f} |"
+            f"| {r['angle_error_in_degrees_median']:.2f} | {bound:.2f} "
+            f"| {100 * r['fraction_within_10_degrees']:.1f} % | {r['wall_s']:.0f} |"
             for name, r in point["methods"].items()
         ]
     below = f"{caption} Of these, {axis} varies."
-    if axis == "max_angle_error":
+    if axis == "max_angle_error_in_radians":
         below += " The engine is told how large it may be."
     return "\n".join([*rows, "", below])
 

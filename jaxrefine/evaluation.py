@@ -235,14 +235,14 @@ def summarise(errors: PoseErrors) -> dict[str, float]:
     """Return statistics of the errors: medians, percentiles, and fractions."""
     angle, shift = errors.angle_in_degrees, errors.shift_in_pixels
     return {
-        "angle_error_deg_median": float(jnp.median(angle)),
-        "angle_error_deg_p90": float(jnp.quantile(angle, 0.9)),
-        "angle_error_deg_p95": float(jnp.quantile(angle, 0.95)),
-        "fraction_within_5_deg": float(jnp.mean(angle <= 5)),
-        "fraction_within_10_deg": float(jnp.mean(angle <= 10)),
-        "shift_error_px_median": float(jnp.median(shift)),
-        "shift_error_px_p90": float(jnp.quantile(shift, 0.9)),
-        "shift_error_px_p95": float(jnp.quantile(shift, 0.95)),
+        "angle_error_in_degrees_median": float(jnp.median(angle)),
+        "angle_error_in_degrees_p90": float(jnp.quantile(angle, 0.9)),
+        "angle_error_in_degrees_p95": float(jnp.quantile(angle, 0.95)),
+        "fraction_within_5_degrees": float(jnp.mean(angle <= 5)),
+        "fraction_within_10_degrees": float(jnp.mean(angle <= 10)),
+        "shift_error_in_pixels_median": float(jnp.median(shift)),
+        "shift_error_in_pixels_p90": float(jnp.quantile(shift, 0.9)),
+        "shift_error_in_pixels_p95": float(jnp.quantile(shift, 0.95)),
     }
 
 
@@ -264,7 +264,7 @@ class Assessment:
     curve, aligned_curve
         Fourier shell correlation with the true map at 0, ..., ``n // 2`` cycles per
         box: of the map as it is, and after the motion of `align_poses`.
-    gauge_rotation_deg
+    gauge_rotation_in_degrees
         Angle of that motion's rotation.
     errors
         Errors of the poses after that motion.
@@ -272,7 +272,7 @@ class Assessment:
 
     curve: Float[np.ndarray, " shells"]
     aligned_curve: Float[np.ndarray, " shells"]
-    gauge_rotation_deg: float
+    gauge_rotation_in_degrees: float
     errors: PoseErrors
 
     def row(self) -> Row:
@@ -284,7 +284,7 @@ class Assessment:
         return {
             **resolution_row(jnp.asarray(self.curve)),
             **{f"{name}_aligned": value for name, value in aligned.items()},
-            "gauge_rotation_deg": self.gauge_rotation_deg,
+            "gauge_rotation_in_degrees": self.gauge_rotation_in_degrees,
             **summarise(self.errors),
         }
 

@@ -224,8 +224,8 @@ for name, outcome in results.items():
     print(
         f"{name:>23}  {float(mean_fsc(correlation(outcome.volume))):8.3f}  "
         f"{outcome.tau:6.2f}  "
-        f"{summary['angle_error_deg_median']:12.2f}  "
-        f"{100 * summary['fraction_within_10_deg']:15.1f} %  "
+        f"{summary['angle_error_in_degrees_median']:12.2f}  "
+        f"{100 * summary['fraction_within_10_degrees']:15.1f} %  "
         f"{int(outcome.state.iteration):10d}"
     )
 for name, reconstruction in (("TV", oracle), ("quadratic", smooth_oracle)):

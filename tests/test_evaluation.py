@@ -114,14 +114,14 @@ def test_summary():
     )
     assert evaluation.summarise(errors) == pytest.approx(
         {
-            "angle_error_deg_median": 5.0,
-            "angle_error_deg_p90": 90.0,
-            "angle_error_deg_p95": 130.0,
-            "fraction_within_5_deg": 6 / 11,
-            "fraction_within_10_deg": 8 / 11,
-            "shift_error_px_median": 0.5,
-            "shift_error_px_p90": 0.9,
-            "shift_error_px_p95": 0.95,
+            "angle_error_in_degrees_median": 5.0,
+            "angle_error_in_degrees_p90": 90.0,
+            "angle_error_in_degrees_p95": 130.0,
+            "fraction_within_5_degrees": 6 / 11,
+            "fraction_within_10_degrees": 8 / 11,
+            "shift_error_in_pixels_median": 0.5,
+            "shift_error_in_pixels_p90": 0.9,
+            "shift_error_in_pixels_p95": 0.95,
         }
     )
 
@@ -175,8 +175,8 @@ def test_moved_map_is_scored_alike(case):
         crooked.aligned_curve[:-3], straight.aligned_curve[:-3], atol=0.02
     )
     expected = np.rad2deg(np.linalg.norm([0.1, -0.15, 0.2]))
-    assert crooked.gauge_rotation_deg == pytest.approx(expected, abs=1e-3)
-    assert straight.gauge_rotation_deg == pytest.approx(0, abs=1e-3)
+    assert crooked.gauge_rotation_in_degrees == pytest.approx(expected, abs=1e-3)
+    assert straight.gauge_rotation_in_degrees == pytest.approx(0, abs=1e-3)
 
 
 def test_a_map_in_its_place_keeps_its_curve(case):

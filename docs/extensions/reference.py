@@ -48,9 +48,9 @@ def page(package: Path) -> str:
 def modules(package: Path) -> list[str]:
     """Return the public modules of a package, with packages inside it and theirs."""
     paths = package.glob("*.py") if package == PACKAGE else package.rglob("*.py")
-    found = {path.relative_to(package).with_suffix("").parts for path in paths}
-    found = {parts[:-1] if parts[-1] == "__init__" else parts for parts in found}
-    return [".".join(p) for p in sorted(found) if p and not p[-1].startswith("_")]
+    files = {path.relative_to(package).with_suffix("").parts for path in paths}
+    names = {parts[:-1] if parts[-1] == "__init__" else parts for parts in files}
+    return [".".join(p) for p in sorted(names) if p and not p[-1].startswith("_")]
 
 
 def directives(objects: list[tuple[str, str]]) -> list[str]:

@@ -31,7 +31,7 @@ def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]
             f"the maps must have the same size, got {a.shape[0]}^3 ({first}) and "
             f"{b.shape[0]}^3 ({second})"
         )
-    voxel, other = io.voxel_size(first), io.voxel_size(second)
+    voxel, other = io.voxel_size_in_angstroms(first), io.voxel_size_in_angstroms(second)
     if voxel and other and not _same(voxel, other):
         raise InputError(
             f"the maps must have the same voxel size, got {voxel:g} A ({first}) and "
@@ -61,7 +61,7 @@ def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
             f"the mask must have the size of the maps, {side}^3, got {len(mask)}^3 "
             f"({path})"
         )
-    own, voxel = io.voxel_size(path), io.voxel_size(map_path)
+    own, voxel = io.voxel_size_in_angstroms(path), io.voxel_size_in_angstroms(map_path)
     if own and voxel and not _same(own, voxel):
         raise InputError(
             f"the mask must have the voxel size of the maps, {voxel:g} A, got {own:g} "
@@ -118,7 +118,10 @@ def _on_grid_of(
     A map of their side whose voxel size is unset is taken to be on it.
     """
     n, m = volume.shape[0], source.particles.image_size
-    pixel, voxel = source.particles.pixel_size_in_angstroms, io.voxel_size(path)
+    pixel, voxel = (
+        source.particles.pixel_size_in_angstroms,
+        io.voxel_size_in_angstroms(path),
+    )
     if voxel is None and n == m:
         voxel = pixel
     if voxel is None:
@@ -134,12 +137,12 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
-    mine, theirs = f"voxels of {voxel:g} A", f"voxels of {pixel:g} A"
+    voxels, pixels = f"voxels of {voxel:g} A", f"voxels of {pixel:g} A"
     if n != m:
-        mine, theirs = f"{n}^3 voxels", f"{m}^3 voxels"
+        voxels, pixels = f"{n}^3 voxels", f"{m}^3 voxels"
     raise InputError(
-        f"{path} must have {theirs}, the grid of the images of {source.path}, got "
-        f"{mine}; --resample brings it to that grid"
+        f"{path} must have {pixels}, the grid of the images of {source.path}, got "
+        f"{voxels}; --resample brings it to that grid"
     )
 
 

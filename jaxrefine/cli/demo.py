@@ -162,14 +162,21 @@ def _figures(assessments: Mapping[str, evaluation.Assessment]) -> dict[str, Any]
     summary: dict[str, Any] = {}
     rows = {name: assessment.row() for name, assessment in assessments.items()}
     for name, row in rows.items():
-        for figure in ("mean_fsc", "mean_fsc_aligned", "rc", "gauge_rotation_deg"):
+        for figure in (
+            "mean_fsc",
+            "mean_fsc_aligned",
+            "rc",
+            "gauge_rotation_in_degrees",
+        ):
             summary[f"{figure}_{name}"] = row[figure]
-    for figure in ("angle_error_deg_median", "angle_error_deg_p90"):
+    for figure in ("angle_error_in_degrees_median", "angle_error_in_degrees_p90"):
         summary[f"{figure}_init"] = rows["unrefined"][figure]
         summary[f"{figure}_joint"] = rows["joint"][figure]
-    for figure in ("fraction_within_5_deg", "fraction_within_10_deg"):
+    for figure in ("fraction_within_5_degrees", "fraction_within_10_degrees"):
         summary[figure] = rows["joint"][figure]
-    summary["shift_error_px_median"] = rows["joint"]["shift_error_px_median"]
+    summary["shift_error_in_pixels_median"] = rows["joint"][
+        "shift_error_in_pixels_median"
+    ]
     return summary
 
 
@@ -219,14 +226,14 @@ def report_text(summary: Mapping[str, Any]) -> str:
         lines.append(f"{name:>12}  {mean:8.3f}  {aligned:7.3f}  {rc:>6}")
     lines.append(
         "aligned: without the rigid motion of the map that the poses imply, for joint "
-        f"a rotation of {summary['gauge_rotation_deg_joint']:.2f} degrees"
+        f"a rotation of {summary['gauge_rotation_in_degrees_joint']:.2f} degrees"
     )
-    median = summary["angle_error_deg_median_init"]
+    median = summary["angle_error_in_degrees_median_init"]
     lines.append(
         f"median angle error {median:.1f} -> "
-        f"{summary['angle_error_deg_median_joint']:.2f} degrees, "
-        f"{100 * summary['fraction_within_10_deg']:.1f} % within 10 degrees, "
-        f"median shift error {summary['shift_error_px_median']:.2f} pixels"
+        f"{summary['angle_error_in_degrees_median_joint']:.2f} degrees, "
+        f"{100 * summary['fraction_within_10_degrees']:.1f} % within 10 degrees, "
+        f"median shift error {summary['shift_error_in_pixels_median']:.2f} pixels"
     )
     peak = summary["peak_rss_mib"]
     memory = "" if peak is None else f", at most {peak:.0f} MiB"

@@ -11,8 +11,8 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 
 _SHOWN = (
-    ("angle error, degrees", "angle_error_deg"),
-    ("shift error, pixels", "shift_error_px"),
+    ("angle error, degrees", "angle_error_in_degrees"),
+    ("shift error, pixels", "shift_error_in_pixels"),
 )
 
 
@@ -53,7 +53,7 @@ def run(settings: EvaluateSettings) -> None:
         figures = (summary[f"{name}_{figure}"] for figure in ("median", "p90", "p95"))
         print(f"{title:>22}" + "".join(f"{figure:9.3f}" for figure in figures))
     for degrees in (5, 10):
-        share = 100 * summary[f"fraction_within_{degrees}_deg"]
+        share = 100 * summary[f"fraction_within_{degrees}_degrees"]
         print(f"{share:.1f} % within {degrees} degrees")
 
 

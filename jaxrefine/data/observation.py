@@ -18,7 +18,7 @@ from jaxrefine._types import Images, Scalar
 from jaxrefine.ctf import CTF
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators import slices
-from jaxrefine.operators._complex import power
+from jaxrefine.operators.complex import power
 from jaxrefine.operators.slices import Disc
 
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -1,19 +1,26 @@
-"""Reading and writing files: the only package that opens them."""
+"""Reading and writing files, which appear complete or not at all, and logs, by lines.
 
-from jaxrefine.io._atomic import check_writable as check_writable
-from jaxrefine.io._atomic import writing as writing
+The other packages leave the user's files to this one: a page or a picture is written
+under the path that :func:`jaxrefine.io.atomic.atomic_path` provides. There is one
+exception: :mod:`jaxrefine.runs.fingerprint` reads the bytes of input files, for their
+digests.
+"""
+
+from jaxrefine.io.atomic import check_writable as check_writable
+from jaxrefine.io.atomic import writing as writing
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
 from jaxrefine.io.cs import read_cs as read_cs
 from jaxrefine.io.json import append_json_line as append_json_line
 from jaxrefine.io.json import keep_lines as keep_lines
 from jaxrefine.io.json import read_json as read_json
+from jaxrefine.io.json import read_json_lines as read_json_lines
 from jaxrefine.io.json import write_json as write_json
 from jaxrefine.io.mrc import map_stack as map_stack
 from jaxrefine.io.mrc import new_stack as new_stack
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
-from jaxrefine.io.mrc import voxel_size as voxel_size
+from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms
 from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
 from jaxrefine.io.particles import ParticleFile as ParticleFile
@@ -24,7 +31,6 @@ from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles
 from jaxrefine.io.poses import poses_on_one_grid as poses_on_one_grid
 from jaxrefine.io.poses import read_poses as read_poses
-from jaxrefine.io.poses import write_poses as write_poses
 from jaxrefine.io.star import Pairs as Pairs
 from jaxrefine.io.star import read_star as read_star
 from jaxrefine.io.star import write_star as write_star

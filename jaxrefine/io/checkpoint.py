@@ -10,7 +10,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file
+from jaxrefine.io.atomic import atomic_path, existing_file
 
 _NAME = "jaxrefine checkpoint"
 _FORMAT = f"{_NAME} 2"

@@ -17,7 +17,7 @@ from jaxtyping import Float64
 
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
-from jaxrefine.io._atomic import existing_file
+from jaxrefine.io.atomic import existing_file
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table

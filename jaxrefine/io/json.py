@@ -3,11 +3,12 @@
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file, writing
+from jaxrefine.io.atomic import atomic_path, existing_file, writing
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -54,6 +55,21 @@ def append_json_line(path: str | Path, content: Any) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return the objects in the lines of a log, without lines that are damaged.
+
+    Raises
+    ------
+    InputError
+        If the file is missing.
+    """
+    rows = []
+    for line in existing_file(path).read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def keep_lines(path: str | Path, count: int) -> None:

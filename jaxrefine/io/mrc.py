@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from mrcfile import utils as mrcfile_utils
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file, reserve
+from jaxrefine.io.atomic import atomic_path, existing_file, reserve
 
 _ISOTROPY = 1e-3  # Edges this close count as equal: cell sizes in headers are rounded.
 _COMPLEX_MODES = (3, 4)
@@ -67,7 +67,7 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
     return _finite(volume, path), _isotropic(voxel, path)
 
 
-def voxel_size(path: str | Path) -> float | None:
+def voxel_size_in_angstroms(path: str | Path) -> float | None:
     """Return the edge of a map's voxels in angstroms; None if it is unset.
 
     Raises

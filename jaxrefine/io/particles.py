@@ -287,38 +287,48 @@ def write_new_particles(
     image_names: Sequence[str],
     image_size: int,
     pixel_size_in_angstroms: float,
-    group: CTF,
+    group: CTF | None = None,
     ctf: CTF | None = None,
 ) -> None:
     """Write a RELION 3.1 file of particles that share one optics group.
 
-    RELION requires the optics of the group even where it corrects no CTF, and the name
-    of a micrograph, for which ``simulated.mrc`` is written.
+    RELION's programs require the optics of the group, even where they correct no CTF,
+    and the name of a micrograph, for which ``simulated.mrc`` is written.
 
     Parameters
     ----------
     path
         The file, which appears complete or not at all.
     poses, image_names
-        The pose and the ``rlnImageName`` of each particle.
+        The pose and the ``rlnImageName`` of each particle, such as
+        ``000001@particles.mrcs``. RELION's origins are minus the shifts, in angstroms.
     image_size, pixel_size_in_angstroms
         Side of the images in pixels, and edge of a pixel.
     group
         Voltage, spherical aberration and amplitude contrast of the optics group.
     ctf
-        Defocus, phase shift, B-factor and scale of each particle.
+        Defocus, phase shift, B-factor and scale of each particle, which need a group.
 
     Raises
     ------
     InputError
-        If the lengths of the arguments differ, or the file cannot be written.
+        If there is not one name for each pose, if there is a CTF but no group, or if
+        the file cannot be written.
     """
+    if len(image_names) != len(poses):
+        raise InputError(
+            f"Cannot write {path}: there must be one image name for each of "
+            f"{len(poses)} poses, got {len(image_names)}."
+        )
+    if ctf is not None and group is None:
+        raise InputError(f"Cannot write {path}: a CTF must have a group, got none.")
+    of_group = {} if group is None else _GROUP_OPTICS
     optics = {
         "rlnOpticsGroup": ["1"],
         "rlnOpticsGroupName": ["opticsGroup1"],
         **{
             name: [f"{float(getattr(group, leaf)):.6f}"]
-            for name, leaf in _GROUP_OPTICS.items()
+            for name, leaf in of_group.items()
         },
         "rlnImagePixelSize": [f"{pixel_size_in_angstroms:.6f}"],
         "rlnImageSize": [str(image_size)],

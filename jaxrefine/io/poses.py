@@ -1,6 +1,5 @@
 """Poses in RELION's STAR files: Euler angles in degrees, and origins."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from jaxrefine.io.columns import (
     pixel_sizes,
     pixel_sizes_if_any,
 )
-from jaxrefine.io.star import Table, read_star, write_star
+from jaxrefine.io.star import Table, read_star
 
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
@@ -89,53 +88,6 @@ def poses_on_one_grid(
         return poses, None
     shifts = np.asarray(poses.shifts) * (sizes / sizes.max())[:, None]
     return Poses(poses.rotations, shifts), float(sizes.max())
-
-
-def write_poses(
-    path: str | Path,
-    poses: Poses,
-    pixel_size_in_angstroms: float,
-    image_names: Sequence[str],
-    image_size: int,
-) -> None:
-    """Write a RELION 3.1 file of particles that share one optics group.
-
-    Parameters
-    ----------
-    path
-        The file, which appears complete or not at all.
-    poses
-        The poses. RELION's origins are minus their shifts, in angstroms.
-    pixel_size_in_angstroms
-        The pixel size of the images.
-    image_names
-        ``rlnImageName`` of each particle, such as ``000001@particles.mrcs``.
-    image_size
-        Side of the images in pixels.
-
-    Raises
-    ------
-    InputError
-        If there is not one name for each pose, or the file cannot be written.
-    """
-    if len(image_names) != len(poses):
-        raise InputError(
-            f"cannot write {path}: there must be one image name for each of "
-            f"{len(poses)} poses, got {len(image_names)}"
-        )
-    optics = {
-        "rlnOpticsGroup": ["1"],
-        "rlnOpticsGroupName": ["opticsGroup1"],
-        "rlnImagePixelSize": [f"{pixel_size_in_angstroms:.6f}"],
-        "rlnImageSize": [str(image_size)],
-        "rlnImageDimensionality": ["2"],
-    }
-    particles = {
-        "rlnImageName": list(image_names),
-        **pose_columns(poses, pixel_size_in_angstroms),
-        "rlnOpticsGroup": ["1"] * len(image_names),
-    }
-    write_star(path, {"optics": optics, "particles": particles})
 
 
 def pose_columns(poses: Poses, pixel_size_in_angstroms: float | None) -> Table:

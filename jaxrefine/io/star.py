@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import atomic_path, existing_file
+from jaxrefine.io.atomic import atomic_path, existing_file
 
 Table = dict[str, list[str]]
 """The values of each column by its name; all columns have the same length."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxrefine._types import Volume
 from jaxrefine.geometry import rotvec_to_matrix
-from jaxrefine.operators._fourier import half_lattice, multiplicity
+from jaxrefine.operators.fourier import half_lattice, multiplicity
 from jaxrefine.operators.gridding import Gridding
 
 _HIGHEST = jax.lax.Precision.HIGHEST

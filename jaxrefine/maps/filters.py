@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
-from jaxrefine.operators._fourier import radii
+from jaxrefine.operators.fourier import radii
 
 
 def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
@@ -32,7 +32,7 @@ def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
 
 
 def low_pass(
-    volume: Volume, pixel_size_in_angstroms: float, resolution_in_angstroms: float
+    volume: Volume, voxel_size_in_angstroms: float, resolution_in_angstroms: float
 ) -> Volume:
     """Remove the frequencies beyond a resolution, as `postprocess.postprocess` does.
 
@@ -40,7 +40,7 @@ def low_pass(
     ----------
     volume
         The map, of shape ``(n, n, n)``.
-    pixel_size_in_angstroms
+    voxel_size_in_angstroms
         Edge of a voxel.
     resolution_in_angstroms
         Period at the cut-off. The filter falls from 1 to 0 as a cosine, from one shell
@@ -49,12 +49,12 @@ def low_pass(
     Raises
     ------
     InputError
-        If the pixel size or the resolution is not positive and finite.
+        If the voxel size or the resolution is not positive and finite.
     """
-    check_positive("the pixel size", pixel_size_in_angstroms)
+    check_positive("the voxel size", voxel_size_in_angstroms)
     check_positive("the low-pass resolution", resolution_in_angstroms)
     n = volume.shape[0]
-    cut_off = n * pixel_size_in_angstroms / resolution_in_angstroms
+    cut_off = n * voxel_size_in_angstroms / resolution_in_angstroms
     return filtered(volume, cosine_edge(radii(n), cut_off))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine._types import Scalar, Volume
-from jaxrefine.operators._fourier import multiplicity, radii
+from jaxrefine.operators.fourier import multiplicity, radii
 
 
 @eqx.filter_jit

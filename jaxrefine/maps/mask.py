@@ -15,7 +15,7 @@ _BINS = 256  # of the histogram of densities; the threshold's accuracy is one bi
 
 def soft_mask(
     volume: Volume,
-    pixel_size_in_angstroms: float,
+    voxel_size_in_angstroms: float,
     *,
     threshold: float | None = None,
     low_pass_in_angstroms: float = 15.0,
@@ -32,7 +32,7 @@ def soft_mask(
     volume
         A map of shape ``(n, n, n)``, such as the mean of the half maps. Protein is
         positive.
-    pixel_size_in_angstroms
+    voxel_size_in_angstroms
         Edge of a voxel.
     threshold
         Density of the filtered map at the surface. The default is that of the triangle
@@ -68,7 +68,7 @@ def soft_mask(
             f"values from {volume.min():g} to {volume.max():g}"
         )
     smooth = np.asarray(
-        low_pass(volume, pixel_size_in_angstroms, low_pass_in_angstroms)
+        low_pass(volume, voxel_size_in_angstroms, low_pass_in_angstroms)
     )
     level = _triangle_threshold(smooth) if threshold is None else threshold
     labelled: Any = ndimage.label(smooth > level)

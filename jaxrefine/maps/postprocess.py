@@ -24,7 +24,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.mask import check_mask
-from jaxrefine.operators._fourier import radii
+from jaxrefine.operators.fourier import radii
 
 # Phases are randomised from where the unmasked correlation falls below this: RELION's
 # default (--randomize_at_fsc).
@@ -101,7 +101,7 @@ def postprocess(
     half1: Volume,
     half2: Float[Array, "_ _ _"],
     mask: Float[Array, "_ _ _"],
-    pixel_size_in_angstroms: float,
+    voxel_size_in_angstroms: float,
     *,
     key: PRNGKeyArray,
     b_factor_in_square_angstroms: float | GuinierFit | None = None,
@@ -121,7 +121,7 @@ def postprocess(
 
     .. math:: \sqrt{\frac{2 F(r)}{1 + F(r)}}\; e^{-B |k|^2 / 4 (n p)^2}\; L(|k|),
 
-    where p is the pixel size. The weight of shell 0 is 1; weights are 0 from the first
+    where p is the voxel size. The weight of shell 0 is 1; weights are 0 from the first
     shell on in which F is not positive. L falls from 1 to 0 as a cosine, from one shell
     before the cut-off to one shell after it.
 
@@ -133,7 +133,7 @@ def postprocess(
     mask
         Mask with values from 0 in the solvent to 1 in the particle and a soft edge, see
         `mask.soft_mask`.
-    pixel_size_in_angstroms
+    voxel_size_in_angstroms
         Edge of a voxel.
     key
         Random key for the phases.
@@ -153,11 +153,11 @@ def postprocess(
         range.
     """
     _check(half1, half2, mask)
-    check_positive("the pixel size", pixel_size_in_angstroms)
+    check_positive("the voxel size", voxel_size_in_angstroms)
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
-    box = n * pixel_size_in_angstroms
+    box = n * voxel_size_in_angstroms
     shells = np.arange(n // 2 + 1)
 
     unmasked = np.asarray(fsc(half1, half2))

@@ -15,15 +15,12 @@ image representations using generalized Kaiser-Bessel window functions", JOSA A 
 import math
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine._types import Points2, Points3, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.operators import _bessel
-from jaxrefine.operators._radial import RadialSeries, radial_series
 
 
 class KBWF(eqx.Module):
@@ -181,68 +178,6 @@ def evaluate(basis: KBWF, coefficients: Volume) -> Volume:
     return jnp.fft.irfftn(transfer.astype(spectrum.dtype) * spectrum, s=(size,) * 3)[
         :n, :n, :n
     ]
-
-
-def evaluate_moved(
-    basis: KBWF,
-    coefficients: Volume,
-    rotation: Float[Array, "3 3"],
-    translation: Float[Array, "3"],
-) -> Volume:
-    """Sample the map after a rigid motion: ``V(G (x - d))`` at the voxels ``x``.
-
-    The map is computed exactly from its coefficients, so that no second interpolation
-    blurs it.
-
-    Parameters
-    ----------
-    basis
-        The window's parameters.
-    coefficients
-        Coefficients of the map, of shape ``(n, n, n)``.
-    rotation, translation
-        The motion ``G`` and ``d``, in voxels, of `evaluation.align_poses`.
-    """
-
-    def profile(radii: np.ndarray) -> np.ndarray:
-        points = np.stack([radii, 0 * radii, 0 * radii], axis=-1)
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            return np.asarray(window(basis, jnp.asarray(points)))
-
-    series = radial_series(profile, basis.radius, 1e-7)
-    return _sum_windows(series, coefficients, rotation, translation)
-
-
-@eqx.filter_jit
-def _sum_windows(series: RadialSeries, coefficients, rotation, translation) -> Volume:
-    """Sum a radial window over the coefficients near every moved voxel."""
-    n, dtype = coefficients.shape[0], coefficients.dtype
-    side = math.floor(2 * series.radius) + 1
-    padded = jnp.pad(coefficients, side)
-    axis = jnp.arange(n, dtype=dtype) - n // 2
-    x = (axis - translation[0])[None, :]
-    y = (axis - translation[1])[:, None]
-    span = jnp.arange(side, dtype=dtype)
-
-    def at_point(point):
-        first = jnp.ceil(point - series.radius).astype(jnp.int32)
-        corner = jnp.clip(first + n // 2 + side, 0, n + side)
-        neighbours = jax.lax.dynamic_slice(padded, corner[::-1], (side,) * 3)
-        start = (corner - n // 2 - side).astype(dtype) - point
-        dx, dy, dz = (span + start[i] for i in range(3))
-        squared = (
-            dz[:, None, None] ** 2 + dy[None, :, None] ** 2 + dx[None, None, :] ** 2
-        )
-        return jnp.sum(neighbours * series(squared))
-
-    def plane(z):
-        k = [
-            rotation[i, 0] * x + rotation[i, 1] * y + rotation[i, 2] * z
-            for i in range(3)
-        ]
-        return jax.vmap(jax.vmap(at_point))(jnp.stack(k, axis=-1))
-
-    return jax.lax.map(plane, axis - translation[2])
 
 
 @eqx.filter_jit

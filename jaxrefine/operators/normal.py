@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxrefine._types import Rotations, Scalar, Volume
 from jaxrefine.operators import _tube
-from jaxrefine.operators._radial import RadialSeries
+from jaxrefine.operators.radial import RadialSeries
 from jaxrefine.operators.spatial import Footprint
 
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -30,7 +30,7 @@ from jaxrefine._types import Images, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import kbwf
-from jaxrefine.operators._complex import scaled
+from jaxrefine.operators.complex import scaled
 from jaxrefine.operators.gridding import Frequencies, Insertion, Spectrum
 
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -29,8 +29,8 @@ from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import _tube, kbwf
-from jaxrefine.operators._radial import RadialSeries, radial_series
-from jaxrefine.operators._spline import Spline2D, spline_prefilter
+from jaxrefine.operators.radial import RadialSeries, radial_series
+from jaxrefine.operators.spline import Spline2D, spline_prefilter
 
 
 class Footprint(eqx.Module):

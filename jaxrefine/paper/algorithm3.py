@@ -24,8 +24,7 @@ from jaxrefine._types import Angles, Images, Rotations, Scalar, Shifts, Volume
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler, projection_jacobian
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import normal
-from jaxrefine.operators._radial import RadialSeries
-from jaxrefine.operators._spline import Spline2D
+from jaxrefine.operators.radial import RadialSeries
 from jaxrefine.operators.spatial import (
     Footprint,
     ImageFilter,
@@ -33,6 +32,7 @@ from jaxrefine.operators.spatial import (
     centred_axis,
     lattice_points,
 )
+from jaxrefine.operators.spline import Spline2D
 
 
 class EulerPoses(eqx.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxrefine._types import Scalar
 from jaxrefine.data.observation import Observation
-from jaxrefine.operators._complex import crossed, power, product, scaled
+from jaxrefine.operators.complex import crossed, power, product, scaled
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.slices import (
     Disc,

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.geometry import Poses
-from jaxrefine.io._atomic import atomic_path
+from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import crossing
 from jaxrefine.report import plots
 
@@ -397,7 +397,7 @@ def _draw_views(path: Path, directions: Float[np.ndarray, "particles 3"]) -> Non
     axes.set(xlabel="rot", ylabel="tilt")
     bar = figure.colorbar(mesh)
     bar.set_label("density relative to uniform")
-    figure.savefig(path, format="png")
+    plots.save(figure, path)
 
 
 def _view_density(
@@ -444,7 +444,7 @@ def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> Non
     right.set_yticks(shells, [f"{box_in_angstroms / shell:.3g}" for shell in shells])
     right.set_ylabel("resolution (Å)")
     axes.legend()
-    figure.savefig(path, format="png")
+    plots.save(figure, path)
 
 
 def _figure(

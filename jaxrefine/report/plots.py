@@ -1,8 +1,8 @@
 """Pictures for reports: slices, resolution curves, pose errors, particles.
 
-A function that takes a path writes one PNG file there, whatever its suffix. The others
-are building blocks of such pictures. Figures are made without pyplot, so that no
-backend is chosen and no global state is changed.
+A function that takes a path writes one PNG file there, whatever its suffix, complete or
+not at all. The others are building blocks of such pictures. Figures are made without
+pyplot, so that no backend is chosen and no global state is changed.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import resolution_in_angstroms
 
 Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
@@ -66,7 +67,7 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     bar = figure.colorbar(pictures[0], ax=grid, shrink=0.8, aspect=30, extend="both")
     bar.set_label("density", size=TEXT_SIZE)
     bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def fsc_curves(
@@ -95,7 +96,7 @@ def fsc_curves(
     axes = figure.subplots()
     draw_fsc(axes, curves, _styles(), n, voxel_size_in_angstroms)
     _add_legend(axes)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def draw_fsc(
@@ -178,7 +179,7 @@ def error_histograms(
     beyond = f"; last bin: {end:g} and more" if largest > end else ""
     label_axes(axes, unit_label + beyond, "density of particles")
     _add_legend(axes)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def convergence(
@@ -196,7 +197,7 @@ def convergence(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "outer iteration", unit_label)
     _add_legend(axes)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def image_gallery(
@@ -222,7 +223,19 @@ def image_gallery(
         axes.set_title(f"particle {index + 1}", size=TEXT_SIZE - 1)
     for axes in grid[count:]:
         axes.set_axis_off()
-    figure.savefig(path, format="png")
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG file, which appears complete or not at all.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def captioned_figure(width: float, height: float, caption: str) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import Lock, leftovers, lock
+from jaxrefine.io.atomic import Lock, leftovers, lock
 from jaxrefine.runs.history import History
 
 

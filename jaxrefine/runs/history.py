@@ -1,6 +1,5 @@
 """The iterations of a run on disk: a row for each, and the state after the last."""
 
-import json
 import os
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any, final
 
 from jaxrefine import io
 from jaxrefine.errors import InputError
-from jaxrefine.io._atomic import leftovers
+from jaxrefine.io.atomic import leftovers
 from jaxrefine.io.checkpoint import DamagedCheckpoint
 
 
@@ -110,11 +109,7 @@ class History:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the log, without lines that are damaged."""
-        rows = []
-        for line in self.log.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict)]
+        return io.read_json_lines(self.log)
 
     def remove_states(self) -> None:
         """Remove the checkpoints, of a run that will not be carried on."""

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 _SHOWN = {
     "mean_fsc": ("FSC", "{:.3f}"),
-    "angle_error_deg_median": ("error", "{:.1f}°"),
+    "angle_error_in_degrees_median": ("error", "{:.1f}°"),
     "r_max": ("band", "{}"),
     "fold_score": ("folds' FSC", "{:.3f}"),
     "angle_change_in_degrees": ("turned", "{:.2f}°"),

@@ -107,10 +107,10 @@ def test_the_constants_are_compared_with_a_lower_and_a_higher_value(run):
 
 def test_constants_are_shown_by_what_they_change(run):
     same = {
-        **{"mean_fsc": 0.75, "fraction_within_10_deg": 0.9, "iterations": 5},
-        **{"angle_error_deg_median": 1.5, "wall_s": 100.0},
+        **{"mean_fsc": 0.75, "fraction_within_10_degrees": 0.9, "iterations": 5},
+        **{"angle_error_in_degrees_median": 1.5, "wall_s": 100.0},
     }
-    better = {**same, "mean_fsc": 0.875, "angle_error_deg_median": 1.25}
+    better = {**same, "mean_fsc": 0.875, "angle_error_in_degrees_median": 1.25}
     refinements = [
         {"half_sets": False, "change": {}, **same},
         {"half_sets": False, "change": {"sample": 500}, **same},

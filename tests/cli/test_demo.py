@@ -153,7 +153,11 @@ def test_what_the_engine_is_given(show, engine, tmp_path):
 
 def test_the_figures_without_the_memory_and_beyond_the_last_shell():
     summary = dict.fromkeys(FIGURES, 1.0)
-    summary |= {"rc_oracle": 8.0, "rc_joint": 7.9, "gauge_rotation_deg_joint": 4.25}
+    summary |= {
+        "rc_oracle": 8.0,
+        "rc_joint": 7.9,
+        "gauge_rotation_in_degrees_joint": 4.25,
+    }
     summary |= {"mean_fsc_aligned_joint": 0.625, "mean_fsc_joint": 0.5}
     summary |= {"peak_rss_mib": None, "settings": {"size": 17}}
     text = implementation.report_text(summary)
@@ -171,9 +175,18 @@ FIGURES = (
     {f"mean_fsc_{way}" for way in WAYS}
     | {f"mean_fsc_aligned_{way}" for way in WAYS}
     | {f"rc_{way}" for way in WAYS}
-    | {"gauge_rotation_deg_joint"}
-    | {f"angle_error_deg_{x}_{y}" for x in ("median", "p90") for y in ("init", "joint")}
-    | {"fraction_within_10_deg", "shift_error_px_median", "wall_s", "peak_rss_mib"}
+    | {"gauge_rotation_in_degrees_joint"}
+    | {
+        f"angle_error_in_degrees_{x}_{y}"
+        for x in ("median", "p90")
+        for y in ("init", "joint")
+    }
+    | {
+        "fraction_within_10_degrees",
+        "shift_error_in_pixels_median",
+        "wall_s",
+        "peak_rss_mib",
+    }
 )
 # A process of its own: in this one, settings and the type checker are those of tests.
 PROGRAM = [sys.executable, "-m", "jaxrefine.cli", "demo", *TINY]
@@ -225,11 +238,12 @@ def test_the_summary_holds_valid_figures(demo):
         assert summary[f"mean_fsc_{way}"] == pytest.approx(mean, abs=1e-4)
     for when in ("init", "joint"):
         median, p90 = (
-            summary[f"angle_error_deg_{figure}_{when}"] for figure in ("median", "p90")
+            summary[f"angle_error_in_degrees_{figure}_{when}"]
+            for figure in ("median", "p90")
         )
         assert 0 < median <= p90 <= 180
-    assert 0 <= summary["fraction_within_10_deg"] <= 1
-    assert summary["shift_error_px_median"] >= 0
+    assert 0 <= summary["fraction_within_10_degrees"] <= 1
+    assert summary["shift_error_in_pixels_median"] >= 0
     assert summary["wall_s"] > 0 and summary["peak_rss_mib"] > 10
     marked = json.loads((out / "demo.json").read_text())
     assert marked["finished"] and summary["settings"] == marked["settings"]

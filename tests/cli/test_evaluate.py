@@ -10,7 +10,7 @@ import pytest
 from jaxrefine import evaluation, symmetry
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses, matrix_to_rotvec, rotvec_to_matrix
-from jaxrefine.io import write_poses, write_star
+from jaxrefine.io import write_new_particles, write_star
 
 COUNT = 30
 RNG = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def turned(degrees):
 
 def write(path, rotations=ROTATIONS, shifts=SHIFTS, names=NAMES):
     path.parent.mkdir(exist_ok=True)
-    write_poses(path, Poses(rotations, shifts), 1.5, list(names), 32)
+    write_new_particles(path, Poses(rotations, shifts), list(names), 32, 1.5)
     return path
 
 
@@ -56,7 +56,7 @@ def test_shifts_are_compared_in_the_results_pixels(tmp_path, run):
                 table["rlnPixelSize"] = np.full(COUNT, size)
             write_star(path, {"": table})
         assert run("evaluate", *paths, "--json", out)[0] == 0
-        assert json.loads(out.read_text())["shift_error_px_p95"] < 1e-3
+        assert json.loads(out.read_text())["shift_error_in_pixels_p95"] < 1e-3
 
 
 def test_a_table_is_not_written_over(tmp_path, run):
@@ -77,9 +77,13 @@ def test_the_truth_is_without_error(tmp_path, run):
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["particles"] == COUNT and content["matched_by"] == "image name"
     for figure in ("median", "p90", "p95"):
-        assert content[f"angle_error_deg_{figure}"] == pytest.approx(0, abs=1e-4)
-        assert content[f"shift_error_px_{figure}"] == pytest.approx(0, abs=1e-4)
-    assert content["fraction_within_5_deg"] == content["fraction_within_10_deg"] == 1
+        assert content[f"angle_error_in_degrees_{figure}"] == pytest.approx(0, abs=1e-4)
+        assert content[f"shift_error_in_pixels_{figure}"] == pytest.approx(0, abs=1e-4)
+    assert (
+        content["fraction_within_5_degrees"]
+        == content["fraction_within_10_degrees"]
+        == 1
+    )
 
 
 def test_the_order_of_the_particles_does_not_matter(tmp_path, run, noisy):
@@ -93,9 +97,14 @@ def test_the_order_of_the_particles_does_not_matter(tmp_path, run, noisy):
     assert code == 0
     for name, value in expected.items():
         assert content[name] == pytest.approx(value, abs=1e-3), name
-    assert 0 < content["fraction_within_5_deg"] < content["fraction_within_10_deg"] < 1
-    assert f"{expected['angle_error_deg_p95']:.3f}" in out
-    assert f"{expected['shift_error_px_median']:.3f}" in out
+    assert (
+        0
+        < content["fraction_within_5_degrees"]
+        < content["fraction_within_10_degrees"]
+        < 1
+    )
+    assert f"{expected['angle_error_in_degrees_p95']:.3f}" in out
+    assert f"{expected['shift_error_in_pixels_median']:.3f}" in out
 
 
 def test_images_are_recognised_in_another_folder(tmp_path, run, noisy):
@@ -106,7 +115,7 @@ def test_images_are_recognised_in_another_folder(tmp_path, run, noisy):
     truth = write(tmp_path / "data/truth.star")
     code, out, _ = run("evaluate", result, truth)
     assert code == 0 and "matched by image name" in out
-    assert f"{expected['angle_error_deg_median']:.3f}" in out
+    assert f"{expected['angle_error_in_degrees_median']:.3f}" in out
 
 
 def test_a_part_of_the_particles(tmp_path, run):
@@ -173,7 +182,7 @@ def test_equivalent_poses_are_one(tmp_path, run, noisy):
         assert content[name] == pytest.approx(value, abs=1e-3), name
     assert run("evaluate", *words)[0] == 0
     plain = json.loads((tmp_path / "out.json").read_text())
-    assert plain["angle_error_deg_median"] > 40
+    assert plain["angle_error_in_degrees_median"] > 40
 
 
 def test_bad_input_is_a_sentence(tmp_path, run):

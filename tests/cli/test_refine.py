@@ -622,7 +622,7 @@ def test_the_production_engine_runs_and_resumes(simulated, tmp_path, run):
         words = ["evaluate", table, simulated / "truth.star", "--json"]
         assert run(*words, tmp_path / "errors.json").code == 0
         errors.append(json.loads((tmp_path / "errors.json").read_text()))
-    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+    for figure in ("angle_error_in_degrees_median", "shift_error_in_pixels_median"):
         assert errors[1][figure] < 0.5 * errors[0][figure]
     assert errors[1]["matched_by"] == "image name"
 
@@ -659,7 +659,7 @@ def test_half_sets_are_refined_with_masks(simulated, tmp_path, run):
         words = ["evaluate", table, simulated / "truth.star", "--json"]
         assert run(*words, tmp_path / "errors.json").code == 0
         found = json.loads((tmp_path / "errors.json").read_text())
-        errors.append(found["angle_error_deg_median"])
+        errors.append(found["angle_error_in_degrees_median"])
     assert errors[1] < 0.6 * errors[0]
     for name in ("map", "half1", "half2"):
         assert read_mrc(tmp_path / f"out/{name}.mrc")[0][mask == 0].any()

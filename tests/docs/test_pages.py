@@ -99,7 +99,7 @@ def test_example_of_the_method_refines_poses():
     example = example_with("paper.refine(")
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     initial, refined, fsc = output_of(example)
-    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+    for figure in ("angle_error_in_degrees_median", "shift_error_in_pixels_median"):
         value = rf"'{figure}': ([\d.e-]+)"
         before, after = (
             float(re.findall(value, line)[0]) for line in (initial, refined)

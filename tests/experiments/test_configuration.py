@@ -114,7 +114,7 @@ def test_values_have_the_declared_types(read):
         ("matching_rounds=0", "matching_rounds must be at least 1, got 0"),
         ("voxel_size_in_angstroms=0.0", "must be more than 0 angstroms, got 0"),
         ("voxel_size_in_angstroms=nan", "must be a finite number of angstroms"),
-        ("matching_step_deg=inf", "must be a finite number of degrees, got inf"),
+        ("matching_step_in_degrees=inf", "must be a finite number of degrees, got inf"),
         ("initial_blur=nan", "initial_blur must be a finite number of voxels"),
         ("paper_step_scales=[1.0, inf]", "must be a finite number, got inf"),
         ("paper_step_scales=[0]", "paper_step_scales must be more than 0, got 0"),

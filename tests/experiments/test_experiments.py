@@ -178,7 +178,7 @@ def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
         assert after[name]["history"] == entry["history"]
         assert after[name]["commit"] == entry["commit"]
         assert set(after[name]["measured_by"]) == {"commit", "dirty"}
-        for key in ("mean_fsc", "mean_fsc_aligned", "angle_error_deg_median"):
+        for key in ("mean_fsc", "mean_fsc_aligned", "angle_error_in_degrees_median"):
             assert after[name][key] == pytest.approx(entry[key], abs=1e-3)
 
 
@@ -522,10 +522,10 @@ ROW = {
     "mean_fsc": 0.5,
     "mean_fsc_aligned": 0.625,
     "rc": 8.0,
-    "angle_error_deg_median": 1.25,
-    "angle_error_deg_p90": 3.0,
-    "fraction_within_10_deg": 1.0,
-    "shift_error_px_median": 0.125,
+    "angle_error_in_degrees_median": 1.25,
+    "angle_error_in_degrees_p90": 3.0,
+    "fraction_within_10_degrees": 1.0,
+    "shift_error_in_pixels_median": 0.125,
     "wall_s": 12.0,
     "fsc": [1.0] * 9,
 }
@@ -533,7 +533,10 @@ ROW = {
 
 def test_the_table(load, study, tmp_path):
     """A curve that never falls is a lower bound, and NaN survives the file."""
-    results = {"a": ROW, "b": {**ROW, "rc": 7.9, "angle_error_deg_p90": float("nan")}}
+    results = {
+        "a": ROW,
+        "b": {**ROW, "rc": 7.9, "angle_error_in_degrees_p90": float("nan")},
+    }
     settings, table = study().settings, load("comparison").table
     caption = settings.caption(settings.start)
     text = table(results, caption)

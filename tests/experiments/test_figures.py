@@ -23,7 +23,7 @@ REPORT = {
         "size": N,
         "particles": 30,
         "snr_db": -5.0,
-        "max_angle_error": 0.7,
+        "max_angle_error_in_radians": 0.7,
         "max_shift": 3.0,
         "initial_blur": 4.0,
         "voxel_size_in_angstroms": 5.0,
@@ -63,7 +63,7 @@ def result(iterations):
                 "iteration": number,
                 "mean_fsc": 0.5,
                 "rc": 3 + number / 4,
-                "angle_error_deg_median": 9.0 / number,
+                "angle_error_in_degrees_median": 9.0 / number,
             }
             for number in range(1, iterations + 1)
         ],

@@ -111,8 +111,8 @@ def test_poses_found_in_the_true_map_are_as_good_as_the_bound(swept):
     """At 10 dB: 48 squares of Gaussians scatter by a fifth, their root by a tenth."""
     (row,) = read(swept / "points/snr_db=10")["true map"]["history"]
     for attained, bound in (
-        ("angle_error_deg_rms", "bound_angle_deg_rms"),
-        ("shift_error_px_rms", "bound_shift_px_rms"),
+        ("angle_error_in_degrees_rms", "bound_angle_in_degrees_rms"),
+        ("shift_error_in_pixels_rms", "bound_shift_in_pixels_rms"),
     ):
         assert 0.7 < row[attained] / row[bound] < 1.3
 
@@ -122,11 +122,11 @@ def test_the_bound_of_independent_errors(load):
     angle, shift = math.radians(2.0), 0.5
     information = np.diag([angle**-2] * 3 + [shift**-2] * 2)
     bound = load("sweeps").cramer_rao(np.tile(information, (3, 1, 1)))
-    assert bound["bound_angle_deg_rms"] == pytest.approx(2 * math.sqrt(3))
-    assert bound["bound_shift_px_rms"] == pytest.approx(0.5 * math.sqrt(2))
-    assert bound["bound_angle_deg_median"] == pytest.approx(2 * 1.5382, rel=0.1)
+    assert bound["bound_angle_in_degrees_rms"] == pytest.approx(2 * math.sqrt(3))
+    assert bound["bound_shift_in_pixels_rms"] == pytest.approx(0.5 * math.sqrt(2))
+    assert bound["bound_angle_in_degrees_median"] == pytest.approx(2 * 1.5382, rel=0.1)
     expected = 0.5 * math.sqrt(2 * math.log(2))
-    assert bound["bound_shift_px_median"] == pytest.approx(expected, rel=0.1)
+    assert bound["bound_shift_in_pixels_median"] == pytest.approx(expected, rel=0.1)
 
 
 def test_the_bound_knows_what_is_confounded(load):
@@ -135,9 +135,9 @@ def test_the_bound_knows_what_is_confounded(load):
     information[0, 3] = information[3, 0] = 0.8
     bound = load("sweeps").cramer_rao(information[None])
     one = 1 / (1 - 0.8**2)
-    assert bound["bound_shift_px_rms"] == pytest.approx(math.sqrt(one + 1))
+    assert bound["bound_shift_in_pixels_rms"] == pytest.approx(math.sqrt(one + 1))
     expected = math.degrees(math.sqrt(one + 2))
-    assert bound["bound_angle_deg_rms"] == pytest.approx(expected)
+    assert bound["bound_angle_in_degrees_rms"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ CONDITIONS = {
     "size": 16,
     "particles": 100,
     "snr_db": -5.0,
-    "max_angle_error": 0.7,
+    "max_angle_error_in_radians": 0.7,
     "max_shift": 3.0,
     "initial_blur": 4.0,
     "voxel_size_in_angstroms": 2.0,
@@ -388,8 +388,8 @@ MERITS = {
     "mean_fsc": 0.5,
     "mean_fsc_aligned": 0.6,
     "rc": 7.0,
-    "angle_error_deg_median": 2.0,
-    "fraction_within_10_deg": 0.9,
+    "angle_error_in_degrees_median": 2.0,
+    "fraction_within_10_degrees": 0.9,
     "wall_s": 10.0,
 }
 
@@ -408,7 +408,7 @@ def fake_sweep(folder, axis, values, **changes):
         {
             "value": value,
             "methods": methods,
-            "bound": {"bound_angle_deg_median": 1.0 + i},
+            "bound": {"bound_angle_in_degrees_median": 1.0 + i},
         }
         for i, value in enumerate(values)
     ]
@@ -450,7 +450,7 @@ def test_costs_are_drawn(load, draw, tmp_path, capsys):
         "snr_db": -5.0,
         "seed": 0,
         "max_shift": 3.0,
-        "matching_step_deg": 7.5,
+        "matching_step_in_degrees": 7.5,
     }
     points = [point(n) for n in (16, 24)]
     results = {"device": "a", "threads": 2, "points": points}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import append_json_line, keep_lines, write_json
+from jaxrefine.io import append_json_line, keep_lines, read_json_lines, write_json
 
 
 def refuse(word):
@@ -39,8 +39,10 @@ def test_logs_keep_their_first_lines(tmp_path):
         append_json_line(path, {"i": i, "nan": float("nan"), "text": "ä\u2028\n"})
     with path.open("ab") as file:
         file.write(b'{"i": \xff')
+    assert [row["i"] for row in read_json_lines(path)] == [0, 1, 2]
     keep_lines(path, 2)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == read_json_lines(path)
     assert [row["i"] for row in rows] == [0, 1]
     assert rows[0]["nan"] is None and rows[0]["text"] == "ä\u2028\n"
     keep_lines(tmp_path / "absent.jsonl", 2)

@@ -688,8 +688,19 @@ def test_a_new_file_is_read_back(new_style, tmp_path):
         found = getattr(ctf_of(again), name)
         np.testing.assert_allclose(found, leaf, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(again.poses.shifts, file.poses.shifts, atol=1e-6)
-    write_new_particles(path, file.poses, names, M, 1.5, group)
-    assert read_particles(path).particles.ctf is None
+    for without_ctf in ((group,), ()):
+        write_new_particles(path, file.poses, names, M, 1.5, *without_ctf)
+        assert read_particles(path).particles.ctf is None
+
+
+def test_what_a_new_file_lacks_is_named(new_style, tmp_path):
+    path, file = tmp_path / "new.star", read_particles(new_style[0])
+    names = file.blocks["particles"]["rlnImageName"]
+    with pytest.raises(InputError, match="one image name for each of 3 poses, got 1"):
+        write_new_particles(path, file.poses, names[:1], M, 1.5)
+    with pytest.raises(InputError, match="a CTF must have a group, got none"):
+        write_new_particles(path, file.poses, names, M, 1.5, ctf=ctf_of(file))
+    assert not path.exists()
 
 
 # --- bad input

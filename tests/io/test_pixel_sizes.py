@@ -192,7 +192,7 @@ def test_poses_are_compared_in_one_pixel_size(merged, capsys):
     words = ["evaluate", str(away), str(merged.path), "--json", str(out)]
     assert cli.main(words) == 0
     capsys.readouterr()
-    assert read_json(out)["shift_error_px_p95"] < 1e-3
+    assert read_json(out)["shift_error_in_pixels_p95"] < 1e-3
 
 
 @pytest.mark.slow

@@ -5,12 +5,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import draw_poses, draw_rotations
+from helpers import draw_rotations
 
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
-from jaxrefine.io import read_poses, read_star, write_poses, write_star
+from jaxrefine.io import read_poses, read_star, write_new_particles, write_star
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_poses_come_back_to_the_digits_that_are_written(path):
     rng = np.random.default_rng(0)
     poses = Poses(draw_rotations(9), rng.normal(0, 5, (9, 2)))
     names = [f"{i:06d}@stack of mine.mrcs" for i in range(1, 10)]
-    write_poses(path, poses, 1.34, names, 64)
+    write_new_particles(path, poses, names, 64, 1.34)
     again = read_poses(path)
     # Three angles, each rounded in the sixth decimal of a degree.
     atol = 3 * np.deg2rad(5.1e-7)
@@ -55,19 +55,13 @@ def test_poses_come_back_to_the_digits_that_are_written(path):
 def test_poses_are_written_with_relions_units_and_signs(path):
     """rot, tilt, psi in this order; a particle at +x has a negative origin."""
     poses = Poses(in_degrees([[10.0, 20.0, 30.0]]), np.array([[1.0, -2.0]]))
-    write_poses(path, poses, 1.5, ["1@a.mrcs"], 8)
+    write_new_particles(path, poses, ["1@a.mrcs"], 8, 1.5)
     particles = read_star(path)["particles"]
     assert particles["rlnAngleRot"] == ["10.000000"]
     assert particles["rlnAngleTilt"] == ["20.000000"]
     assert particles["rlnAnglePsi"] == ["30.000000"]
     assert particles["rlnOriginXAngst"] == ["-1.500000"]
     assert particles["rlnOriginYAngst"] == ["3.000000"]
-
-
-def test_each_pose_needs_the_name_of_an_image(path):
-    with pytest.raises(InputError, match="one image name for each of 2 poses, got 1"):
-        write_poses(path, draw_poses(2), 1.0, ["1@a.mrcs"], 8)
-    assert not path.exists()
 
 
 def test_origins_may_be_in_pixels_or_missing(path):

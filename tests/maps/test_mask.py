@@ -109,5 +109,5 @@ def test_a_mask_that_cannot_be_made(phantom):
     for volume in (ONES, ONES.at[3, 3, 3].set(jnp.nan)):
         with pytest.raises(InputError, match="must be finite and not constant"):
             soft_mask(volume, VOXEL)
-    with pytest.raises(InputError, match="pixel size must be positive, got nan A"):
+    with pytest.raises(InputError, match="voxel size must be positive, got nan A"):
         soft_mask(phantom, float("nan"))

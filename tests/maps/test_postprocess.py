@@ -231,7 +231,7 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
     ):
         with pytest.raises(InputError, match=words):
             postprocess(*halves, mask, VOXEL, key=KEY, **changes)
-    with pytest.raises(InputError, match="pixel size must be positive, got 0 A"):
+    with pytest.raises(InputError, match="voxel size must be positive, got 0 A"):
         postprocess(*halves, mask, 0.0, key=KEY)
 
 

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import centred, draw, gaussian, lattice_points
+from helpers import gaussian
 from scipy.integrate import quad
 from scipy.special import iv, j0
 
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import rotvec_to_matrix
 from jaxrefine.io import read_mrc
 from jaxrefine.operators import kbwf
 from jaxrefine.operators.kbwf import KBWF
@@ -234,20 +233,6 @@ def test_simulation_basis_holds_a_real_map(data_dir):
     volume = jnp.asarray(read_mrc(data_dir / "hjc_46.mrc")[0], jnp.float64)
     back = kbwf.evaluate(NARROW, kbwf.expand(NARROW, volume))
     assert np.linalg.norm(back - volume) < 1e-3 * np.linalg.norm(volume)
-
-
-@pytest.mark.slow
-def test_evaluate_moved_moves_the_map():
-    """Against the sum over the basis typed out, at every voxel."""
-    basis, n = KBWF(radius=2.0, taper=10.8), 7
-    c = draw(n, n, n, seed=2)
-    rotation = rotvec_to_matrix(jnp.array([0.4, 1.0, -0.3]))
-    d = jnp.array([0.3, -0.2, 0.6])
-    k = jnp.asarray(lattice_points(centred(n)).T, float)
-    where = (k - d[None]) @ rotation.T
-    dense = kbwf.window(basis, where[:, None] - k[None]) @ c.ravel()
-    moved = kbwf.evaluate_moved(basis, c, rotation, d)
-    np.testing.assert_allclose(moved.ravel(), dense, atol=1e-5)
 
 
 @pytest.mark.parametrize(

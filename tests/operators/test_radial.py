@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.operators import kbwf
-from jaxrefine.operators._radial import radial_series
+from jaxrefine.operators.radial import radial_series
 
 BASIS = kbwf.KBWF()
 # float32: the series alternates, so rounding is relative to the peak.

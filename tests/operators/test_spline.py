@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.operators import kbwf, spatial
-from jaxrefine.operators._spline import Spline2D, spline_prefilter
+from jaxrefine.operators.spline import Spline2D, spline_prefilter
 
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 

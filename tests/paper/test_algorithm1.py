@@ -315,8 +315,8 @@ def test_exact_poses_stay():
     errors, fsc = exact.errors(final), exact.mean_fsc(final, config)
     # The images are of another basis, of a map with detail down to the voxel, which
     # TV smooths: half a degree in a box of 16 is 0.07 voxels at its border.
-    assert errors["angle_error_deg_p90"] < 0.5
-    assert errors["shift_error_px_median"] < 0.02
+    assert errors["angle_error_in_degrees_p90"] < 0.5
+    assert errors["shift_error_in_pixels_median"] < 0.02
     assert fsc > 0.95
     assert fsc > exact.mean_fsc(start, config)
 
@@ -334,8 +334,14 @@ def test_init_1_improves(dtype):
     assert all(leaf.dtype == dtype for leaf in floats)
     before, after = scene.errors(start), scene.errors(joint)
     fsc = scene.mean_fsc(unrefined, config), scene.mean_fsc(joint, config)
-    assert after["angle_error_deg_median"] < 0.6 * before["angle_error_deg_median"]
-    assert after["shift_error_px_median"] < 0.6 * before["shift_error_px_median"]
+    assert (
+        after["angle_error_in_degrees_median"]
+        < 0.6 * before["angle_error_in_degrees_median"]
+    )
+    assert (
+        after["shift_error_in_pixels_median"]
+        < 0.6 * before["shift_error_in_pixels_median"]
+    )
     assert fsc[1] > fsc[0] + 0.05
 
 

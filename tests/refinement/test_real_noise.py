@@ -55,6 +55,6 @@ def test_the_spectrum_of_real_noise_is_found(data_dir):
     errors = evaluation.pose_errors(
         *jax.tree.map(lambda leaf: leaf.astype(float), (result.poses, clean.truth))
     )
-    assert evaluation.summarise(errors)["angle_error_deg_median"] < 6
+    assert evaluation.summarise(errors)["angle_error_in_degrees_median"] < 6
     volume = jnp.asarray(result.volume)
     assert float(jnp.mean(fsc(volume, truth)[1 : N // 2])) > 0.6

@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxrefine.errors import InputError
 from jaxrefine.report import plots
 
 RNG = np.random.default_rng(0)
@@ -62,6 +63,12 @@ def test_pictures_are_png_whatever_the_suffix(name, tmp_path):
     plots.fsc_curves(tmp_path / name, {"a": CURVE}, N, None, "A curve.")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_is_a_sentence(tmp_path):
+    path = tmp_path / "absent" / "curve.png"
+    with pytest.raises(InputError, match="Cannot write .*absent"):
+        plots.fsc_curves(path, {"a": CURVE}, N, None, "A curve.")
 
 
 def test_slices_show_x_to_the_right_and_the_second_axis_upwards(tmp_path):

@@ -1,4 +1,7 @@
-"""Search, polish and weigh, for many particles: as if each were the only one."""
+"""Polished poses, of many particles: their errors, curvatures and evidence are honest.
+
+The laws share the polished poses, those of `poses.uncertainty` with them.
+"""
 
 import equinox as eqx
 import jax
@@ -14,7 +17,7 @@ from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.poses import hypotheses, likelihood, polish, search, solvers, uncertainty
+from jaxrefine.poses import hypotheses, likelihood, polish, solvers, uncertainty
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 
@@ -88,41 +91,6 @@ def scene():
 @pytest.fixture(scope="module")
 def polished(scene):
     return scene.polish(np.arange(P))
-
-
-@pytest.mark.parametrize(("count", "size"), [(7, 3), (6, 3), (2, 5), (1, 1)])
-def test_batches_visit_everything_once(count, size):
-    indices = np.arange(count) ** 2
-    seen = []
-    for batch, new in observation.batches(indices, size):
-        assert batch.shape == (size,) and set(batch) <= set(indices)
-        seen += list(batch[:new])
-    assert seen == list(indices)
-
-
-def test_the_view(scene):
-    """Whitened, the origin left out; frequencies in physical units for the optics."""
-    view = scene.view
-    origin = np.asarray(view.disc.shells) == 0
-    weights = np.asarray(view.disc.multiplicity) / (SIGMA * N) ** 2
-    np.testing.assert_allclose(view.weights, np.where(origin, 0, weights), rtol=1e-6)
-    inverse = np.where(origin, 0, 1 / SIGMA**2)
-    np.testing.assert_allclose(view.inverse_noise, inverse, rtol=1e-6)
-    physical = np.asarray(view.disc.frequencies) / (N * PIXEL)
-    np.testing.assert_allclose(
-        view.frequencies_in_inverse_angstroms, physical, rtol=1e-6
-    )
-    one = jax.tree.map(lambda leaf: leaf[3], scene.ctf)
-    np.testing.assert_allclose(
-        view.transfer(scene.ctf, None)[3], one(jnp.asarray(physical, SINGLE)), atol=2e-5
-    )
-    assert view.transfer(None, None) is None
-    # White noise has, in the spectrum, the power that it was said to have.
-    noise = SIGMA * np.random.default_rng(1).normal(size=(400, N, N))
-    power = (
-        np.abs(view.spectra(jnp.asarray(noise), None)) ** 2 / np.asarray(scene.noise)[0]
-    )
-    assert np.mean(power) == pytest.approx(1, rel=0.02)
 
 
 def errors_of(scene, polished):
@@ -269,45 +237,6 @@ def test_a_particle_does_not_know_its_batch(scene, polished):
         scale = np.abs(whole[owners]).max()
         np.testing.assert_allclose(part, whole[owners], rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_array_equal(result.rotations[2], result.rotations[3])
-
-
-def run_search(scene, chosen, centres, samples_at_once):
-    grid = 0.5 * search.shift_grid(2)
-    numbers = (jnp.asarray(x, SINGLE) for x in (0.2, grid, 1.5 / R_MAX))
-    return search.search_poses(
-        search.Search(*numbers, count=40, keep=2),
-        jax.random.key(0),
-        scene.particles,
-        chosen,
-        scene.spectrum,
-        scene.view,
-        scene.prior,
-        centres,
-        np.zeros((P, 2), np.float32),
-        samples_at_once,
-    )
-
-
-@pytest.mark.slow
-def test_the_search_knows_no_batches_either(scene):
-    """Its candidates are drawn with the particle's own key."""
-    turn = Rotation.from_rotvec([0.2, -0.1, 0.1]).as_matrix().astype(np.float32)
-    centres = (turn @ np.asarray(scene.truth.rotations))[:, None]
-    points = 40 * len(scene.view.disc.shells)
-    whole = run_search(scene, np.arange(P), centres, 40 * points)
-    assert whole[0].shape == (P, 2, 3, 3) and whole[1].shape == (P, 2, 2)
-    few = np.array([150, 4, 33])
-    part = run_search(scene, few, centres, 2 * points)
-    for value, exact in zip(part, whole, strict=True):
-        np.testing.assert_allclose(value, exact[few], atol=1e-5)
-    # The best candidate is nearer the truth than where the search began.
-    turns = whole[0][2:, 0] @ np.swapaxes(np.asarray(scene.truth.rotations), 1, 2)[2:]
-    found = np.linalg.norm(Rotation.from_matrix(turns).as_rotvec(), axis=1)
-    assert np.median(found) < 0.8 * np.linalg.norm([0.2, -0.1, 0.1])
-    # The two kept differ by the separation.
-    gaps = whole[0][:, 0] @ np.swapaxes(whole[0][:, 1], 1, 2)
-    chords = np.sqrt(3 - np.trace(gaps, axis1=1, axis2=2))
-    assert chords.min() >= 1.5 / R_MAX * (1 - 1e-3)
 
 
 def test_weigh_is_merge_for_each():

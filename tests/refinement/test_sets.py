@@ -1,0 +1,143 @@
+"""Particles, poses, maps and subsets that do not fit each other are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
+from jaxrefine.refinement import loop, reconstruction
+from jaxrefine.refinement.config import RefineConfig
+
+KEY = jax.random.key(3)
+
+
+def blank(count=6, side=16):
+    """Images, poses and a map that fit each other."""
+    poses = Poses(jnp.tile(jnp.eye(3), (count, 1, 1)), jnp.zeros((count, 2)))
+    return np.zeros((count, side, side), np.float32), poses, jnp.zeros((side,) * 3)
+
+
+def spoilt(which, value):
+    images, poses, volume = blank()
+    if which == "rotations":
+        poses = Poses(poses.rotations.at[2, 1, 1].set(value), poses.shifts)
+    elif which == "shifts":
+        poses = Poses(
+            poses.rotations, poses.shifts.at[2, 1].set(value).at[3].set(value)
+        )
+    else:
+        volume = volume.at[3, 4, 5].set(value)
+    return images, poses, volume
+
+
+REFUSED = {
+    "few particles": (blank(3), "^there must be at least 4 particles, got 3$"),
+    "small images": (
+        blank(6, 15),
+        "^images must have a side of at least 16 pixels, got 15$",
+    ),
+    "other poses": (
+        (blank(6)[0], blank(5)[1], blank(6)[2]),
+        r"^poses of 6 images must have rotations of shape \(6, 3, 3\) and shifts of "
+        r"shape \(6, 2\), got \(5, 3, 3\) and \(5, 2\)$",
+    ),
+    "another map": (
+        (*blank()[:2], jnp.zeros((20, 20, 20))),
+        r"^the map of images of side 16 must have the shape \(16, 16, 16\), got "
+        r"\(20, 20, 20\)$",
+    ),
+    "rotations": (
+        spoilt("rotations", jnp.nan),
+        "^rotations must be finite, got 1 that are not$",
+    ),
+    "improper rotations": (
+        spoilt("rotations", -1.0),
+        r"^rotations must be orthogonal matrices of determinant 1, got 1 that are not, "
+        r"the first for particle 2 \(from 0\)$",
+    ),
+    "shifts": (
+        spoilt("shifts", jnp.inf),
+        "^shifts must be finite, got 3 that are not$",
+    ),
+    "map": (
+        spoilt("map", -jnp.inf),
+        "^the map's values must be finite, got 1 that are not$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_input_that_does_not_fit(case):
+    (images, poses, volume), words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
+        loop.refine(Particles(images), poses, volume, key=KEY)
+    if case not in ("another map", "map"):
+        with pytest.raises(InputError, match=words):
+            reconstruction.reconstruct(Particles(images), poses, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (
+            jnp.ones((20,) * 3),
+            r"must have the shape \(16, 16, 16\), got \(20, 20, 20\)$",
+        ),
+        (
+            jnp.full((16,) * 3, 1.5),
+            "^The mask must have values from 0 .* got 1.5 to 1.5",
+        ),
+        (
+            jnp.full((16,) * 3, jnp.nan),
+            "^The mask must have values from 0 .* got nan to nan",
+        ),
+        (jnp.zeros((16,) * 3), "^The mask must have values from 0 .* got 0 to 0"),
+    ],
+)
+def test_masks_that_are_none(mask, words):
+    images, poses, volume = blank()
+    with pytest.raises(InputError, match=words):
+        loop.refine(Particles(images), poses, volume, key=KEY, mask=mask)
+
+
+def test_an_image_that_is_not_finite_is_named():
+    images, poses, volume = blank()
+    images[:, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^Image [0-5] \(from 0\) holds a value"):
+        loop.refine(Particles(images), poses, volume, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "words"),
+    [
+        (
+            [0, 1, 0, 1, 0, 1],
+            r"^subsets must be 1 or 2 for each of 6 particles.* got \[0, 1\]",
+        ),
+        (
+            [1, 1, 1, 1, 1, 1],
+            r"must be 1 or 2 for each of 6 particles.*, got \[1\] for 6$",
+        ),
+        ([1, 2, 3, 1, 2, 3], r"got \[1, 2, 3\] for 6$"),
+        ([1, 2, 1, 2], r"for each of 6 particles.*, got \[1, 2\] for 4$"),
+    ],
+)
+def test_subsets_that_are_none(subsets, words):
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True)
+    with pytest.raises(InputError, match=words):
+        loop.refine(
+            Particles(images), poses, volume, config, key=KEY, subsets=np.array(subsets)
+        )
+
+
+def test_a_half_set_must_have_enough_particles():
+    """Each set is dealt into two folds, neither of which may be empty."""
+    images, poses, volume = blank()
+    config = RefineConfig(half_sets=True, iterations=1)
+    subsets = np.array([1, 2, 2, 2, 2, 2])
+    with pytest.raises(InputError):
+        loop.refine(Particles(images), poses, volume, config, key=KEY, subsets=subsets)
