@@ -65,8 +65,9 @@ class Refinement:
     config
         The engine's parameters, a dataclass.
     resolved
-        What the options came to, by their names and in their units. None stands for
-        what the refinement chooses by itself; options of what is fixed are left out.
+        The values that the options have, by their names and in their units. None
+        stands for what the refinement chooses by itself; options of what is fixed are
+        left out.
     run
         Refines in a folder, from its last checkpoint if it has one, and shows how far
         it is.

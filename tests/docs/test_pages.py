@@ -128,7 +128,7 @@ def test_example_of_files_refines_them(tmp_path):
         evaluation.summarise(evaluation.pose_errors(io.read_poses(path), true))
         for path in (data / "init.star", out / "particles.star")
     )
-    for figure in ("angle_error_deg_median", "shift_error_px_median"):
+    for figure in ("angle_error_in_degrees_median", "shift_error_in_pixels_median"):
         assert after[figure] < 0.5 * before[figure]
 
 
