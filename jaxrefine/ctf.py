@@ -131,6 +131,7 @@ class CTF(eqx.Module):
         self.b_factor = repeated(b_factor)
         self.scale = repeated(scale)
 
+    @eqx.filter_jit
     def __call__(
         self, frequencies: Float[Array, "frequencies 2"]
     ) -> Float[Array, " frequencies"]:

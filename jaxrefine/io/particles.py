@@ -317,11 +317,11 @@ def write_new_particles(
     """
     if len(image_names) != len(poses):
         raise InputError(
-            f"Cannot write {path}: there must be one image name for each of "
-            f"{len(poses)} poses, got {len(image_names)}."
+            f"cannot write {path}: there must be one image name for each of "
+            f"{len(poses)} poses, got {len(image_names)}"
         )
     if ctf is not None and group is None:
-        raise InputError(f"Cannot write {path}: a CTF must have a group, got none.")
+        raise InputError(f"cannot write {path}: a CTF must have a group, got none")
     of_group = {} if group is None else _GROUP_OPTICS
     optics = {
         "rlnOpticsGroup": ["1"],

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxrefine._types import Scalar, VectorField, Volume
 
 
+@eqx.filter_jit
 def gradient(volume: Volume) -> VectorField:
     """Apply ``L``: forward differences along x, y and z, zero at the last plane.
 
@@ -29,6 +30,7 @@ def _last(volume: Volume, axis: int):
     return volume.take(jnp.array([volume.shape[axis] - 1]), axis=axis)
 
 
+@eqx.filter_jit
 def gradient_adjoint(field: VectorField) -> Volume:
     """Apply ``L^T``, minus the backward divergence: the exact adjoint of `gradient`."""
     total = jnp.zeros_like(field[0])

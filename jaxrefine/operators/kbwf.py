@@ -83,6 +83,7 @@ def _half_power(height: Float[Array, "..."], n: int) -> Float[Array, "..."]:
     return jnp.where(inside, height**n * jnp.sqrt(jnp.where(inside, height, 1.0)), 0.0)
 
 
+@eqx.filter_jit
 def window(basis: KBWF, points: Points3) -> Float[Array, "*batch"]:
     r"""Evaluate the window, eq. (3).
 
@@ -104,6 +105,7 @@ def window(basis: KBWF, points: Points3) -> Float[Array, "*batch"]:
     return (basis.taper * clipped) ** basis.order * bessel / basis._peak
 
 
+@eqx.filter_jit
 def xray_transform(basis: KBWF, points: Points2) -> Float[Array, "*batch"]:
     r"""Evaluate the window's X-ray transform, eq. (23).
 
@@ -120,6 +122,7 @@ def xray_transform(basis: KBWF, points: Points2) -> Float[Array, "*batch"]:
     return scale * _half_power(height, m) * bessel
 
 
+@eqx.filter_jit
 def xray_transform_gradient(basis: KBWF, points: Points2) -> Points2:
     r"""Evaluate the gradient of the window's X-ray transform, eq. (24).
 
@@ -135,6 +138,7 @@ def xray_transform_gradient(basis: KBWF, points: Points2) -> Points2:
     return points * (scale * _half_power(height, m - 1) * bessel)[..., None]
 
 
+@eqx.filter_jit
 def fourier_transform(
     basis: KBWF, frequencies: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:

@@ -48,6 +48,7 @@ def _half_weights(planes: int, dtype) -> Float[Array, "planes 1 1"]:
     return jnp.full((planes, 1, 1), 2.0, dtype).at[0].set(1.0)
 
 
+@eqx.filter_jit
 def tube_samples(even: Float[Array, "k k k"], radius: float) -> TubeSamples:
     """Prepare an even lattice function, of odd side, for sums over viewing tubes."""
     padding = _tube.window_size(radius)
@@ -75,6 +76,7 @@ def _tube_windows(rotation, planes: int, side: int, radius: float):
     return line, first, (u, v, w), _tube.project_lattice(line.projection, u, v, w)
 
 
+@eqx.filter_jit
 def sum_over_tube(
     samples: TubeSamples, series: RadialSeries, rotation: Float[Array, "3 3"]
 ) -> Scalar:
@@ -87,6 +89,7 @@ def sum_over_tube(
     return jnp.sum(values * series(x**2 + y**2))
 
 
+@eqx.filter_jit
 def sum_over_tube_and_gradient(
     samples: TubeSamples, series: RadialSeries, rotation: Float[Array, "3 3"]
 ) -> tuple[Scalar, Float[Array, "2 3"]]:
@@ -174,6 +177,7 @@ def padded_size(n: int) -> int:
     return 2 * half
 
 
+@eqx.filter_jit
 def transfer(kernel: Float[Array, "k k k"]) -> Float[Array, "f f h"]:
     """Return the kernel's DFT on a padded grid, real because the kernel is even.
 
@@ -187,6 +191,7 @@ def transfer(kernel: Float[Array, "k k k"]) -> Float[Array, "f f h"]:
     return jnp.fft.rfftn(grid).real
 
 
+@eqx.filter_jit
 def apply_normal(transfer: Float[Array, "f f h"], coefficients: Volume) -> Volume:
     """Apply the normal operator, ``H^T H c = w * c``, eq. (31): two FFTs.
 
@@ -205,6 +210,7 @@ def apply_normal(transfer: Float[Array, "f f h"], coefficients: Volume) -> Volum
     return jnp.fft.irfftn(spectrum, s=(size,) * 3)[:n, :n, :n]
 
 
+@eqx.filter_jit
 def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
     r"""Return :math:`(c * c^\vee)[k] = \sum_j c[j + k]\, c[j]` on ``[-(n-1), n-1]**3``.
 
@@ -220,6 +226,7 @@ def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
     return full[jnp.ix_(index, index, index)]
 
 
+@eqx.filter_jit
 def circulant_eigenvalues(kernel: Float[Array, "k k k"]) -> Float[Array, "n n g"]:
     r"""Return the eigenvalues of the circulant nearest to the normal operator.
 

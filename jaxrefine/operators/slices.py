@@ -136,6 +136,7 @@ def bucket(r_max: int, image_size: int) -> int:
     return max([radius for radius in radii if radius <= r_max], default=r_max)
 
 
+@eqx.filter_jit
 def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:
     r"""Return the images' Fourier coefficients on the disc.
 
@@ -157,6 +158,7 @@ def image_spectra(images: Images, disc: Disc) -> Complex[Array, "particles k"]:
     return jnp.fft.rfft2(centred)[:, disc.rows, disc.columns]
 
 
+@eqx.filter_jit
 def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
     """Return the images that have these coefficients on the disc, and 0 beyond it."""
     m = disc.image_size

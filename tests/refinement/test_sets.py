@@ -88,13 +88,13 @@ def test_input_that_does_not_fit(case):
         ),
         (
             jnp.full((16,) * 3, 1.5),
-            "^The mask must have values from 0 .* got 1.5 to 1.5",
+            "^the mask must have values from 0 .* got 1.5 to 1.5",
         ),
         (
             jnp.full((16,) * 3, jnp.nan),
-            "^The mask must have values from 0 .* got nan to nan",
+            "^the mask must have values from 0 .* got nan to nan",
         ),
-        (jnp.zeros((16,) * 3), "^The mask must have values from 0 .* got 0 to 0"),
+        (jnp.zeros((16,) * 3), "^the mask must have values from 0 .* got 0 to 0"),
     ],
 )
 def test_masks_that_are_none(mask, words):
@@ -106,7 +106,7 @@ def test_masks_that_are_none(mask, words):
 def test_an_image_that_is_not_finite_is_named():
     images, poses, volume = blank()
     images[:, 0, 0] = np.nan
-    with pytest.raises(InputError, match=r"^Image [0-5] \(from 0\) holds a value"):
+    with pytest.raises(InputError, match=r"^image [0-5] \(from 0\) must be finite"):
         loop.refine(Particles(images), poses, volume, key=KEY)
 
 

@@ -67,7 +67,7 @@ def test_pictures_are_png_whatever_the_suffix(name, tmp_path):
 
 def test_a_picture_that_cannot_be_written_is_a_sentence(tmp_path):
     path = tmp_path / "absent" / "curve.png"
-    with pytest.raises(InputError, match="Cannot write .*absent"):
+    with pytest.raises(InputError, match="cannot write .*absent"):
         plots.fsc_curves(path, {"a": CURVE}, N, None, "A curve.")
 
 
