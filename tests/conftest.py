@@ -26,6 +26,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the programs of the unit tests in less time, to slower code.
+
+    They compute little. The longer tests, and all tests together, run the code that
+    users run.
+    """
+    if config.getoption("markexpr") == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def data_dir() -> Path:
     """The folder of real maps and particles, which a user's clone does not have."""

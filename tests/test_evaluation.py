@@ -163,6 +163,7 @@ def case():
     return truth, poses, move_map(truth, ROTATION, OFFSET), moved
 
 
+@pytest.mark.slow
 def test_moved_map_is_scored_alike(case):
     """Turn a map with its poses: the aligned curve stays, the raw one falls."""
     truth, poses, volume, moved = case

@@ -65,7 +65,7 @@ def init(
     Returns
     -------
     The state before the first outer iteration, for instance as a template for
-    :func:`jaxrefine.io.load_checkpoint`.
+    `io.load_checkpoint`.
 
     Raises
     ------

@@ -140,6 +140,7 @@ def test_an_interrupted_demo_carries_on(show, engine, tmp_path):
     assert files == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_the_engine_is_given(show, engine, tmp_path):
     words = ["--batch-size", 3, "--max-angle-error", 90, "--max-shift", 4]
     assert show("--out", tmp_path / "demo", *SMALL, *words).code == 0

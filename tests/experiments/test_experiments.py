@@ -354,6 +354,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_iterations_of_relions_are_told_once(load, case, tmp_path, put_on_path):
     """A run that is carried on tells its last iteration again."""
     put_on_path("mpirun", REFINES.format(python=sys.executable))
@@ -550,6 +551,7 @@ def test_the_table(load, study, tmp_path):
     assert table(load("harness").read_metrics(tmp_path), caption) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_map_and_its_poses_are_brought_to_the_truths_place(load, mirrored):
     """Whatever their place, orientation and hand, even if a sixth of the poses fail."""

@@ -101,6 +101,7 @@ def errors_of(scene, polished):
     )
 
 
+@pytest.mark.slow
 def test_covariances_are_honest(scene, polished):
     """Ellipsoids of 95 % hold 95 %, and errors are the Cramer-Rao bound's."""
     real = slice(2, None)

@@ -95,6 +95,7 @@ def test_a_set_that_drifted_is_brought_back(fixed):
         assert bool((one == other).all()) == (what == fixed)
 
 
+@pytest.mark.slow
 def test_no_pose_leaves_its_limits():
     """A particle at its limit stays there when its set is turned."""
     volume = simulate.blur(simulate.phantom(jax.random.key(0), N), 1.0)

@@ -150,6 +150,7 @@ def test_poses_and_map_improve(scene, run, unrefined):
     assert scene.fsc(result.volume) > scene.fsc(scene.map) + 0.05
 
 
+@pytest.mark.slow
 def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
     """Than the initial map, than wrong poses, and than refined ones (nearly)."""
     best = scene.fsc(oracle.volume)
@@ -623,6 +624,7 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
     assert masked < 1.25 * clean
 
 
+@pytest.mark.slow
 def test_maps_and_their_correlations_are_whole(scene):
     """Within a mask noise agrees by the mask's shape, and would raise the limit."""
     config = dataclasses.replace(STILL, half_sets=True, tau=1.0)
