@@ -84,6 +84,7 @@ def test_lost_particles_do_not_drag_the_frame():
     np.testing.assert_allclose(errors.angle_in_degrees[100:], 0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_moving_the_map_changes_no_error():
     truth = draw_poses(60)
     turns = rotvec_to_matrix(0.05 * draw(60, 3, seed=5))
@@ -126,6 +127,7 @@ def test_summary():
     )
 
 
+@pytest.mark.slow
 def test_signed_differences_are_those_put_in():
     """Angles off by known amounts, in a frame that is turned and moved as a whole."""
     key = jax.random.key(7)

@@ -60,6 +60,7 @@ def test_phantom_looks_the_same_in_every_box():
     assert correlation == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_phantom_is_decided_by_its_key():
     first = simulate.phantom(KEY, 24)
     np.testing.assert_array_equal(first, simulate.phantom(KEY, 24))
@@ -195,6 +196,7 @@ def test_images_of_a_blob_are_gaussians_at_its_place(
         np.testing.assert_allclose(image, expected, atol=tolerance * peak)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_dataset_is_what_its_parts_make(dtype):
     volume = simulate.phantom(KEY, 20, dtype)

@@ -126,6 +126,7 @@ def test_a_process_of_its_own(maps):
     assert bad.stderr.count("\n") == 1 and "absent.mrc" in bad.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(maps):
     reading, writing = os.pipe()
     os.close(reading)

@@ -64,6 +64,7 @@ def data(tmp_path, scene):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["particles", "poseless"])
 def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     """Also where the table has none."""

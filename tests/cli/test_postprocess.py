@@ -71,6 +71,7 @@ def check_files(out, result, mask):
     return content
 
 
+@pytest.mark.slow
 def test_by_default_the_mask_is_automatic(maps, tmp_path, run):
     out = tmp_path / "out"
     command = [maps / "half1.mrc", maps / "half2.mrc", "--out", out]

@@ -305,6 +305,7 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         assert config.particle_diameter == pytest.approx(expected[4])
 
 
+@pytest.mark.slow
 def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
     code, out, _ = refine(*command(data, "--half-sets", "--iterations", 1))
     assert code == 0 and "half maps agree" in out
@@ -434,6 +435,7 @@ def test_a_folder_of_an_older_version(data, refine, stand_in):
     refine(*first, "--resample").assert_refused("other settings (resample)")
 
 
+@pytest.mark.slow
 def test_what_is_not_modelled_is_said(data, refine, stand_in):
     """No defocus at all, and optics beyond it."""
     _, _, err = refine(*command(data, "--iterations", 1))
@@ -554,6 +556,7 @@ def test_bad_input_is_a_sentence(data, refine, stand_in, damage):
     assert before == {path: path.stat().st_size for path in sorted(data.rglob("*"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "released"])
 @pytest.mark.parametrize(
     ("values", "words"),
@@ -665,6 +668,7 @@ def test_half_sets_are_refined_with_masks(simulated, tmp_path, run):
         assert read_mrc(tmp_path / f"out/{name}.mrc")[0][mask == 0].any()
 
 
+@pytest.mark.slow
 def test_images_are_prepared_as_asked(data, refine, stand_in):
     """Inverted and normalised images are what the engine gets; the files stay."""
     before = (data / "particles.mrcs").read_bytes()

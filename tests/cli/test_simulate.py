@@ -65,6 +65,7 @@ def angles_in_radians(path):
     return np.deg2rad([np.array(table[name], float) for name in names])
 
 
+@pytest.mark.slow
 def test_all_files_are_there(folder):
     for name in ("plain", "seen", "noisy"):
         assert {path.name for path in (folder / name).iterdir()} == FILES

@@ -62,6 +62,7 @@ def correlation(a, b) -> float:
 # --- what needs no RELION
 
 
+@pytest.mark.slow
 def test_rows_are_told_by_name(tmp_path, star, data):
     order = np.random.default_rng(0).permutation(COUNT)
     blocks = io.read_star(star)
@@ -160,6 +161,7 @@ def programs_in(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_its_limit_and_is_resumed(star, fake, data, truth):
     fake(STALLS)
     seen = []
@@ -252,6 +254,7 @@ def test_postprocessing_masks_and_denoises(tmp_path, truth):
     assert correlation(volume, truth) > correlation(mean, truth)
 
 
+@pytest.mark.slow
 @needs_relion
 def test_ab_initio_runs(tmp_path, data):
     few = data.truth.take(np.arange(6))

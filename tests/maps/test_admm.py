@@ -120,6 +120,7 @@ def difference_norm(a, b):
     return np.linalg.norm(np.asarray(a, float) - np.asarray(b, float))
 
 
+@pytest.mark.slow
 def test_without_regulariser_it_solves_the_normal_equations(problem):
     # The error falls by 1 / (1 + mu / rho) per iteration, where mu >= 0.4 is the
     # smallest eigenvalue of the pencil (H^T H, L^T L).
@@ -362,6 +363,7 @@ def test_python_numbers_are_accepted(problem):
     np.testing.assert_allclose(plain.coefficients, typed.coefficients, atol=1e-13)
 
 
+@pytest.mark.slow
 @every_sign
 @every_regulariser
 def test_single_precision(optimum, regulariser, rho_nonnegative):

@@ -24,6 +24,7 @@ def volume():
     return simulate.phantom(jax.random.key(0), N, jnp.float64)
 
 
+@pytest.mark.slow
 def test_the_moved_map_is_that_of_the_basis(volume):
     """At some voxels, against the sum of Kaiser-Bessel windows, eq. (2), typed out."""
     basis, smooth = kbwf.KBWF(), simulate.blur(volume, 1.5)
@@ -38,6 +39,7 @@ def test_the_moved_map_is_that_of_the_basis(volume):
     np.testing.assert_allclose(moved, there, atol=2e-3 * float(smooth.max()))
 
 
+@pytest.mark.slow
 def test_the_motion_is_found(volume):
     moved = move_map(volume, ROTATION, TRANSLATION)
     rotation, translation = align_maps(3 * volume, moved, R)
@@ -54,6 +56,7 @@ def test_noise_moves_it_little(volume):
     assert jnp.linalg.norm(translation - TRANSLATION) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("r_max", "level"), [(R, 0.3), (N // 2, 0.1)])
 def test_the_motion_is_a_minimum_over_all_frequencies(volume, r_max, level):
     """Of the documented cost, over both of every pair, on maps that are noisy."""

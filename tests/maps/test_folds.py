@@ -44,6 +44,7 @@ def case(noisy):
     return Case(noisy.sums)
 
 
+@pytest.mark.slow
 def test_folds_are_made_of_each_other(noisy, case):
     """A fold's map is the solution for the other fold's images, to the last bit."""
     tau, penalty = jnp.asarray(1.3), tv.IsotropicTV()
@@ -96,6 +97,7 @@ def scan(case):
     return grid, np.array(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0.15, 0.5, 2.0, 6.0])
 def test_cross_validation_finds_the_minimum_of_a_scan(case, scan, start):
     grid, errors = scan

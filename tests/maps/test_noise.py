@@ -42,6 +42,7 @@ def compared():
     return compare, data, np.asarray(model), scale, power, included
 
 
+@pytest.mark.slow
 def test_the_gain_recovers_a_known_scale(compared):
     compare, data, model, scale, power, included = compared
     sums = compare(data)

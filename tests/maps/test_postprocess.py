@@ -64,6 +64,7 @@ def mask(phantom):
 # --- the curves
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_definition(halves: Halves, mask):
     result = postprocess(*halves, mask, VOXEL, key=KEY)
     np.testing.assert_allclose(result.fsc_unmasked, fsc(*halves), atol=1e-12)

@@ -71,6 +71,7 @@ def sums(images):
     return images.sums()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_transfer", [True, False])
 def test_insert_is_the_dense_sum(with_transfer):
     """Weights once, transfer once in the images and twice in the kernel."""
@@ -95,6 +96,7 @@ def test_sums_add_up(images, sums):
         assert relative_error(value, exact) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_data_term_is_the_sum_of_squares(images, sums):
     """Of the images' residuals, less the energy of the images."""
     data = data_term(sums)

@@ -65,6 +65,7 @@ def test_spectrum_is_the_direct_sum(way, n, r_max):
     assert error < ACCURACY[way], error
 
 
+@pytest.mark.slow
 def test_wider_windows_and_finer_grids_are_more_accurate():
     volume, points = draw(16, 16, 16), draw_points(7)
     exact = direct(volume, points)
@@ -92,6 +93,7 @@ def test_insertion_is_the_adjoint_of_the_spectrum(way, n, r_max):
     assert abs(left - right) < 1e-13 * scale
 
 
+@pytest.mark.slow
 def test_finufft_is_the_adjoint_of_the_direct_sum():
     """And what Gridding makes of the same values, to its accuracy."""
     pytest.importorskip("jax_finufft")
@@ -107,6 +109,7 @@ def test_finufft_is_the_adjoint_of_the_direct_sum():
         assert relative_error(gridded, np.asarray(inserted)) < ACCURACY[5, 2.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [Gridding(2, 2.0), Gridding(3, 1.5), Gridding(4, 1.75)])
 def test_slopes_are_the_derivatives_of_the_interpolant(way):
     """Exactly, against forward differentiation, along two directions at once."""

@@ -55,6 +55,7 @@ def direct_images(c, poses, m, plane, basis=None):
     return np.stack(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [15, 16])
 def test_project_is_the_direct_sum(n):
     """Every sign, origin, phase and factor: the definition on a full plane."""

@@ -131,6 +131,7 @@ def test_backproject_is_the_adjoint_of_project(n, m, dtype):
     assert_close(back, transposed, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batches_do_not_change_the_result(batch_size):
     n, m = 6, 7

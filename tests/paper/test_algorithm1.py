@@ -169,6 +169,7 @@ def uninterrupted(scene):
     return final, seen
 
 
+@pytest.mark.slow
 def test_the_callback_is_called_once_per_iteration(scene, uninterrupted):
     final, seen = uninterrupted
     assert [int(state.iteration) for state, _ in seen] == [1, 2, 3, 4]

@@ -175,6 +175,7 @@ def case():
     return Case(PAPER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", [False, True])
 def test_dense_twin(case, narrow):
     """With the exact image filter, cost and gradient are those of the dense sums."""
@@ -487,6 +488,7 @@ def test_batches_and_order_do_not_matter(scene):
     )
 
 
+@pytest.mark.slow
 def test_exact_poses_stay(scene):
     """Clean images at the truth: a fixed point but for sampling and interpolation."""
     config = scene.config(iterations=30)

@@ -51,6 +51,7 @@ def moved(rotation, shift, step):
     return geometry.rotvec_to_matrix(step[:3]) @ rotation, shift + step[3:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transfer", [True, False])
 def test_cost_gradient_and_normal_equations(transfer):
     """The gradient is ``jax.grad`` of the cost, ``J`` is ``jacfwd`` of the slice."""
@@ -88,6 +89,7 @@ def test_cost_gradient_and_normal_equations(transfer):
     assert relative_error(curvature, square) < 1e-10
 
 
+@pytest.mark.slow
 def test_gauss_newton_finds_the_pose():
     """From two degrees and half a pixel away, to rounding, in a few steps."""
     reference = Gridding(4, 1.75).spectrum(blobs(N, 1.0), R_MAX)
@@ -102,6 +104,7 @@ def test_gauss_newton_finds_the_pose():
         np.testing.assert_allclose(value, exact, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_particles_of_a_batch_have_their_own_equations():
     reference = GRIDDING.spectrum(draw(N, N, N), R_MAX)
     poses, spectra = draw_poses(5), draw_complex(5, K)

@@ -192,6 +192,7 @@ def test_poses_of_the_grid_are_found(on_grid, volume):
     np.testing.assert_allclose(again.scores, found.scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_background_and_scale_do_not_matter(on_grid, volume):
     truth, images = on_grid
     noise = np.random.default_rng(1).normal(size=images.shape)
@@ -304,6 +305,7 @@ def test_what_does_not_fit_is_refused(volume):
             matching.match(particles, reference, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [16, 17])
 def test_the_background_is_what_lies_outside_of_the_inscribed_circle(m):
     """A pixel on the circle, or within it, is none of it; the next one beyond is."""

@@ -187,6 +187,7 @@ class Padded:
         self.shifts = np.resize(result.shifts, (P, 2))
 
 
+@pytest.mark.slow
 def test_the_evidence_is_the_integral(scene, polished):
     """Of the likelihood ratio times the prior, by importance sampling."""
     some, count = [5, 6, 7], 4000
@@ -240,6 +241,7 @@ def test_a_particle_does_not_know_its_batch(scene, polished):
     np.testing.assert_array_equal(result.rotations[2], result.rotations[3])
 
 
+@pytest.mark.slow
 def test_weigh_is_merge_for_each():
     rng = np.random.default_rng(0)
     rotations = jnp.asarray(Rotation.random(12, rng).as_matrix()).reshape(4, 3, 3, 3)

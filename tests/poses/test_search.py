@@ -56,6 +56,7 @@ def draw(*shape, seed, dtype=jnp.float64):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("with_transfer", [False, True])
 def test_likelihoods_are_costs(with_transfer, dtype):
@@ -182,6 +183,7 @@ def brute_force(known, rotations, likelihoods, keep, separation):
     return np.asarray(rotations)[chosen], shifts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_explore_is_brute_force(seed):
     """A noiseless image: the true pose is among the candidates, and comes first."""

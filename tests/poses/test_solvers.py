@@ -82,6 +82,7 @@ UPDATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize("angle", [0.02, 0.6])
 def test_every_update_finds_the_optimum(name, angle):

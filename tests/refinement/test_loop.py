@@ -598,6 +598,7 @@ def ball():
     return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * np.clip(away / 2, 0, 1)), SINGLE)
 
 
+@pytest.mark.slow
 def test_a_mask_of_ones_changes_nothing(scene, run):
     """Not a bit."""
     ones = jnp.ones((N, N, N))

@@ -210,6 +210,7 @@ def whole_of(scene, images, group, config=CONFIG):
     return make_particle_set(particles, scene.poses, KEY, config)
 
 
+@pytest.mark.slow
 def test_the_sums_are_those_of_the_groups(scene, images):
     """Each inserted by itself, with its own noise, the empty shells left out."""
     whole = whole_of(scene, images, GROUP)
@@ -295,6 +296,7 @@ def test_few_particles_lean_on_the_rest(scene):
     assert (first[2:4] >= first[[0, 1, 4]].max()).all()
 
 
+@pytest.mark.slow
 def test_a_shell_may_be_empty_in_one_group(scene, images):
     """It has infinite noise there; the other group's is measured all the same."""
     cut = images.copy()
@@ -324,6 +326,7 @@ def mixed(scene):
     return images, *reconstruct(scene, images, None)
 
 
+@pytest.mark.slow
 def test_one_group_is_as_none(scene, mixed):
     """To the last bit."""
     images, none, _ = mixed

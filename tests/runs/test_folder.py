@@ -306,6 +306,7 @@ def test_an_interruption_is_no_refusal(tmp_path):
 # --- processes
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process(tmp_path):
     """As long as it is used; a process may open its folder again."""
     folder = a_folder(tmp_path)
