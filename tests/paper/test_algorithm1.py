@@ -17,6 +17,8 @@ from jaxrefine.operators import kbwf, spatial
 from jaxrefine.paper import algorithm1, presets
 from jaxrefine.paper.algorithm3 import EulerPoses
 
+pytestmark = pytest.mark.slow
+
 N = 16
 
 
@@ -169,7 +171,6 @@ def uninterrupted(scene):
     return final, seen
 
 
-@pytest.mark.slow
 def test_the_callback_is_called_once_per_iteration(scene, uninterrupted):
     final, seen = uninterrupted
     assert [int(state.iteration) for state, _ in seen] == [1, 2, 3, 4]
@@ -223,7 +224,6 @@ def test_a_finished_run_is_left_alone(scene, uninterrupted):
     assert_identical(again, final)
 
 
-@pytest.mark.slow
 def test_batches_do_not_matter(scene, uninterrupted):
     final = algorithm1.refine(scene.start(), scene.problem, scene.config(batch_size=3))
     leaves = map(jax.tree.leaves, (final, uninterrupted[0]))
@@ -233,7 +233,6 @@ def test_batches_do_not_matter(scene, uninterrupted):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * np.abs(b).max())
 
 
-@pytest.mark.slow
 def test_iterations_do_not_recompile(scene, caplog):
     """The counter is traced: all is compiled by the end of the first iteration."""
     config, compiled = scene.config(max_trials=6), []  # not compiled before
@@ -304,7 +303,6 @@ def test_non_negative_coefficients_are_clipped(scene):
     assert state.volume.coefficients.min() < 0
 
 
-@pytest.mark.slow
 def test_exact_poses_stay():
     """Clean images, the true poses and a good map: the loop must not walk away."""
     exact = Scene(40, max_angle_error=0.0, max_shift=1.0, sigma=0.0)
@@ -322,7 +320,6 @@ def test_exact_poses_stay():
     assert fsc > exact.mean_fsc(start, config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_init_1_improves(dtype):
     """Section IV-B in small: every figure of merit gains on unrefined poses."""

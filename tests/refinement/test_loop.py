@@ -38,6 +38,8 @@ from jaxrefine.refinement import (
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, make_particle_set
 
+pytestmark = pytest.mark.slow
+
 N, P, LAST = 24, 80, 11
 ZEROS, CONSTANT, NOISE = 3, 10, 41  # particles without a particle
 SILENT = [ZEROS, CONSTANT, NOISE]
@@ -150,7 +152,6 @@ def test_poses_and_map_improve(scene, run, unrefined):
     assert scene.fsc(result.volume) > scene.fsc(scene.map) + 0.05
 
 
-@pytest.mark.slow
 def test_the_true_poses_make_a_better_map(scene, run, unrefined, oracle):
     """Than the initial map, than wrong poses, and than refined ones (nearly)."""
     best = scene.fsc(oracle.volume)
@@ -320,7 +321,6 @@ def test_the_state_is_consistent(run):
 # --- that it repeats itself
 
 
-@pytest.mark.slow
 def test_the_same_input_from_a_file_gives_the_same_bits(scene, run, tmp_path):
     """A memory map instead of an array, and a run from the start."""
     path = tmp_path / "images.raw"
@@ -352,7 +352,6 @@ def test_a_finished_run_is_only_concluded(scene, run):
     assert_identical(outcome(again), outcome(result))
 
 
-@pytest.mark.slow
 def test_the_batch_size_does_not_matter(scene, run):
     result = scene.refine(dataclasses.replace(CONFIG, batch_size=27))
     rotations, exact = (each.poses.rotations for each in (result, run[0]))
@@ -380,7 +379,6 @@ def halves(scene):
     return result, seen
 
 
-@pytest.mark.slow
 def test_half_sets_have_maps_and_a_correlation(scene, halves):
     result, seen = halves
     first, second = result.half_maps
@@ -400,7 +398,6 @@ def test_half_sets_have_maps_and_a_correlation(scene, halves):
         json.dumps(info.row(), allow_nan=False)
 
 
-@pytest.mark.slow
 def test_half_sets_know_nothing_of_each_other(scene, halves):
     """Other images in set 2: set 1's poses, map and covariances keep their bits.
 
@@ -424,7 +421,6 @@ def test_half_sets_know_nothing_of_each_other(scene, halves):
     assert np.abs(result.half_maps[1] - halves[0].half_maps[1]).max() > 0.01
 
 
-@pytest.mark.slow
 def test_subsets_are_respected(scene, halves):
     """Sets are who they are said to be; without labels they are two halves."""
     sizes = [len(one.evidence) for one in halves[0].state.set_states]
@@ -476,7 +472,6 @@ def test_a_tau_that_is_given_is_used(scene, run):
     assert 0.1 < run[0].tau < 10
 
 
-@pytest.mark.slow
 def test_poses_may_be_updated_by_any_method_of_optax(scene):
     """From poses near the truth; dtype promotion as users have it."""
     update = Descent(optax.sgd(0.3), iterations=10)
@@ -548,7 +543,6 @@ def test_the_wide_search_keeps_all_that_is_known(run):
     assert (np.abs(centres - np.eye(3)).max(axis=(2, 3)).min(axis=1) == 0).all()
 
 
-@pytest.mark.slow
 def test_the_band_limit_marches(scene):
     """It only grows; with the default insertion, too, runs repeat their bits."""
     config = dataclasses.replace(
@@ -564,7 +558,6 @@ def test_the_band_limit_marches(scene):
     assert_identical(outcome(scene.refine(config)), outcome(result))
 
 
-@pytest.mark.slow
 def test_error_bars_are_those_of_the_last_band(scene):
     """A run that is stopped while the band grows, and one that is taken up again."""
     config = dataclasses.replace(STILL, first_r_max=4, iterations=2, tau=1.0)
@@ -598,14 +591,12 @@ def ball():
     return jnp.asarray(0.5 + 0.5 * np.cos(np.pi * np.clip(away / 2, 0, 1)), SINGLE)
 
 
-@pytest.mark.slow
 def test_a_mask_of_ones_changes_nothing(scene, run):
     """Not a bit."""
     ones = jnp.ones((N, N, N))
     assert_identical(outcome(scene.refine(mask=ones)), outcome(run[0]))
 
 
-@pytest.mark.slow
 def test_a_mask_keeps_the_solvent_from_the_poses(scene):
     """With garbage around the initial map they are as good as without, or far off."""
     noise = np.random.default_rng(8).normal(size=(N, N, N))
@@ -625,7 +616,6 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
     assert masked < 1.25 * clean
 
 
-@pytest.mark.slow
 def test_maps_and_their_correlations_are_whole(scene):
     """Within a mask noise agrees by the mask's shape, and would raise the limit."""
     config = dataclasses.replace(STILL, half_sets=True, tau=1.0)
@@ -672,7 +662,6 @@ def fourfold(volume):
     return total / 4
 
 
-@pytest.mark.slow
 def test_a_symmetric_sum_is_that_of_all_copies(scene):
     """An image at ``R`` is inserted as four images at ``R S`` would be."""
     config = dataclasses.replace(CONFIG, symmetry="D2")
@@ -706,7 +695,6 @@ def test_a_symmetric_sum_is_that_of_all_copies(scene):
     )
 
 
-@pytest.mark.slow
 def test_symmetric_images_are_worth_as_many_as_the_order(scene):
     """C4 makes of P images what C1 makes of 4 P with noise of their own."""
     truth = jnp.asarray(fourfold(scene.truth), SINGLE)

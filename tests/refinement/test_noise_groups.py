@@ -26,6 +26,8 @@ from jaxrefine.refinement import loop, map_step, reconstruction
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, make_particle_set
 
+pytestmark = pytest.mark.slow
+
 N, LAST, P = 16, 7, 240
 SHELLS = N // 2 + 1
 SINGLE, KEY = jnp.float32, jax.random.key(3)
@@ -134,7 +136,6 @@ def costs(spectrum, view, plain, images, ctf, group, poses, weights):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("with_optics", [True, False])
 def test_the_cost_is_that_of_the_groups_own_noise(scene, images, with_optics):
     """``1/2 sum |g - C h|^2 / N_g`` and its gradient, some shells being empty."""
@@ -170,7 +171,6 @@ def test_the_cost_is_that_of_the_groups_own_noise(scene, images, with_optics):
     assert view.factor is not None and np.isfinite(view.factor).all()
 
 
-@pytest.mark.slow
 def test_a_group_knows_nothing_of_the_others_noise(scene, images):
     """Poses, information and evidence stay as they are whatever that is."""
     particles = Particles(images, None, 4.0, GROUP)
@@ -210,7 +210,6 @@ def whole_of(scene, images, group, config=CONFIG):
     return make_particle_set(particles, scene.poses, KEY, config)
 
 
-@pytest.mark.slow
 def test_the_sums_are_those_of_the_groups(scene, images):
     """Each inserted by itself, with its own noise, the empty shells left out."""
     whole = whole_of(scene, images, GROUP)
@@ -250,7 +249,6 @@ def relative_errors(group):
     return np.sqrt(2 / (np.bincount(group)[:, None] * each))
 
 
-@pytest.mark.slow
 def test_the_spectra_of_two_groups_are_recovered(scene, images):
     """Levels nine times apart, white and rising, to four standard errors."""
     powers = np.asarray(scene.power((WHITE, RISING)))
@@ -265,7 +263,6 @@ def test_the_spectra_of_two_groups_are_recovered(scene, images):
     np.testing.assert_allclose(gain[1:5], 1, atol=0.1)
 
 
-@pytest.mark.slow
 def test_groups_of_equal_noise_are_as_one(scene):
     images = scene.images((WHITE, WHITE))
     apart, _, gain = assessed(scene, images, GROUP)
@@ -276,7 +273,6 @@ def test_groups_of_equal_noise_are_as_one(scene):
     np.testing.assert_allclose(gain[INSIDE], pooled[INSIDE], rtol=0.05)
 
 
-@pytest.mark.slow
 def test_few_particles_lean_on_the_rest(scene):
     """One particle among many: its level, but hardly a shape of its own.
 
@@ -296,7 +292,6 @@ def test_few_particles_lean_on_the_rest(scene):
     assert (first[2:4] >= first[[0, 1, 4]].max()).all()
 
 
-@pytest.mark.slow
 def test_a_shell_may_be_empty_in_one_group(scene, images):
     """It has infinite noise there; the other group's is measured all the same."""
     cut = images.copy()
@@ -326,7 +321,6 @@ def mixed(scene):
     return images, *reconstruct(scene, images, None)
 
 
-@pytest.mark.slow
 def test_one_group_is_as_none(scene, mixed):
     """To the last bit."""
     images, none, _ = mixed
@@ -345,7 +339,6 @@ def test_knowing_the_noise_makes_a_better_map(scene, mixed):
 # --- that they stay together
 
 
-@pytest.mark.slow
 def test_half_sets_keep_their_groups(scene, images):
     config = dataclasses.replace(CONFIG, half_sets=True)
     particles = Particles(images, None, 4.0, GROUP)
@@ -374,7 +367,6 @@ def run(scene, images):
     return go, go(callback=lambda state, info: seen.append(state)), seen
 
 
-@pytest.mark.slow
 def test_poses_are_known_as_well_as_the_noise_allows(scene, run):
     _, result, _ = run
     (state,) = result.state.set_states
@@ -388,7 +380,6 @@ def test_poses_are_known_as_well_as_the_noise_allows(scene, run):
         assert quiet < 0.8 * noisy
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_ends_in_the_same_bits(run, tmp_path):
     go, result, seen = run
     save_checkpoint(tmp_path / "state", seen[0], {})
