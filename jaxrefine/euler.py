@@ -70,7 +70,6 @@ def projection_matrix(angles: Angles) -> Float[Array, "*batch 2 3"]:
     return euler_to_matrix(angles)[..., :2, :]
 
 
-@eqx.filter_jit
 def projection_jacobian(angles: Angles) -> Float[Array, "*batch 3 2 3"]:
     """Return ``dM_theta / d(rot, tilt, psi)``, the matrices of Theorem 1."""
     return euler_jacobian(angles)[..., :2, :]

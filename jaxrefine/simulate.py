@@ -184,7 +184,6 @@ def equidistributed_rotations(
     return euler_to_matrix(angles)
 
 
-@eqx.filter_jit
 def random_shifts(
     key: PRNGKeyArray,
     count: int,
@@ -200,7 +199,6 @@ def random_shifts(
     return jax.random.uniform(key, (count, 2), dtype, -max_shift, max_shift)
 
 
-@eqx.filter_jit
 def init1_poses(
     key: PRNGKeyArray, poses: Poses, max_angle_error: float | Scalar
 ) -> Poses:
@@ -218,7 +216,6 @@ def init1_poses(
     return Poses(euler_to_matrix(angles + error), jnp.zeros_like(poses.shifts))
 
 
-@eqx.filter_jit
 def clean_images(
     volume: Volume,
     poses: Poses,
@@ -252,7 +249,6 @@ def clean_images(
     return spatial.project(footprint, coefficients, poses, volume.shape[0], batch_size)
 
 
-@eqx.filter_jit
 def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:
     r"""Return the noise level that gives clean images a signal-to-noise ratio.
 
@@ -271,7 +267,6 @@ def noise_std_of_power(power: Scalar, snr_db: float | Scalar) -> Scalar:
     return jnp.sqrt(power) * 10 ** (-snr_db / 20)
 
 
-@eqx.filter_jit
 def add_noise(key: PRNGKeyArray, images: Images, sigma: float | Scalar) -> Images:
     """Add white Gaussian noise of standard deviation ``sigma``."""
     return images + sigma * jax.random.normal(key, images.shape, images.dtype)

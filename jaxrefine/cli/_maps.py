@@ -137,12 +137,12 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
-    voxels, pixels = f"voxels of {voxel:g} A", f"voxels of {pixel:g} A"
+    expected, received = f"voxels of {pixel:g} A", f"voxels of {voxel:g} A"
     if n != m:
-        voxels, pixels = f"{n}^3 voxels", f"{m}^3 voxels"
+        expected, received = f"{m}^3 voxels", f"{n}^3 voxels"
     raise InputError(
-        f"{path} must have {pixels}, the grid of the images of {source.path}, got "
-        f"{voxels}; --resample brings it to that grid"
+        f"{path} must have {expected}, the grid of the images of {source.path}, "
+        f"got {received}; --resample brings it to that grid"
     )
 
 

@@ -21,8 +21,6 @@ from jaxrefine.operators import slices
 from jaxrefine.operators.complex import power
 from jaxrefine.operators.slices import Disc
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
 
 @final
 class Observation(eqx.Module):

@@ -35,9 +35,6 @@ from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Insertion
 from jaxrefine.operators.slices import Disc
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
 # Relative Tikhonov floor of unmeasured frequencies in `least_squares`, in units of the
 # mean eigenvalue w[0]: large enough to keep the system well-conditioned, too small to
 # change a frequency that an average number of images has measured.

@@ -33,8 +33,6 @@ from jaxrefine.operators import kbwf
 from jaxrefine.operators.complex import scaled
 from jaxrefine.operators.gridding import Frequencies, Insertion, Spectrum
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
 
 class Disc(eqx.Module):
     """The frequencies of the half plane up to a radius; made by :func:`disc`.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import draw
 from scipy.signal import correlate
 
 from jaxrefine import euler, geometry, simulate
@@ -20,10 +21,6 @@ from jaxrefine.paper.algorithm3 import EulerPoses
 
 PAPER, NARROW = kbwf.KBWF(), kbwf.SIMULATION_BASIS
 TIGHT = spatial.footprint(NARROW, tolerance=1e-13)
-
-
-def draw(*shape, seed=0, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def draw_poses(count, seed=1, dtype=jnp.float64):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import blobs
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.ctf import CTF
@@ -28,20 +29,6 @@ GRIDDING = Gridding(4, 2.0)
 SINGLE = jnp.float32
 
 
-def blobs():
-    """A map without symmetry, well inside its box."""
-    rng = np.random.default_rng(3)
-    k = np.arange(N) - N // 2
-    z, y, x = np.meshgrid(k, k, k, indexing="ij")
-    total = np.zeros((N, N, N))
-    for centre in rng.normal(scale=2.0, size=(6, 3)):
-        squared = sum(
-            (axis - c) ** 2 for axis, c in zip((x, y, z), centre, strict=True)
-        )
-        total += rng.uniform(0.5, 1.5) * np.exp(-squared / 2 / 1.2**2)
-    return jnp.asarray(total, SINGLE)
-
-
 class Scene:
     """Noisy images with optics, of a map and at poses that are known."""
 
@@ -55,7 +42,7 @@ class Scene:
         self.noise = jnp.full(N // 2 + 1, (SIGMA * N) ** 2, SINGLE)
         empty = Particles(np.zeros((P, N, N), np.float32), self.ctf, PIXEL)
         self.view = observation.view(empty, R_MAX, self.noise)
-        self.spectrum = GRIDDING.spectrum(blobs(), R_MAX)
+        self.spectrum = GRIDDING.spectrum(blobs(N, dtype=SINGLE), R_MAX)
         transfer = self.view.transfer(self.ctf, None)
         clean = slices.project(self.spectrum, self.view.disc, self.truth, transfer)
         clean = np.asarray(slices.to_images(clean, self.view.disc))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import blobs, draw
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.ctf import CTF
@@ -23,22 +24,8 @@ log_likelihoods = eqx.filter_jit(search.log_likelihoods)
 propose = jax.jit(search.propose, static_argnums=3)
 
 
-def blobs(dtype=jnp.float64):
-    """A map without symmetry, smooth and well inside its box."""
-    rng = np.random.default_rng(3)
-    k = np.arange(N) - N // 2
-    z, y, x = np.meshgrid(k, k, k, indexing="ij")
-    total = np.zeros((N, N, N))
-    for centre in rng.normal(scale=2.0, size=(6, 3)):
-        squared = sum(
-            (axis - c) ** 2 for axis, c in zip((x, y, z), centre, strict=True)
-        )
-        total += rng.uniform(0.5, 1.5) * np.exp(-squared / 2 / 1.2**2)
-    return jnp.asarray(total, dtype)
-
-
 def spectrum(dtype=jnp.float64):
-    return Gridding(4, 2.0).spectrum(blobs(dtype), R_MAX)
+    return Gridding(4, 2.0).spectrum(blobs(N, dtype=dtype), R_MAX)
 
 
 def draw_rotations(count, seed=0, dtype=jnp.float64):
@@ -50,10 +37,6 @@ def image_at(rotation, shift, transfer=None):
     poses = Poses(rotation[None], shift[None])
     transfer = None if transfer is None else transfer[None]
     return slices.project(spectrum(rotation.dtype), DISC, poses, transfer)[0]
-
-
-def draw(*shape, seed, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @pytest.mark.slow
