@@ -40,7 +40,7 @@ NEIGHBOURS = {
 OF_HALF_SETS = ("stalled",)
 PARTS = tuple(NEIGHBOURS)
 FIGURES = ("mean_fsc", "fraction_within_10_degrees", "angle_error_in_degrees_median")
-FIGURES += ("iterations", "wall_s")
+FIGURES += ("iterations",)
 
 
 def measure(case: str, settings: Settings) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def table(records: Sequence[Record]) -> str:
     Those of a constant are differences from those of the defaults above it.
     """
     header = ("constant", "value", "mean FSC", "within 10 degrees")
-    header += ("median error (degrees)", "iterations", "time")
+    header += ("median error (degrees)", "iterations")
     tables = []
     for each in records:
         figures, rows, before = each["figures"], [], {}
@@ -98,5 +98,4 @@ def _cells(figures: Mapping[str, Any], sign: str) -> tuple[str, ...]:
         f"{100 * figures['fraction_within_10_degrees']:{sign}.1f} %",
         f"{figures['angle_error_in_degrees_median']:{sign}.2f}",
         f"{figures['iterations']:{sign}d}",
-        f"{figures['wall_s']:{sign}.0f} s",
     )

@@ -220,11 +220,16 @@ def test_a_particle_does_not_know_its_batch(scene, polished):
     """Others beside it, in another order, in batches of another size: the same."""
     owners = np.array([9, 120, 3, 3, 77, 41, 8, 150, 2])
     result = scene.polish(owners, batch_size=4)
-    for part, whole in zip(
-        jax.tree.leaves(result), jax.tree.leaves(polished), strict=True
-    ):
-        scale = np.abs(whole[owners]).max()
-        np.testing.assert_allclose(part, whole[owners], rtol=1e-3, atol=1e-4 * scale)
+    for name in ("rotations", "shifts", "information", "evidence"):
+        part, whole = getattr(result, name), getattr(polished, name)[owners]
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(part, whole, rtol=1e-3, atol=1e-4 * scale)
+    # Once a pose stands still, rounding decides whether the next step lowers the cost,
+    # and so what the damping does from there on.
+    first = np.s_[:, :3]
+    np.testing.assert_allclose(
+        result.damping[first], polished.damping[owners][first], rtol=1e-6
+    )
     np.testing.assert_array_equal(result.rotations[2], result.rotations[3])
 
 
