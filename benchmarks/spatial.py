@@ -63,7 +63,8 @@ def pose_update(n: int) -> dict[str, float]:
     image_filter = spatial.spline_filter(psi, n)
     images = jax.random.normal(keys[0], (PARTICLES, n, n))
     poses = algorithm3.EulerPoses.of(random_poses(keys[1]))
-    terms = algorithm3.map_terms(psi, jax.random.normal(keys[2], (n, n, n)))
+    volume = jax.random.normal(keys[2], (n, n, n))
+    terms = algorithm3.map_terms(psi, volume, spatial.inscribed_ball(n))
 
     def batched(function):
         @eqx.filter_jit

@@ -104,7 +104,8 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, size)
     coefficients = kbwf.expand(basis, truth)
-    terms = algorithm3.map_terms(footprint, coefficients)
+    support = spatial.inscribed_ball(size)
+    terms = algorithm3.map_terms(footprint, coefficients, support)
     transfer = normal.transfer(normal.kernel(footprint, poses.rotations, size))
 
     def in_space(function):
@@ -122,7 +123,7 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
 
     def descend():
         return algorithm3.run(
-            euler_poses, images, coefficients, footprint, image_filter, steps
+            euler_poses, images, coefficients, footprint, image_filter, support, steps
         )
 
     particles = Particles(np.asarray(images))

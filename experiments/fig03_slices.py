@@ -10,7 +10,7 @@ MAPS = (
     "initial map",
     "unrefined",
     "joint",
-    "joint (released)",
+    "joint (paper)",
     "oracle",
     "RELION auto-refine, post-processed",
 )

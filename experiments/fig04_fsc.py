@@ -10,7 +10,7 @@ METHODS = (
     "joint",
     "joint (released)",
     "joint (paper)",
-    "joint (paper, steps x 1000)",
+    "joint (paper, printed steps)",
     "RELION auto-refine, post-processed",
     "RELION auto-refine",
     "RELION, true poses",

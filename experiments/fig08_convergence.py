@@ -13,7 +13,7 @@ METHODS = (
     "joint",
     "joint (released)",
     "joint (paper)",
-    "joint (paper, steps x 1000)",
+    "joint (paper, printed steps)",
 )
 
 

@@ -34,7 +34,7 @@ STYLES: dict[str, plots.Style] = {
     "joint, matched first, post-processed": ("#FF7F0E", "-"),
     "joint (released)": ("#E69F00", "-."),
     "joint (paper)": ("#CC79A7", "-."),
-    "joint (paper, steps x 1000)": ("#8C3F8C", "-."),
+    "joint (paper, printed steps)": ("#8C3F8C", "-."),
     "RELION auto-refine, post-processed": ("#009E73", "-"),
     "RELION auto-refine": ("#009E73", "--"),
     "RELION, true poses": ("#7FBF3F", ":"),
@@ -44,8 +44,14 @@ STYLES: dict[str, plots.Style] = {
 }
 """Colour and dashes of each method, the same in all figures."""
 
-POSES = ("unrefined", "RELION auto-refine", "joint", "joint, matched first")
-"""The methods whose pose errors the paper shows; the last one is beyond it."""
+POSES = (
+    "unrefined",
+    "RELION auto-refine",
+    "joint (paper)",
+    "joint",
+    "joint, matched first",
+)
+"""The methods whose pose errors the paper shows, and two of ours."""
 
 ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
 SHIFTS = {"x": "x shift", "y": "y shift"}

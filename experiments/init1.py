@@ -22,7 +22,14 @@ from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
 from settings import ComparisonSettings, Init1Start, RelionSettings, matching_step
 
-from jaxrefine.paper.presets import paper_preset, released_preset
+from jaxrefine.paper import (
+    Algorithm1Config,
+    Algorithm1State,
+    Problem,
+    paper_preset,
+    printed_preset,
+    released_preset,
+)
 from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import option
@@ -39,22 +46,46 @@ def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
     }
 
 
-def published(settings: "Init1Settings", case: Case) -> dict[str, Method]:
-    """Return the paper's algorithm, as printed and as its authors released it."""
-    sigma, batch = float(case.dataset.sigma), settings.batch_size
-    paper = paper_preset(sigma, settings.paper_iterations, batch)
-    released = released_preset(settings.released_iterations, batch)
-    chosen = {
-        "oracle (paper)": methods.spatial_reconstruction(paper, true_poses),
-        "unrefined (paper)": methods.spatial_reconstruction(paper, initial_poses),
-        "oracle (released)": methods.spatial_reconstruction(released, true_poses),
-        "joint (released)": methods.spatial_refinement(released),
+def paper(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return the paper's algorithm, with its oracle and the unrefined poses."""
+    del case
+
+    def preset(problem: Problem, start: Algorithm1State) -> Algorithm1Config:
+        return paper_preset(
+            problem, start, None, settings.paper_iterations, settings.batch_size
+        )
+
+    return {
+        "oracle (paper)": methods.spatial_reconstruction(preset, true_poses),
+        "unrefined (paper)": methods.spatial_reconstruction(preset, initial_poses),
+        "joint (paper)": methods.spatial_refinement(preset),
     }
-    for scale in settings.paper_step_scales:
-        name = "joint (paper)" if scale == 1 else f"joint (paper, steps x {scale:g})"
-        scaled = methods.with_step_scale(paper, scale)
-        chosen[name] = methods.spatial_refinement(scaled)
-    return chosen
+
+
+def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return the paper's algorithm with the steps that it prints."""
+    del case
+
+    def preset(problem: Problem, start: Algorithm1State) -> Algorithm1Config:
+        return printed_preset(
+            problem, start, None, settings.paper_iterations, settings.batch_size
+        )
+
+    return {"joint (paper, printed steps)": methods.spatial_refinement(preset)}
+
+
+def released(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return the paper's algorithm as its authors released it, with its oracle."""
+
+    def preset(problem: Problem, start: Algorithm1State) -> Algorithm1Config:
+        del problem, start
+        sigma = float(case.dataset.sigma)
+        return released_preset(sigma, settings.released_iterations, settings.batch_size)
+
+    return {
+        "oracle (released)": methods.spatial_reconstruction(preset, true_poses),
+        "joint (released)": methods.spatial_refinement(preset),
+    }
 
 
 def matching(settings: "Init1Settings", case: Case) -> dict[str, Method]:
@@ -76,7 +107,9 @@ def by_relion(settings: "Init1Settings", case: Case) -> dict[str, Method]:
 
 FAMILIES: dict[str, Family] = {
     "engine": engine,
-    "published": published,
+    "paper": paper,
+    "printed": printed,
+    "released": released,
     "matching": matching,
     "relion": by_relion,
 }
@@ -95,9 +128,6 @@ class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
     )
     released_iterations: int = option(
         least=1, help="outer iterations with the settings of the released code"
-    )
-    paper_step_scales: tuple[float, ...] = option(
-        least=0, above=True, help="factors on the steps that the paper prints"
     )
     matching_rounds: int = option(
         least=1, help="rounds of projection matching and reconstruction"

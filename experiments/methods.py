@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import postprocess
-from jaxrefine.operators import kbwf, spatial
-from jaxrefine.paper import algorithm1
+from jaxrefine.operators import kbwf
+from jaxrefine.paper import Algorithm1Config, algorithm1
 from jaxrefine.poses.matching import MatchConfig, match
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
@@ -121,73 +120,70 @@ def _tight_mask(volume: Volume, voxel_size_in_angstroms: float) -> Volume:
 # --- the paper's algorithm
 
 
-def spatial_reconstruction(
-    settings: algorithm1.Algorithm1Config, start: Start
-) -> Method:
-    """Run the volume updates of Algorithm 1 alone."""
+Preset = Callable[[algorithm1.Problem, algorithm1.Algorithm1State], Algorithm1Config]
+"""Makes the settings for images and a start."""
+
+
+def spatial_reconstruction(preset: Preset, start: Start) -> Method:
+    """Run the volume updates of Algorithm 1 alone.
+
+    With the settings of the refinement, which are those for its start.
+    """
 
     def run(case: Case, record: Record) -> Outcome:
-        poses, basis = start(case.dataset), kbwf.KBWF()
-        problem, state = _problem(case, poses, basis)
+        problem, state = _problem(case, case.dataset.initial)
+        settings = preset(problem, state)
+        poses = start(case.dataset)
+        state = algorithm1.init(poses, state.volume.coefficients)
         record.expect(settings.iterations)
 
         def keep(state: algorithm1.Algorithm1State, info) -> None:
-            volume = kbwf.evaluate(basis, state.volume.coefficients)
-            record.add(volume, poses, objective=float(info.objective[-1]))
+            record.add(_volume(state), poses, objective=float(info.objective[-1]))
 
         state = algorithm1.reconstruct(state, problem, settings, keep)
-        volume = kbwf.evaluate(basis, state.volume.coefficients)
-        return Outcome(np.asarray(volume), poses)
+        return Outcome(np.asarray(_volume(state)), poses)
 
     return run
 
 
-def spatial_refinement(settings: algorithm1.Algorithm1Config) -> Method:
+def spatial_refinement(preset: Preset) -> Method:
     """Run Algorithm 1."""
 
     def run(case: Case, record: Record) -> Outcome:
-        basis = kbwf.KBWF()
-        problem, fresh = _problem(case, case.dataset.initial, basis)
+        problem, fresh = _problem(case, case.dataset.initial)
+        settings = preset(problem, fresh)
         state = record.resume(fresh)
         record.expect(settings.iterations)
 
         def keep(
             state: algorithm1.Algorithm1State, info: algorithm1.Algorithm1Info
         ) -> None:
-            volume = kbwf.evaluate(basis, state.volume.coefficients)
             moves = {
                 "angle_moves": float(info.pose.angle_moves.mean()),
                 "shift_moves": float(info.pose.shift_moves.mean()),
                 "objective": float(info.volume.objective[-1]),
             }
-            record.add(volume, state.poses, state, **moves)
+            record.add(_volume(state), state.poses, state, **moves)
 
         state = algorithm1.refine(state, problem, settings, keep)
-        volume = kbwf.evaluate(basis, state.volume.coefficients)
-        return Outcome(np.asarray(volume), state.poses)
+        return Outcome(np.asarray(_volume(state)), state.poses)
 
     return run
 
 
-def with_step_scale(
-    settings: algorithm1.Algorithm1Config, scale: float
-) -> algorithm1.Algorithm1Config:
-    """Multiply the steps of a preset."""
-    steps = (settings.angle_step, settings.shift_step)
-    scaled = tuple(algorithm1.Schedule(float(step.first) * scale) for step in steps)
-    return eqx.tree_at(lambda c: (c.angle_step, c.shift_step), settings, scaled)
+_BASIS = kbwf.KBWF()
 
 
 def _problem(
-    case: Case, poses: Poses, basis: kbwf.KBWF
+    case: Case, poses: Poses
 ) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
     """Tabulate the imaging model, and expand the initial map."""
-    images = case.dataset.images
-    psi = spatial.footprint(basis)
-    problem = algorithm1.Problem(
-        images, psi, spatial.spline_filter(psi, images.shape[-1])
-    )
-    return problem, algorithm1.init(poses, kbwf.expand(basis, case.initial_map))
+    problem = algorithm1.Problem.of(case.dataset.images, _BASIS)
+    return problem, algorithm1.init(poses, kbwf.expand(_BASIS, case.initial_map))
+
+
+def _volume(state: algorithm1.Algorithm1State) -> Volume:
+    return kbwf.evaluate(_BASIS, state.volume.coefficients)
 
 
 # --- the baselines

@@ -11,13 +11,16 @@ from typing import final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from jaxrefine.data.preprocess import outside
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.slices import Disc
 
+_MEASURED = 500  # images that white noise is measured in: its variance within 1 %
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Degrees of freedom of the prior in `noise_power`: how many frequencies of a shell the
@@ -160,3 +163,29 @@ def noise_power(
     common = power / frequencies * mean
     # In this form the estimate of a single group is its own, to the last bit.
     return own + (common - own) * (_PRIOR_FREQUENCIES / (count + _PRIOR_FREQUENCIES))
+
+
+def white_noise(images: Float[Array, "particles m m"]) -> float:
+    """Estimate the standard deviation of white noise in images.
+
+    It is that of the pixels outside of the circle that fits in an image, where the
+    particle is not. Where images are masked, and all of these pixels have one value, it
+    is found from second differences along both axes inside of the mask, which see the
+    finest detail alone (Immerkaer, Comput. Vis. Image Underst. 64, 1996). 500 images
+    are looked at, at most.
+
+    Parameters
+    ----------
+    images
+        Images of shape ``(P, m, m)``, of at least 4 pixels a side.
+    """
+    count, m = len(images), images.shape[-1]
+    chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
+    sample = np.asarray(images[chosen], np.float64)
+    corners = np.mean(np.var(sample[:, outside(m, float(m))], axis=1, ddof=1))
+    differences = np.diff(np.diff(sample, 2, axis=1), 2, axis=2) / 6.0
+    unmasked = sample != sample[:, :1, :1]
+    windows = np.lib.stride_tricks.sliding_window_view(unmasked, (3, 3), axis=(1, 2))
+    inside = differences[windows.all(axis=(-2, -1))]
+    finest = np.mean(inside**2) if len(inside) else 0.0
+    return float(np.sqrt(corners if corners > 0.01 * finest else finest))

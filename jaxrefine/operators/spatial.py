@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrefine._batching import map_over_particles, sum_over_particles
 from jaxrefine._types import Image, Images, Volume
@@ -126,16 +126,79 @@ def centred_axis(size: int, dtype) -> Float[Array, "size"]:
     return jnp.arange(size, dtype=dtype) - size // 2
 
 
-def lattice_points(pose: Poses, n: int) -> tuple[Float[Array, "n n n"], ...]:
-    """Return the image points ``M k + t`` of every voxel ``k``, as x and y."""
-    k = centred_axis(n, pose.rotations.dtype)
-    x, y = _tube.project_lattice(
-        pose.rotations[:2],
-        k[None, None, :],
-        k[None, :, None],
-        k[:, None, None],
-    )
+class Support(eqx.Module):
+    """The voxels where the coefficients of a map may differ from zero.
+
+    Attributes
+    ----------
+    points
+        Coordinates ``k`` of these voxels along x, y and z; 0 is the centre.
+    index
+        Their places in the flattened array of coefficients.
+    n
+        Side of the array.
+    """
+
+    points: Float[Array, "3 voxels"]
+    index: Int[Array, "voxels"]
+    n: int = eqx.field(static=True)
+
+    def restrict(self, coefficients: Volume) -> Float[Array, "voxels"]:
+        """Return the coefficients of these voxels."""
+        return coefficients.reshape(-1)[self.index]
+
+    def extend(self, values: Float[Array, "voxels"]) -> Volume:
+        """Return an array that has these coefficients, and zeros elsewhere."""
+        blank = jnp.zeros(self.n**3, values.dtype)
+        return blank.at[self.index].set(values).reshape((self.n,) * 3)
+
+
+def support(mask: Bool[Array | np.ndarray, "..."]) -> Support:
+    """List the voxels of a mask.
+
+    Parameters
+    ----------
+    mask
+        True where coefficients may differ from zero, of shape ``(n, n, n)``; known,
+        not traced.
+
+    Raises
+    ------
+    InputError
+        If the mask is not a cube, or empty.
+    """
+    inside = np.asarray(mask, bool)
+    n = _cubic_side(inside)
+    index = np.flatnonzero(inside)
+    if not len(index):
+        raise InputError("a mask must hold at least one voxel, got none")
+    z, y, x = (np.array(np.unravel_index(index, inside.shape)) - n // 2).astype(float)
+    points = np.stack([x, y, z]).astype(jnp.asarray(0.0).dtype)
+    return Support(jnp.asarray(points), jnp.asarray(index, jnp.int32), n)
+
+
+def inscribed_ball(n: int) -> Support:
+    """List the voxels of the ball that fits in a cube of side ``n``.
+
+    A map outside of it would be seen from some directions only.
+    """
+    axis = np.arange(n) - n // 2
+    squared = np.add.outer(np.add.outer(axis**2, axis**2), axis**2)
+    return support(squared <= (n / 2) ** 2)
+
+
+def image_points(
+    pose: Poses, points: tuple[Float[Array, "..."], ...] | Float[Array, "3 voxels"]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Return the image points ``M k + t`` of voxels ``k``, as x and y."""
+    x, y = _tube.project_lattice(pose.rotations[:2], *points)
     return x + pose.shifts[0], y + pose.shifts[1]
+
+
+def lattice(n: int, dtype) -> tuple[Float[Array, "..."], ...]:
+    """Return the coordinates x, y and z of all voxels, to broadcast."""
+    k = centred_axis(n, dtype)
+    return k[None, None, :], k[None, :, None], k[:, None, None]
 
 
 @eqx.filter_jit
@@ -213,7 +276,7 @@ def project(
     return map_over_particles(project_one, poses, batch_size)
 
 
-def _cubic_side(volume: Float[Array, "..."]) -> int:
+def _cubic_side(volume: Shaped[Array | np.ndarray, "..."]) -> int:
     """Return the side of a volume, or raise if it is not cubic."""
     if volume.ndim != 3 or len(set(volume.shape)) != 1:
         raise InputError(f"a volume must have shape (n, n, n), got {volume.shape}")
@@ -248,16 +311,14 @@ class PixelSum(eqx.Module):
         pixels, dx, dy = self._neighbours(x, y)
         return jnp.sum(pixels * self.profile(dx**2 + dy**2), axis=(-2, -1))
 
-    def value_and_gradient(self, x: Float[Array, "..."], y: Float[Array, "..."]):
-        """Evaluate the function and its derivatives with respect to x and y."""
+    def slope(
+        self, x: Float[Array, "..."], y: Float[Array, "..."], by: Bool[Array, "2"]
+    ):
+        """Evaluate the derivative with respect to x or y, whichever ``by`` marks."""
         pixels, dx, dy = self._neighbours(x, y)
-        squared = dx**2 + dy**2
-        slope = -2.0 * pixels * self.profile.slope(squared)
-        return (
-            jnp.sum(pixels * self.profile(squared), axis=(-2, -1)),
-            jnp.sum(slope * dx, axis=(-2, -1)),
-            jnp.sum(slope * dy, axis=(-2, -1)),
-        )
+        distance = jnp.where(by[0], dx, 0.0) + jnp.where(by[1], dy, 0.0)
+        slope = -2.0 * pixels * self.profile.slope(dx**2 + dy**2)
+        return jnp.sum(slope * distance, axis=(-2, -1))
 
     def _neighbours(self, x, y):
         """Gather the pixels around points, and their offsets from the points."""
@@ -409,6 +470,7 @@ def backproject(
 
     def backproject_one(particle) -> Volume:
         image, pose = particle
-        return image_filter(image)(*lattice_points(pose, n))
+        points = lattice(n, pose.rotations.dtype)
+        return image_filter(image)(*image_points(pose, points))
 
     return sum_over_particles(backproject_one, (images, poses), batch_size)

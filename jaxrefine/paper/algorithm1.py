@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, tv
-from jaxrefine.operators.spatial import Footprint, ImageFilter
+from jaxrefine.operators import kbwf, spatial
+from jaxrefine.operators.spatial import Footprint, ImageFilter, Support
 from jaxrefine.paper import algorithm3
 from jaxrefine.paper.algorithm3 import EulerPoses
 
@@ -70,7 +72,8 @@ class Algorithm1Config(eqx.Module):
     pose_iterations, max_trials
         Inner iterations of the pose update, and steps tried in a line search.
     poses_first
-        Whether an outer iteration begins with the poses.
+        Whether an outer iteration begins with the poses. If it ends with them, as in
+        the paper's Algorithm 1, no map is made of the last poses.
     keep_duals
         Whether the multipliers persist from one outer iteration to the next.
     batch_size
@@ -141,17 +144,50 @@ class Algorithm1Info(eqx.Module):
 class Problem(eqx.Module):
     """The data and the imaging model, fixed during a refinement.
 
-    Parameters
+    Attributes
     ----------
     images
         Images of shape ``(P, m, m)``.
     footprint, image_filter
         The imaging model, see :mod:`jaxrefine.operators.spatial`.
+    support
+        Where the coefficients may differ from zero.
     """
 
     images: Images
     footprint: Footprint
     image_filter: ImageFilter
+    support: Support
+
+    @staticmethod
+    def of(
+        images: Images,
+        basis: kbwf.KBWF | None = None,
+        psf: IsotropicPSF | None = None,
+        support: Support | None = None,
+    ) -> "Problem":
+        """Tabulate the imaging model of images.
+
+        Parameters
+        ----------
+        images
+            Images of shape ``(P, m, m)``.
+        basis
+            The window of the reconstruction; by default, the paper's.
+        psf
+            Optional isotropic point-spread function.
+        support
+            Where the coefficients may differ from zero; by default, the ball that fits
+            in a cube of side ``m``.
+        """
+        footprint = spatial.footprint(basis or kbwf.KBWF(), psf)
+        m = images.shape[-1]
+        return Problem(
+            images,
+            footprint,
+            spatial.spline_filter(footprint, m),
+            spatial.inscribed_ball(m) if support is None else support,
+        )
 
 
 def init(poses: Poses, coefficients: Volume) -> Algorithm1State:
@@ -166,7 +202,8 @@ def update_volume(
     state: Algorithm1State, problem: Problem, config: Algorithm1Config
 ) -> tuple[Algorithm1State, admm.ADMMInfo]:
     """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
-    return _update_volume(state, _data_term(state, problem, config), config)
+    data = _data_term(state, problem, config)
+    return _update_volume(state, data, problem.support, config)
 
 
 def _data_term(
@@ -183,16 +220,20 @@ def _data_term(
 
 
 def _update_volume(
-    state: Algorithm1State, data: admm.DataTerm, config: Algorithm1Config
+    state: Algorithm1State,
+    data: admm.DataTerm,
+    support: Support,
+    config: Algorithm1Config,
 ) -> tuple[Algorithm1State, admm.ADMMInfo]:
     settings = config.volume_update(state.iteration)
     start = state.volume
     if not config.keep_duals:
         start = admm.init(start.coefficients)
     volume, info = admm.run(start, data, settings, config.regulariser)
+    inside = support.restrict(volume.coefficients)
     if config.rho_nonnegative is not None:
-        feasible = jnp.maximum(volume.coefficients, 0.0)
-        volume = eqx.tree_at(lambda v: v.coefficients, volume, feasible)
+        inside = jnp.maximum(inside, 0.0)
+    volume = eqx.tree_at(lambda v: v.coefficients, volume, support.extend(inside))
     return eqx.tree_at(lambda s: s.volume, state, volume), info
 
 
@@ -206,6 +247,7 @@ def update_poses(
         state.volume.coefficients,
         problem.footprint,
         problem.image_filter,
+        problem.support,
         config.pose_update(state.iteration),
     )
     return eqx.tree_at(lambda s: s.euler_poses, state, poses), info
@@ -231,8 +273,12 @@ def step(
     else:
         state, volume_info = update_volume(state, problem, config)
         state, pose_info = update_poses(state, problem, config)
-    state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
-    return state, Algorithm1Info(volume_info, pose_info)
+    return _next(state), Algorithm1Info(volume_info, pose_info)
+
+
+def _next(state: Algorithm1State) -> Algorithm1State:
+    """Count an outer iteration."""
+    return eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
 
 
 Callback = Callable[[Algorithm1State, Algorithm1Info], None]
@@ -289,8 +335,8 @@ def reconstruct(
     _check(state, problem)
     data = _data_term(state, problem, config)
     for _ in range(int(state.iteration), config.iterations):
-        state, info = _update_volume(state, data, config)
-        state = eqx.tree_at(lambda s: s.iteration, state, state.iteration + 1)
+        state, info = _update_volume(state, data, problem.support, config)
+        state = _next(state)
         if callback is not None:
             callback(state, info)
     return state

@@ -23,16 +23,18 @@ from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Angles, Images, Rotations, Scalar, Shifts, Volume
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler, projection_jacobian
 from jaxrefine.geometry import Poses
-from jaxrefine.operators import normal
+from jaxrefine.operators import normal, spatial
 from jaxrefine.operators.radial import RadialSeries
 from jaxrefine.operators.spatial import (
     Footprint,
     ImageFilter,
     PixelSum,
-    centred_axis,
-    lattice_points,
+    Support,
+    image_points,
 )
 from jaxrefine.operators.spline import Spline2D
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class EulerPoses(eqx.Module):
@@ -70,33 +72,41 @@ class MapTerms(eqx.Module):
 
     Attributes
     ----------
+    points
+        Coordinates x, y and z of the voxels of the map's support.
     moments
-        The coefficients ``c`` and their products with the coordinates x, y and z.
+        Their coefficients ``c``, and the products of these with x, y and z.
     autocorrelation
         :math:`c * c^\vee`, ready for sums over viewing tubes.
     kernel
         :math:`\psi * \psi^\vee`, the function that is summed over the tube.
     """
 
-    moments: Float[Array, "4 n n n"]
+    points: Float[Array, "3 voxels"]
+    moments: Float[Array, "voxels 4"]
     autocorrelation: normal.TubeSamples
     kernel: RadialSeries
 
 
-def map_terms(footprint: Footprint, coefficients: Volume) -> MapTerms:
-    """Prepare a map for any number of pose costs."""
+def map_terms(footprint: Footprint, coefficients: Volume, support: Support) -> MapTerms:
+    """Prepare a map for any number of pose costs.
+
+    Parameters
+    ----------
+    footprint
+        The footprint ``psi`` and its autocorrelation.
+    coefficients
+        Coefficients of the map.
+    support
+        Where they count; elsewhere they are taken as zero.
+    """
     kernel = footprint.autocorrelation
-    samples = normal.tube_samples(normal.autocorrelation(coefficients), kernel.radius)
-    k = centred_axis(coefficients.shape[0], coefficients.dtype)
-    moments = jnp.stack(
-        [
-            coefficients,
-            coefficients * k[None, None, :],
-            coefficients * k[None, :, None],
-            coefficients * k[:, None, None],
-        ]
-    )
-    return MapTerms(moments, samples, kernel)
+    inside = support.restrict(coefficients)
+    autocorrelation = normal.autocorrelation(support.extend(inside))
+    points = support.points.astype(inside.dtype)
+    moments = jnp.stack([inside, *(inside[None] * points)], axis=-1)
+    samples = normal.tube_samples(autocorrelation, kernel.radius)
+    return MapTerms(points, moments, samples, kernel)
 
 
 class Particle(eqx.Module):
@@ -119,32 +129,36 @@ def particle(image_filter: ImageFilter, image: Float[Array, "m m"]) -> Particle:
     return Particle(image_filter(image), 0.5 * jnp.sum(image**2))
 
 
+def _quadratic(terms: MapTerms, pose: EulerPoses) -> Scalar:
+    """Return ``c^T (w(theta) * c) / 2``, the first term of eq. (34)."""
+    return 0.5 * normal.sum_over_tube(
+        terms.autocorrelation, terms.kernel, pose.rotations
+    )
+
+
 def _correlation(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scalar:
     """Return ``c^T H(theta, t)^T g``, the middle term of eq. (34)."""
-    points = lattice_points(pose.poses, terms.moments.shape[-1])
-    value = particle.filtered(*points)
-    return jnp.vdot(terms.moments[0], value, precision=jax.lax.Precision.HIGHEST)
+    value = particle.filtered(*image_points(pose.poses, terms.points))
+    return jnp.vdot(terms.moments[:, 0], value, precision=_HIGHEST)
 
 
-def _correlation_and_gradient(terms: MapTerms, particle: Particle, pose: EulerPoses):
-    """Return the middle term of (34) and its derivatives with respect to M and t."""
-    points = lattice_points(pose.poses, terms.moments.shape[-1])
-    value, *slopes = particle.filtered.value_and_gradient(*points)
-    moments = terms.moments.reshape(4, -1)
-    highest = jax.lax.Precision.HIGHEST
-    by_both = jnp.stack(
-        [jnp.matmul(moments, slope.ravel(), precision=highest) for slope in slopes]
-    )
-    linear = jnp.vdot(terms.moments[0], value, precision=highest)
-    return linear, by_both[:, 1:], by_both[:, 0]
+def _correlation_gradient(terms: MapTerms, particle: Particle, pose: EulerPoses):
+    """Return the derivatives of the middle term of (34) by M and by t."""
+
+    def derivative(by: Bool[Array, "2"], pose: Poses):
+        slope = particle.filtered.slope(*image_points(pose, terms.points), by)
+        return jnp.matmul(slope, terms.moments, precision=_HIGHEST)
+
+    # The pose is stacked for the compiler: each derivative then has its own points.
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), pose.poses)
+    sums = jax.vmap(derivative)(jnp.eye(2, dtype=bool), twice)
+    return sums[:, 1:], sums[:, 0]
 
 
 def particle_cost(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scalar:
     """Return ``J_p(theta, t)``, eq. (34), of one particle."""
-    quadratic = normal.sum_over_tube(
-        terms.autocorrelation, terms.kernel, pose.rotations
-    )
-    return 0.5 * quadratic - _correlation(terms, particle, pose) + particle.energy
+    correlation = _correlation(terms, particle, pose)
+    return _quadratic(terms, pose) - correlation + particle.energy
 
 
 def particle_cost_and_gradient(
@@ -167,16 +181,63 @@ def particle_cost_and_gradient(
     The cost, and a :class:`EulerPoses` that holds the derivatives with
     respect to (rot, tilt, psi) and to (x, y).
     """
-    quadratic, quadratic_by_matrix = normal.sum_over_tube_and_gradient(
+    cost = particle_cost(terms, particle, pose)
+    return cost, _gradient(terms, particle, pose)
+
+
+def _gradient(terms: MapTerms, particle: Particle, pose: EulerPoses) -> EulerPoses:
+    """Return Theorem 1."""
+    _, quadratic_by_matrix = normal.sum_over_tube_and_gradient(
         terms.autocorrelation, terms.kernel, pose.rotations
     )
-    linear, linear_by_matrix, by_shift = _correlation_and_gradient(
-        terms, particle, pose
-    )
+    linear_by_matrix, by_shift = _correlation_gradient(terms, particle, pose)
     by_matrix = 0.5 * quadratic_by_matrix - linear_by_matrix
     by_angles = jnp.sum(projection_jacobian(pose.angles) * by_matrix[None], (1, 2))
-    cost = 0.5 * quadratic - linear + particle.energy
-    return cost, EulerPoses(by_angles, -by_shift)
+    return EulerPoses(by_angles, -by_shift)
+
+
+@eqx.filter_jit
+def curvature(
+    footprint: Footprint, coefficients: Volume, poses: EulerPoses, image_size: int
+) -> EulerPoses:
+    r"""Return how fast the projections of a map change with each pose coordinate.
+
+    .. math:: \Bigl\|\frac{\partial H(\theta, t)\, c}{\partial\theta_i}\Bigr\|^2
+       \quad\text{and}\quad
+       \Bigl\|\frac{\partial H(\theta, t)\, c}{\partial t_i}\Bigr\|^2
+
+    This is the second derivative of ``J_p`` along the coordinate where the projection
+    fits its image. Its inverse is the step that takes a gradient step there.
+
+    Parameters
+    ----------
+    footprint
+        The footprint ``psi``.
+    coefficients
+        Coefficients of the map.
+    poses
+        Where to measure.
+    image_size
+        Side of the images in pixels.
+
+    Returns
+    -------
+    The curvatures of each pose, per square radian and per square pixel, in the shape of
+    the poses.
+    """
+
+    def seen(coordinates: Float[Array, "particles 5"]):
+        at = EulerPoses(coordinates[:, :3], coordinates[:, 3:])
+        return spatial.project(footprint, coefficients, at.poses, image_size)
+
+    def along(direction: Float[Array, "5"]):
+        tangent = jnp.broadcast_to(direction, coordinates.shape)
+        _, change = jax.jvp(seen, (coordinates,), (tangent,))
+        return jnp.sum(change**2, axis=(1, 2))
+
+    coordinates = jnp.concatenate([poses.angles, poses.shifts], axis=1)
+    curvatures = jax.lax.map(along, jnp.eye(5, dtype=coordinates.dtype)).T
+    return EulerPoses(curvatures[:, :3], curvatures[:, 3:])
 
 
 class PoseConfig(eqx.Module):
@@ -297,8 +358,9 @@ def descend(
     energy = particle.energy
     particle = Particle(particle.filtered, jnp.zeros_like(energy))
 
-    def move(pose: EulerPoses, _):
-        before, gradient = particle_cost_and_gradient(terms, particle, pose)
+    def move(carry, _):
+        pose, before = carry
+        gradient = _gradient(terms, particle, pose)
         angles, value, angle_trials = backtrack(
             lambda angles: particle_cost(
                 terms, particle, EulerPoses(angles, pose.shifts)
@@ -312,25 +374,28 @@ def descend(
         )
         # The quadratic term does not depend on the shift, eq. (21).
         turned = EulerPoses(angles, pose.shifts)
-        linear, _, by_shift = _correlation_and_gradient(terms, particle, turned)
-        shifts, shifted, shift_trials = backtrack(
-            lambda shifts: -_correlation(terms, particle, EulerPoses(angles, shifts)),
+        quadratic = _quadratic(terms, turned)
+        _, by_shift = _correlation_gradient(terms, particle, turned)
+        shifts, after, shift_trials = backtrack(
+            lambda shifts: (
+                quadratic - _correlation(terms, particle, EulerPoses(angles, shifts))
+            ),
             pose.shifts,
-            -linear,
+            value,
             -by_shift,
             config.shift_step,
             config.eta,
             config.max_trials,
         )
-        after = value + (shifted + linear)
-        moves = value < before, shifted < -linear
-        history = (before, after, *moves, angle_trials, shift_trials)
-        return EulerPoses(angles, shifts), history
+        moves = value < before, after < value
+        history = (after, *moves, angle_trials, shift_trials)
+        return (EulerPoses(angles, shifts), after), history
 
-    pose, (before, after, *searches) = jax.lax.scan(
-        move, pose, None, length=config.iterations
+    before = particle_cost(terms, particle, pose)
+    (pose, _), (after, *searches) = jax.lax.scan(
+        move, (pose, before), None, length=config.iterations
     )
-    return pose, PoseInfo(before[0] + energy, after[-1] + energy, *searches)
+    return pose, PoseInfo(before + energy, after[-1] + energy, *searches)
 
 
 @eqx.filter_jit
@@ -340,6 +405,7 @@ def run(
     coefficients: Volume,
     footprint: Footprint,
     image_filter: ImageFilter,
+    support: Support,
     config: PoseConfig,
 ) -> tuple[EulerPoses, PoseInfo]:
     """Refine all poses against a map, ``config.batch_size`` particles at a time.
@@ -354,6 +420,8 @@ def run(
         Coefficients of the map.
     footprint, image_filter
         The imaging model, see :mod:`jaxrefine.operators.spatial`.
+    support
+        Where the coefficients count.
     config
         Steps and loop lengths.
 
@@ -362,7 +430,7 @@ def run(
     The new poses, none of which has a higher cost than before (to rounding), and the
     information of every particle.
     """
-    terms = map_terms(footprint, coefficients)
+    terms = map_terms(footprint, coefficients, support)
     config = jax.tree.map(lambda leaf: leaf.astype(coefficients.dtype), config)
 
     def refine_one(image_and_pose):

@@ -111,9 +111,13 @@ def test_every_command_can_be_described(command):
 
 def test_the_defaults_that_are_told_are_those_of_the_library():
     told, engine = declared(refine.RefineSettings), RefineConfig()
-    paper, released = paper_preset(1.0), released_preset()
+    paper, released = (
+        inspect.signature(preset).parameters
+        for preset in (paper_preset, released_preset)
+    )
     assert told["iterations"].default_text == (
-        f"{engine.iterations}, paper {paper.iterations}, released {released.iterations}"
+        f"{engine.iterations}, paper {paper['iterations'].default}, released "
+        f"{released['iterations'].default}"
     )
     assert told["max_angle"].default_text == f"{math.degrees(engine.max_angle):g}"
     assert told["max_shift"].default_text == f"{engine.max_shift:g}"
@@ -123,7 +127,7 @@ def test_the_defaults_that_are_told_are_those_of_the_library():
     assert told["symmetry"].default == engine.symmetry and engine.tau is None
     batch = told["batch_size"].default_text
     assert batch.startswith(f"{engine.batch_size} ")
-    assert batch.endswith(f" {paper.batch_size}")
+    assert batch.endswith(f" {paper['batch_size'].default}")
     assert engine.first_r_max == 7, "a seventh of the box"
     # That of a particle of two thirds of the box: 3/14 of its diameter.
     assert declared(reconstruct.ReconstructSettings)["batch_size"].default == (

@@ -90,9 +90,9 @@ def test_a_map_of_other_voxels_must_be_accepted(read, tmp_path):
 
 
 def test_values_have_the_declared_types(read):
-    words = ["snr_db=1", "paper_step_scales=[1, 2.5]", "particles=7", "title='x'"]
+    words = ["snr_db=1", "particles=7", "title='x'", "methods=['matching', 'paper']"]
     settings = read(*words)
-    assert settings.paper_step_scales == (1.0, 2.5)
+    assert settings.methods == ("matching", "paper")
     assert isinstance(settings.snr_db, float) and isinstance(settings.particles, int)
     assert settings.title == "x (phantom)"
 
@@ -107,8 +107,7 @@ def test_values_have_the_declared_types(read):
         ("particles=true", "particles must be a whole number, got True"),
         ("particles=0", "particles must be at least 1, got 0"),
         ("snr_db='0.1'", "snr_db must be a number, got '0.1'"),
-        ("paper_step_scales=1.0", "paper_step_scales must be a list, got 1.0"),
-        ("paper_step_scales=['1']", "paper_step_scales must be a number, got '1'"),
+        ("methods='paper'", "methods must be a list, got 'paper'"),
         ("seed=-1", "seed must be from 0 to 2147483646, got -1"),
         ("seed=9223372036854775808", "got 9223372036854775808"),
         ("matching_rounds=0", "matching_rounds must be at least 1, got 0"),
@@ -116,9 +115,7 @@ def test_values_have_the_declared_types(read):
         ("voxel_size_in_angstroms=nan", "must be a finite number of angstroms"),
         ("matching_step_in_degrees=inf", "must be a finite number of degrees, got inf"),
         ("initial_blur=nan", "initial_blur must be a finite number of voxels"),
-        ("paper_step_scales=[1.0, inf]", "must be a finite number, got inf"),
-        ("paper_step_scales=[0]", "paper_step_scales must be more than 0, got 0"),
-        ("methods=['engine', 'magic']", "methods must be one of engine, published"),
+        ("methods=['engine', 'magic']", "methods must be one of engine, paper"),
     ],
 )
 def test_a_value_that_no_study_can_work_with_is_refused(read, word, sentence):
@@ -132,6 +129,10 @@ def test_a_value_that_no_study_can_work_with_is_refused(read, word, sentence):
         ("hjc_init2", "ab_initio_iterations=[1, 2]", "a list of 3 numbers, got [1, 2]"),
         ("hjc_init2", "ab_initio_resolutions=[35.0]", "a list of 2 numbers"),
         ("sweeps", "snr_db_values=[]", "snr_db_values must not be empty"),
+        ("sweeps", "snr_db_values=5.0", "snr_db_values must be a list, got 5.0"),
+        ("sweeps", "snr_db_values=['1']", "snr_db_values must be a number, got '1'"),
+        ("sweeps", "snr_db_values=[1.0, inf]", "must be a finite number"),
+        ("hjc_init2", "ab_initio_resolutions=[0.0, 1.0]", "more than 0"),
         ("sweeps", "axis='noise'", "axis must be one of snr_db, particles, max_angle"),
         ("sweeps", "particles_values=[0]", "particles_values must be at least 1"),
         ("cost", "sizes=[16]", "at least 2 different sizes, got [16]"),

@@ -31,7 +31,8 @@ TESTS = Path(__file__).resolve().parents[1]
 EXPERIMENTS = TESTS.parent / "experiments"
 
 FAST = ["--preset", "smoke", "--set", "particles=6", "--set", "paper_iterations=1"]
-FAST += ["--set", "methods=['published']"]
+FAST += ["--set", "released_iterations=1"]
+FAST += ["--set", "methods=['paper', 'released']"]
 
 
 def run(*words: str, cwd: Path, env=None) -> subprocess.CompletedProcess:
@@ -60,7 +61,7 @@ def timeless(path: Path) -> dict:
     return {name: without_times(entry) for name, entry in results.items()}
 
 
-REFINED = Path("work/joint_released/state/checkpoint.eqx")
+REFINED = Path("work/joint_paper/state")
 
 INTERRUPTED = """
 import sys
@@ -114,7 +115,7 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
         assert "Traceback" not in stopped.stderr
         assert [*broken.glob("work/*/state/checkpoint.eqx")] == [broken / REFINED]
         assert not io.read_json(broken / "run.json")["finished"]
-    assert "joint (released)" in timeless(broken)
+    assert "joint (paper)" in timeless(broken)
     second = run(*FAST, "--out", str(broken), cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert timeless(broken) == timeless(unbroken)
@@ -141,7 +142,7 @@ def test_interrupted_study_resumes_to_the_same_numbers(tmp_path):
 def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
     """Its curves are left out, which the figures say; a later call does nothing."""
     out = tmp_path / "run"
-    words = [*FAST[:-1], "methods=['published', 'relion']", "--out", str(out)]
+    words = [*FAST[:-1], "methods=['paper', 'relion']", "--out", str(out)]
     bare = {**os.environ, "PATH": ""}
     stamps = []
     for _ in range(2):
@@ -506,16 +507,15 @@ def test_a_terminated_study_stops_as_an_interrupted_one():
 
 def test_every_method_has_files_of_its_own(load, study):
     init1, slug = load("init1"), load("comparison").slug
-    scales = "paper_step_scales=[1, 10, 1000, 1e6, 1e-6, 0.1]"
-    settings = study(scales, "relion_limit_min=1").settings
+    settings = study("relion_limit_min=1").settings
     case = SimpleNamespace(dataset=SimpleNamespace(sigma=0.1))
     names = [
         name for family in init1.FAMILIES.values() for name in family(settings, case)
     ]
     slugs = [slug(name) for name in names]
-    assert len(set(slugs)) == len(names) >= 14
+    assert len(set(slugs)) == len(names) >= 10
     assert all(re.fullmatch("[a-z0-9_-]+", slug) for slug in slugs)
-    assert slug("joint (paper, steps x 1000)") == "joint_paper_steps_x_1000"
+    assert slug("joint (paper, printed steps)") == "joint_paper_printed_steps"
 
 
 ROW = {

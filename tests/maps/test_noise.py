@@ -176,3 +176,43 @@ def test_small_groups_have_the_common_shape_at_their_level():
     )
     assert (better < 0.7 * worse).all()
     assert np.abs(np.mean(found, axis=0)[few, inner] - 1).max() < 0.15
+
+
+# --- white noise
+
+
+def noisy_images(count=60, m=32, sigma=0.7, dtype=jnp.float32):
+    """White noise about a blob that fades towards the inscribed circle."""
+    axis = np.arange(m) - m // 2
+    squared = axis[:, None] ** 2 + axis**2
+    blob = 5 * np.exp(-squared / 2 / (m / 8) ** 2)
+    white = np.random.default_rng(3).normal(size=(count, m, m))
+    return jnp.asarray(blob + sigma * white, dtype), squared > (m / 2) ** 2
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_white_noise_is_that_outside_of_the_particle(scale):
+    images, _ = noisy_images()
+    assert noise.white_noise(scale * images) == pytest.approx(0.7 * scale, rel=0.01)
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0])
+def test_white_noise_of_masked_images(fill):
+    """Where nothing is left outside of the circle, the finest detail tells."""
+    images, outside = noisy_images()
+    masked = jnp.where(outside, fill, images)
+    assert noise.white_noise(masked) == pytest.approx(0.7, rel=0.03)
+
+
+def test_white_noise_of_one_image():
+    images, _ = noisy_images(count=1, m=64)
+    assert noise.white_noise(images) == pytest.approx(0.7, rel=0.05)
+
+
+def test_white_noise_of_a_part_of_the_images_is_that_of_all():
+    images, _ = noisy_images(count=1200, m=8, sigma=2.0)
+    assert noise.white_noise(images) == pytest.approx(2.0, rel=0.02)
+
+
+def test_no_noise():
+    assert noise.white_noise(jnp.zeros((3, 8, 8))) == 0.0

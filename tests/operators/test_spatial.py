@@ -298,11 +298,49 @@ def test_pixel_sum_gradient_is_its_derivative():
     """Also near the rim of footprints, and outside of the image."""
     surface = spatial.PixelFilter(TIGHT)(draw(9, 9))
     x, y = draw(2, 100) * 5.0
-    _, along_x, along_y = surface.value_and_gradient(x, y)
+    along_x, along_y = (surface.slope(x, y, by) for by in jnp.eye(2, dtype=bool))
     slopes = jax.grad(lambda x, y: surface(x, y), argnums=(0, 1))
     by_x, by_y = jax.jit(jax.vmap(slopes))(x, y)
     assert_close(along_x, by_x, 1e-11)
     assert_close(along_y, by_y, 1e-11)
+
+
+# --- where coefficients may differ from zero
+
+
+def test_a_support_lists_the_voxels_of_a_mask():
+    mask = np.random.default_rng(5).random((5, 5, 5)) < 0.3
+    support, c = spatial.support(mask), draw(5, 5, 5)
+    z, y, x = np.nonzero(mask)
+    np.testing.assert_array_equal(support.points, np.stack([x, y, z]) - 2)
+    np.testing.assert_array_equal(support.restrict(c), np.asarray(c)[mask])
+    np.testing.assert_array_equal(
+        support.extend(support.restrict(c)), np.where(mask, c, 0)
+    )
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_the_inscribed_ball_fits_in_the_cube(n):
+    """It is the same from all sides, and one more voxel would stick out."""
+    support = spatial.inscribed_ball(n)
+    radius = np.linalg.norm(support.points, axis=0)
+    assert radius.max() <= n / 2
+    axis = np.arange(-n, n + 1)
+    z, y, x = np.meshgrid(axis, axis, axis)
+    inside = (x**2 + y**2 + z**2 <= (n / 2) ** 2) & (np.maximum(x, y) < n / 2)
+    assert len(radius) == np.sum(inside & (z < n / 2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((4, 4, 4), bool), "at least one voxel, got none"),
+        (np.ones((4, 4, 5), bool), "must have shape"),
+    ],
+)
+def test_a_support_refuses_what_is_no_mask(mask, message):
+    with pytest.raises(InputError, match=message):
+        spatial.support(mask)
 
 
 def fourier_crop(volume, n):

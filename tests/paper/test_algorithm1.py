@@ -14,7 +14,7 @@ from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.operators import kbwf, spatial
-from jaxrefine.paper import algorithm1, presets
+from jaxrefine.paper import algorithm1, algorithm3, presets
 from jaxrefine.paper.algorithm3 import EulerPoses
 
 pytestmark = pytest.mark.slow
@@ -56,26 +56,146 @@ def numbers(config, iteration):
     return config.volume_update(index), config.pose_update(index)
 
 
-def test_the_paper_preset():
-    """Section IV-C."""
-    config = presets.paper_preset(0.3)
-    for iteration in (0, config.iterations - 1):
+def test_the_paper_preset(scene):
+    """Section IV-C, and lambda that falls to the noise of the back-projection."""
+    config = presets.paper_preset(scene.problem, scene.start(), 0.3)
+    diagonal = 7 * float(kernel_at_zero(scene))
+    last = config.iterations - 1
+    for iteration in (0, last):
         volume, poses = numbers(config, iteration)
         assert volume.iterations == 5
         assert volume.rho_nonnegative is None
+        assert float(volume.rho) == pytest.approx(4 * diagonal)
         assert poses.iterations == 3
-        assert float(poses.angle_step) == pytest.approx(1e-7)
-        assert float(poses.shift_step) == pytest.approx(1e-5)
         assert float(poses.eta) == pytest.approx(0.25)
+    weights = [float(numbers(config, i)[0].lam) for i in (0, last)]
+    assert weights[1] == pytest.approx(0.3 * np.sqrt(diagonal))
+    problem = scene.problem
+    seen = spatial.project(
+        problem.footprint, scene.coefficients, scene.dataset.initial, N
+    )
+    difference = float(jnp.sqrt(jnp.mean((problem.images - seen) ** 2)))
+    assert weights[0] == pytest.approx(4 * difference * np.sqrt(diagonal))
     assert isinstance(config.regulariser, tv.IsotropicTV)
-    assert not config.poses_first
     assert config.keep_duals
 
 
-def test_the_paper_preset_grows_like_sigma():
-    one, many = (numbers(presets.paper_preset(s), 0)[0] for s in (1.0, 7.0))
-    assert float(many.lam) == pytest.approx(7 * float(one.lam))
-    assert float(many.rho) == pytest.approx(7 * float(one.rho))
+def kernel_at_zero(scene):
+    """One projection's ``||psi||^2``, summed over pixels of a fine grid."""
+    x = jnp.arange(-4.0, 4.0, 0.125)
+    points = jnp.stack(jnp.meshgrid(x, x), axis=-1)
+    return jnp.sum(kbwf.xray_transform(scene.basis, points) ** 2) / 64
+
+
+def test_lambda_is_the_noise_of_the_backprojection(scene):
+    """``sigma sqrt(w[0])`` is the spread of ``H^T n`` in a voxel."""
+    sigma, draws = 0.3, 40
+    noise = sigma * jax.random.normal(jax.random.key(4), (draws, 7, N, N))
+    poses = scene.dataset.truth
+
+    @jax.jit
+    def backproject(images):
+        image_filter = scene.problem.image_filter
+        return spatial.backproject(image_filter, images, poses, N)
+
+    # In the middle, where every footprint lies inside the images.
+    middle = [backproject(images)[6:11, 6:11, 6:11] for images in noise]
+    config = presets.paper_preset(scene.problem, scene.start(), sigma)
+    weight = float(numbers(config, config.iterations - 1)[0].lam)
+    assert np.std(middle) == pytest.approx(weight, rel=0.05)
+
+
+def test_the_steps_are_half_the_inverse_curvature_of_the_initial_map(scene):
+    config = presets.paper_preset(scene.problem, scene.start(), 0.3)
+    curvature = algorithm3.curvature(
+        scene.problem.footprint,
+        scene.coefficients,
+        EulerPoses.of(scene.dataset.initial),
+        N,
+    )
+    poses = numbers(config, 0)[1]
+    assert float(poses.angle_step * curvature.angles.mean()) == pytest.approx(0.5)
+    assert float(poses.shift_step * curvature.shifts.mean()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.25])
+def test_the_paper_preset_knows_no_units(sigma):
+    """Images and map in another unit: the same poses, and the same map in that unit."""
+    scene = Scene(6, max_angle_error=0.4, max_shift=1.0, sigma=0.25)
+
+    def run(unit):
+        images = unit * scene.problem.images
+        problem = eqx.tree_at(lambda p: p.images, scene.problem, images)
+        start = algorithm1.init(scene.dataset.initial, unit * scene.coefficients)
+        level = None if sigma is None else unit * sigma
+        config = presets.paper_preset(problem, start, level, iterations=3)
+        return algorithm1.refine(start, problem, config)
+
+    unit = 300.0
+    plain, scaled = run(1.0), run(unit)
+    moved = plain.poses.rotations - scene.dataset.initial.rotations
+    assert np.abs(moved).max() > 0.05
+    for one, other in zip(
+        jax.tree.leaves((plain.poses, unit * plain.volume.coefficients)),
+        jax.tree.leaves((scaled.poses, scaled.volume.coefficients)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-8 * np.abs(one).max())
+
+
+def test_more_particles_need_a_larger_lambda_by_the_square_root(scene):
+    both = (scene.problem.images, scene.dataset.initial)
+    images, poses = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), both)
+    twice = eqx.tree_at(lambda p: p.images, scene.problem, images)
+    one, two = (
+        numbers(presets.paper_preset(problem, scene.start(poses), 0.3), 19)[0]
+        for problem, poses in (
+            (scene.problem, scene.dataset.initial),
+            (twice, poses),
+        )
+    )
+    assert float(two.lam) == pytest.approx(2**0.5 * float(one.lam))
+    assert float(two.rho) == pytest.approx(2 * float(one.rho))
+
+
+def test_the_printed_preset(scene):
+    paper = presets.paper_preset(scene.problem, scene.start(), 0.3)
+    printed = presets.printed_preset(scene.problem, scene.start(), 0.3)
+    poses = numbers(printed, 7)[1]
+    assert float(poses.angle_step) == pytest.approx(1e-7)
+    assert float(poses.shift_step) == pytest.approx(1e-5)
+    assert_identical(numbers(paper, 7)[0], numbers(printed, 7)[0])
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
+def test_presets_refuse_a_noise_level_that_is_not_positive(scene, sigma):
+    with pytest.raises(InputError, match="sigma must be positive, got"):
+        presets.paper_preset(scene.problem, scene.start(), sigma)
+    with pytest.raises(InputError, match="sigma must be positive, got"):
+        presets.released_preset(sigma)
+
+
+def test_the_paper_preset_refuses_a_blank_map(scene):
+    blank = algorithm1.init(scene.dataset.initial, jnp.zeros_like(scene.coefficients))
+    with pytest.raises(InputError, match="got a blank one"):
+        presets.paper_preset(scene.problem, blank)
+
+
+def test_the_released_tables():
+    """Of lambda and rho against the noise, at the levels of the code and between."""
+    for sigma, lam, rho in (
+        (0.1, (2.0, 0.02), (1e3, 2.0)),
+        (10**0.5, (2.0, 0.02), (1e3, 2.0)),
+        (10**1.25, (20.0, 1.0), (3.5e4, 320.0)),
+        (100.0, (80.0, 8.0), (1.5e5, 3e3)),
+        (10**0.875, ((2 * 20) ** 0.5, 0.02**0.5), ((1e3 * 3.5e4) ** 0.5, 640**0.5)),
+        (1e-3, (2.0, 0.02), (1e3, 2.0)),
+        (1e4, (80.0, 8.0), (1.5e5, 3e3)),
+    ):
+        config = presets.released_preset(sigma)
+        first, last = (numbers(config, i)[0] for i in (0, 9))
+        assert (float(first.lam), float(last.lam)) == pytest.approx(lam)
+        assert (float(first.rho), float(last.rho)) == pytest.approx(rho)
 
 
 def test_the_released_preset():
@@ -84,7 +204,7 @@ def test_the_released_preset():
     assert config.iterations == 10
     first, last = numbers(config, 0), numbers(config, 9)
     assert (float(first[0].lam), float(last[0].lam)) == pytest.approx((2.0, 0.02))
-    assert (float(first[0].rho), float(last[0].rho)) == pytest.approx((2000.0, 4.0))
+    assert (float(first[0].rho), float(last[0].rho)) == pytest.approx((1000.0, 2.0))
     for i in range(9):
         step, grown = numbers(config, i)[1], numbers(config, i + 1)[1]
         assert float(grown.angle_step) == pytest.approx(1.7 * float(step.angle_step))
@@ -98,7 +218,7 @@ def test_the_released_preset():
     assert isinstance(config.regulariser, tv.AnisotropicTV)
     assert config.poses_first
     assert not config.keep_duals
-    assert presets.released_preset(4).iterations == 4
+    assert presets.released_preset(iterations=4).iterations == 4
 
 
 # --- a small problem
@@ -118,9 +238,7 @@ class Scene:
             sigma=sigma,
         )
         self.basis = kbwf.KBWF()
-        footprint = spatial.footprint(self.basis)
-        image_filter = spatial.spline_filter(footprint, N)
-        self.problem = algorithm1.Problem(self.dataset.images, footprint, image_filter)
+        self.problem = algorithm1.Problem.of(self.dataset.images, self.basis)
         self.coefficients = kbwf.expand(self.basis, simulate.blur(self.truth, 2.0))
 
     def start(self, poses=None):
@@ -324,7 +442,7 @@ def test_exact_poses_stay():
 def test_init_1_improves(dtype):
     """Section IV-B in small: every figure of merit gains on unrefined poses."""
     scene = Scene(60, max_angle_error=0.3, max_shift=1.0, sigma=0.1, dtype=dtype)
-    config = presets.released_preset(8)
+    config = presets.released_preset(iterations=8)
     start = scene.start()
     unrefined = algorithm1.reconstruct(start, scene.problem, config)
     joint = algorithm1.refine(start, scene.problem, config)

@@ -40,12 +40,17 @@ def relative(value, exact):
     return float(np.max(error / np.sqrt(np.sum(exact**2, axis=axes))))
 
 
+def whole(volume):
+    """All voxels of a volume."""
+    return spatial.support(np.ones(volume.shape, bool))
+
+
 @eqx.filter_jit
 def both_gradients(footprint, image_filter, volumes, images, poses):
     """Cost and gradient of every particle: Theorem 1, and by differentiation."""
 
     def one(volume, image, where):
-        terms = algorithm3.map_terms(footprint, volume)
+        terms = algorithm3.map_terms(footprint, volume, whole(volume))
         data = algorithm3.particle(image_filter, image)
         explicit = algorithm3.particle_cost_and_gradient(terms, data, where)
 
@@ -151,7 +156,7 @@ class Case:
         self.gradient = np.array([np.concatenate(slope) for _, slope in results])
 
     def ours(self, image_filter):
-        terms = algorithm3.map_terms(self.footprint, self.volume)
+        terms = algorithm3.map_terms(self.footprint, self.volume, whole(self.volume))
         data = algorithm3.particle(image_filter, self.image)
 
         @jax.jit
@@ -226,7 +231,7 @@ def test_cost_is_the_distance_of_images():
     def cost(volume, image, where):
         data = algorithm3.particle(image_filter, image)
         return algorithm3.particle_cost(
-            algorithm3.map_terms(footprint, volume), data, where
+            algorithm3.map_terms(footprint, volume, whole(volume)), data, where
         )
 
     # Pixel sums alias what a projection has beyond the sampling frequency. The paper's
@@ -240,6 +245,55 @@ def test_cost_is_the_distance_of_images():
             exact = 0.5 * float(jnp.sum((images[p] - seen[p]) ** 2))
             energy = 0.5 * float(jnp.sum(seen[p] ** 2))
             assert abs(value - exact) < tolerance * energy
+
+
+def test_curvature_is_the_second_derivative_at_the_fit():
+    """Of the cost itself, where projection and image agree, and next to nowhere else.
+
+    The cost's first term is an integral and the projection a sum over pixels: for a
+    smooth map that lies inside the image they differ by rounding and the series.
+    """
+    n, m = 12, 32
+    footprint = spatial.footprint(PAPER, tolerance=1e-13)
+    volume, poses = blob(n), draw_poses(3, seed=8)
+    images = spatial.project(footprint, volume, poses.poses, m)
+    image_filter = spatial.PixelFilter(footprint)
+    terms = algorithm3.map_terms(footprint, volume, whole(volume))
+
+    @jax.jit
+    def second_derivatives(image, angles, shifts):
+        data = algorithm3.particle(image_filter, image)
+
+        def cost(coordinates):
+            at = EulerPoses(coordinates[:3], coordinates[3:])
+            return algorithm3.particle_cost(terms, data, at)
+
+        return jnp.diag(jax.hessian(cost)(jnp.concatenate([angles, shifts])))
+
+    curvature = algorithm3.curvature(footprint, volume, poses, m)
+    found = np.concatenate([curvature.angles, curvature.shifts], axis=1)
+    for p in range(3):
+        exact = second_derivatives(images[p], poses.angles[p], poses.shifts[p])
+        np.testing.assert_allclose(found[p], exact, rtol=1e-3)
+
+
+def test_the_cost_looks_at_the_support_alone():
+    """What a map has outside of its support does not count."""
+    n, m = 9, 16
+    footprint = spatial.footprint(NARROW)
+    image, pose = draw(m, m, seed=6), jax.tree.map(lambda x: x[2], draw_poses(3))
+    data = algorithm3.particle(spatial.PixelFilter(footprint), image)
+    ball, c = spatial.inscribed_ball(n), draw(n, n, n)
+    inside = ball.extend(ball.restrict(c))
+    costs = [
+        algorithm3.particle_cost_and_gradient(
+            algorithm3.map_terms(footprint, volume, support), data, pose
+        )
+        for volume, support in ((c, ball), (inside, ball), (inside, whole(c)))
+    ]
+    for a, b, c in zip(*map(jax.tree.leaves, costs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11)
+        np.testing.assert_allclose(a, c, rtol=1e-11)
 
 
 # --- the line search
@@ -362,7 +416,7 @@ def test_optax_finds_the_same_point_on_rosenbrock(first, eta):
 @pytest.mark.slow
 def test_optax_finds_the_same_angles(case):
     image_filter = spatial.spline_filter(case.footprint, case.m)
-    terms = algorithm3.map_terms(case.footprint, case.volume)
+    terms = algorithm3.map_terms(case.footprint, case.volume, whole(case.volume))
     data = algorithm3.particle(image_filter, case.image)
     shift, start = case.poses.shifts[2], case.poses.angles[2]
 
@@ -412,11 +466,17 @@ class Scene:
     def run(self, poses, config, images=None):
         images = self.images if images is None else images
         return algorithm3.run(
-            poses, images, self.volume, self.footprint, self.image_filter, config
+            poses,
+            images,
+            self.volume,
+            self.footprint,
+            self.image_filter,
+            whole(self.volume),
+            config,
         )
 
     def costs(self, poses):
-        terms = algorithm3.map_terms(self.footprint, self.volume)
+        terms = algorithm3.map_terms(self.footprint, self.volume, whole(self.volume))
 
         @jax.jit
         def cost(image, where):
@@ -544,7 +604,8 @@ def test_memory_does_not_grow_with_the_particles(scene):
     def temporary(count):
         poses = EulerPoses(jnp.zeros((count, 3)), jnp.zeros((count, 2)))
         images = jnp.zeros((count, 28, 28))
-        arguments = (poses, images, scene.volume, scene.footprint, scene.image_filter)
+        model = scene.footprint, scene.image_filter, whole(scene.volume)
+        arguments = (poses, images, scene.volume, *model)
         run: Any = (
             algorithm3.run
         )  # what eqx.filter_jit returns has more than a function
@@ -582,7 +643,8 @@ def test_noise_does_not_blind_the_line_search_in_single_precision(sigma):
         poses, data, coefficients = jax.tree.map(
             lambda leaf: leaf.astype(dtype), (start, images, c)
         )
-        return algorithm3.run(poses, data, coefficients, psi, image_filter, config)
+        model = psi, image_filter, whole(c)
+        return algorithm3.run(poses, data, coefficients, *model, config)
 
     single, info = refined(jnp.float32)
     double, reference = refined(jnp.float64)
