@@ -61,7 +61,7 @@ def timeless(path: Path) -> dict:
     return {name: without_times(entry) for name, entry in results.items()}
 
 
-REFINED = Path("work/joint_paper/state")
+REFINED = Path("work/joint_paper/state/checkpoint.eqx")
 
 INTERRUPTED = """
 import sys
