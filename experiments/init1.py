@@ -20,13 +20,18 @@ import comparison
 import methods
 from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
-from settings import ComparisonSettings, Init1Start, RelionSettings, matching_step
+from settings import (
+    ComparisonSettings,
+    Init1Start,
+    PaperSettings,
+    RelionSettings,
+    matching_step,
+)
 
 from jaxrefine.paper import (
     Algorithm1Config,
     Algorithm1State,
     Problem,
-    paper_preset,
     printed_preset,
     released_preset,
 )
@@ -49,17 +54,7 @@ def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
 def paper(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm, with its oracle and the unrefined poses."""
     del case
-
-    def preset(problem: Problem, start: Algorithm1State) -> Algorithm1Config:
-        return paper_preset(
-            problem, start, None, settings.paper_iterations, settings.batch_size
-        )
-
-    return {
-        "oracle (paper)": methods.spatial_reconstruction(preset, true_poses),
-        "unrefined (paper)": methods.spatial_reconstruction(preset, initial_poses),
-        "joint (paper)": methods.spatial_refinement(preset),
-    }
+    return methods.paper_algorithm(settings.paper_iterations, settings.batch_size)
 
 
 def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
@@ -117,14 +112,11 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init1Settings(ComparisonSettings, Init1Start, RelionSettings):
+class Init1Settings(ComparisonSettings, Init1Start, PaperSettings, RelionSettings):
     """The settings of the study."""
 
     methods: tuple[str, ...] = option(
         choices=tuple(FAMILIES), help="families of methods to compare"
-    )
-    paper_iterations: int = option(
-        least=1, help="outer iterations with the paper's settings"
     )
     released_iterations: int = option(
         least=1, help="outer iterations with the settings of the released code"

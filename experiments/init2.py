@@ -21,7 +21,7 @@ import comparison
 import methods
 from comparison import Case, Family, Method
 from methods import initial_poses, true_poses
-from settings import ComparisonSettings, Init2Start
+from settings import ComparisonSettings, Init2Start, PaperSettings
 
 from jaxrefine.poses.matching import MatchConfig
 from jaxrefine.refinement.config import RefineConfig
@@ -47,12 +47,22 @@ def by_relion(settings: Init2Start, case: Case) -> dict[str, Method]:
     return methods.relion_methods(settings, settings.relion_most_poses or None)
 
 
-FAMILIES: dict[str, Family] = {"engine": engine, "relion": by_relion}
+def paper(settings: "Init2Settings", case: Case) -> dict[str, Method]:
+    """Return the paper's algorithm, from the same map and poses."""
+    del case
+    return methods.paper_algorithm(settings.paper_iterations, settings.batch_size)
+
+
+FAMILIES: dict[str, Family] = {
+    "engine": engine,
+    "paper": paper,
+    "relion": by_relion,
+}
 """What ``methods`` of the settings may list."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init2Settings(ComparisonSettings, Init2Start):
+class Init2Settings(ComparisonSettings, PaperSettings, Init2Start):
     """The settings of the study."""
 
     methods: tuple[str, ...] = option(

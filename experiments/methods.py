@@ -19,7 +19,7 @@ from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import postprocess
 from jaxrefine.operators import kbwf
-from jaxrefine.paper import Algorithm1Config, algorithm1
+from jaxrefine.paper import Algorithm1Config, algorithm1, paper_preset
 from jaxrefine.poses.matching import MatchConfig, match
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
@@ -169,6 +169,21 @@ def spatial_refinement(preset: Preset) -> Method:
         return Outcome(np.asarray(_volume(state)), state.poses)
 
     return run
+
+
+def paper_algorithm(iterations: int, batch_size: int) -> dict[str, Method]:
+    """Return the paper's algorithm, with its oracle and the unrefined poses."""
+
+    def preset(
+        problem: algorithm1.Problem, start: algorithm1.Algorithm1State
+    ) -> Algorithm1Config:
+        return paper_preset(problem, start, None, iterations, batch_size)
+
+    return {
+        "oracle (paper)": spatial_reconstruction(preset, true_poses),
+        "unrefined (paper)": spatial_reconstruction(preset, initial_poses),
+        "joint (paper)": spatial_refinement(preset),
+    }
 
 
 _BASIS = kbwf.KBWF()

@@ -37,6 +37,8 @@ METHODS = {
     "oracle": STYLES["oracle"],
     "true map": ("#009E73", ":"),
     "joint": STYLES["joint"],
+    "oracle (paper)": STYLES["oracle (paper)"],
+    "joint (paper)": STYLES["joint (paper)"],
     "unrefined": STYLES["unrefined"],
 }
 
@@ -75,8 +77,10 @@ def draw(runs: Sequence[Run]) -> Figure:
         values = [point["value"] for point in points]
         for (merit, label), axes in zip(PANELS.items(), row, strict=True):
             for name, (colour, dash) in METHODS.items():
-                if merit == _ERROR and name == "oracle":
+                if merit == _ERROR and name.startswith("oracle"):
                     continue  # its poses are the true ones
+                if any(name not in point["methods"] for point in points):
+                    continue
                 merits = [point["methods"][name][merit] for point in points]
                 curves[name] = axes.plot(
                     values, merits, color=colour, linestyle=dash, lw=2, marker="o", ms=4

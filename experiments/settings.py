@@ -112,6 +112,15 @@ class ComparisonSettings(DatasetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaperSettings(DatasetSettings):
+    """How the paper's algorithm is run."""
+
+    paper_iterations: int = option(
+        least=1, help="outer iterations of the paper's algorithm"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RelionSettings(DatasetSettings):
     """How RELION's auto-refine is run."""
 

@@ -4,7 +4,8 @@ The noise, the number of particles or the error of the initial angles takes the 
 that the configuration lists. At each of them the same particles are reconstructed from
 the true poses (oracle), from the initial ones (unrefined), jointly, and from the poses
 that are found in the true map at the known noise (true map); the Cramer-Rao bound on
-the poses goes with these. Times include compilation, most of it at the first point.
+the poses goes with these. The first three are also done by the paper's algorithm.
+Times include compilation, most of it at the first point.
 
     python experiments/sweeps.py configs/sweeps.toml --preset small --volume MAP.mrc
     python experiments/sweeps.py configs/sweeps.toml --set axis="'particles'"
@@ -29,7 +30,7 @@ from comparison import Case, Method, Outcome, Record
 from harness import Study
 from jaxtyping import Float
 from methods import initial_poses, true_poses
-from settings import Init1Start
+from settings import Init1Start, PaperSettings
 
 from jaxrefine import evaluation, io
 from jaxrefine.data import observation
@@ -48,7 +49,7 @@ AXES = ("snr_db", "particles", "max_angle_error_in_radians")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings(Init1Start):
+class SweepSettings(Init1Start, PaperSettings):
     """The settings of the study; every value of the axis replaces its own."""
 
     axis: str = option(choices=AXES, help="what is swept")
@@ -104,7 +105,7 @@ _DRAWS = 200  # of every particle's error, for the medians
 _BATCH = 256
 
 
-def family(settings: Init1Start, case: Case) -> dict[str, Method]:
+def family(settings: SweepSettings, case: Case) -> dict[str, Method]:
     """Return what is compared at every point."""
     del case
     seed = settings.seed
@@ -115,6 +116,7 @@ def family(settings: Init1Start, case: Case) -> dict[str, Method]:
         "oracle": methods.reconstruction(true_poses, seed),
         "unrefined": methods.reconstruction(initial_poses, seed),
         "joint": methods.refinement(config, seed),
+        **methods.paper_algorithm(settings.paper_iterations, settings.batch_size),
         "true map": from_true_map(seed),
     }
 

@@ -352,23 +352,33 @@ def half_broken(x):
 
 
 @pytest.mark.parametrize(
-    ("cost", "gradient"),
+    ("cost", "gradient", "trials"),
     [
-        (bowl, [-2.0, -4.0]),  # uphill
-        (bowl, [0.0, 0.0]),
-        (bowl, [jnp.nan, 1.0]),
-        (bowl, [jnp.inf, 1.0]),
-        (broken, [2.0, 4.0]),
-        (flat, [2.0, 4.0]),  # equal is not lower
+        (bowl, [-2.0, -4.0], 7),  # uphill
+        (bowl, [0.0, 0.0], 0),
+        (bowl, [jnp.nan, 1.0], 0),
+        (bowl, [jnp.inf, 1.0], 7),
+        (broken, [2.0, 4.0], 7),
+        (flat, [2.0, 4.0], 7),  # equal is not lower
     ],
 )
-def test_a_failed_search_stays_where_it_is(cost, gradient):
+def test_a_failed_search_stays_where_it_is(cost, gradient, trials):
     start, value = jnp.array([1.0, 2.0]), bowl(jnp.array([1.0, 2.0]))
     value = jnp.zeros(()) if cost is flat else value
     point, after, count = search(cost, start, jnp.array(gradient), 0.3, 0.5, 7, value)
     np.testing.assert_array_equal(point, start)
     assert float(after) == float(value)
-    assert int(count) == 7
+    assert int(count) == trials
+
+
+def test_no_step_is_tried_that_changes_the_cost_by_less_than_its_rounding():
+    """Steps of 1, 1/4, ... promise decreases of 4e-12, 1e-12, ..."""
+    start, value = jnp.array([1.0, 2.0]), jnp.asarray(5000.0)
+    gradient = jnp.array([2e-6, 0.0])
+    _, _, count = search(broken, start, gradient, 1.0, 0.25, 30, value)
+    assert int(count) == 1, "5000 is known to 1.1e-12"
+    _, _, count = search(broken, start, 8.0 * gradient, 1.0, 0.25, 30, value)
+    assert int(count) == 4
 
 
 def test_trials_that_are_not_numbers_are_passed_over():
