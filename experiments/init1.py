@@ -69,6 +69,14 @@ def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     return {"joint (paper, printed steps)": methods.spatial_refinement(preset)}
 
 
+def basin(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return what a local descent can reach at best, in the true map."""
+    del case
+    preset = methods.paper_settings(settings.paper_iterations, settings.batch_size)
+    blur = settings.initial_blur
+    return {"descent in the true map": methods.descent_in_the_true_map(preset, blur)}
+
+
 def released(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm as its authors released it, with its oracle."""
 
@@ -104,6 +112,7 @@ FAMILIES: dict[str, Family] = {
     "engine": engine,
     "paper": paper,
     "printed": printed,
+    "basin": basin,
     "released": released,
     "matching": matching,
     "relion": by_relion,

@@ -1,5 +1,6 @@
 """The ways of reconstructing that the studies compare, as `comparison.Method`."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import relion
 from comparison import Case, Method, Outcome, Record
 from settings import RelionSettings
 
-from jaxrefine import io
+from jaxrefine import evaluation, io, simulate
 from jaxrefine._types import Volume
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
@@ -19,7 +20,7 @@ from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import postprocess
 from jaxrefine.operators import kbwf
-from jaxrefine.paper import Algorithm1Config, algorithm1, paper_preset
+from jaxrefine.paper import Algorithm1Config, algorithm1, algorithm3, paper_preset
 from jaxrefine.poses.matching import MatchConfig, match
 from jaxrefine.refinement import loop
 from jaxrefine.refinement.config import RefineConfig
@@ -171,19 +172,78 @@ def spatial_refinement(preset: Preset) -> Method:
     return run
 
 
-def paper_algorithm(iterations: int, batch_size: int) -> dict[str, Method]:
-    """Return the paper's algorithm, with its oracle and the unrefined poses."""
+def paper_settings(iterations: int, batch_size: int) -> Preset:
+    """Return `jaxrefine.paper.paper_preset`, at the noise that it measures."""
 
     def preset(
         problem: algorithm1.Problem, start: algorithm1.Algorithm1State
     ) -> Algorithm1Config:
         return paper_preset(problem, start, None, iterations, batch_size)
 
+    return preset
+
+
+def paper_algorithm(iterations: int, batch_size: int) -> dict[str, Method]:
+    """Return the paper's algorithm, with its oracle and the unrefined poses."""
+    preset = paper_settings(iterations, batch_size)
     return {
         "oracle (paper)": spatial_reconstruction(preset, true_poses),
         "unrefined (paper)": spatial_reconstruction(preset, initial_poses),
         "joint (paper)": spatial_refinement(preset),
     }
+
+
+_WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_VISITS = 20  # iterations of Algorithm 3 in each map, by when poses hardly move
+
+
+def descent_in_the_true_map(preset: Preset, blur: float) -> Method:
+    """Run Algorithm 3 in the true map, which nothing but a local search needs.
+
+    The map is blurred by ``blur`` voxels, then by less, and in the end not at all: more
+    than any refinement has. The particles that are lost here are out of reach of a
+    descent from their initial poses. The last row says how many of those that end more
+    than 10 degrees off have a lower cost at their true poses. The map is the paper's,
+    of the final poses.
+    """
+
+    def run(case: Case, record: Record) -> Outcome:
+        problem, start = _problem(case, case.dataset.initial)
+        record.expect(len(_WIDTHS))
+        poses = start.euler_poses
+        for width in _WIDTHS:
+            seen = simulate.blur(case.truth, width * blur) if width else case.truth
+            coefficients = kbwf.expand(_BASIS, seen)
+            at = algorithm1.init(poses.poses, coefficients)
+            steps = preset(problem, at).pose_update(at.iteration)
+            steps = dataclasses.replace(steps, iterations=_VISITS)
+            poses, info = _descend(poses, problem, coefficients, steps)
+            still = dataclasses.replace(
+                steps, angle_step=jnp.zeros(()), shift_step=jnp.zeros(()), iterations=1
+            )
+            true = algorithm3.EulerPoses.of(case.dataset.truth)
+            _, at_truth = _descend(true, problem, coefficients, still)
+            errors = evaluation.pose_errors(poses.poses, case.dataset.truth)
+            lost = errors.angle_in_degrees > 10
+            better = jnp.sum(lost & (at_truth.cost < info.cost))
+            counts = {"lost": int(jnp.sum(lost)), "lower_at_truth": int(better)}
+            record.add(seen, poses.poses, blur_in_voxels=width * blur, **counts)
+        final = algorithm1.init(poses.poses, start.volume.coefficients)
+        state = algorithm1.reconstruct(final, problem, preset(problem, start))
+        return Outcome(np.asarray(_volume(state)), poses.poses)
+
+    return run
+
+
+def _descend(
+    poses: algorithm3.EulerPoses,
+    problem: algorithm1.Problem,
+    coefficients: Volume,
+    steps: algorithm3.PoseConfig,
+) -> tuple[algorithm3.EulerPoses, algorithm3.PoseInfo]:
+    """Run Algorithm 3 on the particles of a problem."""
+    model = problem.footprint, problem.image_filter, problem.support
+    return algorithm3.run(poses, problem.images, coefficients, *model, steps)
 
 
 _BASIS = kbwf.KBWF()

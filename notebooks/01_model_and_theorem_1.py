@@ -151,13 +151,14 @@ for first, end in ((0, 5), (5, 10), (10, last + 1)):
 # With the image filtered once and the map's autocorrelation computed once, a
 # particle's cost, eq. (34), is two sums over voxels; $\theta$ enters through the
 # matrix $M_\theta$ only. Its gradient by the three angles and the two shifts, eqs.
-# (18)-(22), costs three to five times that. Here it is beside what `jax.grad` makes of
+# (18)-(22), costs about three times that. Here it is beside what `jax.grad` makes of
 # the cost alone.
 
 # %%
 sigma = jr.simulate.noise_std(by_space, snr_db=0.0)
 noisy = jr.simulate.add_noise(noise_key, by_space, sigma)
-terms = algorithm3.map_terms(psi, c)  # of the map, for all particles
+ball = spatial.inscribed_ball(N)  # where coefficients may differ from zero
+terms = algorithm3.map_terms(psi, c, ball)  # of the map, for all particles
 particle = algorithm3.particle(spatial.spline_filter(psi, N), noisy[1])  # of one image
 true_angles = jr.euler.matrix_to_euler(poses.rotations)
 true_pose = EulerPoses(true_angles[1], poses.shifts[1])

@@ -245,15 +245,15 @@ for name, reconstruction in (("TV", oracle), ("quadratic", smooth_oracle)):
 # %% [markdown]
 # ## The paper's own algorithm
 #
-# `paper.refine` is Algorithm 1 as it is published: gradient steps on the Euler angles
-# and the shifts, and ADMM with a fixed schedule of lambda. `paper.paper_preset` puts
-# its constants into the units of the images.
+# `paper.refine` is Algorithm 1: gradient steps on the Euler angles and the shifts,
+# alternating with ADMM. `paper.paper_preset` puts its constants into the units of the
+# images.
 
 # %%
 basis = kbwf.KBWF()
 problem = paper.Problem.of(data.images, basis)
 start = paper.init(data.initial, kbwf.expand(basis, initial_map))
-schedule = paper.paper_preset(problem, start)
+constants = paper.paper_preset(problem, start)
 
 progress = []
 
@@ -271,7 +271,7 @@ def watch(state, info):
     )
 
 
-by_descent = paper.refine(start, problem, schedule, watch)
+by_descent = paper.refine(start, problem, constants, watch)
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
@@ -282,6 +282,8 @@ engine = (
     final["fraction_within_10_degrees"],
     float(mean_fsc(correlation(result.volume))),
 )
+print("engine, last iteration:", *(f"{value:.3f}" for value in engine))
+print("paper, last iteration: ", *(f"{value:.3f}" for value in progress[-1]))
 for panel, label, values, level in zip(
     axes, labels, np.transpose(progress), engine, strict=True
 ):
@@ -291,6 +293,10 @@ for panel, label, values, level in zip(
 plt.show()
 
 # %% [markdown]
-# TEXT
+# The dashed lines are where the engine ends. The descent gets its poses as right, but
+# for one in twenty that began in the basin of another pose and cannot leave it; the engine
+# starts each pose from many places and loses one in eighty. Its map is better for two
+# reasons: fewer particles are in the wrong place, and the weight of TV is chosen by
+# cross-validation.
 #
 # Next: [03_from_a_star_file](03_from_a_star_file.ipynb) does the same with files.

@@ -24,7 +24,8 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
     ------
     InputError
         If the particles have optics, which the published algorithm cannot correct for,
-        or if the initial map is blank.
+        if the initial map is blank or does not have the sign of the images, or if the
+        images show no noise.
     """
     source, basis = inputs.source, kbwf.KBWF()
     if source.particles.ctf is not None:
@@ -34,7 +35,8 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
         )
     images, _ = source.particles.batch(np.arange(len(source)))
     problem = paper.Problem.of(images, basis)
-    start = paper.init(source.poses, kbwf.expand(basis, inputs.volume))
+    given = paper.init(source.poses, kbwf.expand(basis, inputs.volume))
+    start = paper.match_contrast(problem, given)
     config = _configure(settings, problem, start)
     resolved = {"iterations": config.iterations, "batch_size": config.batch_size}
     return Refinement(config, resolved, partial(_run, problem, start, config))

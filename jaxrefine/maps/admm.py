@@ -49,12 +49,19 @@ class DataTerm(eqx.Module):
         ``H^T g``, eq. (33).
     energy
         ``||g||^2 / 2``.
+    support
+        1 for coefficients that may differ from zero, 0 for others; None for all.
     """
 
     transfer: Float[Array, "f f h"]
     preconditioner: Float[Array, "n n g"]
     backprojection: Volume
     energy: Scalar
+    support: Volume | None = None
+
+    def restrict(self, coefficients: Volume) -> Volume:
+        """Set the coefficients outside of the support to zero."""
+        return coefficients if self.support is None else self.support * coefficients
 
     def value(self, coefficients: Volume, normal_coefficients: Volume) -> Scalar:
         """Return the data term, given ``c`` and ``H^T H c``."""
@@ -219,24 +226,26 @@ def step(
 
     def normal_equations(c: Volume) -> Volume:
         smooth = rho * tv.gradient_adjoint(tv.gradient(c))
-        return normal.apply_normal(data.transfer, c) + smooth + rho_v * c
+        applied = normal.apply_normal(data.transfer, c) + smooth + rho_v * c
+        return data.restrict(applied)
 
     right_hand_side = data.backprojection + tv.gradient_adjoint(rho * u - state.dual)
     if nonnegative:
         right_hand_side = right_hand_side + rho_v * v - state.dual_nonnegative
+    right_hand_side = data.restrict(right_hand_side)
     precondition = normal.circulant_inverse(data.preconditioner, rho, rho_v)
     c, _ = cg(
         normal_equations,
         right_hand_side,
-        x0=state.coefficients,
+        x0=data.restrict(state.coefficients),
         tol=config.cg_tolerance,
         maxiter=config.cg_iterations,
-        M=precondition,
+        M=lambda residual: data.restrict(precondition(residual)),
     )
     normal_c = normal.apply_normal(data.transfer, c)
     slack = tv.gradient(c) - u
     smooth = rho * tv.gradient_adjoint(tv.gradient(c))
-    residual = right_hand_side - normal_c - smooth - rho_v * c
+    residual = right_hand_side - data.restrict(normal_c + smooth + rho_v * c)
     next_state = ADMMState(
         c,
         state.dual + rho * slack,

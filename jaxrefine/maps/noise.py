@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from jaxrefine.data.preprocess import outside
+from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Spectrum
@@ -168,24 +168,36 @@ def noise_power(
 def white_noise(images: Float[Array, "particles m m"]) -> float:
     """Estimate the standard deviation of white noise in images.
 
-    It is that of the pixels outside of the circle that fits in an image, where the
-    particle is not. Where images are masked, and all of these pixels have one value, it
-    is found from second differences along both axes inside of the mask, which see the
-    finest detail alone (Immerkaer, Comput. Vis. Image Underst. 64, 1996). 500 images
-    are looked at, at most.
+    It is measured by second differences along both axes, which backgrounds do not
+    change (Immerkaer, Comput. Vis. Image Underst. 64, 1996), in the pixels outside of
+    the circle that fits in an image, where the particle is not. Images that are
+    constant there are left out. If all are, or if a soft mask makes the noise fall off
+    towards the corners, it is measured at half to seven tenths of the radius of that
+    circle, where fine detail of the particle counts as noise. At most 500 images are
+    looked at.
 
     Parameters
     ----------
     images
-        Images of shape ``(P, m, m)``, of at least 4 pixels a side.
+        Images of shape ``(P, m, m)``, of at least 8 pixels a side.
+
+    Raises
+    ------
+    InputError
+        If the images are smaller.
     """
     count, m = len(images), images.shape[-1]
+    if m < 8:
+        raise InputError(f"images must have at least 8 pixels a side, got {m}")
     chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
     sample = np.asarray(images[chosen], np.float64)
-    corners = np.mean(np.var(sample[:, outside(m, float(m))], axis=1, ddof=1))
-    differences = np.diff(np.diff(sample, 2, axis=1), 2, axis=2) / 6.0
-    unmasked = sample != sample[:, :1, :1]
-    windows = np.lib.stride_tricks.sliding_window_view(unmasked, (3, 3), axis=(1, 2))
-    inside = differences[windows.all(axis=(-2, -1))]
-    finest = np.mean(inside**2) if len(inside) else 0.0
-    return float(np.sqrt(corners if corners > 0.01 * finest else finest))
+    squares = (np.diff(np.diff(sample, 2, axis=1), 2, axis=2) / 6.0) ** 2
+    axis = np.arange(1, m - 1) - m // 2
+    radius = np.hypot(axis[:, None], axis) / (m / 2)
+    corners, border = radius > 1.1, (radius > 1.0) & (radius <= 1.1)
+    unmasked = squares[np.any(squares[:, corners] > 0, axis=1)]
+    if len(unmasked):
+        power = float(np.mean(unmasked[:, corners]))
+        if power > 0.7 * float(np.mean(unmasked[:, border])):
+            return float(np.mean(unmasked[:, corners | border]) ** 0.5)
+    return float(np.mean(squares[:, (radius > 0.5) & (radius <= 0.7)]) ** 0.5)

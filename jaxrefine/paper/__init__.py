@@ -15,6 +15,7 @@ from jaxrefine.paper.algorithm1 import step as step
 from jaxrefine.paper.algorithm1 import update_poses as update_poses
 from jaxrefine.paper.algorithm1 import update_volume as update_volume
 from jaxrefine.paper.algorithm3 import EulerPoses as EulerPoses
+from jaxrefine.paper.presets import match_contrast as match_contrast
 from jaxrefine.paper.presets import paper_preset as paper_preset
 from jaxrefine.paper.presets import printed_preset as printed_preset
 from jaxrefine.paper.presets import released_preset as released_preset

@@ -7,6 +7,7 @@ by alternating a volume update (:mod:`jaxrefine.maps.admm`) with a pose update
 (:mod:`jaxrefine.paper.algorithm3`).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -202,38 +203,37 @@ def update_volume(
     state: Algorithm1State, problem: Problem, config: Algorithm1Config
 ) -> tuple[Algorithm1State, admm.ADMMInfo]:
     """Line 3 of Algorithm 1: Algorithm 2 at the current poses."""
-    data = _data_term(state, problem, config)
-    return _update_volume(state, data, problem.support, config)
+    return _update_volume(state, _data_term(state, problem, config), config)
 
 
 def _data_term(
     state: Algorithm1State, problem: Problem, config: Algorithm1Config
 ) -> admm.DataTerm:
-    return admm.data_term(
+    c = state.volume.coefficients
+    data = admm.data_term(
         problem.footprint,
         problem.image_filter,
         problem.images,
         state.poses,
-        state.volume.coefficients.shape[0],
+        c.shape[0],
         config.batch_size,
     )
+    support = problem.support
+    mask = support.extend(jnp.ones(len(support.index), c.dtype))
+    return dataclasses.replace(data, support=mask)
 
 
 def _update_volume(
-    state: Algorithm1State,
-    data: admm.DataTerm,
-    support: Support,
-    config: Algorithm1Config,
+    state: Algorithm1State, data: admm.DataTerm, config: Algorithm1Config
 ) -> tuple[Algorithm1State, admm.ADMMInfo]:
     settings = config.volume_update(state.iteration)
     start = state.volume
     if not config.keep_duals:
         start = admm.init(start.coefficients)
     volume, info = admm.run(start, data, settings, config.regulariser)
-    inside = support.restrict(volume.coefficients)
     if config.rho_nonnegative is not None:
-        inside = jnp.maximum(inside, 0.0)
-    volume = eqx.tree_at(lambda v: v.coefficients, volume, support.extend(inside))
+        feasible = jnp.maximum(volume.coefficients, 0.0)
+        volume = eqx.tree_at(lambda v: v.coefficients, volume, feasible)
     return eqx.tree_at(lambda s: s.volume, state, volume), info
 
 
@@ -312,7 +312,7 @@ def refine(
     InputError
         If images, poses and volume do not fit each other, or are not finite.
     """
-    _check(state, problem)
+    check(state, problem)
     for _ in range(int(state.iteration), config.iterations):
         state, info = step(state, problem, config)
         if callback is not None:
@@ -332,18 +332,24 @@ def reconstruct(
     results from known or unrefined poses compare with refined ones. The images are
     visited once.
     """
-    _check(state, problem)
+    check(state, problem)
     data = _data_term(state, problem, config)
     for _ in range(int(state.iteration), config.iterations):
-        state, info = _update_volume(state, data, problem.support, config)
+        state, info = _update_volume(state, data, config)
         state = _next(state)
         if callback is not None:
             callback(state, info)
     return state
 
 
-def _check(state: Algorithm1State, problem: Problem) -> None:
-    """Refuse data that do not fit each other, in a sentence."""
+def check(state: Algorithm1State, problem: Problem) -> None:
+    """Refuse data that do not fit each other.
+
+    Raises
+    ------
+    InputError
+        If images, poses, volume and support do not fit each other, or are not finite.
+    """
     images, poses, c = problem.images, state.euler_poses, state.volume.coefficients
     if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.shape[0]:
         raise InputError(
@@ -361,6 +367,11 @@ def _check(state: Algorithm1State, problem: Problem) -> None:
         )
     if c.ndim != 3 or len(set(c.shape)) != 1:
         raise InputError(f"coefficients must have the shape (n, n, n), got {c.shape}")
+    if problem.support.n != c.shape[0]:
+        raise InputError(
+            f"the support must be one of the coefficients, {c.shape[0]} voxels a side, "
+            f"got one of {problem.support.n}"
+        )
     for name, array in (
         ("images", images),
         ("angles", poses.angles),

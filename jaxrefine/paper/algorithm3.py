@@ -17,13 +17,14 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Angles, Images, Rotations, Scalar, Shifts, Volume
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler, projection_jacobian
 from jaxrefine.geometry import Poses
-from jaxrefine.operators import normal, spatial
+from jaxrefine.operators import normal
 from jaxrefine.operators.radial import RadialSeries
 from jaxrefine.operators.spatial import (
     Footprint,
@@ -198,46 +199,61 @@ def _gradient(terms: MapTerms, particle: Particle, pose: EulerPoses) -> EulerPos
 
 @eqx.filter_jit
 def curvature(
-    footprint: Footprint, coefficients: Volume, poses: EulerPoses, image_size: int
+    terms: MapTerms,
+    image_filter: ImageFilter,
+    projections: Images,
+    poses: EulerPoses,
+    batch_size: int = 8,
 ) -> EulerPoses:
-    r"""Return how fast the projections of a map change with each pose coordinate.
+    r"""Return the second derivatives of ``J_p`` where an image is a projection.
+
+    There they are
 
     .. math:: \Bigl\|\frac{\partial H(\theta, t)\, c}{\partial\theta_i}\Bigr\|^2
        \quad\text{and}\quad
        \Bigl\|\frac{\partial H(\theta, t)\, c}{\partial t_i}\Bigr\|^2
 
-    This is the second derivative of ``J_p`` along the coordinate where the projection
-    fits its image. Its inverse is the step that takes a gradient step there.
+    up to the difference of pixel sum and integral, and a gradient step whose length is
+    the inverse of one of them is a Newton step along that coordinate. They are computed
+    as derivatives of Theorem 1.
 
     Parameters
     ----------
-    footprint
-        The footprint ``psi``.
-    coefficients
-        Coefficients of the map.
+    terms
+        The map, see `map_terms`.
+    image_filter
+        Makes the continuous function of each image.
+    projections
+        Projections of the map at the poses, of shape ``(P, m, m)``.
     poses
         Where to measure.
-    image_size
-        Side of the images in pixels.
+    batch_size
+        Particles at a time.
 
     Returns
     -------
-    The curvatures of each pose, per square radian and per square pixel, in the shape of
-    the poses.
+    The second derivative along each coordinate, per square radian and per square pixel,
+    in the shape of the poses.
     """
 
-    def seen(coordinates: Float[Array, "particles 5"]):
-        at = EulerPoses(coordinates[:, :3], coordinates[:, 3:])
-        return spatial.project(footprint, coefficients, at.poses, image_size)
+    def of_particle(projection_and_pose):
+        projection, pose = projection_and_pose
+        data = particle(image_filter, projection)
+        coordinates, from_coordinates = ravel_pytree(pose)
 
-    def along(direction: Float[Array, "5"]):
-        tangent = jnp.broadcast_to(direction, coordinates.shape)
-        _, change = jax.jvp(seen, (coordinates,), (tangent,))
-        return jnp.sum(change**2, axis=(1, 2))
+        def gradient(coordinates):
+            return ravel_pytree(_gradient(terms, data, from_coordinates(coordinates)))[
+                0
+            ]
 
-    coordinates = jnp.concatenate([poses.angles, poses.shifts], axis=1)
-    curvatures = jax.lax.map(along, jnp.eye(5, dtype=coordinates.dtype)).T
-    return EulerPoses(curvatures[:, :3], curvatures[:, 3:])
+        def along(direction):
+            _, change = jax.jvp(gradient, (coordinates,), (direction,))
+            return jnp.vdot(change, direction)
+
+        directions = jnp.eye(len(coordinates), dtype=coordinates.dtype)
+        return from_coordinates(jax.lax.map(along, directions))
+
+    return map_over_particles(of_particle, (projections, poses), batch_size)
 
 
 class PoseConfig(eqx.Module):
@@ -246,9 +262,9 @@ class PoseConfig(eqx.Module):
     Parameters
     ----------
     angle_step, shift_step
-        First trial steps ``alpha_theta`` and ``alpha_t`` of every line search. They
-        carry the inverse units of the cost: images scaled by ``s`` need steps scaled
-        by ``1 / s**2``.
+        First steps ``alpha_theta`` and ``alpha_t`` of every line search, in square
+        radians and square pixels per unit of the cost. Images multiplied by ``s`` need
+        steps divided by ``s**2``.
     eta
         Factor in (0, 1) by which a rejected step shrinks.
     iterations
@@ -300,7 +316,8 @@ def backtrack(
     """Take the first of the steps ``first_step * eta**j`` that lowers the cost.
 
     Steps 6 and 12 of Algorithm 3: plain decrease, no sufficient-decrease constant. The
-    search also ends where a step can lower the cost by no more than its rounding.
+    search also ends where, to first order, a step lowers the cost by no more than its
+    rounding.
 
     Parameters
     ----------
@@ -344,8 +361,7 @@ def descend(
     """Refine one pose by Algorithm 3: the angles, then the shift, ``K_GD`` times.
 
     The line searches leave the constant ``||g||^2 / 2`` out of the cost: in single
-    precision the noise's energy would hide the changes that they look for. Each but the
-    first begins near the step that the one before has taken, which saves trials.
+    precision the noise's energy would hide the changes that they look for.
 
     Parameters
     ----------
@@ -363,13 +379,8 @@ def descend(
     energy = particle.energy
     particle = Particle(particle.filtered, jnp.zeros_like(energy))
 
-    def next_step(longest: Scalar, first: Scalar, trials: Int[Array, ""]) -> Scalar:
-        """Begin the next search with a step longer than the last one by ``1 / eta``."""
-        power = (trials - 2).astype(first.dtype)
-        return jnp.minimum(longest, first * config.eta**power)
-
     def move(carry, _):
-        pose, before, angle_step, shift_step = carry
+        pose, before = carry
         gradient = _gradient(terms, particle, pose)
         angles, value, angle_trials = backtrack(
             lambda angles: particle_cost(
@@ -378,7 +389,7 @@ def descend(
             pose.angles,
             before,
             gradient.angles,
-            angle_step,
+            config.angle_step,
             config.eta,
             config.max_trials,
         )
@@ -393,22 +404,17 @@ def descend(
             pose.shifts,
             value,
             -by_shift,
-            shift_step,
+            config.shift_step,
             config.eta,
             config.max_trials,
         )
         moves = value < before, after < value
         history = (after, *moves, angle_trials, shift_trials)
-        steps = (
-            next_step(config.angle_step, angle_step, angle_trials),
-            next_step(config.shift_step, shift_step, shift_trials),
-        )
-        return (EulerPoses(angles, shifts), after, *steps), history
+        return (EulerPoses(angles, shifts), after), history
 
     before = particle_cost(terms, particle, pose)
-    begin = pose, before, config.angle_step, config.shift_step
-    (pose, *_), (after, *searches) = jax.lax.scan(
-        move, begin, None, length=config.iterations
+    (pose, _), (after, *searches) = jax.lax.scan(
+        move, (pose, before), None, length=config.iterations
     )
     return pose, PoseInfo(before + energy, after[-1] + energy, *searches)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import blobs, draw, draw_complex, draw_poses
 
+from jaxrefine.errors import InputError
 from jaxrefine.maps import noise
 from jaxrefine.maps.noise import ShellSums, noise_power
 from jaxrefine.operators import slices
@@ -181,38 +182,66 @@ def test_small_groups_have_the_common_shape_at_their_level():
 # --- white noise
 
 
-def noisy_images(count=60, m=32, sigma=0.7, dtype=jnp.float32):
-    """White noise about a blob that fades towards the inscribed circle."""
-    axis = np.arange(m) - m // 2
-    squared = axis[:, None] ** 2 + axis**2
-    blob = 5 * np.exp(-squared / 2 / (m / 8) ** 2)
-    white = np.random.default_rng(3).normal(size=(count, m, m))
-    return jnp.asarray(blob + sigma * white, dtype), squared > (m / 2) ** 2
+M = 46
+AXIS = np.arange(M) - M // 2
+RADIUS = np.hypot(AXIS[:, None], AXIS)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_white_noise_is_that_outside_of_the_particle(scale):
-    images, _ = noisy_images()
-    assert noise.white_noise(scale * images) == pytest.approx(0.7 * scale, rel=0.01)
+def noisy_images(count=60, sigma=1.0, seed=3):
+    """White noise about a blob that has faded at half of the radius."""
+    blob = 5 * np.exp(-(RADIUS**2) / 2 / (M / 12) ** 2)
+    white = np.random.default_rng(seed).normal(size=(count, M, M))
+    return blob + sigma * white
 
 
-@pytest.mark.parametrize("fill", [0.0, 3.0])
-def test_white_noise_of_masked_images(fill):
-    """Where nothing is left outside of the circle, the finest detail tells."""
-    images, outside = noisy_images()
-    masked = jnp.where(outside, fill, images)
-    assert noise.white_noise(masked) == pytest.approx(0.7, rel=0.03)
+def soft_circle(diameter, edge):
+    """A mask that falls from 1 to 0 within ``edge`` pixels of the circle."""
+    ramp = np.clip((RADIUS - diameter * M / 2) / edge, 0, 1)
+    return 0.5 + 0.5 * np.cos(np.pi * ramp)
+
+
+MASKS = {
+    "none": lambda images: images,
+    "hard, inscribed": lambda images: np.where(RADIUS > M / 2, 0.0, images),
+    "hard, filled": lambda images: np.where(RADIUS > M / 2, 3.0, images),
+    "hard, a little larger": lambda images: np.where(
+        RADIUS > 1.05 * M / 2, 0.0, images
+    ),
+    "hard, larger": lambda images: np.where(RADIUS > 1.15 * M / 2, 0.0, images),
+    "soft, 0.75": lambda images: soft_circle(0.75, 5) * images,
+    "soft, 0.95": lambda images: soft_circle(0.95, 5) * images,
+    "soft, 1": lambda images: soft_circle(1.0, 5) * images,
+    "half of the images": lambda images: np.where(
+        (np.arange(len(images)) % 2 > 0)[:, None, None] & (RADIUS > M / 2), 0.0, images
+    ),
+    "ramps": lambda images: images + AXIS / 10,
+    "quantised": lambda images: np.where(RADIUS > M / 2, 0.0, np.round(3 * images) / 3),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_white_noise_is_that_beside_the_particle(mask, scale):
+    """With every habit of masking that real stacks have."""
+    images = scale * MASKS[mask](noisy_images())
+    found = noise.white_noise(jnp.asarray(images, jnp.float32))
+    assert found == pytest.approx(scale, rel=0.04), "some 1e4 pixels are seen"
 
 
 def test_white_noise_of_one_image():
-    images, _ = noisy_images(count=1, m=64)
-    assert noise.white_noise(images) == pytest.approx(0.7, rel=0.05)
+    (image,) = noisy_images(count=1)
+    assert noise.white_noise(jnp.asarray(image[None])) == pytest.approx(1.0, rel=0.15)
 
 
 def test_white_noise_of_a_part_of_the_images_is_that_of_all():
-    images, _ = noisy_images(count=1200, m=8, sigma=2.0)
-    assert noise.white_noise(images) == pytest.approx(2.0, rel=0.02)
+    images = jnp.asarray(noisy_images(count=1200))
+    assert noise.white_noise(images) == pytest.approx(1.0, rel=0.01)
 
 
 def test_no_noise():
     assert noise.white_noise(jnp.zeros((3, 8, 8))) == 0.0
+
+
+def test_white_noise_needs_corners():
+    with pytest.raises(InputError, match="at least 8 pixels a side, got 7"):
+        noise.white_noise(jnp.zeros((3, 7, 7)))
