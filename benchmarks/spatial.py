@@ -64,7 +64,7 @@ def pose_update(n: int) -> dict[str, float]:
     images = jax.random.normal(keys[0], (PARTICLES, n, n))
     poses = algorithm3.EulerPoses.of(random_poses(keys[1]))
     volume = jax.random.normal(keys[2], (n, n, n))
-    terms = algorithm3.map_terms(psi, volume, spatial.inscribed_ball(n))
+    terms = algorithm3.map_terms(psi, volume, spatial.Support.ball(n))
 
     def batched(function):
         @eqx.filter_jit

@@ -9,7 +9,7 @@ From the same start as Init-1, the joint refinement is run in full and without o
   Marquardt: down the gradient by the angles, then by the shift, each with a line search
   by factors of a quarter, three times (``K_GD``); the cost is the engine's, and the
   first steps are those of the first iteration of the authors' released code, since the
-  paper's own hardly move a pose in any units that we tried;
+  paper's own are in units that it does not tell;
 - scaled descent: three steps down the gradient, scaled by the curvature of each
   coordinate, without a line search;
 - one hypothesis: the best candidate of each search alone is followed;

@@ -104,7 +104,7 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
     footprint = spatial.footprint(basis)
     image_filter = spatial.spline_filter(footprint, size)
     coefficients = kbwf.expand(basis, truth)
-    support = spatial.inscribed_ball(size)
+    support = spatial.Support.ball(size)
     terms = algorithm3.map_terms(footprint, coefficients, support)
     transfer = normal.transfer(normal.kernel(footprint, poses.rotations, size))
 

@@ -79,11 +79,17 @@ def draw(runs: Sequence[Run]) -> Figure:
             for name, (colour, dash) in METHODS.items():
                 if merit == _ERROR and name.startswith("oracle"):
                     continue  # its poses are the true ones
-                if any(name not in point["methods"] for point in points):
+                there = [point for point in points if name in point["methods"]]
+                if not there:
                     continue
-                merits = [point["methods"][name][merit] for point in points]
                 curves[name] = axes.plot(
-                    values, merits, color=colour, linestyle=dash, lw=2, marker="o", ms=4
+                    [point["value"] for point in there],
+                    [point["methods"][name][merit] for point in there],
+                    color=colour,
+                    linestyle=dash,
+                    lw=2,
+                    marker="o",
+                    ms=4,
                 )[0]
             if merit == _ERROR:
                 limits = [

@@ -10,9 +10,9 @@ Three functions do the work, on data that fit together:
 
 The packages are named after what they hold: ``operators`` (the basis, H, its adjoint,
 H^T H), ``data`` (images), ``maps`` (the map at fixed poses), ``poses`` (the poses at a
-fixed map), ``refinement`` (both in turns), ``paper`` (the published algorithm,
-literally), ``simulate`` and ``evaluation`` (synthetic data, and errors against a truth)
-and ``io`` (files).
+fixed map), ``refinement`` (both in turns), ``paper`` (the published algorithm),
+``simulate`` and ``evaluation`` (synthetic data, and errors against a truth) and ``io``
+(files).
 
 Importing the package changes no configuration and opens no device. Its parts are
 imported when they are first used.

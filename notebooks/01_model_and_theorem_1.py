@@ -157,7 +157,7 @@ for first, end in ((0, 5), (5, 10), (10, last + 1)):
 # %%
 sigma = jr.simulate.noise_std(by_space, snr_db=0.0)
 noisy = jr.simulate.add_noise(noise_key, by_space, sigma)
-ball = spatial.inscribed_ball(N)  # where coefficients may differ from zero
+ball = spatial.Support.ball(N)  # where coefficients may differ from zero
 terms = algorithm3.map_terms(psi, c, ball)  # of the map, for all particles
 particle = algorithm3.particle(spatial.spline_filter(psi, N), noisy[1])  # of one image
 true_angles = jr.euler.matrix_to_euler(poses.rotations)

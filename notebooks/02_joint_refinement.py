@@ -294,9 +294,8 @@ plt.show()
 
 # %% [markdown]
 # The dashed lines are where the engine ends. The descent gets its poses as right, but
-# for one in twenty that began in the basin of another pose and cannot leave it; the engine
-# starts each pose from many places and loses one in eighty. Its map is better for two
-# reasons: fewer particles are in the wrong place, and the weight of TV is chosen by
-# cross-validation.
+# for one in twenty, which began in the basin of another pose and cannot leave it; the
+# engine starts each pose from many places and loses one in eighty. Its map is better
+# as well; its weight of TV is chosen by cross-validation.
 #
 # Next: [03_from_a_star_file](03_from_a_star_file.ipynb) does the same with files.

@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxrefine._batching import map_over_particles, sum_over_particles
 from jaxrefine._types import Image, Images, Volume
@@ -143,6 +143,43 @@ class Support(eqx.Module):
     index: Int[Array, "voxels"]
     n: int = eqx.field(static=True)
 
+    @staticmethod
+    def of(mask: Shaped[Array | np.ndarray, "..."]) -> "Support":
+        """List the voxels where a mask is true.
+
+        Parameters
+        ----------
+        mask
+            Of shape ``(n, n, n)``; known, not traced.
+
+        Raises
+        ------
+        InputError
+            If the mask is not a cube of booleans, or true nowhere.
+        """
+        inside = np.asarray(mask)
+        if inside.dtype != bool:
+            raise InputError(
+                f"a support must be a mask of booleans, got {inside.dtype}"
+            )
+        n = _cubic_side(inside)
+        index = np.flatnonzero(inside)
+        if not len(index):
+            raise InputError("a support must hold at least one voxel, got none")
+        z, y, x = np.array(np.unravel_index(index, inside.shape)) - n // 2
+        points = np.stack([x, y, z]).astype(jnp.asarray(0.0).dtype)
+        return Support(jnp.asarray(points), jnp.asarray(index, jnp.int32), n)
+
+    @staticmethod
+    def ball(n: int) -> "Support":
+        """List the voxels of the ball that fits in a cube of side ``n``.
+
+        A map outside of it would be seen from some directions only.
+        """
+        axis = np.arange(n) - n // 2
+        squared = np.add.outer(np.add.outer(axis**2, axis**2), axis**2)
+        return Support.of(squared <= (n / 2) ** 2)
+
     def restrict(self, coefficients: Volume) -> Float[Array, "voxels"]:
         """Return the coefficients of these voxels."""
         return coefficients.reshape(-1)[self.index]
@@ -151,40 +188,6 @@ class Support(eqx.Module):
         """Return an array that has these coefficients, and zeros elsewhere."""
         blank = jnp.zeros(self.n**3, values.dtype)
         return blank.at[self.index].set(values).reshape((self.n,) * 3)
-
-
-def support(mask: Bool[Array | np.ndarray, "..."]) -> Support:
-    """List the voxels of a mask.
-
-    Parameters
-    ----------
-    mask
-        True where coefficients may differ from zero, of shape ``(n, n, n)``; known,
-        not traced.
-
-    Raises
-    ------
-    InputError
-        If the mask is not a cube, or empty.
-    """
-    inside = np.asarray(mask, bool)
-    n = _cubic_side(inside)
-    index = np.flatnonzero(inside)
-    if not len(index):
-        raise InputError("a mask must hold at least one voxel, got none")
-    z, y, x = (np.array(np.unravel_index(index, inside.shape)) - n // 2).astype(float)
-    points = np.stack([x, y, z]).astype(jnp.asarray(0.0).dtype)
-    return Support(jnp.asarray(points), jnp.asarray(index, jnp.int32), n)
-
-
-def inscribed_ball(n: int) -> Support:
-    """List the voxels of the ball that fits in a cube of side ``n``.
-
-    A map outside of it would be seen from some directions only.
-    """
-    axis = np.arange(n) - n // 2
-    squared = np.add.outer(np.add.outer(axis**2, axis**2), axis**2)
-    return support(squared <= (n / 2) ** 2)
 
 
 def image_points(
@@ -312,13 +315,12 @@ class PixelSum(eqx.Module):
         return jnp.sum(pixels * self.profile(dx**2 + dy**2), axis=(-2, -1))
 
     def slope(
-        self, x: Float[Array, "..."], y: Float[Array, "..."], by: Bool[Array, "2"]
-    ):
-        """Evaluate the derivative with respect to x or y, whichever ``by`` marks."""
+        self, x: Float[Array, "..."], y: Float[Array, "..."], axis: Int[Array, ""]
+    ) -> Float[Array, "..."]:
+        """Evaluate the derivative along x (axis 0) or y (axis 1), per pixel."""
         pixels, dx, dy = self._neighbours(x, y)
-        distance = jnp.where(by[0], dx, 0.0) + jnp.where(by[1], dy, 0.0)
         slope = -2.0 * pixels * self.profile.slope(dx**2 + dy**2)
-        return jnp.sum(slope * distance, axis=(-2, -1))
+        return jnp.sum(slope * jnp.where(axis == 0, dx, dy), axis=(-2, -1))
 
     def _neighbours(self, x, y):
         """Gather the pixels around points, and their offsets from the points."""

@@ -7,7 +7,7 @@ that it was made from.
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Spline2D(eqx.Module):
@@ -32,26 +32,22 @@ class Spline2D(eqx.Module):
     nodes_per_pixel: int = eqx.field(static=True)
     origin: int = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "..."], y: Float[Array, "..."]):
+    def __call__(
+        self, x: Float[Array, "..."], y: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
         """Evaluate at points given by their coordinates in pixels."""
         return self._evaluate(x, y, jnp.zeros(2, bool))
 
     def slope(
-        self, x: Float[Array, "..."], y: Float[Array, "..."], by: Bool[Array, "2"]
-    ):
-        """Evaluate the derivative with respect to x or y, per pixel.
+        self, x: Float[Array, "..."], y: Float[Array, "..."], axis: Int[Array, ""]
+    ) -> Float[Array, "..."]:
+        """Evaluate the derivative along x (axis 0) or y (axis 1), per pixel.
 
-        Parameters
-        ----------
-        x, y
-            Coordinates of the points in pixels.
-        by
-            (True, False) for the derivative with respect to x, (False, True) for y. It
-            is traced, so that both derivatives can be a batch of one program: written
-            as two expressions, they share the coefficients that they read, and XLA
-            writes all of those to memory (slower by a factor of 5 on a CPU).
+        The axis is traced, so that both derivatives can be a batch of one program.
+        Written as two expressions they would share the coefficients that they read, and
+        XLA would write all of those to memory.
         """
-        return self._evaluate(x, y, by)
+        return self._evaluate(x, y, jnp.arange(2) == axis)
 
     def _evaluate(self, x, y, by: Bool[Array, "2"]):
         """Evaluate the spline, or its derivative with respect to x or y."""

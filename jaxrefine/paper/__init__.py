@@ -1,4 +1,4 @@
-"""The paper's Algorithms 1 and 3, literally, with its presets."""
+"""The paper's Algorithms 1 and 3, and presets of their constants."""
 
 from jaxrefine.paper import algorithm1 as algorithm1
 from jaxrefine.paper import algorithm3 as algorithm3

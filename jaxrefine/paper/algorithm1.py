@@ -187,7 +187,7 @@ class Problem(eqx.Module):
             images,
             footprint,
             spatial.spline_filter(footprint, m),
-            spatial.inscribed_ball(m) if support is None else support,
+            spatial.Support.ball(m) if support is None else support,
         )
 
 

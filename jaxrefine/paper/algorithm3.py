@@ -146,13 +146,14 @@ def _correlation(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scala
 def _correlation_gradient(terms: MapTerms, particle: Particle, pose: EulerPoses):
     """Return the derivatives of the middle term of (34) by M and by t."""
 
-    def derivative(by: Bool[Array, "2"], pose: Poses):
-        slope = particle.filtered.slope(*image_points(pose, terms.points), by)
+    def derivative(axis: Int[Array, ""], pose: Poses):
+        slope = particle.filtered.slope(*image_points(pose, terms.points), axis)
         return jnp.matmul(slope, terms.moments, precision=_HIGHEST)
 
-    # The pose is stacked for the compiler: each derivative then has its own points.
+    # Each derivative has a pose, and so points, of its own: what they shared XLA would
+    # write to memory (five times slower, `benchmarks/spatial.py`).
     twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), pose.poses)
-    sums = jax.vmap(derivative)(jnp.eye(2, dtype=bool), twice)
+    sums = jax.vmap(derivative)(jnp.arange(2), twice)
     return sums[:, 1:], sums[:, 0]
 
 

@@ -191,7 +191,7 @@ def test_the_papers_descent_is_that_of_algorithm_3(load):
     basis = kbwf.KBWF()
     footprint = spatial.footprint(basis)
     terms = algorithm3.map_terms(
-        footprint, kbwf.expand(basis, truth), spatial.inscribed_ball(n)
+        footprint, kbwf.expand(basis, truth), spatial.Support.ball(n)
     )
     image_filter = spatial.spline_filter(footprint, n)
     particle = algorithm3.particle(image_filter, dataset.images[0])

@@ -298,7 +298,7 @@ def test_pixel_sum_gradient_is_its_derivative():
     """Also near the rim of footprints, and outside of the image."""
     surface = spatial.PixelFilter(TIGHT)(draw(9, 9))
     x, y = draw(2, 100) * 5.0
-    along_x, along_y = (surface.slope(x, y, by) for by in jnp.eye(2, dtype=bool))
+    along_x, along_y = (surface.slope(x, y, axis) for axis in jnp.arange(2))
     slopes = jax.grad(lambda x, y: surface(x, y), argnums=(0, 1))
     by_x, by_y = jax.jit(jax.vmap(slopes))(x, y)
     assert_close(along_x, by_x, 1e-11)
@@ -310,7 +310,7 @@ def test_pixel_sum_gradient_is_its_derivative():
 
 def test_a_support_lists_the_voxels_of_a_mask():
     mask = np.random.default_rng(5).random((5, 5, 5)) < 0.3
-    support, c = spatial.support(mask), draw(5, 5, 5)
+    support, c = spatial.Support.of(mask), draw(5, 5, 5)
     z, y, x = np.nonzero(mask)
     np.testing.assert_array_equal(support.points, np.stack([x, y, z]) - 2)
     np.testing.assert_array_equal(support.restrict(c), np.asarray(c)[mask])
@@ -322,7 +322,7 @@ def test_a_support_lists_the_voxels_of_a_mask():
 @pytest.mark.parametrize("n", [6, 7])
 def test_the_inscribed_ball_fits_in_the_cube(n):
     """It is the same from all sides, and one more voxel would stick out."""
-    support = spatial.inscribed_ball(n)
+    support = spatial.Support.ball(n)
     radius = np.linalg.norm(support.points, axis=0)
     assert radius.max() <= n / 2
     axis = np.arange(-n, n + 1)
@@ -336,11 +336,12 @@ def test_the_inscribed_ball_fits_in_the_cube(n):
     [
         (np.zeros((4, 4, 4), bool), "at least one voxel, got none"),
         (np.ones((4, 4, 5), bool), "must have shape"),
+        (np.ones((4, 4, 4)), "must be a mask of booleans, got float64"),
     ],
 )
 def test_a_support_refuses_what_is_no_mask(mask, message):
     with pytest.raises(InputError, match=message):
-        spatial.support(mask)
+        spatial.Support.of(mask)
 
 
 def fourier_crop(volume, n):

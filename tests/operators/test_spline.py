@@ -23,7 +23,7 @@ def points(count=500, reach=7.0, dtype=jnp.float64, seed=2):
 
 def value_and_gradient(surface, x, y):
     """The value, and the derivatives by x and y."""
-    slopes = [surface.slope(x, y, by) for by in jnp.eye(2, dtype=bool)]
+    slopes = [surface.slope(x, y, axis) for axis in jnp.arange(2)]
     return surface(x, y), *slopes
 
 

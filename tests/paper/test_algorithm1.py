@@ -455,7 +455,7 @@ def test_the_map_is_the_best_one_of_its_support(scene):
     config = scene.config(
         lam=algorithm1.Schedule(2.0), rho=algorithm1.Schedule(50.0), iterations=30
     )
-    small = spatial.support(np.linalg.norm(centred_lattice(), axis=0) < 5)
+    small = spatial.Support.of(np.linalg.norm(centred_lattice(), axis=0) < 5)
     problem = eqx.tree_at(lambda p: p.support, scene.problem, small)
     objectives = []
 
@@ -606,7 +606,7 @@ BAD = {
     ),
     "a support of another size": (
         lambda t: t[1].support,
-        lambda s: spatial.inscribed_ball(N - 1),
+        lambda s: spatial.Support.ball(N - 1),
     ),
     "images of a size the filter does not have": (
         lambda t: t[1].images,

@@ -42,7 +42,7 @@ def relative(value, exact):
 
 def whole(volume):
     """All voxels of a volume."""
-    return spatial.support(np.ones(volume.shape, bool))
+    return spatial.Support.of(np.ones(volume.shape, bool))
 
 
 @eqx.filter_jit
@@ -281,7 +281,7 @@ def test_the_cost_looks_at_the_support_alone():
     footprint = spatial.footprint(NARROW)
     image, pose = draw(m, m, seed=6), jax.tree.map(lambda x: x[2], draw_poses(3))
     data = algorithm3.particle(spatial.PixelFilter(footprint), image)
-    ball, c = spatial.inscribed_ball(n), draw(n, n, n)
+    ball, c = spatial.Support.ball(n), draw(n, n, n)
     inside = ball.extend(ball.restrict(c))
     costs = [
         algorithm3.particle_cost_and_gradient(

@@ -47,8 +47,8 @@ class RefineSettings:
         "default",
         choices=PRESETS,
         help="default is fast and corrects for contrast-transfer functions; paper and "
-        "released are the published algorithm, literally and as its authors released "
-        "it",
+        "released are the published algorithm, with constants in the units of the "
+        "images and as its authors released it",
     )
     iterations: int | None = option(
         None,
