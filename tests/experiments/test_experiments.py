@@ -165,7 +165,7 @@ def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
     made_by = before["oracle (paper)"]["commit"]
     assert [call["commit"] for call in calls] == [made_by]
     assert calls[0]["relion"] is None
-    table = io.read_star(out / "poses/joint_released.star")["particles"]
+    table = io.read_star(out / "poses/joint_paper.star")["particles"]
     assert len(table["rlnAngleRot"]) == 6
 
     # What is kept is enough to measure all results again; but for them, all stays.

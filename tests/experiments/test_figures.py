@@ -78,7 +78,7 @@ def complete(tmp_path_factory):
     results = {name: result(count) for name, count in METHODS.items()}
     io.write_json(folder / "metrics.json", results)
     (folder / "maps").mkdir()
-    names = ["truth", "initial_map", "oracle", "unrefined", "joint"]
+    names = ["truth", "initial_map", "oracle", "unrefined", "joint", "joint_paper"]
     names += ["joint_post-processed", "relion_auto-refine_post-processed"]
     names += [f"joint_{number:03d}" for number in range(1, 10)]
     rng = np.random.default_rng(0)
