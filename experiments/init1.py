@@ -70,7 +70,7 @@ def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
 
 
 def basin(settings: "Init1Settings", case: Case) -> dict[str, Method]:
-    """Return what a local descent can reach at best, in the true map."""
+    """Return what a local descent reaches in the true map."""
     del case
     preset = methods.paper_settings(settings.paper_iterations, settings.batch_size)
     blur = settings.initial_blur

@@ -200,11 +200,11 @@ _VISITS = 20  # iterations of Algorithm 3 in each map, by when poses hardly move
 def descent_in_the_true_map(preset: Preset, blur: float) -> Method:
     """Run Algorithm 3 in the true map, which nothing but a local search needs.
 
-    The map is blurred by ``blur`` voxels, then by less, and in the end not at all: more
-    than any refinement has. The particles that are lost here are out of reach of a
-    descent from their initial poses. The last row says how many of those that end more
-    than 10 degrees off have a lower cost at their true poses. The map is the paper's,
-    of the final poses.
+    The map is blurred by ``blur`` voxels, then by less, and in the end not at all: one
+    path of maps, each better than what a refinement has, and not a bound on what others
+    lead to. The last row says how many of the particles that end more than 10 degrees
+    off have a lower cost at their true poses. The map is the paper's, of the final
+    poses.
     """
 
     def run(case: Case, record: Record) -> Outcome:

@@ -16,9 +16,10 @@ optionally :math:`c \ge 0` through a second split :math:`v = c`. One iteration i
 The printed eq. (28) has ``prox(L c - u~/rho)``; minimising (27) gives the plus sign
 used here, with which (30) agrees.
 
-The second update is solved approximately by preconditioned conjugate gradients. The
-multipliers are part of the state, so they persist when the data term changes between
-outer iterations of the joint refinement.
+The second update is solved approximately by preconditioned conjugate gradients; where
+the data term has a support, for the coefficients of the support, all others being zero.
+The multipliers are part of the state, so they persist when the data term changes
+between outer iterations of the joint refinement.
 """
 
 import equinox as eqx
@@ -222,6 +223,8 @@ def step(
     nonnegative = rho_v is not None
     if rho_v is None:
         rho_v = jnp.zeros_like(rho)
+    inside = data.restrict(state.coefficients)
+    state = eqx.tree_at(lambda s: s.coefficients, state, inside)
     u, v = _split(state, config, regulariser)
 
     def normal_equations(c: Volume) -> Volume:
@@ -237,7 +240,7 @@ def step(
     c, _ = cg(
         normal_equations,
         right_hand_side,
-        x0=data.restrict(state.coefficients),
+        x0=state.coefficients,
         tol=config.cg_tolerance,
         maxiter=config.cg_iterations,
         M=lambda residual: data.restrict(precondition(residual)),

@@ -168,18 +168,18 @@ def noise_power(
 def white_noise(images: Float[Array, "particles m m"]) -> float:
     """Estimate the standard deviation of white noise in images.
 
-    It is measured by second differences along both axes, which backgrounds do not
-    change (Immerkaer, Comput. Vis. Image Underst. 64, 1996), in the pixels outside of
-    the circle that fits in an image, where the particle is not. Images that are
-    constant there are left out. If all are, or if a soft mask makes the noise fall off
-    towards the corners, it is measured at half to seven tenths of the radius of that
-    circle, where fine detail of the particle counts as noise. At most 500 images are
-    looked at.
+    It is that of the pixels outside of the circle that fits in an image, where the
+    particle is not, about a plane of each image. Images that are blank there are left
+    out. If all are, or if a soft mask makes the noise fall off towards the corners, it
+    is found inside of the circle from second differences along both axes (Immerkaer,
+    Comput. Vis. Image Underst. 64, 1996), in the ring where these are largest. Fine
+    detail of the particle then counts as noise, and noise that has been smoothed is
+    underestimated. At most 500 images are looked at.
 
     Parameters
     ----------
     images
-        Images of shape ``(P, m, m)``, of at least 8 pixels a side.
+        Images of shape ``(P, m, m)``, of at least 16 pixels a side.
 
     Raises
     ------
@@ -187,17 +187,28 @@ def white_noise(images: Float[Array, "particles m m"]) -> float:
         If the images are smaller.
     """
     count, m = len(images), images.shape[-1]
-    if m < 8:
-        raise InputError(f"images must have at least 8 pixels a side, got {m}")
+    if m < 16:
+        raise InputError(f"images must have at least 16 pixels a side, got {m}")
     chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
     sample = np.asarray(images[chosen], np.float64)
-    squares = (np.diff(np.diff(sample, 2, axis=1), 2, axis=2) / 6.0) ** 2
-    axis = np.arange(1, m - 1) - m // 2
+    axis = np.arange(m) - m // 2
     radius = np.hypot(axis[:, None], axis) / (m / 2)
-    corners, border = radius > 1.1, (radius > 1.0) & (radius <= 1.1)
-    unmasked = squares[np.any(squares[:, corners] > 0, axis=1)]
-    if len(unmasked):
-        power = float(np.mean(unmasked[:, corners]))
-        if power > 0.7 * float(np.mean(unmasked[:, border])):
-            return float(np.mean(unmasked[:, corners | border]) ** 0.5)
-    return float(np.mean(squares[:, (radius > 0.5) & (radius <= 0.7)]) ** 0.5)
+    outside = radius > 1.0
+    y, x = (np.nonzero(outside)[i] - m // 2 for i in (0, 1))
+    plane = np.stack([np.ones(len(x)), x, y])
+    beside = sample[:, outside]
+    fitted = np.linalg.lstsq(plane.T, beside.T, rcond=None)[0].T @ plane
+    squares = (beside - fitted) ** 2
+    # A masked image may have the rounding of a Fourier transform there.
+    seen = np.mean(squares, axis=1) > 1e-8 * np.var(sample, axis=(1, 2))
+    if np.any(seen):
+        squares, far = squares[seen], radius[outside] > 1.1
+        if np.mean(squares[:, far]) > 0.7 * np.mean(squares[:, ~far]):
+            return float(np.sqrt(np.sum(squares) / (squares.size - 3 * len(squares))))
+    differences = np.diff(np.diff(sample, 2, axis=1), 2, axis=2) / 6.0
+    inner = radius[1:-1, 1:-1]
+    rings = [
+        np.mean(differences[:, (inner > low) & (inner <= low + 0.2)] ** 2)
+        for low in (0.1, 0.3, 0.5)
+    ]
+    return float(np.sqrt(max(rings)))

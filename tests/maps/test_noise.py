@@ -188,8 +188,8 @@ RADIUS = np.hypot(AXIS[:, None], AXIS)
 
 
 def noisy_images(count=60, sigma=1.0, seed=3):
-    """White noise about a blob that has faded at half of the radius."""
-    blob = 5 * np.exp(-(RADIUS**2) / 2 / (M / 12) ** 2)
+    """White noise about a smooth blob that has faded at half of the radius."""
+    blob = 2 * np.exp(-(RADIUS**2) / 2 / (M / 12) ** 2)
     white = np.random.default_rng(seed).normal(size=(count, M, M))
     return blob + sigma * white
 
@@ -198,6 +198,11 @@ def soft_circle(diameter, edge):
     """A mask that falls from 1 to 0 within ``edge`` pixels of the circle."""
     ramp = np.clip((RADIUS - diameter * M / 2) / edge, 0, 1)
     return 0.5 + 0.5 * np.cos(np.pi * ramp)
+
+
+def in_fourier_space(images):
+    """Through an FFT in single precision, which leaves rounding in the corners."""
+    return np.fft.irfft2(np.fft.rfft2(images).astype(np.complex64), s=(M, M))
 
 
 MASKS = {
@@ -215,6 +220,10 @@ MASKS = {
         (np.arange(len(images)) % 2 > 0)[:, None, None] & (RADIUS > M / 2), 0.0, images
     ),
     "ramps": lambda images: images + AXIS / 10,
+    "soft, 0.6": lambda images: soft_circle(0.6, 5) * images,
+    "hard, then resampled": lambda images: in_fourier_space(
+        np.where(RADIUS > 0.9 * M / 2, 0.0, images)
+    ),
     "quantised": lambda images: np.where(RADIUS > M / 2, 0.0, np.round(3 * images) / 3),
 }
 
@@ -239,9 +248,17 @@ def test_white_noise_of_a_part_of_the_images_is_that_of_all():
 
 
 def test_no_noise():
-    assert noise.white_noise(jnp.zeros((3, 8, 8))) == 0.0
+    assert noise.white_noise(jnp.zeros((3, 16, 16))) == 0.0
 
 
 def test_white_noise_needs_corners():
-    with pytest.raises(InputError, match="at least 8 pixels a side, got 7"):
-        noise.white_noise(jnp.zeros((3, 7, 7)))
+    with pytest.raises(InputError, match="at least 16 pixels a side, got 15"):
+        noise.white_noise(jnp.zeros((3, 15, 15)))
+
+
+def test_smoothed_noise_is_that_of_the_pixels():
+    """As after a resampling: what is asked for is the spread of a pixel."""
+    white = np.random.default_rng(2).normal(size=(60, M, M))
+    smooth = (white + np.roll(white, 1, axis=1) + np.roll(white, 1, axis=2)) / 3**0.5
+    found = noise.white_noise(jnp.asarray(smooth))
+    assert found == pytest.approx(1.0, rel=0.04)
