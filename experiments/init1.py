@@ -14,6 +14,7 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import cases
 import comparison
@@ -32,6 +33,7 @@ from jaxrefine.paper import (
     Algorithm1Config,
     Algorithm1State,
     Problem,
+    paper_preset,
     printed_preset,
     released_preset,
 )
@@ -60,19 +62,22 @@ def paper(settings: "Init1Settings", case: Case) -> dict[str, Method]:
 def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm with the steps that it prints."""
     del case
-
-    def preset(problem: Problem, start: Algorithm1State) -> Algorithm1Config:
-        return printed_preset(
-            problem, start, None, settings.paper_iterations, settings.batch_size
-        )
-
+    preset = partial(
+        printed_preset,
+        iterations=settings.paper_iterations,
+        batch_size=settings.batch_size,
+    )
     return {"joint (paper, printed steps)": methods.spatial_refinement(preset)}
 
 
 def basin(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return what a local descent reaches in the true map."""
     del case
-    preset = methods.paper_settings(settings.paper_iterations, settings.batch_size)
+    preset = partial(
+        paper_preset,
+        iterations=settings.paper_iterations,
+        batch_size=settings.batch_size,
+    )
     blur = settings.initial_blur
     return {"descent in the true map": methods.descent_in_the_true_map(preset, blur)}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -128,11 +129,11 @@ Preset = Callable[[algorithm1.Problem, algorithm1.Algorithm1State], Algorithm1Co
 def spatial_reconstruction(preset: Preset, start: Start) -> Method:
     """Run the volume updates of Algorithm 1 alone.
 
-    With the settings of the refinement, which are those for its start.
+    The settings are those of the joint refinement, so that the results compare.
     """
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, state = _problem(case, case.dataset.initial)
+        problem, state = _problem(case)
         settings = preset(problem, state)
         poses = start(case.dataset)
         state = algorithm1.init(poses, state.volume.coefficients)
@@ -151,7 +152,7 @@ def spatial_refinement(preset: Preset) -> Method:
     """Run Algorithm 1."""
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, fresh = _problem(case, case.dataset.initial)
+        problem, fresh = _problem(case)
         settings = preset(problem, fresh)
         state = record.resume(fresh)
         record.expect(settings.iterations)
@@ -172,20 +173,9 @@ def spatial_refinement(preset: Preset) -> Method:
     return run
 
 
-def paper_settings(iterations: int, batch_size: int) -> Preset:
-    """Return `jaxrefine.paper.paper_preset`, at the noise that it measures."""
-
-    def preset(
-        problem: algorithm1.Problem, start: algorithm1.Algorithm1State
-    ) -> Algorithm1Config:
-        return paper_preset(problem, start, None, iterations, batch_size)
-
-    return preset
-
-
 def paper_algorithm(iterations: int, batch_size: int) -> dict[str, Method]:
     """Return the paper's algorithm, with its oracle and the unrefined poses."""
-    preset = paper_settings(iterations, batch_size)
+    preset = partial(paper_preset, iterations=iterations, batch_size=batch_size)
     return {
         "oracle (paper)": spatial_reconstruction(preset, true_poses),
         "unrefined (paper)": spatial_reconstruction(preset, initial_poses),
@@ -208,7 +198,7 @@ def descent_in_the_true_map(preset: Preset, blur: float) -> Method:
     """
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, start = _problem(case, case.dataset.initial)
+        problem, start = _problem(case)
         record.expect(len(_WIDTHS))
         poses = start.euler_poses
         for width in _WIDTHS:
@@ -249,12 +239,11 @@ def _descend(
 _BASIS = kbwf.KBWF()
 
 
-def _problem(
-    case: Case, poses: Poses
-) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
-    """Tabulate the imaging model, and expand the initial map."""
+def _problem(case: Case) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
+    """Tabulate the imaging model, and start from the initial poses and map."""
     problem = algorithm1.Problem.of(case.dataset.images, _BASIS)
-    return problem, algorithm1.init(poses, kbwf.expand(_BASIS, case.initial_map))
+    coefficients = kbwf.expand(_BASIS, case.initial_map)
+    return problem, algorithm1.init(case.dataset.initial, coefficients)
 
 
 def _volume(state: algorithm1.Algorithm1State) -> Volume:

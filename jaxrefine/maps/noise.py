@@ -194,7 +194,7 @@ def white_noise(images: Float[Array, "particles m m"]) -> float:
     axis = np.arange(m) - m // 2
     radius = np.hypot(axis[:, None], axis) / (m / 2)
     outside = radius > 1.0
-    y, x = (np.nonzero(outside)[i] - m // 2 for i in (0, 1))
+    y, x = np.nonzero(outside)
     plane = np.stack([np.ones(len(x)), x, y])
     beside = sample[:, outside]
     fitted = np.linalg.lstsq(plane.T, beside.T, rcond=None)[0].T @ plane

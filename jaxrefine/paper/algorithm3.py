@@ -243,9 +243,8 @@ def curvature(
         coordinates, from_coordinates = ravel_pytree(pose)
 
         def gradient(coordinates):
-            return ravel_pytree(_gradient(terms, data, from_coordinates(coordinates)))[
-                0
-            ]
+            by_pose = _gradient(terms, data, from_coordinates(coordinates))
+            return ravel_pytree(by_pose)[0]
 
         def along(direction):
             _, change = jax.jvp(gradient, (coordinates,), (direction,))
