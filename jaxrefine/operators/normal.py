@@ -98,12 +98,31 @@ def sum_over_tube_and_gradient(
     The derivative, :math:`\sum_k A[k]\, \nabla f(M k)\, k^T`, contracted with
     :math:`\partial M/\partial\theta_i`, is :math:`c^T (r_v * c)` of eqs. (18)-(19).
     """
-    line, values, (u, v, w), (x, y) = _gather(samples, series.radius, rotation)
+    line, values, lattice, (x, y) = _gather(samples, series.radius, rotation)
     squared = x**2 + y**2
     slope = 2.0 * values * series.slope(squared)
-    moments = [[jnp.sum(slope * p * k) for k in (u, v, w)] for p in (x, y)]
-    gradient = _tube.uncycle(line, jnp.stack([jnp.stack(row) for row in moments]))
-    return jnp.sum(values * series(squared)), gradient
+    moments = _tube_moments(slope[None] * jnp.stack([x, y]), lattice)
+    return jnp.sum(values * series(squared)), _tube.uncycle(line, moments)
+
+
+def _tube_moments(values: Float[Array, "d planes v u"], lattice) -> Float[Array, "d 3"]:
+    """Sum functions over a tube's windows, times the coordinates u, v and w.
+
+    Within a window they are a corner and whole numbers, so that one product of matrices
+    sums all functions (XLA would evaluate them again for each of several sums).
+    """
+    u, v, w = lattice
+    window = values.shape[-1]
+    step = jnp.arange(window, dtype=values.dtype)
+    by_u, by_v = jnp.broadcast_arrays(step[None, :], step[:, None])
+    weights = jnp.stack([jnp.ones_like(by_u), by_u, by_v], axis=-1)
+    planes = values.reshape(*values.shape[:2], -1)
+    precision = jax.lax.Precision.HIGHEST
+    sums = jnp.matmul(planes, weights.reshape(-1, 3), precision=precision)
+    corners = jnp.stack([u[:, 0, 0], v[:, 0, 0], w[:, 0, 0]])
+    of_corners = jnp.matmul(sums[..., 0], corners.T, precision=precision)
+    within = jnp.sum(sums, axis=1)
+    return of_corners + jnp.pad(within[:, 1:], ((0, 0), (0, 1)))
 
 
 def _gather(samples: TubeSamples, radius: float, rotation):

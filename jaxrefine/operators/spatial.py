@@ -311,31 +311,52 @@ class PixelSum(eqx.Module):
 
     def __call__(self, x: Float[Array, "..."], y: Float[Array, "..."]):
         """Evaluate at points given by their coordinates in pixels."""
-        pixels, dx, dy = self._neighbours(x, y)
+        pixels, dx, dy = _neighbours(self.padded, self.profile.radius, x, y)
         return jnp.sum(pixels * self.profile(dx**2 + dy**2), axis=(-2, -1))
 
-    def slope(
-        self, x: Float[Array, "..."], y: Float[Array, "..."], axis: Int[Array, ""]
-    ) -> Float[Array, "..."]:
-        """Evaluate the derivative along x (axis 0) or y (axis 1), per pixel."""
-        pixels, dx, dy = self._neighbours(x, y)
-        slope = -2.0 * pixels * self.profile.slope(dx**2 + dy**2)
-        return jnp.sum(slope * jnp.where(axis == 0, dx, dy), axis=(-2, -1))
+    def slopes(self) -> "PixelSlope":
+        """Return the derivatives by x and by y, per pixel, stacked for `jax.vmap`."""
+        along_x = PixelSlope(self.padded, self.profile)
+        along_y = PixelSlope(self.padded.T, self.profile)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), along_x, along_y)
 
-    def _neighbours(self, x, y):
-        """Gather the pixels around points, and their offsets from the points."""
-        side = _pixel_window(self.profile.radius)
-        centre = (self.padded.shape[0] - 2 * side) // 2 + side
 
-        def start(position):
-            first = jnp.ceil(position - self.profile.radius).astype(jnp.int32) + centre
-            first = jnp.clip(first, 0, self.padded.shape[0] - side)
-            span = _tube.window_span(first - centre, side, x.dtype)
-            return first, span - position[..., None]
+class PixelSlope(eqx.Module):
+    """The derivative of a pixel sum along the first coordinate of its points.
 
-        (column, dx), (row, dy) = start(x), start(y)
-        pixels = _windows(self.padded, row, column, side)
-        return pixels, dx[..., None, :], dy[..., :, None]
+    Attributes
+    ----------
+    padded
+        The image ``g``, with a margin of one window, that coordinate's axis last.
+    profile
+        The footprint ``psi``.
+    """
+
+    padded: Float[Array, "*axes padded padded"]
+    profile: RadialSeries
+
+    def __call__(self, along: Float[Array, "..."], across: Float[Array, "..."]):
+        """Evaluate at points given by their coordinates in pixels."""
+        window = _neighbours(self.padded, self.profile.radius, along, across)
+        pixels, d_along, d_across = window
+        slope = -2.0 * pixels * self.profile.slope(d_along**2 + d_across**2)
+        return jnp.sum(slope * d_along, axis=(-2, -1))
+
+
+def _neighbours(padded: Float[Array, "padded padded"], radius: float, x, y):
+    """Gather the pixels around points, and their offsets from the points."""
+    side = _pixel_window(radius)
+    centre = (padded.shape[0] - 2 * side) // 2 + side
+
+    def start(position):
+        first = jnp.ceil(position - radius).astype(jnp.int32) + centre
+        first = jnp.clip(first, 0, padded.shape[0] - side)
+        span = _tube.window_span(first - centre, side, x.dtype)
+        return first, span - position[..., None]
+
+    (column, dx), (row, dy) = start(x), start(y)
+    pixels = _windows(padded, row, column, side)
+    return pixels, dx[..., None, :], dy[..., :, None]
 
 
 def _pixel_window(radius: float) -> int:
@@ -396,7 +417,7 @@ class SplineFilter(eqx.Module):
         spectrum = jnp.fft.rfft2(comb)
         spectrum = spectrum * self.response.astype(spectrum.dtype)
         coefficients = jnp.fft.irfft2(spectrum, s=(grid, grid))
-        return Spline2D(coefficients, self.nodes_per_pixel, origin)
+        return Spline2D.of(coefficients, self.nodes_per_pixel, origin)
 
 
 ImageFilter = Callable[[Image], PixelSum | Spline2D]

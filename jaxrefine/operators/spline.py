@@ -5,9 +5,11 @@ its gradient agree to rounding, however accurately the spline represents the fun
 that it was made from.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 
 class Spline2D(eqx.Module):
@@ -22,6 +24,9 @@ class Spline2D(eqx.Module):
     ----------
     coefficients
         B-spline coefficients, indexed ``[y, x]``.
+    differences
+        Their differences along x, indexed ``[y, x]``, and along y, indexed ``[x, y]``:
+        the coefficients of the derivatives, which are quadratic along one axis.
     nodes_per_pixel
         Nodes of the grid per pixel.
     origin
@@ -29,64 +34,101 @@ class Spline2D(eqx.Module):
     """
 
     coefficients: Float[Array, "grid grid"]
+    differences: Float[Array, "2 grid grid"]
     nodes_per_pixel: int = eqx.field(static=True)
     origin: int = eqx.field(static=True)
+
+    @staticmethod
+    def of(
+        coefficients: Float[Array, "grid grid"], nodes_per_pixel: int, origin: int
+    ) -> "Spline2D":
+        """Make a spline of its coefficients."""
+        both = jnp.stack([coefficients, coefficients.T])
+        differences = jnp.pad(jnp.diff(both), ((0, 0), (0, 0), (0, 1)))
+        return Spline2D(coefficients, differences, nodes_per_pixel, origin)
 
     def __call__(
         self, x: Float[Array, "..."], y: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Evaluate at points given by their coordinates in pixels."""
-        return self._evaluate(x, y, jnp.zeros(2, bool))
+        cells = _Cells(self.coefficients.shape[0], self.nodes_per_pixel, self.origin)
+        column, along_x, _ = cells(x)
+        row, along_y, _ = cells(y)
+        weights = _cubic(along_y), _cubic(along_x)
+        return _weighted_sum(self.coefficients, row, column, *weights)
 
-    def slope(
-        self, x: Float[Array, "..."], y: Float[Array, "..."], axis: Int[Array, ""]
+    def slopes(self) -> "SplineSlope":
+        """Return the derivatives by x and by y, per pixel, stacked for `jax.vmap`."""
+        return SplineSlope(self.differences, self.nodes_per_pixel, self.origin)
+
+
+class SplineSlope(eqx.Module):
+    """The derivative of a spline along the first coordinate of its points.
+
+    Attributes
+    ----------
+    differences
+        Differences of the B-spline coefficients along the last axis.
+    nodes_per_pixel, origin
+        As those of the spline.
+    """
+
+    differences: Float[Array, "*axes grid grid"]
+    nodes_per_pixel: int = eqx.field(static=True)
+    origin: int = eqx.field(static=True)
+
+    def __call__(
+        self, along: Float[Array, "..."], across: Float[Array, "..."]
     ) -> Float[Array, "..."]:
-        """Evaluate the derivative along x (axis 0) or y (axis 1), per pixel.
+        """Evaluate at points given by their coordinates in pixels."""
+        cells = _Cells(self.differences.shape[-1], self.nodes_per_pixel, self.origin)
+        column, f, inside = cells(along)
+        row, g, _ = cells(across)
+        scale = jnp.where(inside, jnp.asarray(self.nodes_per_pixel, f.dtype), 0.0)
+        quadratic = ((1 - f) ** 2 / 2, 0.5 + f * (1 - f), f**2 / 2)
+        weights = _cubic(g), [scale * weight for weight in quadratic]
+        return _weighted_sum(self.differences, row, column, *weights)
 
-        The axis is traced, so that both derivatives can be a batch of one program.
-        Written as two expressions they would share the coefficients that they read, and
-        XLA would write all of those to memory.
+
+class _Cells(NamedTuple):
+    """The cells between the nodes along one axis of a spline's grid."""
+
+    nodes: int
+    nodes_per_pixel: int
+    origin: int
+
+    def __call__(self, position: Float[Array, "..."]):
+        """Return a point's first of four nodes, place in its cell, and if it is inside.
+
+        A point outside is taken to the first cell.
         """
-        return self._evaluate(x, y, jnp.arange(2) == axis)
-
-    def _evaluate(self, x, y, by: Bool[Array, "2"]):
-        """Evaluate the spline, or its derivative with respect to x or y."""
-        column, x_weights = self._locate(x, by[0])
-        row, y_weights = self._locate(y, by[1])
-        width = self.coefficients.shape[1]
-        flat = self.coefficients.reshape(-1)
-        first = row * width + column
-        total = jnp.zeros_like(x)
-        for i, y_weight in enumerate(y_weights):
-            along_x = jnp.zeros_like(x)
-            for j, x_weight in enumerate(x_weights):
-                tap = flat.at[first + (i * width + j)].get(mode="promise_in_bounds")
-                along_x = along_x + x_weight * tap
-            total = total + y_weight * along_x
-        return total
-
-    def _locate(self, position: Float[Array, "..."], derivative: Bool[Array, ""]):
-        """Return the first of four nodes about a point, and their weights."""
-        last = self.coefficients.shape[0] - 3.0
         position = position * self.nodes_per_pixel + self.origin
-        inside = (position >= 1.0) & (position < last)
+        inside = (position >= 1.0) & (position < self.nodes - 3.0)
         position = jnp.where(inside, position, 1.0)
         cell = jnp.floor(position)
-        f = position - cell
-        g = 1.0 - f
-        values = (
-            g**3 / 6,
-            2 / 3 - f**2 * (1 - f / 2),
-            2 / 3 - g**2 * (1 - g / 2),
-            f**3 / 6,
-        )
-        slopes = (-(g**2) / 2, f * (1.5 * f - 2), g * (2 - 1.5 * g), f**2 / 2)
-        scale = jnp.where(inside, jnp.asarray(self.nodes_per_pixel, f.dtype), 0.0)
-        weights = [
-            jnp.where(derivative, scale * slope, value)
-            for value, slope in zip(values, slopes, strict=True)
-        ]
-        return cell.astype(jnp.int32) - 1, weights
+        return cell.astype(jnp.int32) - 1, position - cell, inside
+
+
+def _cubic(f: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """Return the weights of the four nodes about a place in a cell."""
+    g = 1.0 - f
+    inner = 2 / 3 - f**2 * (1 - f / 2), 2 / 3 - g**2 * (1 - g / 2)
+    return g**3 / 6, *inner, f**3 / 6
+
+
+def _weighted_sum(table, row, column, row_weights, column_weights):
+    """Sum the entries of a table from a row and a column on, with weights."""
+    width = table.shape[-1]
+    flat = table.reshape(-1)
+    first = row * width + column
+    total = jnp.zeros_like(row_weights[0])
+    for i, row_weight in enumerate(row_weights):
+        of_row = jnp.zeros_like(total)
+        for j, column_weight in enumerate(column_weights):
+            entry = flat.at[first + (i * width + j)].get(mode="promise_in_bounds")
+            of_row = of_row + column_weight * entry
+        total = total + row_weight * of_row
+    return total
 
 
 def spline_prefilter(size: int, dtype) -> Float[Array, "size"]:

@@ -146,14 +146,17 @@ def _correlation(terms: MapTerms, particle: Particle, pose: EulerPoses) -> Scala
 def _correlation_gradient(terms: MapTerms, particle: Particle, pose: EulerPoses):
     """Return the derivatives of the middle term of (34) by M and by t."""
 
-    def derivative(axis: Int[Array, ""], pose: Poses):
-        slope = particle.filtered.slope(*image_points(pose, terms.points), axis)
-        return jnp.matmul(slope, terms.moments, precision=_HIGHEST)
+    def derivative(slope, pose: Poses):
+        along = slope(*image_points(pose, terms.points))
+        return jnp.matmul(along, terms.moments, precision=_HIGHEST)
 
-    # Each derivative has a pose, and so points, of its own: what they shared XLA would
-    # write to memory (five times slower, `benchmarks/spatial.py`).
-    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), pose.poses)
-    sums = jax.vmap(derivative)(jnp.arange(2), twice)
+    # Both derivatives are a batch of one program, and each has a pose, and so points,
+    # of its own: what they shared XLA would write to memory (five times slower,
+    # `benchmarks/spatial.py`). For the derivative by y, x and y change places.
+    poses = pose.poses
+    swapped = Poses(poses.rotations[jnp.array([1, 0, 2])], poses.shifts[::-1])
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), poses, swapped)
+    sums = jax.vmap(derivative)(particle.filtered.slopes(), both)
     return sums[:, 1:], sums[:, 0]
 
 
