@@ -1,21 +1,23 @@
-"""Ablation: what each part of the engine contributes.
+"""Ablation: from the paper's algorithm to the engine, one step at a time.
 
-From the same start as Init-1, the joint refinement is run in full and without one part:
+Every method has the start of Init-1 and, but for one thing, what the one before has:
 
-- no multi-start: the initial poses are polished, and no others are searched for;
-- no marching: all frequencies below Nyquist from the first iteration on, in the widest
-  search too;
-- the paper's descent: Algorithm 3's steps in the place of those of Levenberg and
-  Marquardt: down the gradient by the angles, then by the shift, each with a line search
-  by factors of a quarter, three times (``K_GD``); the cost is the engine's, and the
-  first steps are those of the first iteration of the authors' released code, since the
-  paper's own are in units that it does not tell;
-- scaled descent: three steps down the gradient, scaled by the curvature of each
-  coordinate, without a line search;
-- one hypothesis: the best candidate of each search alone is followed;
-- no SNR weighting: poses are compared with the maps as they are. (The engine weights
-  each shell of a map by how well the images of the other fold agree with it, and has no
-  switch for that; the measured weights are replaced by 1.)
+- joint (paper): Algorithm 1 with `paper_preset`;
+- on slices: the same steps, in the same number of outer iterations, with the engine's
+  operators: projections are slices of the map's spectrum, and images are inserted
+  there. The steps are those of Algorithm 3, down the gradient by the angles, then by
+  the shift, each with a line search, three times (``K_GD``), in units of the engine's
+  cost; angles move by a rotation vector. The weight of TV falls as in `paper_preset`,
+  to sigma sqrt(w[0]) with the w of these operators. Images are compared with one map,
+  made of all of them, up to the last shell;
+- + Levenberg-Marquardt: steps of second order in their place;
+- + multi-start: in two of the iterations other poses are searched for, and the best few
+  of each particle are followed and weighted. What is searched is the prior, so from
+  here on there is one;
+- + cross-validated tau: TV's weight in the last map is the one that predicts best;
+- + folds: a particle is compared with a map that is not made from it;
+- joint: the engine, which also begins at low frequencies, measures the noise and the
+  weight of each shell, and ends by itself.
 
     python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
 
@@ -23,11 +25,10 @@ prints a table, and stores it with curves and maps in the run directory.
 ``plot_ablation.py`` draws it.
 """
 
+import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
-from unittest.mock import patch
 
 import cases
 import comparison
@@ -36,16 +37,30 @@ import init1
 import jax
 import jax.numpy as jnp
 import methods
-import optax
+import numpy as np
 from comparison import Case, Family, Method, Outcome, Record
 from jaxtyping import Array, Float
-from settings import ComparisonSettings, Init1Start
+from settings import ComparisonSettings, Init1Start, PaperSettings
 
-from jaxrefine.maps.noise import ShellSums
+from jaxrefine.maps import folds
+from jaxrefine.maps.noise import white_noise
+from jaxrefine.maps.sums import Sums
+from jaxrefine.operators import slices
+from jaxrefine.paper import Schedule, paper_preset
 from jaxrefine.paper.algorithm3 import backtrack
-from jaxrefine.paper.presets import released_preset
-from jaxrefine.poses.solvers import Constraint, Descent, Estimate, Objective, retract
+from jaxrefine.poses.prior import priors_about
+from jaxrefine.poses.solvers import (
+    Constraint,
+    Estimate,
+    LevenbergMarquardt,
+    Objective,
+    PoseUpdate,
+    retract,
+)
+from jaxrefine.refinement import map_step, pose_step
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import ParticleSet, make_particle_set
+from jaxrefine.refinement.state import SetState
 from jaxrefine.runs.options import option
 
 
@@ -67,8 +82,8 @@ class PaperDescent(eqx.Module):
         Steps tried in one line search.
     """
 
-    angle_step: float = eqx.field(static=True)
-    shift_step: float = eqx.field(static=True)
+    angle_step: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    shift_step: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     eta: float = eqx.field(static=True, default=0.25)
     iterations: int = eqx.field(static=True, default=3)
     max_trials: int = eqx.field(static=True, default=10)
@@ -101,7 +116,7 @@ class PaperDescent(eqx.Module):
                     jnp.zeros(5, dtype),
                     cost,
                     chosen * gradient,
-                    jnp.asarray(first_step, dtype),
+                    first_step.astype(dtype),
                     jnp.asarray(self.eta, dtype),
                     self.max_trials,
                 )
@@ -115,78 +130,149 @@ class PaperDescent(eqx.Module):
         return Estimate(*pose, cost, information, undamped, accepted)
 
 
-def paper_descent(sigma: float) -> PaperDescent:
-    """Return the descent with the first steps of the released code's first iteration.
+def newton_descent(
+    information: Float[Array, "particles 5 5"], fraction: Float[Array, ""]
+) -> PaperDescent:
+    """Return the descent whose first steps are a fraction of Newton's.
 
-    In units of the engine's cost, which is the paper's over the variance of the noise
-    where that is white, but for frequencies beyond the band limit and the prior.
+    As `jaxrefine.paper.NewtonSteps`: one for all angles and one for both shifts, with
+    the mean over the particles of the information on their poses.
     """
-    released = released_preset()
-    angle_step, shift_step = released.angle_step.first, released.shift_step.first
-    return PaperDescent(float(angle_step) * sigma**2, float(shift_step) * sigma**2)
+    diagonal = jnp.diagonal(information, axis1=1, axis2=2)
+    return PaperDescent(
+        fraction / diagonal[:, :3].mean(), fraction / diagonal[:, 3:].mean()
+    )
 
 
-REDUCED: dict[str, Callable[[int, float], RefineConfig]] = {
-    "no multi-start": lambda size, sigma: RefineConfig(multi_start=()),
-    "no marching": lambda size, sigma: RefineConfig(first_r_max=(size - 1) // 2),
-    "the paper's descent": lambda size, sigma: RefineConfig(
-        update=paper_descent(sigma)
-    ),
-    "scaled descent": lambda size, sigma: RefineConfig(
-        update=Descent(optax.sgd(0.5), 3)
-    ),
-    "one hypothesis": lambda size, sigma: RefineConfig(hypotheses=1),
+@dataclass(frozen=True)
+class Rung:
+    """What is between the paper's algorithm and the engine.
+
+    Attributes
+    ----------
+    update
+        How poses are improved; None for the steps of the paper's algorithm.
+    multi_start
+        Whether poses are searched for, in the iterations in which the engine does.
+    cross_validation
+        Whether the last map's ``tau`` is chosen by cross-validation.
+    folds
+        Whether a particle is compared with a map that is not made from it.
+    """
+
+    update: PoseUpdate | None = None
+    multi_start: bool = False
+    cross_validation: bool = False
+    folds: bool = False
+
+
+RUNGS = {
+    "on slices": Rung(),
+    "+ Levenberg-Marquardt": Rung(LevenbergMarquardt()),
+    "+ multi-start": Rung(LevenbergMarquardt(), True),
+    "+ cross-validated tau": Rung(LevenbergMarquardt(), True, True),
+    "+ folds": Rung(LevenbergMarquardt(), True, True, True),
 }
-"""The engine with one parameter changed, for images of a side and noise."""
+"""Each with one thing more than the one before."""
+
+_FLAT = 1e3  # standard deviation of an uninformative prior: radians or pixels
 
 
-def reduced(name: str) -> Family:
-    """Return the joint refinement with one parameter changed, see `REDUCED`."""
-
-    def family(settings: Init1Start, case: Case) -> dict[str, Method]:
-        config = REDUCED[name](len(case.truth), float(case.dataset.sigma))
-        return {name: methods.refinement(config, settings.seed)}
-
-    return family
-
-
-def unweighted(method: Method) -> Method:
-    """Return a refinement for which every shell of a map has the weight 1."""
-    ones = property(lambda sums: jnp.ones_like(sums.model))
+def climb(rung: Rung, iterations: int, seed: int) -> Method:
+    """Return the alternation of pose and volume updates that a rung describes."""
 
     def run(case: Case, record: Record) -> Outcome:
-        # What was compiled before has the weights in it, and what is now has not.
-        jax.clear_caches()
-        with patch.object(ShellSums, "gain", ones):
-            outcome = method(case, record)
-        jax.clear_caches()
-        return outcome
+        problem, start = methods.spatial_problem(case)
+        paper = paper_preset(problem, start, iterations=iterations)
+        config = RefineConfig(admm_iterations=paper.admm_iterations)
+        if not rung.multi_start:
+            config = dataclasses.replace(config, multi_start=())
+        dealing, key = jax.random.split(jax.random.key(seed))
+        particles = particle_set_of(case, config, dealing, rung.multi_start)
+        last = slices.bucket(particles.last_shell, len(case.truth))
+        everyone = np.ones(len(particles), bool)
+        # The weight of TV in units of sigma sqrt(w[0]), as `maps.sums.solve` has it.
+        weight = Schedule(paper.lam.first / paper.lam.last, 1.0)
+
+        def update_poses(state: SetState, iteration: int) -> SetState:
+            at = iteration, last, jax.random.fold_in(key, iteration)
+
+            def by(update: PoseUpdate) -> SetState:
+                chosen = dataclasses.replace(config, update=update)
+                moved = dataclasses.replace(particles, config=chosen)
+                return pose_step.update_poses(moved, state, *at)[0]
+
+            if rung.update is not None:
+                return by(rung.update)
+            still = by(LevenbergMarquardt(0))
+            fraction = Schedule(0.5, 1.0)(jnp.asarray(iteration), iterations)
+            return by(newton_descent(still.information, fraction))
+
+        def sum_up(state: SetState) -> list[Sums]:
+            return map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+
+        state = record.resume(white_start(particles, case, white_noise(problem.images)))
+        record.expect(iterations)
+        for iteration in range(len(record.rows), iterations):
+            state = update_poses(state, iteration)
+            sums = sum_up(state)
+            if not rung.folds:
+                sums = [sums[0] + sums[1]] * 2
+            tau = weight(jnp.asarray(iteration), iterations).astype(state.tau.dtype)
+            state = eqx.tree_at(lambda s: s.tau, state, tau)
+            state = map_step.update_maps(particles, state, folds.folds(sums))
+            record.add(state.mean_map, state.hypotheses.best(), state)
+        volume = state.mean_map
+        if rung.cross_validation:
+            sums = sum_up(state)
+            state, _ = map_step.choose_tau(particles, state, sums)
+            volume = map_step.final_map(config, sums, state).volume
+        return Outcome(np.asarray(volume), state.hypotheses.best())
 
     return run
 
 
-def without_weights(settings: Init1Start, case: Case) -> dict[str, Method]:
-    """Return the joint refinement without SNR weighting."""
+def particle_set_of(
+    case: Case, config: RefineConfig, key: jax.Array, has_prior: bool
+) -> ParticleSet:
+    """Return the particles of a case, without a prior if the paper's has none."""
+    poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.dataset.initial)
+    particles = make_particle_set(methods.particles_of(case), poses, key, config)
+    if has_prior:
+        return particles
+    prior = priors_about(poses, _FLAT, _FLAT, config.max_angle, _FLAT)
+    return dataclasses.replace(particles, prior=prior)
+
+
+def white_start(particles: ParticleSet, case: Case, sigma: float) -> SetState:
+    """Return the initial poses and map, and white noise of a standard deviation."""
+    state = map_step.start(particles, case.initial_map.astype(jnp.float32))
+    power = (sigma * particles.particles.image_size) ** 2
+    return eqx.tree_at(lambda s: s.noise, state, jnp.full_like(state.noise, power))
+
+
+def between(settings: "AblationSettings", case: Case) -> dict[str, Method]:
+    """Return what is between the paper's algorithm and the engine."""
     del case
-    full = methods.refinement(RefineConfig(), settings.seed)
-    return {"no SNR weighting": unweighted(full)}
+    iterations, seed = settings.paper_iterations, settings.seed
+    return {name: climb(rung, iterations, seed) for name, rung in RUNGS.items()}
 
 
 FAMILIES: dict[str, Family] = {
+    "paper": init1.paper,
+    "between": between,
     "engine": init1.engine,
-    **{name: reduced(name) for name in REDUCED},
-    "no SNR weighting": without_weights,
 }
 """What ``methods`` of the settings may list."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationSettings(ComparisonSettings, Init1Start):
+class AblationSettings(ComparisonSettings, Init1Start, PaperSettings):
     """The settings of the study."""
 
     methods: tuple[str, ...] = option(
         choices=tuple(FAMILIES),
-        help="what to compare: the engine in full, and without each of its parts",
+        help="what to compare: the paper's algorithm, the engine, what is between",
     )
 
 

@@ -53,7 +53,7 @@ def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
     }
 
 
-def paper(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+def paper(settings: PaperSettings, case: Case) -> dict[str, Method]:
     """Return the paper's algorithm, with its oracle and the unrefined poses."""
     del case
     return methods.paper_algorithm(settings.paper_iterations, settings.batch_size)

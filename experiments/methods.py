@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +134,7 @@ def spatial_reconstruction(preset: Preset, start: Start) -> Method:
     """
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, state = _problem(case)
+        problem, state = spatial_problem(case)
         settings = preset(problem, state)
         poses = start(case.dataset)
         state = algorithm1.init(poses, state.volume.coefficients)
@@ -148,11 +149,11 @@ def spatial_reconstruction(preset: Preset, start: Start) -> Method:
     return run
 
 
-def spatial_refinement(preset: Preset) -> Method:
-    """Run Algorithm 1."""
+def spatial_refinement(preset: Preset, closing_update: bool = False) -> Method:
+    """Run Algorithm 1, and a volume update after its last iteration if asked for."""
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, fresh = _problem(case)
+        problem, fresh = spatial_problem(case)
         settings = preset(problem, fresh)
         state = record.resume(fresh)
         record.expect(settings.iterations)
@@ -168,6 +169,9 @@ def spatial_refinement(preset: Preset) -> Method:
             record.add(_volume(state), state.poses, state, **moves)
 
         state = algorithm1.refine(state, problem, settings, keep)
+        if closing_update:
+            last = eqx.tree_at(lambda s: s.iteration, state, state.iteration - 1)
+            state, _ = algorithm1.update_volume(last, problem, settings)
         return Outcome(np.asarray(_volume(state)), state.poses)
 
     return run
@@ -198,14 +202,14 @@ def descent_in_the_true_map(preset: Preset, blur: float) -> Method:
     """
 
     def run(case: Case, record: Record) -> Outcome:
-        problem, start = _problem(case)
+        problem, start = spatial_problem(case)
         record.expect(len(_WIDTHS))
         poses = start.euler_poses
         for width in _WIDTHS:
             seen = simulate.blur(case.truth, width * blur) if width else case.truth
             coefficients = kbwf.expand(_BASIS, seen)
             at = algorithm1.init(poses.poses, coefficients)
-            steps = preset(problem, at).pose_update(at.iteration)
+            steps = preset(problem, at).pose_update(problem, at)
             steps = dataclasses.replace(steps, iterations=_VISITS)
             poses, info = _descend(poses, problem, coefficients, steps)
             still = dataclasses.replace(
@@ -239,7 +243,9 @@ def _descend(
 _BASIS = kbwf.KBWF()
 
 
-def _problem(case: Case) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
+def spatial_problem(
+    case: Case,
+) -> tuple[algorithm1.Problem, algorithm1.Algorithm1State]:
     """Tabulate the imaging model, and start from the initial poses and map."""
     problem = algorithm1.Problem.of(case.dataset.images, _BASIS)
     coefficients = kbwf.expand(_BASIS, case.initial_map)

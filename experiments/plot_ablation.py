@@ -1,4 +1,4 @@
-"""Ablation: the joint refinement in full, and without one of its parts.
+"""Ablation: from the paper's algorithm to the engine, one step at a time.
 
 python experiments/plot_ablation.py RUN [RUN ...] --out FILE.png
 """
@@ -21,15 +21,16 @@ PANELS = {
 """Figures of merit, and how they are written."""
 
 METHODS = (
-    "oracle",
+    "unrefined (paper)",
+    "joint (paper)",
+    "on slices",
+    "+ Levenberg-Marquardt",
+    "+ multi-start",
+    "+ cross-validated tau",
+    "+ folds",
     "joint",
-    "no multi-start",
-    "no marching",
-    "the paper's descent",
-    "scaled descent",
-    "one hypothesis",
-    "no SNR weighting",
-    "unrefined",
+    "oracle (paper)",
+    "oracle",
 )
 
 _OTHERS = "#E69F00"
@@ -39,9 +40,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Draw bars, a row of panels for each run."""
     text = (
         "FSC with the true map, the rigid motion that the poses leave free undone. "
-        "Times include the compilation of what no bar above has used, and all of it "
-        "for no SNR weighting, which is another program. The paper's descent has the "
-        "first steps of its authors' released code."
+        "Each bar from the paper's algorithm down to the engine (joint) has one thing "
+        "more than the one above. Times include the compilation of what no bar above "
+        "has used."
     )
     captions = " ".join(run.caption for run in runs)
     figure = plots.captioned_figure(13.0, 3.2 * len(runs) + 0.9, f"{text} {captions}")

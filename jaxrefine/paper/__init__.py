@@ -3,6 +3,7 @@
 from jaxrefine.paper import algorithm1 as algorithm1
 from jaxrefine.paper import algorithm3 as algorithm3
 from jaxrefine.paper import presets as presets
+from jaxrefine.paper import steps as steps
 from jaxrefine.paper.algorithm1 import Algorithm1Config as Algorithm1Config
 from jaxrefine.paper.algorithm1 import Algorithm1Info as Algorithm1Info
 from jaxrefine.paper.algorithm1 import Algorithm1State as Algorithm1State
@@ -19,3 +20,5 @@ from jaxrefine.paper.presets import match_contrast as match_contrast
 from jaxrefine.paper.presets import paper_preset as paper_preset
 from jaxrefine.paper.presets import printed_preset as printed_preset
 from jaxrefine.paper.presets import released_preset as released_preset
+from jaxrefine.paper.steps import GivenSteps as GivenSteps
+from jaxrefine.paper.steps import NewtonSteps as NewtonSteps

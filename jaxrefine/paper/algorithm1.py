@@ -9,6 +9,7 @@ by alternating a volume update (:mod:`jaxrefine.maps.admm`) with a pose update
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -50,6 +51,21 @@ class Schedule(eqx.Module):
         return jnp.where(self.first == self.last, self.first, between)
 
 
+@runtime_checkable
+class StepRule(Protocol):
+    """What gives the first steps of the line searches, see `jaxrefine.paper.steps`."""
+
+    def __call__(
+        self, problem: "Problem", state: "Algorithm1State", iterations: int
+    ) -> tuple[Scalar, Scalar]:
+        """Return the steps on the angles and on the shifts.
+
+        In square radians and square pixels per unit of the cost, in the state's outer
+        iteration of so many.
+        """
+        ...
+
+
 class Algorithm1Config(eqx.Module):
     """Parameters of the joint refinement.
 
@@ -57,8 +73,8 @@ class Algorithm1Config(eqx.Module):
     ----------
     lam, rho
         Weight of the regulariser and penalty of its split, per outer iteration.
-    angle_step, shift_step
-        First trial steps of the pose update, per outer iteration.
+    steps
+        Rule for the first trial steps of the pose update.
     regulariser
         Prior on the gradient of the coefficients.
     rho_nonnegative
@@ -84,8 +100,7 @@ class Algorithm1Config(eqx.Module):
 
     lam: Schedule
     rho: Schedule
-    angle_step: Schedule
-    shift_step: Schedule
+    steps: StepRule
     regulariser: tv.Regulariser = tv.IsotropicTV()
     rho_nonnegative: float | None = None
     eta: float = 0.25
@@ -110,11 +125,12 @@ class Algorithm1Config(eqx.Module):
             cg_tolerance=self.cg_tolerance,
         )
 
-    def pose_update(self, iteration: Int[Array, ""]) -> algorithm3.PoseConfig:
-        """Return the parameters of the pose update in an outer iteration."""
+    def pose_update(
+        self, problem: "Problem", state: "Algorithm1State"
+    ) -> algorithm3.PoseConfig:
+        """Return the parameters of the pose update in a state's outer iteration."""
         return algorithm3.PoseConfig(
-            self.angle_step(iteration, self.iterations),
-            self.shift_step(iteration, self.iterations),
+            *self.steps(problem, state, self.iterations),
             self.eta,
             iterations=self.pose_iterations,
             max_trials=self.max_trials,
@@ -248,7 +264,7 @@ def update_poses(
         problem.footprint,
         problem.image_filter,
         problem.support,
-        config.pose_update(state.iteration),
+        config.pose_update(problem, state),
     )
     return eqx.tree_at(lambda s: s.euler_poses, state, poses), info
 

@@ -25,38 +25,42 @@ wrong the images differ by more than noise, and the maps should be smooth.
 multiplies :math:`\|c\|^2`, so it has the units of :math:`H^T H` and not those of the
 noise. At convergence the map does not depend on it.
 
-**The steps** are :math:`1 / (2 \kappa)`, where :math:`\kappa` is the mean over some of
-the initial poses of :math:`\|\partial (H c)/\partial\theta_i\|^2`, once over the three
-angles and once over the two shifts (:func:`jaxrefine.paper.algorithm3.curvature`). This
-is the curvature of the cost where projection and image agree. Along a coordinate whose
-curvature is the mean, that is half of a Newton step; where two angles turn the image
-alike, near a tilt of zero, it is a whole one along both.
+**The steps** are :math:`1 / (2 \kappa)` in the first iteration, where :math:`\kappa` is
+the mean over some of the poses of :math:`\|\partial (H c)/\partial\theta_i\|^2`, once
+over the three angles and once over the two shifts
+(:func:`jaxrefine.paper.steps.mean_curvatures`). This is the curvature of the cost where
+projection and image agree. Along a coordinate whose curvature is the mean, that is half
+of a Newton step; where two angles turn the image alike, near a tilt of zero, it is a
+whole one along both. In the last iteration they are twice as long, :math:`1 / \kappa`:
+a longer step is worth a try where the cost is nearly quadratic. Kappa is measured on
+the current map, so the steps become shorter as the map becomes sharper.
 
-The factors 4, 4 and 1/2 were chosen with HJC and PTCH1 at 46 and 44 voxels, 200 or 300
-particles, -5 and 25 dB, and are the same for all of them.
+The factors 4, 4, 1/2 and 1 were chosen with HJC and PTCH1 at 46 and 44 voxels, 200 or
+300 particles, -5 and 25 dB, and are the same for all of them.
 """
 
 import dataclasses
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine._types import Images, Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps import noise, tv
-from jaxrefine.operators import spatial
-from jaxrefine.paper import algorithm1, algorithm3
+from jaxrefine.paper import algorithm1
 from jaxrefine.paper.algorithm1 import (
     Algorithm1Config,
     Algorithm1State,
     Problem,
     Schedule,
 )
-from jaxrefine.paper.algorithm3 import EulerPoses
-
-_MEASURED = 16  # particles that the start is measured on
+from jaxrefine.paper.steps import (
+    GivenSteps,
+    NewtonSteps,
+    Sample,
+    mean_curvatures,
+    sample,
+)
 
 
 def paper_preset(
@@ -103,31 +107,27 @@ def paper_preset(
     sigma = _noise(problem) if sigma is None else sigma
     if not sigma > 0:
         raise InputError(f"sigma must be positive, got {sigma}")
-    c, images, poses = _sample(problem, start)
-    seen = _projections(problem, c, poses)
-    gain = _gain(images, seen)
+    of = sample(problem, start)
+    gain = _gain(of)
     if not 0.1 < gain < 10:
         raise InputError(
             "the initial map must have the contrast of the images (see "
             f"match_contrast), got one that fits best when multiplied by {gain:.3g}"
         )
-    terms = algorithm3.map_terms(problem.footprint, c, problem.support)
-    curvature = algorithm3.curvature(terms, problem.image_filter, seen, poses)
-    angle, shift = float(curvature.angles.mean()), float(curvature.shifts.mean())
+    angle, shift = (float(each) for each in mean_curvatures(problem, of))
     # Of a map that extends to a tenth of the radius, at least.
-    if not angle > shift * (0.05 * images.shape[-1]) ** 2 * 1e-2:
+    if not angle > shift * (0.05 * of.images.shape[-1]) ** 2 * 1e-2:
         raise InputError(
             "the initial map must change with its orientation, got one whose "
             f"projections change by {angle:.3g} per square radian"
         )
-    difference = float(jnp.sqrt(jnp.mean((images - seen) ** 2)))
+    difference = float(jnp.sqrt(jnp.mean((of.images - of.projections) ** 2)))
     diagonal = float(problem.footprint.autocorrelation(jnp.zeros(())))
     diagonal *= problem.images.shape[0]
     return Algorithm1Config(
         lam=Schedule(4.0 * difference * diagonal**0.5, sigma * diagonal**0.5),
         rho=Schedule(4.0 * diagonal),
-        angle_step=Schedule(0.5 / angle),
-        shift_step=Schedule(0.5 / shift),
+        steps=NewtonSteps(Schedule(0.5, 1.0)),
         iterations=iterations,
         cg_iterations=10,
         poses_first=True,
@@ -149,8 +149,7 @@ def match_contrast(problem: Problem, start: Algorithm1State) -> Algorithm1State:
         is blank, or resembles the negative of the images.
     """
     algorithm1.check(start, problem)
-    c, images, poses = _sample(problem, start)
-    gain = _gain(images, _projections(problem, c, poses))
+    gain = _gain(sample(problem, start))
     if not gain > 0:
         raise InputError(
             "the initial map must have the sign of the images, and poses that have to "
@@ -160,26 +159,12 @@ def match_contrast(problem: Problem, start: Algorithm1State) -> Algorithm1State:
     return eqx.tree_at(lambda s: s.volume.coefficients, start, scaled)
 
 
-def _sample(problem: Problem, start: Algorithm1State):
-    """Return the coefficients of the support, and some images with their poses."""
-    count, support = problem.images.shape[0], problem.support
-    chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
-    poses = jax.tree.map(lambda leaf: leaf[chosen], start.euler_poses)
-    c = support.extend(support.restrict(start.volume.coefficients))
-    return c, problem.images[chosen], poses
-
-
-def _projections(problem: Problem, c: Volume, poses: EulerPoses) -> Images:
-    m = problem.images.shape[-1]
-    return spatial.project(problem.footprint, c, poses.poses, m)
-
-
-def _gain(images: Images, seen: Images) -> float:
+def _gain(of: Sample) -> float:
     """Return the factor by which projections fit images best."""
-    power = float(jnp.sum(seen**2))
+    power = float(jnp.sum(of.projections**2))
     if not power > 0:
         raise InputError("the initial map must not be blank, got one without density")
-    return float(jnp.sum(images * seen)) / power
+    return float(jnp.sum(of.images * of.projections)) / power
 
 
 def _noise(problem: Problem) -> float:
@@ -206,9 +191,8 @@ def printed_preset(
     Parameters and errors are those of `paper_preset`.
     """
     config = paper_preset(problem, start, sigma, iterations, batch_size)
-    return dataclasses.replace(
-        config, angle_step=Schedule(1e-7), shift_step=Schedule(1e-5)
-    )
+    steps = GivenSteps(Schedule(1e-7), Schedule(1e-5))
+    return dataclasses.replace(config, steps=steps)
 
 
 # Noise levels of the released code, and lambda and rho in the first and in the last
@@ -262,8 +246,7 @@ def released_preset(
     return Algorithm1Config(
         lam=schedule(*_RELEASED_LAMBDA),
         rho=schedule(*_RELEASED_RHO),
-        angle_step=Schedule(2e-4, 2e-4 * growth),
-        shift_step=Schedule(2e-3, 2e-3 * growth),
+        steps=GivenSteps(Schedule(2e-4, 2e-4 * growth), Schedule(2e-3, 2e-3 * growth)),
         regulariser=tv.AnisotropicTV(),
         rho_nonnegative=1e3,
         iterations=iterations,

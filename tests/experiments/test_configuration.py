@@ -19,6 +19,7 @@ STUDIES = {
     "hjc_init2": ("init2", "Init2Settings"),
     "sweeps": ("sweeps", "SweepSettings"),
     "ablation": ("ablation", "AblationSettings"),
+    "constants": ("constants", "ConstantsSettings"),
     "cost": ("cost", "CostSettings"),
 }
 

@@ -5,8 +5,10 @@ import math
 import runpy
 import sys
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -18,12 +20,14 @@ from jaxrefine import simulate
 from jaxrefine.data import observation
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.io import write_json
+from jaxrefine.maps import folds
 from jaxrefine.operators import kbwf, spatial
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.paper import algorithm3
+from jaxrefine.paper import algorithm3, released_preset
 from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt, retract
+from jaxrefine.refinement import map_step
 from jaxrefine.refinement.config import RefineConfig
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -147,7 +151,7 @@ def test_the_bound_knows_what_is_confounded(load):
     [
         (["sweeps", "--set", "axis='noise'"], "axis must be one of snr_db, particles"),
         (["sweeps", "--set", "size=8"], "at least 16 voxels for a phantom, got 8"),
-        (["ablation", "--set", "methods=['none']"], "methods must be one of engine"),
+        (["ablation", "--set", "methods=['none']"], "methods must be one of paper"),
         (["cost", "--set", "sizes=[16]"], "at least 2 different sizes, got [16]"),
     ],
 )
@@ -164,19 +168,14 @@ def test_bad_input_is_one_sentence(run_script, words, sentence, tmp_path, capsys
 # --- ablation
 
 
-def test_each_ablation_changes_one_thing(load):
-    full, reduced = RefineConfig(), load("ablation").REDUCED
-    changes = []
-    for config in (make(46, 1.0) for make in reduced.values()):
-        changed = [
-            field.name
-            for field in fields(RefineConfig)
-            if getattr(config, field.name) != getattr(full, field.name)
-        ]
-        assert len(changed) == 1
-        changes += changed
-    assert changes == ["multi_start", "first_r_max", "update", "update", "hypotheses"]
-    assert reduced["no marching"](46, 1.0).first_r_max == 22
+def test_each_step_from_the_paper_to_the_engine_is_one_thing(load):
+    rungs = list(load("ablation").RUNGS.values())
+    assert not any(vars(rungs[0]).values())
+    changes = [
+        [name for name in vars(below) if getattr(below, name) != getattr(above, name)]
+        for below, above in pairwise(rungs)
+    ]
+    assert changes == [["update"], ["multi_start"], ["cross_validation"], ["folds"]]
 
 
 @pytest.mark.slow
@@ -212,8 +211,8 @@ def test_the_papers_descent_is_that_of_algorithm_3(load):
         return moved(nothing), jax.grad(moved)(nothing), jnp.diag(nothing)
 
     ablation = load("ablation")
-    both = ablation.paper_descent(sigma)
-    shifts = replace(both, angle_step=0.0)
+    both = ablation.PaperDescent(2e-4 * sigma**2, 2e-3 * sigma**2)
+    shifts = ablation.PaperDescent(0.0, both.shift_step)
     shifted, both_moved = (
         update.minimise(objective, start.rotations, start.shifts, lambda *here: here)
         for update in (shifts, both)
@@ -257,7 +256,7 @@ def test_the_papers_descent_keeps_to_what_is_allowed(load, tmp_path):
         )
 
     found, start = (
-        polished(ablation.paper_descent(sigma)),
+        polished(ablation.PaperDescent(2e-4 * sigma**2, 2e-3 * sigma**2)),
         polished(LevenbergMarquardt(0)),
     )
     assert np.all(found.evidence >= start.evidence - 1.0)
@@ -268,29 +267,83 @@ def test_the_papers_descent_keeps_to_what_is_allowed(load, tmp_path):
 
 
 @pytest.mark.slow
-def test_ablation_runs_and_marches_only_where_it_can(run_script, draw, tmp_path):
-    """At 16³ the first band limit is the last: all is as with marching."""
+def test_ablation_runs(run_script, draw, tmp_path):
+    """From the same start, with the poses of the step before where only maps differ."""
     out, picture = tmp_path / "run", tmp_path / "ablation.png"
-    reduced = ("no multi-start", "no marching")
-    # The others would take a minute to compile.
-    chosen = f"methods={['engine', *reduced, 'no SNR weighting']}"
-    words = ["configs/ablation.toml", "--set", chosen, "--out", out]
+    words = ["configs/ablation.toml", "--set", "methods=['between']", "--out", out]
     assert run_script("ablation", *words) == 0
     results = read(out)
-    assert list(results) == [
-        "oracle",
-        "unrefined",
-        "joint",
-        *reduced,
-        "no SNR weighting",
-    ]
-    assert results["no SNR weighting"]["fsc"] != results["joint"]["fsc"]
-    joint, marchless, startless = (results[name] for name in ("joint", *reduced[::-1]))
-    assert marchless["fsc"] == joint["fsc"] != startless["fsc"]
-    assert {row["searched"] for row in startless["history"]} == {0}
-    assert joint["history"][0]["searched"] == 16
+    first, second, third, validated, folded = results.values()
+    assert all(len(result["history"]) == 2 for result in results.values())
+
+    def poses(result):
+        return [row["angle_error_in_degrees_median"] for row in result["history"]]
+
+    assert poses(first) != poses(second) != poses(third)
+    assert poses(validated) == poses(third) and validated["fsc"] != third["fsc"]
+    assert poses(folded) != poses(validated)
     assert draw("plot_ablation", out, "--out", picture) == 0
     assert_picture(picture)
+
+
+@pytest.mark.slow
+def test_without_folds_both_maps_are_of_all_particles(load, tmp_path):
+    """What the ablation hands to the engine's volume update gives one map, not two."""
+    ablation, file = load("ablation"), Path("configs/ablation.toml")
+    settings = load("configuration").read(ablation.AblationSettings, file, "smoke")
+    case = load("cases").init1(settings, "", tmp_path)
+    sigma = float(case.dataset.sigma)
+    key, config = jax.random.key(0), RefineConfig(multi_start=())
+    particles = ablation.particle_set_of(case, config, key, False)
+    state = ablation.white_start(particles, case, sigma)
+    everyone = np.ones(len(particles), bool)
+    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    total = sums[0] + sums[1]
+    both = map_step.update_maps(particles, state, folds.folds([total, total]))
+    apart = map_step.update_maps(particles, state, folds.folds(sums))
+    one, two = (each.coefficients for each in both.maps)
+    np.testing.assert_array_equal(one, two)
+    one, two = (each.coefficients for each in apart.maps)
+    assert float(jnp.abs(one - two).max()) > 0.1 * float(jnp.abs(one).max())
+
+
+# --- the constants of the paper's preset
+
+
+def test_each_constant_is_changed_alone(load):
+    config = replace(released_preset(0.1), keep_duals=True)
+    different = []
+    for change in load("constants").CHANGES.values():
+        other = change(config)
+        different += [
+            field.name
+            for field in fields(config)
+            if not eqx.tree_equal(
+                getattr(other, field.name), getattr(config, field.name)
+            )
+        ]
+    assert different == [
+        "poses_first",
+        "steps",
+        "lam",
+        "lam",
+        "admm_iterations",
+        "pose_iterations",
+        "keep_duals",
+    ]
+
+
+@pytest.mark.slow
+def test_a_closing_update_makes_a_map_of_the_last_poses(run_script, tmp_path):
+    out = tmp_path / "run"
+    words = ["configs/constants.toml", "--set", "methods=['changed']", "--out", out]
+    assert run_script("constants", *words) == 0
+    results = read(out)
+    assert len(results) == 9
+    poses, closed = results["volume first"], results["volume first and last"]
+    assert poses["history"][-1]["iteration"] == 2
+    error = "angle_error_in_degrees_median"
+    assert poses[error] == closed[error] and poses["fsc"] != closed["fsc"]
 
 
 # --- cost
@@ -439,7 +492,7 @@ def test_sweeps_are_drawn_together(draw, tmp_path, capsys):
 
 
 def test_ablations_are_drawn_with_what_was_run(draw, tmp_path):
-    results = dict.fromkeys(("joint", "no marching", "one hypothesis"), MERITS)
+    results = dict.fromkeys(("joint", "+ folds", "joint (paper)"), MERITS)
     run = store(tmp_path / "a", CONDITIONS, results)
     assert draw("plot_ablation", run, run, "--out", tmp_path / "a.png") == 0
     assert_picture(tmp_path / "a.png")

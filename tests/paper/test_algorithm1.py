@@ -1,6 +1,7 @@
 """The joint refinement: it improves, it repeats itself, and it can be interrupted."""
 
 import logging
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.operators import kbwf, normal, spatial
 from jaxrefine.paper import algorithm1, algorithm3, presets
 from jaxrefine.paper.algorithm3 import EulerPoses
+from jaxrefine.paper.steps import GivenSteps
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +52,16 @@ def test_a_schedule_keeps_its_type(dtype):
     assert float(value) == pytest.approx(4.0, rel=1e-6)
 
 
-def numbers(config, iteration):
-    """The settings of both updates in an outer iteration."""
+def volume_numbers(config, iteration):
+    """The settings of the volume update in an outer iteration."""
+    return config.volume_update(jnp.asarray(iteration, jnp.int32))
+
+
+def pose_numbers(scene, config, iteration, problem=None):
+    """The settings of the pose update in an outer iteration, with the initial map."""
     index = jnp.asarray(iteration, jnp.int32)
-    return config.volume_update(index), config.pose_update(index)
+    state = eqx.tree_at(lambda s: s.iteration, scene.start(), index)
+    return config.pose_update(scene.problem if problem is None else problem, state)
 
 
 def test_the_paper_preset(scene):
@@ -62,13 +70,14 @@ def test_the_paper_preset(scene):
     diagonal = 7 * float(kernel_at_zero(scene))
     last = config.iterations - 1
     for iteration in (0, last):
-        volume, poses = numbers(config, iteration)
+        volume = volume_numbers(config, iteration)
+        poses = pose_numbers(scene, config, iteration)
         assert volume.iterations == 5
         assert volume.rho_nonnegative is None
         assert float(volume.rho) == pytest.approx(4 * diagonal)
         assert poses.iterations == 3
         assert float(poses.eta) == pytest.approx(0.25)
-    weights = [float(numbers(config, i)[0].lam) for i in (0, last)]
+    weights = [float(volume_numbers(config, i).lam) for i in (0, last)]
     assert weights[1] == pytest.approx(0.3 * np.sqrt(diagonal))
     problem = scene.problem
     seen = spatial.project(problem.footprint, scene.inside, scene.dataset.initial, N)
@@ -99,24 +108,37 @@ def test_lambda_is_the_noise_of_the_backprojection(scene):
     # In the middle, where every footprint lies inside the images.
     middle = [backproject(images)[6:11, 6:11, 6:11] for images in noise]
     config = presets.paper_preset(scene.problem, scene.start(), sigma)
-    weight = float(numbers(config, config.iterations - 1)[0].lam)
+    weight = float(volume_numbers(config, config.iterations - 1).lam)
     assert np.std(middle) == pytest.approx(weight, rel=0.05)
 
 
 @pytest.mark.parametrize("coordinate", ["angles", "shifts"])
-def test_the_steps_are_half_the_inverse_of_the_mean_curvature(scene, coordinate):
-    """Of the cost at the fit: the images are projections of the map."""
+def test_the_steps_follow_the_curvature_of_the_current_map(scene, coordinate):
+    """Half of a Newton step at first and a whole one at last, where images fit."""
     problem, poses = scene.problem, EulerPoses.of(scene.dataset.initial)
     c, footprint = scene.inside, problem.footprint
     images = spatial.project(footprint, c, poses.poses, N)
     fitted = eqx.tree_at(lambda p: p.images, problem, images)
     config = presets.paper_preset(fitted, scene.start(), 0.3)
-    steps = numbers(config, 0)[1]
-    step = {"angles": steps.angle_step, "shifts": steps.shift_step}[coordinate]
     terms = algorithm3.map_terms(footprint, c, problem.support)
     curvature = algorithm3.curvature(terms, problem.image_filter, images, poses)
     mean = float(getattr(curvature, coordinate).mean())
-    assert 2 * float(step) * mean == pytest.approx(1)
+    name = {"angles": "angle_step", "shifts": "shift_step"}[coordinate]
+    for iteration, fraction in ((0, 0.5), (config.iterations - 1, 1.0)):
+        # With the noisy images, too: the curvature is that of the map.
+        for images_of in (problem, fitted):
+            numbers = pose_numbers(scene, config, iteration, images_of)
+            step = float(getattr(numbers, name))
+            assert step * mean == pytest.approx(fraction)
+    state = scene.start()
+    doubled = eqx.tree_at(
+        lambda s: s.volume.coefficients, state, 2 * scene.coefficients
+    )
+    step, shorter = (
+        float(getattr(config.pose_update(problem, each), name))
+        for each in (state, doubled)
+    )
+    assert shorter == pytest.approx(step / 4)
 
 
 @pytest.mark.parametrize("sigma", [None, 0.25])
@@ -149,7 +171,7 @@ def test_more_particles_need_a_larger_lambda_by_the_square_root(scene):
     images, poses = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), both)
     twice = eqx.tree_at(lambda p: p.images, scene.problem, images)
     one, two = (
-        numbers(presets.paper_preset(problem, scene.start(poses), 0.3), 19)[0]
+        volume_numbers(presets.paper_preset(problem, scene.start(poses), 0.3), 19)
         for problem, poses in (
             (scene.problem, scene.dataset.initial),
             (twice, poses),
@@ -162,10 +184,10 @@ def test_more_particles_need_a_larger_lambda_by_the_square_root(scene):
 def test_the_printed_preset(scene):
     paper = presets.paper_preset(scene.problem, scene.start(), 0.3)
     printed = presets.printed_preset(scene.problem, scene.start(), 0.3)
-    poses = numbers(printed, 7)[1]
+    poses = pose_numbers(scene, printed, 7)
     assert float(poses.angle_step) == pytest.approx(1e-7)
     assert float(poses.shift_step) == pytest.approx(1e-5)
-    assert_identical(numbers(paper, 7)[0], numbers(printed, 7)[0])
+    assert_identical(volume_numbers(paper, 7), volume_numbers(printed, 7))
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
@@ -223,28 +245,28 @@ def test_the_released_tables():
         (1e4, (80.0, 8.0), (1.5e5, 3e3)),
     ):
         config = presets.released_preset(sigma)
-        first, last = (numbers(config, i)[0] for i in (0, 9))
+        first, last = (volume_numbers(config, i) for i in (0, 9))
         assert (float(first.lam), float(last.lam)) == pytest.approx(lam)
         assert (float(first.rho), float(last.rho)) == pytest.approx(rho)
 
 
-def test_the_released_preset():
+def test_the_released_preset(scene):
     """The numbers of the authors' demo, as design.md lists them."""
     config = presets.released_preset()
     assert config.iterations == 10
-    first, last = numbers(config, 0), numbers(config, 9)
-    assert (float(first[0].lam), float(last[0].lam)) == pytest.approx((2.0, 0.02))
-    assert (float(first[0].rho), float(last[0].rho)) == pytest.approx((1000.0, 2.0))
-    for i in range(9):
-        step, grown = numbers(config, i)[1], numbers(config, i + 1)[1]
+    first, last = volume_numbers(config, 0), volume_numbers(config, 9)
+    assert (float(first.lam), float(last.lam)) == pytest.approx((2.0, 0.02))
+    assert (float(first.rho), float(last.rho)) == pytest.approx((1000.0, 2.0))
+    poses = [pose_numbers(scene, config, i) for i in range(10)]
+    for step, grown in pairwise(poses):
         assert float(grown.angle_step) == pytest.approx(1.7 * float(step.angle_step))
         assert float(grown.shift_step) == pytest.approx(1.7 * float(step.shift_step))
     # Their cost lacks our factor 1/2, so their 1e-4 and 1e-3 are doubled.
-    assert float(first[1].angle_step) == pytest.approx(2 * 1e-4)
-    assert float(first[1].shift_step) == pytest.approx(2 * 1e-3)
-    assert first[1].max_trials == 4
-    assert (first[0].iterations, first[0].cg_iterations) == (5, 20)
-    assert first[0].rho_nonnegative is not None
+    assert float(poses[0].angle_step) == pytest.approx(2 * 1e-4)
+    assert float(poses[0].shift_step) == pytest.approx(2 * 1e-3)
+    assert poses[0].max_trials == 4
+    assert (first.iterations, first.cg_iterations) == (5, 20)
+    assert first.rho_nonnegative is not None
     assert isinstance(config.regulariser, tv.AnisotropicTV)
     assert config.poses_first
     assert not config.keep_duals
@@ -285,8 +307,9 @@ class Scene:
         settings = {
             "lam": algorithm1.Schedule(2.0, 0.1),
             "rho": algorithm1.Schedule(500.0, 20.0),
-            "angle_step": algorithm1.Schedule(2e-4, 2e-3),
-            "shift_step": algorithm1.Schedule(2e-3, 2e-2),
+            "steps": GivenSteps(
+                algorithm1.Schedule(2e-4, 2e-3), algorithm1.Schedule(2e-3, 2e-2)
+            ),
             "iterations": 4,
             "cg_iterations": 10,
             "pose_iterations": 2,

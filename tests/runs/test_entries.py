@@ -54,9 +54,14 @@ def test_parameters_can_be_made_again_of_what_is_stored():
 def test_the_numbers_of_a_schedule_are_kept():
     config = paper.released_preset()
     kept = stored(config, paper.Algorithm1Config)
-    for name in ("lam", "rho", "angle_step", "shift_step"):
-        schedule = getattr(config, name)
-        assert kept[name] == {
+    steps = kept.pop("steps")
+    assert steps.pop("class") == "GivenSteps"
+    given = config.steps
+    assert isinstance(given, paper.GivenSteps)
+    schedules = {"lam": config.lam, "rho": config.rho}
+    schedules |= {"angle": given.angle, "shift": given.shift}
+    for name, schedule in schedules.items():
+        assert (kept | steps)[name] == {
             "first": float(schedule.first),
             "last": float(schedule.last),
         }

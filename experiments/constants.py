@@ -1,0 +1,118 @@
+"""What the settings of `paper_preset` that the paper leaves open are worth.
+
+Algorithm 1 is run from the start of Init-1 with `paper_preset`, and with one of these
+settings changed at a time:
+
+- volume first: an iteration ends with the poses, as the paper's does, so that the last
+  map is not one of the last poses;
+- volume first and last: the same, and a volume update after the last iteration;
+- whole Newton steps: first steps ``1 / kappa`` from the first iteration on, where half
+  as much is tried at first;
+- steps of the start: first steps ``1 / (2 kappa)`` with the kappa of the initial map,
+  which is blurred, in all iterations;
+- lambda from 4 sigma: it begins at 4 sigma sqrt(w[0]), whatever the initial map is;
+- lambda constant: it is sigma sqrt(w[0]) all the time;
+- K_ADMM = 2, K_GD = 8: fewer iterations in a volume update than the paper's 5, more in
+  a pose update than its 3;
+- new multipliers: those of ADMM begin at zero in each volume update.
+
+    python constants.py configs/constants.toml --preset small --volume MAP.mrc
+
+in this folder prints a table, and stores it with curves and maps in the run directory.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import cases
+import comparison
+import init1
+import methods
+from comparison import Case, Family, Method
+from settings import ComparisonSettings, Init1Start, PaperSettings
+
+from jaxrefine.paper import (
+    Algorithm1Config,
+    Algorithm1State,
+    GivenSteps,
+    NewtonSteps,
+    Problem,
+    Schedule,
+    paper_preset,
+)
+from jaxrefine.paper.steps import mean_curvatures, sample
+from jaxrefine.runs.options import option
+
+
+def lambda_from(multiple: float, config: Algorithm1Config) -> Algorithm1Config:
+    """Return settings whose lambda begins at a multiple of its last value."""
+    last = config.lam.last
+    return dataclasses.replace(config, lam=Schedule(multiple * last, last))
+
+
+CHANGES: dict[str, Callable[[Algorithm1Config], Algorithm1Config]] = {
+    "volume first": partial(dataclasses.replace, poses_first=False),
+    "whole Newton steps": partial(
+        dataclasses.replace, steps=NewtonSteps(Schedule(1.0))
+    ),
+    "lambda from 4 sigma": partial(lambda_from, 4.0),
+    "lambda constant": partial(lambda_from, 1.0),
+    "K_ADMM = 2": partial(dataclasses.replace, admm_iterations=2),
+    "K_GD = 8": partial(dataclasses.replace, pose_iterations=8),
+    "new multipliers": partial(dataclasses.replace, keep_duals=False),
+}
+"""The settings with one of them changed."""
+
+
+def changed(settings: "ConstantsSettings", case: Case) -> dict[str, Method]:
+    """Return the paper's algorithm with one setting changed at a time."""
+    del case
+    made = partial(
+        paper_preset,
+        iterations=settings.paper_iterations,
+        batch_size=settings.batch_size,
+    )
+
+    def preset(change, problem: Problem, start: Algorithm1State) -> Algorithm1Config:
+        return change(made(problem, start))
+
+    def steps_of_the_start(
+        problem: Problem, start: Algorithm1State
+    ) -> Algorithm1Config:
+        curvatures = mean_curvatures(problem, sample(problem, start))
+        steps = GivenSteps(*(Schedule(0.5 / each) for each in curvatures))
+        return dataclasses.replace(made(problem, start), steps=steps)
+
+    presets: dict[str, methods.Preset] = {
+        **{name: partial(preset, change) for name, change in CHANGES.items()},
+        "steps of the start": steps_of_the_start,
+    }
+    found = {name: methods.spatial_refinement(each) for name, each in presets.items()}
+    closed = methods.spatial_refinement(presets["volume first"], closing_update=True)
+    return {**found, "volume first and last": closed}
+
+
+FAMILIES: dict[str, Family] = {"paper": init1.paper, "changed": changed}
+"""What ``methods`` of the settings may list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantsSettings(ComparisonSettings, Init1Start, PaperSettings):
+    """The settings of the study."""
+
+    methods: tuple[str, ...] = option(
+        choices=tuple(FAMILIES),
+        help="what to compare: the paper's algorithm, and with one setting changed",
+    )
+
+
+def main() -> int:
+    """Run what is left of the study, and print its table."""
+    return comparison.main(__doc__, ConstantsSettings, cases.INIT1, FAMILIES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The first steps of Algorithm 3's line searches, in each outer iteration."""
+
+from typing import NamedTuple, final
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.operators import spatial
+from jaxrefine.paper import algorithm3
+from jaxrefine.paper.algorithm1 import Algorithm1State, Problem, Schedule
+from jaxrefine.paper.algorithm3 import EulerPoses
+
+_MEASURED = 16  # particles that a map is compared with
+
+
+@final
+class GivenSteps(eqx.Module):
+    """Steps that are given, in square radians and square pixels per unit of the cost.
+
+    Parameters
+    ----------
+    angle, shift
+        First trial steps, per outer iteration.
+    """
+
+    angle: Schedule
+    shift: Schedule
+
+    def __call__(
+        self, problem: Problem, state: Algorithm1State, iterations: int
+    ) -> tuple[Scalar, Scalar]:
+        """Return the first steps on the angles and on the shifts."""
+        del problem
+        at = state.iteration, iterations
+        return self.angle(*at), self.shift(*at)
+
+
+@final
+class NewtonSteps(eqx.Module):
+    r"""Steps in units of Newton's, with the curvature of the cost in the current map.
+
+    A step is a fraction of :math:`1 / \kappa`, see `mean_curvatures`. As a map becomes
+    sharper, kappa grows, and a step that was right for a blurred map is rejected in
+    every line search.
+
+    Parameters
+    ----------
+    fraction
+        Fraction of a Newton step, per outer iteration.
+    """
+
+    fraction: Schedule
+
+    def __call__(
+        self, problem: Problem, state: Algorithm1State, iterations: int
+    ) -> tuple[Scalar, Scalar]:
+        """Return the first steps on the angles and on the shifts."""
+        fraction = self.fraction(state.iteration, iterations)
+        angle, shift = mean_curvatures(problem, sample(problem, state))
+        return fraction / angle, fraction / shift
+
+
+class Sample(NamedTuple):
+    """Some of the images, and what the map looks like where they are taken to be from.
+
+    Attributes
+    ----------
+    coefficients
+        Those of the map, within its support.
+    images, poses
+        Images, and their poses so far.
+    projections
+        Projections of the map at these poses.
+    """
+
+    coefficients: Volume
+    images: Images
+    poses: EulerPoses
+    projections: Images
+
+
+def sample(problem: Problem, state: Algorithm1State) -> Sample:
+    """Take evenly spaced particles, at most 16, and project the map at their poses."""
+    count, support = problem.images.shape[0], problem.support
+    chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
+    poses = jax.tree.map(lambda leaf: leaf[chosen], state.euler_poses)
+    c = support.extend(support.restrict(state.volume.coefficients))
+    m = problem.images.shape[-1]
+    seen = spatial.project(problem.footprint, c, poses.poses, m)
+    return Sample(c, problem.images[chosen], poses, seen)
+
+
+def mean_curvatures(problem: Problem, of: Sample) -> tuple[Scalar, Scalar]:
+    r"""Return the mean curvatures of the cost along an angle, and along a shift.
+
+    The mean over a sample of :math:`\|\partial (H c)/\partial\theta_i\|^2`, and over
+    the three angles, or of :math:`\|\partial (H c)/\partial t_i\|^2`, over both shifts:
+    the second derivatives of the cost where projection and image agree
+    (:func:`jaxrefine.paper.algorithm3.curvature`).
+    """
+    terms = algorithm3.map_terms(problem.footprint, of.coefficients, problem.support)
+    curvature = algorithm3.curvature(
+        terms, problem.image_filter, of.projections, of.poses
+    )
+    return curvature.angles.mean(), curvature.shifts.mean()
