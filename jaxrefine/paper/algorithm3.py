@@ -283,7 +283,7 @@ class PoseConfig(eqx.Module):
     eta: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=0.25)
     iterations: int = eqx.field(static=True, default=3)
     max_trials: int = eqx.field(static=True, default=10)
-    batch_size: int = eqx.field(static=True, default=8)
+    batch_size: int = eqx.field(static=True, default=4)
 
 
 class PoseInfo(eqx.Module):

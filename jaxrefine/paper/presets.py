@@ -68,7 +68,7 @@ def paper_preset(
     start: Algorithm1State,
     sigma: float | None = None,
     iterations: int = 20,
-    batch_size: int = 8,
+    batch_size: int = 4,
 ) -> Algorithm1Config:
     """Return the settings of the paper's section IV-C, in the units of the images.
 
@@ -183,7 +183,7 @@ def printed_preset(
     start: Algorithm1State,
     sigma: float | None = None,
     iterations: int = 20,
-    batch_size: int = 8,
+    batch_size: int = 4,
 ) -> Algorithm1Config:
     """Return `paper_preset` with the steps that the paper prints, 1e-7 and 1e-5.
 
@@ -203,7 +203,7 @@ _RELEASED_RHO = [2e3, 2e3, 2e3, 7e4, 3e5], 2.0, [2e2, 2e2, 2e2, 3.2e4, 3e5], 100
 
 
 def released_preset(
-    sigma: float = 0.1, iterations: int = 10, batch_size: int = 8
+    sigma: float = 0.1, iterations: int = 10, batch_size: int = 4
 ) -> Algorithm1Config:
     """Return the settings of the authors' released code.
 

@@ -12,7 +12,7 @@ from jaxrefine.paper import algorithm3
 from jaxrefine.paper.algorithm1 import Algorithm1State, Problem, Schedule
 from jaxrefine.paper.algorithm3 import EulerPoses
 
-_MEASURED = 16  # particles that a map is compared with
+_MEASURED = 8  # particles that a map is compared with
 
 
 @final
@@ -82,7 +82,7 @@ class Sample(NamedTuple):
 
 
 def sample(problem: Problem, state: Algorithm1State) -> Sample:
-    """Take evenly spaced particles, at most 16, and project the map at their poses."""
+    """Take evenly spaced particles, at most 8, and project the map at their poses."""
     count, support = problem.images.shape[0], problem.support
     chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
     poses = jax.tree.map(lambda leaf: leaf[chosen], state.euler_poses)
