@@ -1,23 +1,29 @@
 """Ablation: from the paper's algorithm to the engine, one step at a time.
 
-Every method has the start of Init-1 and, but for one thing, what the one before has:
+Every method begins with the poses and the map of Init-1:
 
 - joint (paper): Algorithm 1 with `paper_preset`;
-- on slices: the same steps, in the same number of outer iterations, with the engine's
-  operators: projections are slices of the map's spectrum, and images are inserted
-  there. The steps are those of Algorithm 3, down the gradient by the angles, then by
-  the shift, each with a line search, three times (``K_GD``), in units of the engine's
-  cost; angles move by a rotation vector. The weight of TV falls as in `paper_preset`,
-  to sigma sqrt(w[0]) with the w of these operators. Images are compared with one map,
-  made of all of them, up to the last shell;
+- on slices: the same alternation with the engine's operators: projections are slices of
+  the map's spectrum, and images are inserted there. Poses take the steps of Algorithm
+  3, down the gradient by the angles, then by the shift, each with a line search, three
+  times (``K_GD``); angles move by a rotation vector. The weight of TV, now of voxels
+  and not of coefficients, falls as in `paper_preset`, to sigma sqrt(w[0]) with the w of
+  these operators. Images are compared with one map, made of all of them, up to the last
+  shell. The support is the cube, volume updates have fewer conjugate gradients, and the
+  initial map is scaled to the images;
 - + Levenberg-Marquardt: steps of second order in their place;
-- + multi-start: in two of the iterations other poses are searched for, and the best few
-  of each particle are followed and weighted. What is searched is the prior, so from
-  here on there is one;
+- + multi-start: the engine's search, of its prior in iterations 0 and 2, and about the
+  poses so far in iteration 1 and, for undecided particles, later. The best few poses of
+  a particle are followed and weighted. The search needs a prior, and poses have the
+  engine's; above, they have none;
 - + cross-validated tau: TV's weight in the last map is the one that predicts best;
 - + folds: a particle is compared with a map that is not made from it;
-- joint: the engine, which also begins at low frequencies, measures the noise and the
-  weight of each shell, and ends by itself.
+- joint: the engine. It also begins at low frequencies, measures the noise and the
+  weight of each shell, has one weight of TV in all iterations but the last map's, twice
+  as many ADMM iterations, and ends by itself.
+
+From "on slices" to "+ folds" each has one thing more than the one before, and the last
+map is made of the final poses in the same number of ADMM iterations.
 
     python experiments/ablation.py configs/ablation.toml --preset small --volume MAP.mrc
 
@@ -42,11 +48,12 @@ from comparison import Case, Family, Method, Outcome, Record
 from jaxtyping import Array, Float
 from settings import ComparisonSettings, Init1Start, PaperSettings
 
-from jaxrefine.maps import folds
+from jaxrefine.maps import admm, folds
+from jaxrefine.maps.folds import Folds
 from jaxrefine.maps.noise import white_noise
 from jaxrefine.maps.sums import Sums
 from jaxrefine.operators import slices
-from jaxrefine.paper import Schedule, paper_preset
+from jaxrefine.paper import NewtonSteps, Schedule, paper_preset
 from jaxrefine.paper.algorithm3 import backtrack
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import (
@@ -139,6 +146,7 @@ def newton_descent(
     the mean over the particles of the information on their poses.
     """
     diagonal = jnp.diagonal(information, axis1=1, axis2=2)
+    fraction = fraction.astype(diagonal.dtype)
     return PaperDescent(
         fraction / diagonal[:, :3].mean(), fraction / diagonal[:, 3:].mean()
     )
@@ -205,7 +213,8 @@ def climb(rung: Rung, iterations: int, seed: int) -> Method:
             if rung.update is not None:
                 return by(rung.update)
             still = by(LevenbergMarquardt(0))
-            fraction = Schedule(0.5, 1.0)(jnp.asarray(iteration), iterations)
+            assert isinstance(paper.steps, NewtonSteps)
+            fraction = paper.steps.fraction(jnp.asarray(iteration), iterations)
             return by(newton_descent(still.information, fraction))
 
         def sum_up(state: SetState) -> list[Sums]:
@@ -215,27 +224,47 @@ def climb(rung: Rung, iterations: int, seed: int) -> Method:
         record.expect(iterations)
         for iteration in range(len(record.rows), iterations):
             state = update_poses(state, iteration)
-            sums = sum_up(state)
-            if not rung.folds:
-                sums = [sums[0] + sums[1]] * 2
             tau = weight(jnp.asarray(iteration), iterations).astype(state.tau.dtype)
             state = eqx.tree_at(lambda s: s.tau, state, tau)
-            state = map_step.update_maps(particles, state, folds.folds(sums))
+            data = compared_with(sum_up(state), rung.folds)
+            state = map_step.update_maps(particles, state, data)
             record.add(state.mean_map, state.hypotheses.best(), state)
-        volume = state.mean_map
+        sums = sum_up(state)
         if rung.cross_validation:
-            sums = sum_up(state)
-            state, _ = map_step.choose_tau(particles, state, sums)
-            volume = map_step.final_map(config, sums, state).volume
-        return Outcome(np.asarray(volume), state.hypotheses.best())
+            state = cross_validated(particles, state, sums)
+        final = map_step.final_map(config, sums, state)
+        return Outcome(np.asarray(final.volume), state.hypotheses.best())
 
     return run
+
+
+def compared_with(sums: list[Sums], apart: bool) -> Folds:
+    """Return what the maps are made from that the particles of each fold meet.
+
+    The images of the other fold, or, where the folds are not kept apart, all images.
+    """
+    total = sums[0] + sums[1]
+    return folds.folds(sums if apart else [total, total])
+
+
+def cross_validated(
+    particles: ParticleSet, state: SetState, sums: list[Sums]
+) -> SetState:
+    """Choose ``tau``, beginning with maps that know nothing of the other fold's images.
+
+    A map that was made of all images holds what is to be predicted.
+    """
+    empty = tuple(admm.init(jnp.zeros_like(each.coefficients)) for each in state.maps)
+    state = eqx.tree_at(lambda s: s.maps, state, empty)
+    for _ in range(particles.config.tuning.final_rounds):
+        state = map_step.update_maps(particles, state, folds.folds(sums))
+    return map_step.choose_tau(particles, state, sums)[0]
 
 
 def particle_set_of(
     case: Case, config: RefineConfig, key: jax.Array, has_prior: bool
 ) -> ParticleSet:
-    """Return the particles of a case, without a prior if the paper's has none."""
+    """Return the particles of a case, with the engine's prior or without one."""
     poses = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.dataset.initial)
     particles = make_particle_set(methods.particles_of(case), poses, key, config)
     if has_prior:

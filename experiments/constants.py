@@ -5,20 +5,20 @@ settings changed at a time:
 
 - volume first: an iteration ends with the poses, as the paper's does, so that the last
   map is not one of the last poses;
-- volume first and last: the same, and a volume update after the last iteration;
-- whole Newton steps: first steps ``1 / kappa`` from the first iteration on, where half
-  as much is tried at first;
-- steps of the start: first steps ``1 / (2 kappa)`` with the kappa of the initial map,
-  which is blurred, in all iterations;
+- whole Newton steps: first steps ``1 / kappa`` from the first iteration on, where
+  `paper_preset` begins with half of that;
 - lambda from 4 sigma: it begins at 4 sigma sqrt(w[0]), whatever the initial map is;
 - lambda constant: it is sigma sqrt(w[0]) all the time;
-- K_ADMM = 2, K_GD = 8: fewer iterations in a volume update than the paper's 5, more in
-  a pose update than its 3;
-- new multipliers: those of ADMM begin at zero in each volume update.
+- K_ADMM = 2, K_GD = 8: fewer iterations in a volume update than the 5 of
+  `paper_preset` (the paper has 2 or 5), more in a pose update than its 3;
+- new multipliers: those of ADMM begin at zero in each volume update;
+- kappa of the start: the steps are the same fractions of ``1 / kappa``, with the kappa
+  of the initial map, which is blurred;
+- volume first and last: volume first, and a volume update after the last iteration.
 
-    python constants.py configs/constants.toml --preset small --volume MAP.mrc
+    python experiments/constants.py configs/constants.toml --volume MAP.mrc
 
-in this folder prints a table, and stores it with curves and maps in the run directory.
+prints a table, and stores it with curves and maps in the run directory.
 """
 
 import dataclasses
@@ -79,16 +79,16 @@ def changed(settings: "ConstantsSettings", case: Case) -> dict[str, Method]:
     def preset(change, problem: Problem, start: Algorithm1State) -> Algorithm1Config:
         return change(made(problem, start))
 
-    def steps_of_the_start(
+    def kappa_of_the_start(
         problem: Problem, start: Algorithm1State
     ) -> Algorithm1Config:
         curvatures = mean_curvatures(problem, sample(problem, start))
-        steps = GivenSteps(*(Schedule(0.5 / each) for each in curvatures))
+        steps = GivenSteps(*(Schedule(0.5 / each, 1.0 / each) for each in curvatures))
         return dataclasses.replace(made(problem, start), steps=steps)
 
     presets: dict[str, methods.Preset] = {
         **{name: partial(preset, change) for name, change in CHANGES.items()},
-        "steps of the start": steps_of_the_start,
+        "kappa of the start": kappa_of_the_start,
     }
     found = {name: methods.spatial_refinement(each) for name, each in presets.items()}
     closed = methods.spatial_refinement(presets["volume first"], closing_update=True)

@@ -21,6 +21,7 @@ PANELS = {
 """Figures of merit, and how they are written."""
 
 METHODS = (
+    "oracle (paper)",
     "unrefined (paper)",
     "joint (paper)",
     "on slices",
@@ -29,7 +30,6 @@ METHODS = (
     "+ cross-validated tau",
     "+ folds",
     "joint",
-    "oracle (paper)",
     "oracle",
 )
 
@@ -40,9 +40,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Draw bars, a row of panels for each run."""
     text = (
         "FSC with the true map, the rigid motion that the poses leave free undone. "
-        "Each bar from the paper's algorithm down to the engine (joint) has one thing "
-        "more than the one above. Times include the compilation of what no bar above "
-        "has used."
+        "From the paper's algorithm down to the engine (joint), each bar has something "
+        "more than the one above. Times include the compilation of what no earlier "
+        "method has used."
     )
     captions = " ".join(run.caption for run in runs)
     figure = plots.captioned_figure(13.0, 3.2 * len(runs) + 0.9, f"{text} {captions}")

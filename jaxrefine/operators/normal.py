@@ -108,8 +108,9 @@ def sum_over_tube_and_gradient(
 def _tube_moments(values: Float[Array, "d planes v u"], lattice) -> Float[Array, "d 3"]:
     """Sum functions over a tube's windows, times the coordinates u, v and w.
 
-    Within a window they are a corner and whole numbers, so that one product of matrices
-    sums all functions (XLA would evaluate them again for each of several sums).
+    The lattice holds the coordinates, to broadcast. Within a window they are those of
+    its corner and whole numbers, so one product of matrices makes all sums. (Written as
+    several sums, XLA would evaluate the functions anew for each.)
     """
     u, v, w = lattice
     window = values.shape[-1]
@@ -117,10 +118,9 @@ def _tube_moments(values: Float[Array, "d planes v u"], lattice) -> Float[Array,
     by_u, by_v = jnp.broadcast_arrays(step[None, :], step[:, None])
     weights = jnp.stack([jnp.ones_like(by_u), by_u, by_v], axis=-1)
     planes = values.reshape(*values.shape[:2], -1)
-    precision = jax.lax.Precision.HIGHEST
-    sums = jnp.matmul(planes, weights.reshape(-1, 3), precision=precision)
+    sums = jnp.matmul(planes, weights.reshape(-1, 3), precision=_HIGHEST)
     corners = jnp.stack([u[:, 0, 0], v[:, 0, 0], w[:, 0, 0]])
-    of_corners = jnp.matmul(sums[..., 0], corners.T, precision=precision)
+    of_corners = jnp.matmul(sums[..., 0], corners.T, precision=_HIGHEST)
     within = jnp.sum(sums, axis=1)
     return of_corners + jnp.pad(within[:, 1:], ((0, 0), (0, 1)))
 

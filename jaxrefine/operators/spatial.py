@@ -327,7 +327,8 @@ class PixelSlope(eqx.Module):
     Attributes
     ----------
     padded
-        The image ``g``, with a margin of one window, that coordinate's axis last.
+        The image ``g``, with a margin of one window; that coordinate is on its last
+        axis.
     profile
         The footprint ``psi``.
     """

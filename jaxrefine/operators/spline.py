@@ -26,7 +26,8 @@ class Spline2D(eqx.Module):
         B-spline coefficients, indexed ``[y, x]``.
     differences
         Their differences along x, indexed ``[y, x]``, and along y, indexed ``[x, y]``:
-        the coefficients of the derivatives, which are quadratic along one axis.
+        the coefficients of the derivatives by the nodes, which are quadratic along one
+        axis. The last column is zero, and not read.
     nodes_per_pixel
         Nodes of the grid per pixel.
     origin

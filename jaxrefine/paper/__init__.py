@@ -9,6 +9,7 @@ from jaxrefine.paper.algorithm1 import Algorithm1Info as Algorithm1Info
 from jaxrefine.paper.algorithm1 import Algorithm1State as Algorithm1State
 from jaxrefine.paper.algorithm1 import Problem as Problem
 from jaxrefine.paper.algorithm1 import Schedule as Schedule
+from jaxrefine.paper.algorithm1 import StepRule as StepRule
 from jaxrefine.paper.algorithm1 import init as init
 from jaxrefine.paper.algorithm1 import reconstruct as reconstruct
 from jaxrefine.paper.algorithm1 import refine as refine

@@ -60,8 +60,9 @@ class StepRule(Protocol):
     ) -> tuple[Scalar, Scalar]:
         """Return the steps on the angles and on the shifts.
 
-        In square radians and square pixels per unit of the cost, in the state's outer
-        iteration of so many.
+        They are in square radians and square pixels per unit of the cost.
+        ``iterations`` is the number of outer iterations; the state says which one this
+        is.
         """
         ...
 
@@ -95,8 +96,8 @@ class Algorithm1Config(eqx.Module):
         Whether the multipliers persist from one outer iteration to the next.
     batch_size
         Number of particles at a time. It bounds the memory and changes no result but by
-        rounding. The default is the fastest of 2, 4 and 8 at 90 voxels on two cores; an
-        accelerator is better used by more.
+        rounding. The default is the fastest of 2, 4 and 8 for Algorithm 3 at 90 voxels
+        on two cores; an accelerator is better used by more.
     """
 
     lam: Schedule

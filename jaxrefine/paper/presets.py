@@ -2,7 +2,8 @@ r"""The settings of the paper, and those of its authors' released code.
 
 The paper gives no numbers for lambda and rho, and its steps are those of one data set:
 images scaled by ``s`` need ``s`` times the lambda and steps divided by ``s**2``.
-:func:`paper_preset` takes all of them from the images, the noise and the initial map.
+:func:`paper_preset` takes lambda and rho from the images, the noise and the initial
+map, and the steps from the current one.
 
 **w[0]**, the value of the kernel (32) at the displacement 0, is the diagonal of
 :math:`H^T H`:
@@ -17,9 +18,9 @@ back-projection: :math:`\operatorname{Var}\,(H^T n)[k] = \sigma^2 w[0]` for whit
 ``n``. A coefficient that differs from its neighbours by noise alone pulls with about
 this force, and TV holds against it with lambda. It grows like sigma, as the paper says,
 and like the square root of the number of particles. Lambda begins at
-:math:`4\, d \sqrt{w[0]}`, where ``d`` is the root-mean-square difference of the images
-from the projections of the initial map, and falls geometrically: while the poses are
-wrong the images differ by more than noise, and the maps should be smooth.
+:math:`4\, d \sqrt{w[0]}`, where ``d`` is the root-mean-square difference of some of
+the images from the projections of the initial map, and falls geometrically: while the
+poses are wrong the images differ by more than noise, and the maps should be smooth.
 
 **rho** :math:`= 4\, w[0]`: the penalty multiplies :math:`\|L c\|^2` as the data term
 multiplies :math:`\|c\|^2`, so it has the units of :math:`H^T H` and not those of the
@@ -107,21 +108,23 @@ def paper_preset(
     sigma = _noise(problem) if sigma is None else sigma
     if not sigma > 0:
         raise InputError(f"sigma must be positive, got {sigma}")
-    of = sample(problem, start)
-    gain = _gain(of)
+    measured = sample(problem, start)
+    gain = _gain(measured)
     if not 0.1 < gain < 10:
         raise InputError(
             "the initial map must have the contrast of the images (see "
             f"match_contrast), got one that fits best when multiplied by {gain:.3g}"
         )
-    angle, shift = (float(each) for each in mean_curvatures(problem, of))
+    angle, shift = (float(each) for each in mean_curvatures(problem, measured))
     # Of a map that extends to a tenth of the radius, at least.
-    if not angle > shift * (0.05 * of.images.shape[-1]) ** 2 * 1e-2:
+    if not angle > shift * (0.05 * measured.images.shape[-1]) ** 2 * 1e-2:
         raise InputError(
             "the initial map must change with its orientation, got one whose "
             f"projections change by {angle:.3g} per square radian"
         )
-    difference = float(jnp.sqrt(jnp.mean((of.images - of.projections) ** 2)))
+    difference = float(
+        jnp.sqrt(jnp.mean((measured.images - measured.projections) ** 2))
+    )
     diagonal = float(problem.footprint.autocorrelation(jnp.zeros(())))
     diagonal *= problem.images.shape[0]
     return Algorithm1Config(
@@ -159,12 +162,12 @@ def match_contrast(problem: Problem, start: Algorithm1State) -> Algorithm1State:
     return eqx.tree_at(lambda s: s.volume.coefficients, start, scaled)
 
 
-def _gain(of: Sample) -> float:
+def _gain(measured: Sample) -> float:
     """Return the factor by which projections fit images best."""
-    power = float(jnp.sum(of.projections**2))
+    power = float(jnp.sum(measured.projections**2))
     if not power > 0:
         raise InputError("the initial map must not be blank, got one without density")
-    return float(jnp.sum(of.images * of.projections)) / power
+    return float(jnp.sum(measured.images * measured.projections)) / power
 
 
 def _noise(problem: Problem) -> float:

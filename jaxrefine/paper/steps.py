@@ -12,7 +12,7 @@ from jaxrefine.paper import algorithm3
 from jaxrefine.paper.algorithm1 import Algorithm1State, Problem, Schedule
 from jaxrefine.paper.algorithm3 import EulerPoses
 
-_MEASURED = 8  # particles that a map is compared with
+_MEASURED = 8  # particles whose images and projections are looked at
 
 
 @final
@@ -42,8 +42,8 @@ class NewtonSteps(eqx.Module):
     r"""Steps in units of Newton's, with the curvature of the cost in the current map.
 
     A step is a fraction of :math:`1 / \kappa`, see `mean_curvatures`. As a map becomes
-    sharper, kappa grows, and a step that was right for a blurred map is rejected in
-    every line search.
+    sharper kappa grows, so a first step that fits a blurred map is too long for a
+    sharper one, and every line search wastes trials.
 
     Parameters
     ----------
@@ -57,13 +57,13 @@ class NewtonSteps(eqx.Module):
         self, problem: Problem, state: Algorithm1State, iterations: int
     ) -> tuple[Scalar, Scalar]:
         """Return the first steps on the angles and on the shifts."""
-        fraction = self.fraction(state.iteration, iterations)
-        angle, shift = mean_curvatures(problem, sample(problem, state))
+        angle, shift = _current_curvatures(problem, state)
+        fraction = self.fraction(state.iteration, iterations).astype(angle.dtype)
         return fraction / angle, fraction / shift
 
 
 class Sample(NamedTuple):
-    """Some of the images, and what the map looks like where they are taken to be from.
+    """Some of the images, and the map's projections at their poses.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class Sample(NamedTuple):
 
 
 def sample(problem: Problem, state: Algorithm1State) -> Sample:
-    """Take evenly spaced particles, at most 8, and project the map at their poses."""
+    """Take evenly spaced particles, and project the map at their poses."""
     count, support = problem.images.shape[0], problem.support
     chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
     poses = jax.tree.map(lambda leaf: leaf[chosen], state.euler_poses)
@@ -92,7 +92,7 @@ def sample(problem: Problem, state: Algorithm1State) -> Sample:
     return Sample(c, problem.images[chosen], poses, seen)
 
 
-def mean_curvatures(problem: Problem, of: Sample) -> tuple[Scalar, Scalar]:
+def mean_curvatures(problem: Problem, measured: Sample) -> tuple[Scalar, Scalar]:
     r"""Return the mean curvatures of the cost along an angle, and along a shift.
 
     The mean over a sample of :math:`\|\partial (H c)/\partial\theta_i\|^2`, and over
@@ -100,8 +100,17 @@ def mean_curvatures(problem: Problem, of: Sample) -> tuple[Scalar, Scalar]:
     the second derivatives of the cost where projection and image agree
     (:func:`jaxrefine.paper.algorithm3.curvature`).
     """
-    terms = algorithm3.map_terms(problem.footprint, of.coefficients, problem.support)
+    terms = algorithm3.map_terms(
+        problem.footprint, measured.coefficients, problem.support
+    )
     curvature = algorithm3.curvature(
-        terms, problem.image_filter, of.projections, of.poses
+        terms, problem.image_filter, measured.projections, measured.poses
     )
     return curvature.angles.mean(), curvature.shifts.mean()
+
+
+@eqx.filter_jit
+def _current_curvatures(
+    problem: Problem, state: Algorithm1State
+) -> tuple[Scalar, Scalar]:
+    return mean_curvatures(problem, sample(problem, state))

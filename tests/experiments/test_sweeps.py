@@ -20,10 +20,9 @@ from jaxrefine import simulate
 from jaxrefine.data import observation
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.io import write_json
-from jaxrefine.maps import folds
 from jaxrefine.operators import kbwf, spatial
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.paper import algorithm3, released_preset
+from jaxrefine.paper import NewtonSteps, Schedule, algorithm3, released_preset
 from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt, retract
@@ -168,7 +167,7 @@ def test_bad_input_is_one_sentence(run_script, words, sentence, tmp_path, capsys
 # --- ablation
 
 
-def test_each_step_from_the_paper_to_the_engine_is_one_thing(load):
+def test_each_rung_sets_one_more_flag(load):
     rungs = list(load("ablation").RUNGS.values())
     assert not any(vars(rungs[0]).values())
     changes = [
@@ -176,6 +175,34 @@ def test_each_step_from_the_paper_to_the_engine_is_one_thing(load):
         for below, above in pairwise(rungs)
     ]
     assert changes == [["update"], ["multi_start"], ["cross_validation"], ["folds"]]
+
+
+def test_the_descent_on_slices_begins_with_a_fraction_of_newtons_steps(load):
+    """One for all angles and one for both shifts, of the mean information."""
+    information = jnp.stack(
+        [jnp.diag(jnp.array([1.0, 2.0, 3.0, 40.0, 50.0])), 3.0 * jnp.eye(5)]
+    )
+    update = load("ablation").newton_descent(information, jnp.asarray(0.5))
+    assert float(update.angle_step) == pytest.approx(0.5 / 2.5)
+    assert float(update.shift_step) == pytest.approx(0.5 / 24.0)
+
+
+@pytest.mark.slow
+def test_what_is_predicted_is_not_in_the_maps_that_predict_it(load, tmp_path):
+    """Whatever the maps were before: the choice of tau forgets them."""
+    ablation, file = load("ablation"), Path("configs/ablation.toml")
+    settings = load("configuration").read(ablation.AblationSettings, file, "smoke")
+    case = load("cases").init1(settings, "", tmp_path)
+    config = RefineConfig(multi_start=())
+    particles = ablation.particle_set_of(case, config, jax.random.key(0), False)
+    state = ablation.white_start(particles, case, float(case.dataset.sigma))
+    everyone = np.ones(len(particles), bool)
+    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    of_all = map_step.update_maps(particles, state, ablation.compared_with(sums, False))
+    chosen, again = (
+        ablation.cross_validated(particles, each, sums) for each in (state, of_all)
+    )
+    assert float(chosen.tau) == float(again.tau) != float(state.tau)
 
 
 @pytest.mark.slow
@@ -298,9 +325,10 @@ def test_without_folds_both_maps_are_of_all_particles(load, tmp_path):
     state = ablation.white_start(particles, case, sigma)
     everyone = np.ones(len(particles), bool)
     sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
-    total = sums[0] + sums[1]
-    both = map_step.update_maps(particles, state, folds.folds([total, total]))
-    apart = map_step.update_maps(particles, state, folds.folds(sums))
+    both, apart = (
+        map_step.update_maps(particles, state, ablation.compared_with(sums, apart))
+        for apart in (False, True)
+    )
     one, two = (each.coefficients for each in both.maps)
     np.testing.assert_array_equal(one, two)
     one, two = (each.coefficients for each in apart.maps)
@@ -311,9 +339,11 @@ def test_without_folds_both_maps_are_of_all_particles(load, tmp_path):
 
 
 def test_each_constant_is_changed_alone(load):
-    config = replace(released_preset(0.1), keep_duals=True)
+    constants = load("constants")
+    steps = NewtonSteps(Schedule(0.5, 1.0))
+    config = replace(released_preset(0.1), keep_duals=True, steps=steps)
     different = []
-    for change in load("constants").CHANGES.values():
+    for change in constants.CHANGES.values():
         other = change(config)
         different += [
             field.name
@@ -331,6 +361,15 @@ def test_each_constant_is_changed_alone(load):
         "pose_iterations",
         "keep_duals",
     ]
+
+
+def test_lambda_begins_at_a_multiple_of_its_last_value(load):
+    changes = load("constants").CHANGES
+    last = float(released_preset(0.1).lam.last)
+    for name, multiple in (("lambda from 4 sigma", 4.0), ("lambda constant", 1.0)):
+        lam = changes[name](released_preset(0.1)).lam
+        assert float(lam.last) == last
+        assert float(lam.first) == pytest.approx(multiple * last)
 
 
 @pytest.mark.slow

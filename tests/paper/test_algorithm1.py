@@ -1,5 +1,6 @@
 """The joint refinement: it improves, it repeats itself, and it can be interrupted."""
 
+import dataclasses
 import logging
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.operators import kbwf, normal, spatial
 from jaxrefine.paper import algorithm1, algorithm3, presets
 from jaxrefine.paper.algorithm3 import EulerPoses
-from jaxrefine.paper.steps import GivenSteps
+from jaxrefine.paper.steps import GivenSteps, NewtonSteps, sample
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +140,22 @@ def test_the_steps_follow_the_curvature_of_the_current_map(scene, coordinate):
         for each in (state, doubled)
     )
     assert shorter == pytest.approx(step / 4)
+
+
+def test_a_sample_is_of_particles_from_first_to_last():
+    scene = Scene(30, max_angle_error=0.1, max_shift=1.0, snr_db=10.0)
+    taken = sample(scene.problem, scene.start())
+    images = np.asarray(scene.problem.images)
+    where = [
+        int(np.flatnonzero((images == image).all(axis=(1, 2)))[0])
+        for image in np.asarray(taken.images)
+    ]
+    assert (where[0], where[-1], len(where)) == (0, 29, 8)
+    assert set(np.diff(where)) <= {4, 5}
+    seen = spatial.project(
+        scene.problem.footprint, scene.inside, scene.dataset.initial, N
+    )
+    np.testing.assert_allclose(taken.projections, seen[np.array(where)], atol=1e-12)
 
 
 @pytest.mark.parametrize("sigma", [None, 0.25])
@@ -410,9 +427,14 @@ def test_batches_do_not_matter(scene, uninterrupted):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * np.abs(b).max())
 
 
-def test_iterations_do_not_recompile(scene, caplog):
+@pytest.mark.parametrize("rule", ["given", "measured"])
+def test_iterations_do_not_recompile(scene, caplog, rule):
     """The counter is traced: all is compiled by the end of the first iteration."""
-    config, compiled = scene.config(max_trials=6), []  # not compiled before
+    trials = {"given": 6, "measured": 7}[rule]  # not compiled before
+    config, compiled = scene.config(max_trials=trials), []
+    if rule == "measured":
+        steps = NewtonSteps(algorithm1.Schedule(0.5, 1.0))
+        config = dataclasses.replace(config, steps=steps)
 
     def count(state, info):
         jax.block_until_ready((state, info))

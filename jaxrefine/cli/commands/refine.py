@@ -135,7 +135,7 @@ class RefineSettings:
     )
     seed: int = shared.seed("everything random")
     batch_size: int | None = shared.batch_size(
-        None, default_text="256 or what the memory allows, paper and released 8"
+        None, default_text="256 or what the memory allows, paper and released 4"
     )
     memory: float | None = option(
         None,
