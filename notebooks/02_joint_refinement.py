@@ -294,7 +294,7 @@ plt.show()
 
 # %% [markdown]
 # The dashed lines are where the engine ends. The descent gets its poses as right, but
-# for one in twenty, which began in the basin of another pose and cannot leave it; the
+# for one in thirteen, which began in the basin of another pose and cannot leave it; the
 # engine starts each pose from many places and loses one in eighty. Its map is better
 # as well; its weight of TV is chosen by cross-validation.
 #
