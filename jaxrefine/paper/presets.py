@@ -78,8 +78,9 @@ def paper_preset(
     module; the multipliers, of which it says nothing, persist. Not the paper's are four
     things: rho does not grow like sigma; lambda falls, as in the released code; the
     coefficients are those of the support; and an iteration begins with the poses,
-    because the initial map is better than the first one that the initial poses give,
-    and because the last map is then one of the final poses.
+    because the initial map is better than the first one that the initial poses give and
+    says where the molecule stands, and because the last map is then one of the final
+    poses.
 
     Parameters
     ----------
