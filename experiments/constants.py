@@ -1,4 +1,4 @@
-"""What the settings of `paper_preset` that the paper leaves open are worth.
+"""What some settings of `paper_preset` are worth.
 
 Algorithm 1 is run from the start of Init-1 with `paper_preset`, and with one of these
 settings changed at a time:
