@@ -243,8 +243,7 @@ def compared_with(sums: list[Sums], apart: bool) -> Folds:
 
     The images of the other fold, or, where the folds are not kept apart, all images.
     """
-    total = sums[0] + sums[1]
-    return folds.folds(sums if apart else [total, total])
+    return folds.folds(sums if apart else [sums[0] + sums[1]] * 2)
 
 
 def cross_validated(
@@ -288,7 +287,7 @@ def between(settings: "AblationSettings", case: Case) -> dict[str, Method]:
 
 
 FAMILIES: dict[str, Family] = {
-    "paper": init1.paper,
+    "paper": methods.paper_algorithm,
     "between": between,
     "engine": init1.engine,
 }

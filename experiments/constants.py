@@ -29,7 +29,6 @@ from functools import partial
 
 import cases
 import comparison
-import init1
 import methods
 from comparison import Case, Family, Method
 from settings import ComparisonSettings, Init1Start, PaperSettings
@@ -41,9 +40,8 @@ from jaxrefine.paper import (
     NewtonSteps,
     Problem,
     Schedule,
-    paper_preset,
 )
-from jaxrefine.paper.steps import mean_curvatures, sample
+from jaxrefine.paper.steps import mean_curvatures
 from jaxrefine.runs.options import option
 
 
@@ -70,11 +68,7 @@ CHANGES: dict[str, Callable[[Algorithm1Config], Algorithm1Config]] = {
 def changed(settings: "ConstantsSettings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm with one setting changed at a time."""
     del case
-    made = partial(
-        paper_preset,
-        iterations=settings.paper_iterations,
-        batch_size=settings.batch_size,
-    )
+    made = methods.preset_of(settings)
 
     def preset(change, problem: Problem, start: Algorithm1State) -> Algorithm1Config:
         return change(made(problem, start))
@@ -82,7 +76,7 @@ def changed(settings: "ConstantsSettings", case: Case) -> dict[str, Method]:
     def kappa_of_the_start(
         problem: Problem, start: Algorithm1State
     ) -> Algorithm1Config:
-        curvatures = mean_curvatures(problem, sample(problem, start))
+        curvatures = mean_curvatures(problem, start)
         steps = GivenSteps(*(Schedule(0.5 / each, 1.0 / each) for each in curvatures))
         return dataclasses.replace(made(problem, start), steps=steps)
 
@@ -95,7 +89,7 @@ def changed(settings: "ConstantsSettings", case: Case) -> dict[str, Method]:
     return {**found, "volume first and last": closed}
 
 
-FAMILIES: dict[str, Family] = {"paper": init1.paper, "changed": changed}
+FAMILIES: dict[str, Family] = {"paper": methods.paper_algorithm, "changed": changed}
 """What ``methods`` of the settings may list."""
 
 

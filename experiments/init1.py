@@ -14,7 +14,6 @@ prints a table, and stores it with curves and maps in the run directory. The scr
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 import cases
 import comparison
@@ -33,7 +32,6 @@ from jaxrefine.paper import (
     Algorithm1Config,
     Algorithm1State,
     Problem,
-    paper_preset,
     printed_preset,
     released_preset,
 )
@@ -53,32 +51,17 @@ def engine(settings: Init1Start, case: Case) -> dict[str, Method]:
     }
 
 
-def paper(settings: PaperSettings, case: Case) -> dict[str, Method]:
-    """Return the paper's algorithm, with its oracle and the unrefined poses."""
-    del case
-    return methods.paper_algorithm(settings.paper_iterations, settings.batch_size)
-
-
 def printed(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return the paper's algorithm with the steps that it prints."""
     del case
-    preset = partial(
-        printed_preset,
-        iterations=settings.paper_iterations,
-        batch_size=settings.batch_size,
-    )
+    preset = methods.preset_of(settings, printed_preset)
     return {"joint (paper, printed steps)": methods.spatial_refinement(preset)}
 
 
 def basin(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     """Return what a local descent reaches in the true map."""
     del case
-    preset = partial(
-        paper_preset,
-        iterations=settings.paper_iterations,
-        batch_size=settings.batch_size,
-    )
-    blur = settings.initial_blur
+    preset, blur = methods.preset_of(settings), settings.initial_blur
     return {"descent in the true map": methods.descent_in_the_true_map(preset, blur)}
 
 
@@ -115,7 +98,7 @@ def by_relion(settings: "Init1Settings", case: Case) -> dict[str, Method]:
 
 FAMILIES: dict[str, Family] = {
     "engine": engine,
-    "paper": paper,
+    "paper": methods.paper_algorithm,
     "printed": printed,
     "basin": basin,
     "released": released,

@@ -47,15 +47,9 @@ def by_relion(settings: Init2Start, case: Case) -> dict[str, Method]:
     return methods.relion_methods(settings, settings.relion_most_poses or None)
 
 
-def paper(settings: "Init2Settings", case: Case) -> dict[str, Method]:
-    """Return the paper's algorithm, from the same map and poses."""
-    del case
-    return methods.paper_algorithm(settings.paper_iterations, settings.batch_size)
-
-
 FAMILIES: dict[str, Family] = {
     "engine": engine,
-    "paper": paper,
+    "paper": methods.paper_algorithm,
     "relion": by_relion,
 }
 """What ``methods`` of the settings may list."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import relion
 from comparison import Case, Method, Outcome, Record
-from settings import RelionSettings
+from settings import PaperSettings, RelionSettings
 
 from jaxrefine import evaluation, io, simulate
 from jaxrefine._types import Volume
@@ -177,9 +177,18 @@ def spatial_refinement(preset: Preset, closing_update: bool = False) -> Method:
     return run
 
 
-def paper_algorithm(iterations: int, batch_size: int) -> dict[str, Method]:
+def preset_of(
+    settings: PaperSettings, make: Callable[..., Algorithm1Config] = paper_preset
+) -> Preset:
+    """Return a preset of as many iterations, and batches as large, as a study has."""
+    loops = {"iterations": settings.paper_iterations, "batch_size": settings.batch_size}
+    return partial(make, **loops)
+
+
+def paper_algorithm(settings: PaperSettings, case: Case) -> dict[str, Method]:
     """Return the paper's algorithm, with its oracle and the unrefined poses."""
-    preset = partial(paper_preset, iterations=iterations, batch_size=batch_size)
+    del case
+    preset = preset_of(settings)
     return {
         "oracle (paper)": spatial_reconstruction(preset, true_poses),
         "unrefined (paper)": spatial_reconstruction(preset, initial_poses),

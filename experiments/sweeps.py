@@ -107,7 +107,6 @@ _BATCH = 256
 
 def family(settings: SweepSettings, case: Case) -> dict[str, Method]:
     """Return what is compared at every point."""
-    del case
     seed = settings.seed
     # The engine's default is for the errors of up to 0.7 rad of Init-1.
     spread = RefineConfig().angle_spread * settings.max_angle_error_in_radians / 0.7
@@ -116,7 +115,7 @@ def family(settings: SweepSettings, case: Case) -> dict[str, Method]:
         "oracle": methods.reconstruction(true_poses, seed),
         "unrefined": methods.reconstruction(initial_poses, seed),
         "joint": methods.refinement(config, seed),
-        **methods.paper_algorithm(settings.paper_iterations, settings.batch_size),
+        **methods.paper_algorithm(settings, case),
         "true map": from_true_map(seed),
     }
 

@@ -116,7 +116,7 @@ def paper_preset(
             "the initial map must have the contrast of the images (see "
             f"match_contrast), got one that fits best when multiplied by {gain:.3g}"
         )
-    angle, shift = (float(each) for each in mean_curvatures(problem, measured))
+    angle, shift = (float(each) for each in mean_curvatures(problem, start))
     # Of a map that extends to a tenth of the radius, at least.
     if not angle > shift * (0.05 * measured.images.shape[-1]) ** 2 * 1e-2:
         raise InputError(

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine._types import Images, Scalar
 from jaxrefine.operators import spatial
 from jaxrefine.paper import algorithm3
 from jaxrefine.paper.algorithm1 import Algorithm1State, Problem, Schedule
@@ -57,7 +57,7 @@ class NewtonSteps(eqx.Module):
         self, problem: Problem, state: Algorithm1State, iterations: int
     ) -> tuple[Scalar, Scalar]:
         """Return the first steps on the angles and on the shifts."""
-        angle, shift = _current_curvatures(problem, state)
+        angle, shift = mean_curvatures(problem, state)
         fraction = self.fraction(state.iteration, iterations).astype(angle.dtype)
         return fraction / angle, fraction / shift
 
@@ -67,15 +67,12 @@ class Sample(NamedTuple):
 
     Attributes
     ----------
-    coefficients
-        Those of the map, within its support.
     images, poses
         Images, and their poses so far.
     projections
-        Projections of the map at these poses.
+        Projections of the map, within its support, at these poses.
     """
 
-    coefficients: Volume
     images: Images
     poses: EulerPoses
     projections: Images
@@ -89,10 +86,11 @@ def sample(problem: Problem, state: Algorithm1State) -> Sample:
     c = support.extend(support.restrict(state.volume.coefficients))
     m = problem.images.shape[-1]
     seen = spatial.project(problem.footprint, c, poses.poses, m)
-    return Sample(c, problem.images[chosen], poses, seen)
+    return Sample(problem.images[chosen], poses, seen)
 
 
-def mean_curvatures(problem: Problem, measured: Sample) -> tuple[Scalar, Scalar]:
+@eqx.filter_jit
+def mean_curvatures(problem: Problem, state: Algorithm1State) -> tuple[Scalar, Scalar]:
     r"""Return the mean curvatures of the cost along an angle, and along a shift.
 
     The mean over a sample of :math:`\|\partial (H c)/\partial\theta_i\|^2`, and over
@@ -100,17 +98,9 @@ def mean_curvatures(problem: Problem, measured: Sample) -> tuple[Scalar, Scalar]
     the second derivatives of the cost where projection and image agree
     (:func:`jaxrefine.paper.algorithm3.curvature`).
     """
-    terms = algorithm3.map_terms(
-        problem.footprint, measured.coefficients, problem.support
-    )
+    measured, c = sample(problem, state), state.volume.coefficients
+    terms = algorithm3.map_terms(problem.footprint, c, problem.support)
     curvature = algorithm3.curvature(
         terms, problem.image_filter, measured.projections, measured.poses
     )
     return curvature.angles.mean(), curvature.shifts.mean()
-
-
-@eqx.filter_jit
-def _current_curvatures(
-    problem: Problem, state: Algorithm1State
-) -> tuple[Scalar, Scalar]:
-    return mean_curvatures(problem, sample(problem, state))

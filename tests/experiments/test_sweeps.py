@@ -167,6 +167,20 @@ def test_bad_input_is_one_sentence(run_script, words, sentence, tmp_path, capsys
 # --- ablation
 
 
+@pytest.fixture
+def summed(load, tmp_path):
+    """Return the ablation, its particles, their start and the sums over each fold."""
+    ablation, file = load("ablation"), Path("configs/ablation.toml")
+    settings = load("configuration").read(ablation.AblationSettings, file, "smoke")
+    case = load("cases").init1(settings, "", tmp_path)
+    config = RefineConfig(multi_start=())
+    particles = ablation.particle_set_of(case, config, jax.random.key(0), False)
+    state = ablation.white_start(particles, case, float(case.dataset.sigma))
+    everyone = np.ones(len(particles), bool)
+    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    return ablation, particles, state, sums
+
+
 def test_each_rung_sets_one_more_flag(load):
     rungs = list(load("ablation").RUNGS.values())
     assert not any(vars(rungs[0]).values())
@@ -188,16 +202,9 @@ def test_the_descent_on_slices_begins_with_a_fraction_of_newtons_steps(load):
 
 
 @pytest.mark.slow
-def test_what_is_predicted_is_not_in_the_maps_that_predict_it(load, tmp_path):
+def test_what_is_predicted_is_not_in_the_maps_that_predict_it(summed):
     """Whatever the maps were before: the choice of tau forgets them."""
-    ablation, file = load("ablation"), Path("configs/ablation.toml")
-    settings = load("configuration").read(ablation.AblationSettings, file, "smoke")
-    case = load("cases").init1(settings, "", tmp_path)
-    config = RefineConfig(multi_start=())
-    particles = ablation.particle_set_of(case, config, jax.random.key(0), False)
-    state = ablation.white_start(particles, case, float(case.dataset.sigma))
-    everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    ablation, particles, state, sums = summed
     of_all = map_step.update_maps(particles, state, ablation.compared_with(sums, False))
     chosen, again = (
         ablation.cross_validated(particles, each, sums) for each in (state, of_all)
@@ -314,17 +321,9 @@ def test_ablation_runs(run_script, draw, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_folds_both_maps_are_of_all_particles(load, tmp_path):
+def test_without_folds_both_maps_are_of_all_particles(summed):
     """What the ablation hands to the engine's volume update gives one map, not two."""
-    ablation, file = load("ablation"), Path("configs/ablation.toml")
-    settings = load("configuration").read(ablation.AblationSettings, file, "smoke")
-    case = load("cases").init1(settings, "", tmp_path)
-    sigma = float(case.dataset.sigma)
-    key, config = jax.random.key(0), RefineConfig(multi_start=())
-    particles = ablation.particle_set_of(case, config, key, False)
-    state = ablation.white_start(particles, case, sigma)
-    everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    ablation, particles, state, sums = summed
     both, apart = (
         map_step.update_maps(particles, state, ablation.compared_with(sums, apart))
         for apart in (False, True)
