@@ -110,7 +110,7 @@ class PaperDescent(eqx.Module):
         )
 
         def descend(pose, _):
-            lower = jnp.zeros((), bool)
+            evaluations = jnp.zeros((), jnp.int32)
             for chosen, first_step in searches:
                 rotation, shift = pose
 
@@ -118,7 +118,7 @@ class PaperDescent(eqx.Module):
                     return constraint(*retract(rotation, shift, step))
 
                 cost, gradient, _ = objective(rotation, shift)
-                step, value, _ = backtrack(
+                step, _, trials = backtrack(
                     lambda step, move=move: objective(*move(step))[0],
                     jnp.zeros(5, dtype),
                     cost,
@@ -127,14 +127,14 @@ class PaperDescent(eqx.Module):
                     jnp.asarray(self.eta, dtype),
                     self.max_trials,
                 )
-                pose, lower = move(step), lower | (value < cost)
-            return pose, lower
+                pose, evaluations = move(step), evaluations + 1 + trials
+            return pose, evaluations
 
         start = constraint(rotation, shift)
-        pose, accepted = jax.lax.scan(descend, start, None, self.iterations)
+        pose, evaluations = jax.lax.scan(descend, start, None, self.iterations)
         cost, _, information = objective(*pose)
-        undamped = jnp.zeros(self.iterations, dtype)
-        return Estimate(*pose, cost, information, undamped, accepted)
+        total = (jnp.sum(evaluations) + 1).astype(jnp.int32)
+        return Estimate(*pose, cost, information, total)
 
 
 def newton_descent(

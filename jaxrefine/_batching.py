@@ -99,6 +99,55 @@ def map_over_particles(
     return jax.tree.map(join, results)
 
 
+def for_active(
+    function: Callable[..., Any],
+    active: Bool[Array, "n"],
+    size: int,
+    arguments: Any,
+    otherwise: Any,
+) -> Any:
+    """Evaluate ``function(*arguments)`` where it is active, ``size`` at a time.
+
+    Those that are active are gathered first, so that the others cost nothing.
+
+    Parameters
+    ----------
+    function
+        A function of one row.
+    active
+        Which rows to evaluate.
+    size
+        How many are evaluated at a time; the memory grows with it.
+    arguments
+        A tuple of pytrees with a leading axis ``n``.
+    otherwise
+        The results of the other rows, with a leading axis ``n``.
+
+    Returns
+    -------
+    The results of all rows.
+    """
+    count = active.shape[0]
+    size = min(size, count)
+    order = jnp.argsort(~active, stable=True).astype(jnp.int32)
+    # The last rows are filled up with a row that does not exist: it is read as the last
+    # one, and not written.
+    order = jnp.where(jnp.sort(~active), count, order)
+    order = jnp.concatenate([order, jnp.full(-count % size, count, jnp.int32)])
+    rounds = (jnp.sum(active.astype(jnp.int32)) + size - 1) // size
+
+    def evaluate(index, results):
+        rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+        read = jnp.minimum(rows, count - 1)
+        chosen = jax.tree.map(lambda leaf: leaf[read], arguments)
+        values = jax.vmap(function)(*chosen)
+        return jax.tree.map(
+            lambda leaf, value: leaf.at[rows].set(value, mode="drop"), results, values
+        )
+
+    return jax.lax.fori_loop(0, rounds, evaluate, otherwise)
+
+
 def _plan(particles: Any, batch_size: int) -> tuple[int, int, int]:
     """Return the numbers of particles, of particles in a batch, and of batches."""
     count = jax.tree.leaves(particles)[0].shape[0]

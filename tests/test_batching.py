@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import draw
 
-from jaxrefine._batching import map_over_particles, sum_over_particles
+from jaxrefine._batching import for_active, map_over_particles, sum_over_particles
 from jaxrefine.errors import InputError
 
 COUNT = 7
@@ -95,3 +95,29 @@ def test_memory_is_that_of_a_batch():
     memory = everything.lower(jnp.zeros(count)).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes > count * size * 8 / 2, "the test must bite"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("active", ["none", "one", "some", "all"])
+def test_what_is_active_is_evaluated(active, size):
+    """The others keep what they had, and nothing is evaluated in vain."""
+    chosen = {"none": [], "one": [4], "some": [6, 0, 3], "all": range(COUNT)}[active]
+    is_active = np.isin(np.arange(COUNT), list(chosen))
+    x, y = draw(COUNT, 4), draw(COUNT, seed=1)
+    before = {"z": draw(COUNT, 4, seed=2), "calls": jnp.zeros(COUNT, jnp.int32)}
+    seen = []
+
+    def function(x, y):
+        jax.debug.callback(lambda value: seen.append(float(value)), y)
+        return {"z": x * y, "calls": jnp.ones((), jnp.int32)}
+
+    found = jax.jit(lambda *a: for_active(function, a[0], size, a[1:3], a[3]))(
+        jnp.asarray(is_active), x, y, before
+    )
+    jax.effects_barrier()
+    expected = np.where(is_active[:, None], x * y[:, None], before["z"])
+    np.testing.assert_allclose(found["z"], expected, rtol=1e-15)
+    np.testing.assert_array_equal(found["calls"], is_active)
+    count, size = is_active.sum(), min(size, COUNT)
+    assert len(seen) == size * -(-count // size)
+    assert set(np.asarray(y)[is_active]) <= set(seen)

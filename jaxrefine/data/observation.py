@@ -5,8 +5,9 @@ particle depends neither on the batch that it is in nor on the size of the batch
 for rounding).
 """
 
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, final
 
 import equinox as eqx
 import jax
@@ -20,6 +21,13 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.operators import slices
 from jaxrefine.operators.complex import power
 from jaxrefine.operators.slices import Disc
+
+PART = 80
+"""Frequencies that are compared at a time, where a band limit is not known beforehand.
+
+It divides the number of frequencies of a view that `up_to` is to limit. The first band
+limit of a refinement, 7 cycles per box, has 75 frequencies.
+"""
 
 
 @final
@@ -38,12 +46,44 @@ class Observation(eqx.Module):
         Fourier coefficients of the image.
     transfer
         Contrast-transfer function, or None for 1.
+    length
+        How many of the frequencies count, the weights of all others being 0; None for
+        all.
     """
 
     disc: Disc
     weights: Float[Array, "k"]
     spectrum: Complex[Array, "k"]
     transfer: Float[Array, "k"] | None
+    length: Int[Array, ""] | None = None
+
+    def sum_over_parts(self, function: Callable[["Observation"], Any]) -> Any:
+        """Sum a function of the image's frequencies, `PART` of them at a time.
+
+        Only those that count are visited, so that one program serves all band limits.
+        Without a `length` the function is called once, with the image itself.
+        """
+        if self.length is None:
+            return function(self)
+
+        def part(index):
+            def cut(leaf):
+                return jax.lax.dynamic_slice_in_dim(leaf, index * PART, PART)
+
+            arrays = (self.disc, self.weights, self.spectrum, self.transfer)
+            return Observation(*jax.tree.map(cut, arrays))
+
+        def add(index, carry):
+            total, seen = carry
+            return jax.tree.map(jnp.add, total, function(seen)), part(index + 1)
+
+        first = part(0)
+        shapes = eqx.filter_eval_shape(function, first)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        # A part is cut out an iteration before it is used. Otherwise XLA would cut it
+        # out anew for each element of every array that is computed from it.
+        rounds = (self.length + PART - 1) // PART
+        return jax.lax.fori_loop(0, rounds, add, (zero, first))[0]
 
     @property
     def energy(self) -> Scalar:
@@ -75,6 +115,9 @@ class View(eqx.Module):
         there is one group.
     frequencies_in_inverse_angstroms
         Frequencies of the disc, for the optics.
+    length
+        How many of the frequencies are compared, the weights of all others being 0;
+        None for all.
     """
 
     disc: Disc
@@ -82,12 +125,28 @@ class View(eqx.Module):
     inverse_noise: Float[Array, "k"]
     factor: Float[Array, "groups k"] | None
     frequencies_in_inverse_angstroms: Float[Array, "k 2"]
+    length: Int[Array, ""] | None = None
+
+    def up_to(self, r_max: Int[Array, ""]) -> "View":
+        """Return the view up to a lower band limit, cycles per box.
+
+        The arrays keep their shapes, so that one program serves all band limits.
+        """
+        disc = self.disc
+        squares = jnp.sum(disc.frequencies**2, axis=-1)
+        limit = (r_max * r_max).astype(squares.dtype)
+        inside = (squares <= limit) & (disc.multiplicity > 0)
+        return replace(
+            self,
+            weights=jnp.where(inside, self.weights, 0.0),
+            length=jnp.sum(inside.astype(jnp.int32)),
+        )
 
     def observation(
         self, spectrum: Complex[Array, "k"], transfer: Float[Array, "k"] | None
     ) -> Observation:
         """Return one of the images whose `spectra` and `transfer` were computed."""
-        return Observation(self.disc, self.weights, spectrum, transfer)
+        return Observation(self.disc, self.weights, spectrum, transfer, self.length)
 
     def spectra(
         self, images: Images, group: Int[Array, "particles"] | None
@@ -122,14 +181,26 @@ def relative_precision(
 
 
 def view(
-    particles: Particles, r_max: int, noise: Float[Array, "*groups shells"]
+    particles: Particles,
+    r_max: int,
+    noise: Float[Array, "*groups shells"],
+    multiple: int = 1,
 ) -> View:
     """Compare up to ``r_max`` cycles per box, with the noise's power in each shell.
 
-    The power is that of every group, or one for all particles.
+    Parameters
+    ----------
+    particles
+        Images of which the size is read.
+    r_max
+        Band limit, cycles per box.
+    noise
+        Power of the noise, of every group or one for all particles.
+    multiple
+        The number of frequencies is filled up to a multiple of this, see `slices.disc`.
     """
     m = particles.image_size
-    disc = slices.disc(m, r_max)
+    disc = slices.disc(m, r_max, multiple=multiple)
     noise = jnp.atleast_2d(noise)
     least = jnp.min(noise, axis=0)[disc.shells]
     inverse = jnp.where((disc.shells > 0) & (least < jnp.inf), m**2 / least, 0.0)

@@ -40,10 +40,11 @@ class Disc(eqx.Module):
     Attributes
     ----------
     frequencies
-        ``(x, y)`` in cycles per box; one of each pair ``omega``, ``-omega``.
+        ``(x, y)`` in cycles per box, in the order of their radii; one of each pair
+        ``omega``, ``-omega``.
     multiplicity
         Number of frequencies of the plane that each one stands for: 2, or 1 at the
-        origin.
+        origin, or 0 for one that only fills up the disc.
     envelope
         Fourier transform of the volume's basis function at each frequency; 1 for
         voxels.
@@ -76,8 +77,10 @@ class Disc(eqx.Module):
         return self.multiplicity / self.image_size**2
 
 
-def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
-    """List the frequencies of the half plane up to a radius.
+def disc(
+    image_size: int, r_max: int, basis: kbwf.KBWF | None = None, multiple: int = 1
+) -> Disc:
+    """List the frequencies of the half plane up to a radius, in the order of radii.
 
     Parameters
     ----------
@@ -87,6 +90,9 @@ def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
         Largest frequency in cycles per box, below Nyquist, ``m / 2``.
     basis
         Basis of the volume's coefficients; without one, they are voxel values.
+    multiple
+        The number of frequencies is filled up to a multiple of this, by the origin with
+        a multiplicity of 0.
 
     Raises
     ------
@@ -103,7 +109,12 @@ def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
     in_half_plane = (x > 0) | (y >= 0)
     inside = (x**2 + y**2 <= r_max**2) & in_half_plane
     x, y = x[inside], y[inside]
+    order = np.argsort(x**2 + y**2, kind="stable")
+    more = -len(order) % multiple
+    x, y = (np.pad(axis[order], (0, more)) for axis in (x, y))
     radius = np.hypot(x, y)
+    multiplicity = np.where(radius > 0, 2, 1)
+    multiplicity[len(order) :] = 0
     envelope = jnp.ones(len(x))
     if basis is not None:
         envelope = kbwf.fourier_transform(
@@ -111,7 +122,7 @@ def disc(image_size: int, r_max: int, basis: kbwf.KBWF | None = None) -> Disc:
         )
     return Disc(
         frequencies=jnp.asarray(np.stack([x, y], axis=-1), envelope.dtype),
-        multiplicity=jnp.asarray(np.where(radius > 0, 2, 1), envelope.dtype),
+        multiplicity=jnp.asarray(multiplicity, envelope.dtype),
         envelope=envelope,
         rows=jnp.asarray(y % image_size, jnp.int32),
         columns=jnp.asarray(x, jnp.int32),

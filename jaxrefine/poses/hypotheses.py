@@ -32,9 +32,9 @@ class Hypotheses(eqx.Module):
         Logarithms of their posterior probabilities, minus infinity for an empty place.
     """
 
-    rotations: Float[Array, "*particles h 3 3"]
-    shifts: Float[Array, "*particles h 2"]
-    log_weights: Float[Array, "*particles h"]
+    rotations: Float[Array | np.ndarray, "*particles h 3 3"]
+    shifts: Float[Array | np.ndarray, "*particles h 2"]
+    log_weights: Float[Array | np.ndarray, "*particles h"]
 
     @property
     def weights(self) -> Float[Array, "*particles h"]:
@@ -52,6 +52,31 @@ def certain(poses: Poses, count: int) -> Hypotheses:
     shifts = jnp.repeat(poses.shifts[:, None], count, axis=1)
     empty = jnp.full((len(poses), count), -jnp.inf, poses.shifts.dtype)
     return Hypotheses(rotations, shifts, empty.at[:, 0].set(0.0))
+
+
+def distinct(
+    rotations: Float[Array, "h 3 3"],
+    evidence: Float[Array, "h"],
+    separation: Scalar,
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
+) -> Float[Array, "h"]:
+    """Return the evidence of one particle's candidates, of nearly equal ones once.
+
+    That of the others is minus infinity. Parameters as for `merge`.
+    """
+    copies = rotations[:, None]
+    if operators is not None:
+        group = jnp.asarray(operators, rotations.dtype)
+        copies = jnp.einsum("jab,sbc->jsac", rotations, group, precision=_HIGHEST)
+    cosine = jnp.einsum("iab,jsab->ijs", rotations, copies, precision=_HIGHEST)
+    near = 3.0 - jnp.max(cosine, axis=-1) < separation**2
+    count = evidence.shape[0]
+    first = jnp.arange(count)
+    above = (evidence[:, None] > evidence[None]) | (
+        (evidence[:, None] == evidence[None]) & (first[:, None] < first[None])
+    )
+    repeated = jnp.any(near & above, axis=0)
+    return jnp.where(repeated, -jnp.inf, evidence)
 
 
 def merge(
@@ -79,19 +104,7 @@ def merge(
     -------
     The ranked hypotheses, and the indices of the candidates in this order.
     """
-    copies = rotations[:, None]
-    if operators is not None:
-        group = jnp.asarray(operators, rotations.dtype)
-        copies = jnp.einsum("jab,sbc->jsac", rotations, group, precision=_HIGHEST)
-    cosine = jnp.einsum("iab,jsab->ijs", rotations, copies, precision=_HIGHEST)
-    near = 3.0 - jnp.max(cosine, axis=-1) < separation**2
-    count = evidence.shape[0]
-    first = jnp.arange(count)
-    above = (evidence[:, None] > evidence[None]) | (
-        (evidence[:, None] == evidence[None]) & (first[:, None] < first[None])
-    )
-    repeated = jnp.any(near & above, axis=0)
-    evidence = jnp.where(repeated, -jnp.inf, evidence)
+    evidence = distinct(rotations, evidence, separation, operators)
     order = jnp.argsort(-evidence)
     # Relative to the first, so that rounding does not grow with the evidence.
     ranked = evidence[order] - jnp.max(evidence)

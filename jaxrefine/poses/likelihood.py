@@ -136,24 +136,46 @@ def normal_equations(
     their inner products are sums of ten images times monomials. Parameters and errors
     as for :func:`cost`.
     """
+
+    def equations(part: Observation):
+        return _normal_equations(reference, part, rotation, shift)
+
+    return observation.sum_over_parts(equations)
+
+
+def _normal_equations(
+    reference: Spectrum,
+    observation: Observation,
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+) -> tuple[Scalar, Float[Array, "5"], Float[Array, "5 5"]]:
+    """Return `normal_equations` of all frequencies at once."""
     residual = _residual(reference, observation, rotation, shift, sloping=True)
     disc, weights = observation.disc, observation.weights
     still, out, about = residual.slices
+    pull = residual.pull
     step = 2 * math.pi / disc.image_size
     first, second = _moments(disc, weights.dtype)
     weight = weights * residual.gain**2
-
-    tilt = _dot(product(residual.pull, out), first)
-    turn = jnp.sum(product(residual.pull, about))
-    move = _dot(crossed(residual.pull, still), first) * step
+    moments = jnp.concatenate([jnp.ones_like(first[:, :1]), first, second], axis=1)
+    # One product of matrices makes all sums, most of which are of use.
+    products = [
+        product(pull, out),
+        product(pull, about),
+        crossed(pull, still) * step,
+        weight * product(out, out),
+        weight * product(out, about),
+        weight * crossed(out, still) * step,
+        weight * product(about, about),
+        weight * crossed(about, still) * step,
+        weight * product(still, still) * step**2,
+    ]
+    sums = jnp.matmul(jnp.stack(products), moments, precision=_HIGHEST)
+    tilt, turn, move = sums[0, 1:3], sums[1, 0], sums[2, 1:3]
     gradient = jnp.stack([-tilt[1], tilt[0], turn, move[0], move[1]])
 
-    tilt_tilt = _dot(weight * product(out, out), second)
-    tilt_turn = _dot(weight * product(out, about), first)
-    tilt_move = _dot(weight * crossed(out, still), second) * step
-    turn_turn = jnp.sum(weight * product(about, about))
-    turn_move = _dot(weight * crossed(about, still), first) * step
-    move_move = _dot(weight * product(still, still), second) * step**2
+    tilt_tilt, tilt_turn, tilt_move = sums[3, 3:], sums[4, 1:3], sums[5, 3:]
+    turn_turn, turn_move, move_move = sums[6, 0], sums[7, 1:3], sums[8, 3:]
     upper = [
         [tilt_tilt[2], -tilt_tilt[1], -tilt_turn[1], -tilt_move[1], -tilt_move[2]],
         [tilt_tilt[0], tilt_turn[0], tilt_move[0], tilt_move[1]],

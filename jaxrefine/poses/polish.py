@@ -24,7 +24,7 @@ class Polished(eqx.Module):
 
     Attributes
     ----------
-    rotations, shifts, information, damping
+    rotations, shifts, information, evaluations
         See `solvers.Estimate`.
     evidence
         Logarithm of the posterior mass about the pose, relative to the probability of
@@ -34,7 +34,7 @@ class Polished(eqx.Module):
     rotations: Float[Array | np.ndarray, "*c 3 3"]
     shifts: Float[Array | np.ndarray, "*c 2"]
     information: Float[Array | np.ndarray, "*c 5 5"]
-    damping: Float[Array | np.ndarray, "*c iterations"]
+    evaluations: Int[Array | np.ndarray, "*c"]
     evidence: Float[Array | np.ndarray, "*c"]
 
 
@@ -87,7 +87,7 @@ class Polish(eqx.Module):
             estimate.rotation,
             estimate.shift,
             estimate.information,
-            estimate.damping,
+            estimate.evaluations,
             observation.energy - estimate.cost + mass,
         )
 

@@ -9,7 +9,7 @@ the map gives, by correlation, the log-likelihoods on a whole grid of shifts:
 relative to that of an image without a particle. An orientation's score adds the prior
 and is summed over the shifts; the best orientations that differ are kept.
 
-All functions but `search_poses` are for one particle; use ``jax.vmap`` for many.
+All functions are for one particle; use ``jax.vmap`` for many.
 """
 
 import math
@@ -19,16 +19,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrefine._types import Scalar
-from jaxrefine.data.observation import Observation, View
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.observation import Observation
 from jaxrefine.geometry import rotvec_to_matrix
 from jaxrefine.operators.gridding import Spectrum
-from jaxrefine.operators.slices import on_plane, slice_gain
+from jaxrefine.operators.slices import on_plane, phases, slice_gain
 from jaxrefine.poses.prior import Prior
-from jaxrefine.poses.visit import visit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Orientations that a search of a whole prior tries: a few even if the prior is narrower
@@ -36,6 +34,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 # of 6.4 cells; beyond it the prior is searched more sparsely than by cells. Both bounds
 # are conventions that no benchmark has set.
 _FEWEST, _MOST = 24, 4096
+# Orientations whose slices are read at a time. It bounds the memory, and changes no
+# result.
+_AT_ONCE = 32
 
 
 def shift_grid(steps: int) -> Float[np.ndarray, "t 2"]:
@@ -98,17 +99,30 @@ def propose(
     key: PRNGKeyArray,
     centres: Float[Array, "h 3 3"],
     spread: Scalar,
-    count: int,
-) -> Float[Array, "h*{count} 3 3"]:
+    count: Int[Array, ""],
+    most: int,
+) -> Float[Array, "{most} 3 3"]:
     """Draw ``count`` orientations about each centre, the first being the centre.
 
-    ``spread`` is the standard deviation of each component of the rotation vector.
+    Parameters
+    ----------
+    key
+        Draws them.
+    centres
+        Orientations to draw candidates about.
+    spread
+        Standard deviation of each component of the rotation vector, radians.
+    count
+        How many to draw about each centre.
+    most
+        How many to return; those beyond ``count`` times the number of centres are drawn
+        about the last one.
     """
-    shape = (centres.shape[0], count, 3)
-    vectors = spread * jax.random.normal(key, shape, centres.dtype)
-    turns = rotvec_to_matrix(vectors.at[:, 0].set(0.0))
-    turned = jnp.einsum("hcij,hjk->hcik", turns, centres, precision=_HIGHEST)
-    return turned.reshape(-1, 3, 3)
+    places = jnp.arange(most, dtype=jnp.int32)
+    vectors = spread * jax.random.normal(key, (most, 3), centres.dtype)
+    vectors = jnp.where((places % count == 0)[:, None], 0.0, vectors)
+    centre = centres[jnp.minimum(places // count, len(centres) - 1)]
+    return jnp.matmul(rotvec_to_matrix(vectors), centre, precision=_HIGHEST)
 
 
 def log_likelihoods(
@@ -122,33 +136,40 @@ def log_likelihoods(
     Relative to an image without a particle. Parameters as for `likelihood.cost`, whose
     cost is the negative log-likelihood.
     """
-    disc, weights = observation.disc, observation.weights
-    gain = slice_gain(disc, observation.transfer, weights.dtype)
-    slices = jax.vmap(lambda rotation: reference(*on_plane(disc, rotation)[0]))(
-        rotations
-    )
-    energy = jnp.matmul(
-        slices.real**2 + slices.imag**2, weights * gain**2 / 2, precision=_HIGHEST
-    )
-    pull, data = weights * gain, observation.spectrum
-    real, imaginary = pull * data.real, pull * data.imag
-    # sum_k Re(conj(S) y e^{i a}) as one real matrix product over 2k columns.
-    frequencies = disc.frequencies.astype(weights.dtype)
-    angle = jnp.matmul(frequencies, shifts.T, precision=_HIGHEST)
-    angle = angle * (2 * jnp.pi / disc.image_size)
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    by_real = real[:, None] * cosine - imaginary[:, None] * sine
-    by_imaginary = imaginary[:, None] * cosine + real[:, None] * sine
-    correlation = jnp.matmul(slices.real, by_real, precision=_HIGHEST)
-    correlation = correlation + jnp.matmul(
-        slices.imag, by_imaginary, precision=_HIGHEST
-    )
-    return correlation - energy[:, None]
+
+    def part(seen: Observation) -> Float[Array, "r t"]:
+        disc, weights = seen.disc, seen.weights
+        gain = slice_gain(disc, seen.transfer, weights.dtype)
+        slices = jax.vmap(lambda rotation: reference(*on_plane(disc, rotation)[0]))(
+            rotations
+        )
+        energy = jnp.matmul(
+            slices.real**2 + slices.imag**2, weights * gain**2 / 2, precision=_HIGHEST
+        )
+        pull, data = weights * gain, seen.spectrum
+        real, imaginary = pull * data.real, pull * data.imag
+        # sum_k Re(conj(S) y e^{i a}) as one real matrix product over 2k columns.
+        frequencies = disc.frequencies.astype(weights.dtype)
+        angle = jnp.matmul(frequencies, shifts.T, precision=_HIGHEST)
+        angle = angle * (2 * jnp.pi / disc.image_size)
+        cosine, sine = jnp.cos(angle), jnp.sin(angle)
+        by_real = real[:, None] * cosine - imaginary[:, None] * sine
+        by_imaginary = imaginary[:, None] * cosine + real[:, None] * sine
+        correlation = jnp.matmul(slices.real, by_real, precision=_HIGHEST)
+        correlation = correlation + jnp.matmul(
+            slices.imag, by_imaginary, precision=_HIGHEST
+        )
+        return correlation - energy[:, None]
+
+    return observation.sum_over_parts(part)
 
 
 @final
 class Search(eqx.Module):
     """One pass of the search: which candidates are tried, and how many are kept.
+
+    The shapes of its arrays do not depend on how many candidates are tried, so that one
+    program serves several passes.
 
     Attributes
     ----------
@@ -157,18 +178,27 @@ class Search(eqx.Module):
         about their centres, radians.
     offsets
         Shifts to try, in pixels, from the shift that the search begins at.
+    tried
+        Which of the offsets to try; the others only fill up the array.
     separation
         Smallest angle between two candidates that are kept, radians.
     count
         Candidates about each centre, the centre among them.
+    centres
+        Number of centres that candidates are drawn about.
+    most
+        Candidates that there is room for: at least ``count`` times ``centres``.
     keep
         Candidates that are kept for each particle.
     """
 
     spread: Float[Array, ""]
     offsets: Float[Array, "t 2"]
+    tried: Bool[Array, "t"]
     separation: Float[Array, ""]
-    count: int = eqx.field(static=True)
+    count: Int[Array, ""]
+    centres: Int[Array, ""]
+    most: int = eqx.field(static=True)
     keep: int = eqx.field(static=True)
 
     def __call__(
@@ -193,17 +223,35 @@ class Search(eqx.Module):
         centres, shift
             Orientations and shift (pixels) to draw candidates about.
         """
-        rotations = propose(key, centres, self.spread, self.count)
+        room = self.most + -self.most % _AT_ONCE
+        total = self.count * self.centres
+        rotations = propose(key, centres, self.spread, self.count, room)
+        # Seen from the shift, the offsets are those of all particles.
+        unshifted = _without_shift(observation, shift)
+
+        def compare(index, values):
+            first = index * _AT_ONCE
+            some = jax.lax.dynamic_slice_in_dim(rotations, first, _AT_ONCE)
+            found = log_likelihoods(reference, unshifted, some, self.offsets)
+            return jax.lax.dynamic_update_slice_in_dim(values, found, first, 0)
+
+        empty = jnp.zeros((room, len(self.offsets)), self.offsets.dtype)
+        rounds = (total + _AT_ONCE - 1) // _AT_ONCE
+        likelihoods = jax.lax.fori_loop(0, rounds, compare, empty)
+
         shifts = shift[None] + self.offsets
-        likelihoods = log_likelihoods(reference, observation, rotations, shifts)
         turned = jnp.einsum("rij,ij->r", rotations, prior.rotations, precision=_HIGHEST)
         moved = jnp.sum((shifts - prior.shifts[None]) ** 2, axis=-1)
         # 3 - tr is the squared angle to fourth order.
         by_rotation = -(3.0 - turned) / (2 * prior.angle_spread**2)
         within = 2.0 * (1.0 - jnp.cos(jnp.minimum(prior.max_angle, jnp.pi)))
-        by_rotation = jnp.where(3.0 - turned > within + 1e-6, -jnp.inf, by_rotation)
+        is_allowed = (3.0 - turned <= within + 1e-6) & (
+            jnp.arange(room, dtype=total.dtype) < total
+        )
+        by_rotation = jnp.where(is_allowed, by_rotation, -jnp.inf)
         by_shift = -moved / (2 * prior.shift_spread**2)
-        by_shift = jnp.where(moved > prior.max_shift**2, -jnp.inf, by_shift)
+        is_allowed = (moved <= prior.max_shift**2) & self.tried
+        by_shift = jnp.where(is_allowed, by_shift, -jnp.inf)
         posterior = likelihoods + by_shift[None]
         score = jax.nn.logsumexp(posterior, axis=1) + by_rotation
         best_shift = shifts[jnp.argmax(posterior, axis=1)]
@@ -218,43 +266,7 @@ class Search(eqx.Module):
         return jax.lax.scan(pick, score, None, self.keep)[1]
 
 
-def search_poses(
-    search: Search,
-    key: PRNGKeyArray,
-    particles: Particles,
-    chosen: Int[np.ndarray, " chosen"],
-    reference: Spectrum,
-    view: View,
-    prior: Prior,
-    centres: Float[np.ndarray, "particles h 3 3"],
-    shifts: Float[np.ndarray, "particles 2"],
-    samples_at_once: int = 2**21,
-) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
-    """Search for the best candidate poses of some of the particles.
-
-    Parameters
-    ----------
-    search
-        Which candidates are tried, and how many are kept.
-    key
-        Folded with the index of each particle, so that its candidates depend neither
-        on the other particles nor on the batches.
-    particles, chosen
-        All particles, and which of them to visit.
-    reference, view
-        Spectrum of the map, and how images are compared with it.
-    prior
-        Priors of all particles.
-    centres, shifts
-        Orientations and shifts (pixels) to draw candidates about, for all particles.
-    samples_at_once
-        Samples of slices in a batch, which bounds its memory and changes no result. The
-        default is 16 MiB of spectra; `jaxrefine.refinement.memory` counts on it.
-    """
-    indices = jnp.asarray(chosen)
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-    samples = max(len(view.disc.shells), len(search.offsets))
-    samples = samples * search.count * centres.shape[1]
-    candidates = (keys, prior.take(chosen), centres[chosen], shifts[chosen])
-    batch_size = max(1, samples_at_once // samples)
-    return visit(search, particles, chosen, reference, view, candidates, batch_size)
+def _without_shift(observation: Observation, shift: Float[Array, "2"]) -> Observation:
+    """Return an observation of the particle without a shift, in pixels."""
+    spectrum = observation.spectrum * jnp.conj(phases(observation.disc, shift))
+    return eqx.tree_at(lambda o: o.spectrum, observation, spectrum)

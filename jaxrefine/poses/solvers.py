@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrefine._types import Scalar
 from jaxrefine.geometry import rotvec_to_matrix
@@ -41,6 +41,9 @@ _LARGEST_TURN = 0.5  # radians in one step; the linearisation is good for no mor
 # second after a rejected one. They are a convention, like Marquardt's 10 for both, that
 # no benchmark has set.
 _RELAX, _TIGHTEN = 5, 8
+# A step that promises to lower a negative log-likelihood by less than this is taken
+# without another evaluation: it is a third of the error bars, all five together.
+_TRUSTED = 0.05
 
 
 @final
@@ -57,18 +60,15 @@ class Estimate(eqx.Module):
         :math:`J^T W J` plus the prior's; its inverse is the covariance of the rotation
         vector (radians) and the shift (pixels), the Cramer-Rao bound where the
         residual is noise.
-    damping
-        What was added to the information's diagonal in each iteration, relative to it.
-    accepted
-        Whether each iteration lowered the cost.
+    evaluations
+        How many times the objective was evaluated.
     """
 
     rotation: Float[Array, "*batch 3 3"]
     shift: Float[Array, "*batch 2"]
     cost: Float[Array, "*batch"]
     information: Float[Array, "*batch 5 5"]
-    damping: Float[Array, "*batch iterations"]
-    accepted: Bool[Array, "*batch iterations"]
+    evaluations: Int[Array, "*batch"]
 
     @property
     def covariance(self) -> Float[Array, "*batch 5 5"]:
@@ -86,12 +86,7 @@ def retract(
 
 @runtime_checkable
 class PoseUpdate(Protocol):
-    """The methods that a pose update must have."""
-
-    @property
-    def iterations(self) -> int:
-        """Number of steps that are tried."""
-        ...
+    """The method that a pose update must have."""
 
     def minimise(
         self,
@@ -100,8 +95,39 @@ class PoseUpdate(Protocol):
         shift: Float[Array, "2"],
         constraint: Constraint,
     ) -> Estimate:
-        """Improve one pose; the result's cost is never above that of the start."""
+        """Improve one pose; the result's cost is not above that of the start."""
         ...
+
+
+class _Standing(eqx.Module):
+    """Where Levenberg-Marquardt stands: a pose, its values, and the step to try."""
+
+    rotation: Float[Array, "3 3"]
+    shift: Float[Array, "2"]
+    cost: Scalar
+    gradient: Float[Array, "5"]
+    information: Float[Array, "5 5"]
+    damping: Scalar
+    evaluations: Int[Array, ""]
+
+    def step(self) -> Float[Array, "5"]:
+        """Return the step to try, which turns by no more than half a radian."""
+        diagonal = jnp.diag(self.information)
+        tiny = jnp.finfo(diagonal.dtype).tiny
+        # An image without signal has no information; it must not divide by zero.
+        floor = 1e-6 * jnp.max(diagonal) + tiny
+        damped = self.information + jnp.diag(self.damping * diagonal + floor)
+        step = -jnp.linalg.solve(damped, self.gradient)
+        turn = jnp.sqrt(jnp.sum(step[:3] ** 2) + tiny)
+        return step * jnp.minimum(1.0, _LARGEST_TURN / turn)
+
+    def promise(self, step: Float[Array, "5"]) -> Scalar:
+        """Return by how much the undamped step would lower a quadratic cost.
+
+        It is exact where the information is diagonal.
+        """
+        descent = -jnp.dot(self.gradient, step, precision=_HIGHEST)
+        return (1 + self.damping) * descent / 2
 
 
 @final
@@ -115,10 +141,13 @@ class LevenbergMarquardt(eqx.Module):
     the cost falls; the damping then falls to a fifth, or else grows to eight times. One
     evaluation of the objective per iteration, and one to begin with.
 
+    The cost is a negative log-likelihood. A step that promises to lower it by less than
+    0.05 is taken without an evaluation, and is the last.
+
     Parameters
     ----------
     iterations
-        Number of steps that are tried.
+        Largest number of steps that are tried.
     damping
         First value of the damping ``mu``.
     """
@@ -135,40 +164,43 @@ class LevenbergMarquardt(eqx.Module):
     ) -> Estimate:
         """Improve one pose."""
         dtype = rotation.dtype
-        rotation, shift = constraint(rotation, shift)
 
-        def iterate(carry, _):
-            (rotation, shift), (cost, gradient, information), damping = carry
-            diagonal = jnp.diag(information)
-            # An image without signal has no information; it must not divide by zero.
-            floor = 1e-6 * jnp.max(diagonal) + jnp.finfo(dtype).tiny
-            damped = information + jnp.diag(damping * diagonal + floor)
-            step = -jnp.linalg.solve(damped, gradient)
-            turn = jnp.sqrt(jnp.sum(step[:3] ** 2) + jnp.finfo(dtype).tiny)
-            step = step * jnp.minimum(1.0, _LARGEST_TURN / turn)
-            trial = constraint(*retract(rotation, shift, step))
-            trial_values = objective(*trial)
-            better = trial_values[0] < cost
-            current = (rotation, shift), (cost, gradient, information)
-            kept = jax.tree.map(
-                lambda a, b: jnp.where(better, a, b), (trial, trial_values), current
-            )
-            next_damping = jnp.where(better, damping / _RELAX, damping * _TIGHTEN)
-            return (*kept, next_damping), (damping, better)
+        def iterate(carry):
+            here, step, _ = carry
+            pose = constraint(*retract(here.rotation, here.shift, step))
+            values = objective(*pose)
+            better = values[0] < here.cost
+            damping = jnp.where(better, here.damping / _RELAX, here.damping * _TIGHTEN)
+            tried = _Standing(*pose, *values, damping, here.evaluations)
+            stayed = eqx.tree_at(lambda s: s.damping, here, damping)
+            here = jax.tree.map(lambda a, b: jnp.where(better, a, b), tried, stayed)
+            here = eqx.tree_at(lambda s: s.evaluations, here, here.evaluations + 1)
+            step = here.step()
+            return here, step, here.promise(step)
+
+        def goes_on(carry):
+            here, _, promise = carry
+            return (here.evaluations <= self.iterations) & (promise >= _TRUSTED)
 
         # The first step is 0, and accepted since any cost is below infinity: this
         # iteration evaluates the start, and relaxes the damping to its first value.
-        unknown = (
-            jnp.asarray(jnp.inf, dtype),
+        unknown = jnp.asarray(jnp.inf, dtype)
+        start = _Standing(
+            *constraint(rotation, shift),
+            unknown,
             jnp.zeros(5, dtype),
             jnp.eye(5, dtype=dtype),
+            jnp.asarray(_RELAX * self.damping, dtype),
+            jnp.zeros((), jnp.int32),
         )
-        first = jnp.asarray(_RELAX * self.damping, dtype)
-        (pose, (cost, _, information), _), (damping, accepted) = jax.lax.scan(
-            iterate, ((rotation, shift), unknown, first), None, self.iterations + 1
+        here, step, promise = jax.lax.while_loop(
+            goes_on, iterate, (start, jnp.zeros(5, dtype), unknown)
         )
-        rotation, shift = pose
-        return Estimate(rotation, shift, cost, information, damping[1:], accepted[1:])
+        trusted = (promise < _TRUSTED) & (here.evaluations <= self.iterations)
+        last = jnp.where(trusted, step, 0.0)
+        rotation, shift = constraint(*retract(here.rotation, here.shift, last))
+        cost = here.cost - jnp.where(trusted, promise, 0.0)
+        return Estimate(rotation, shift, cost, here.information, here.evaluations)
 
 
 @final
@@ -214,13 +246,13 @@ class Descent(eqx.Module):
             better = cost < best[1]
             latest = (pose, cost, information)
             best = jax.tree.map(lambda a, b: jnp.where(better, a, b), latest, best)
-            return (pose, gradient, memory, best), better
+            return (pose, gradient, memory, best), None
 
         best = (start, cost, information)
-        (*_, best), accepted = jax.lax.scan(
+        (*_, best), _ = jax.lax.scan(
             iterate, (start, gradient, memory, best), None, self.iterations
         )
         pose, cost, information = best
-        none = jnp.zeros(self.iterations, rotation.dtype)
         rotation, shift = pose
-        return Estimate(rotation, shift, cost, information, none, accepted)
+        evaluations = jnp.asarray(self.iterations + 1, jnp.int32)
+        return Estimate(rotation, shift, cost, information, evaluations)

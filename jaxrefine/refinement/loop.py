@@ -223,7 +223,7 @@ def _iterate(
         search_r_max=max(report.search_r_max for report in reports),
         searched=sum(report.searched for report in reports),
         decided=mean("decided"),
-        damping=np.mean([report.damping for report in reports], axis=0).tolist(),
+        evaluations=mean("evaluations"),
         angle_change_in_degrees=float(np.rad2deg(angle_change)),
         shift_change_in_pixels=shift_change,
         tau=[float(known.tau) for known in set_states],

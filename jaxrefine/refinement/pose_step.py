@@ -12,16 +12,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxrefine._types import Volume
 from jaxrefine.data import observation
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import slices
-from jaxrefine.poses import polish, uncertainty
+from jaxrefine.poses import uncertainty, update
 from jaxrefine.poses.hypotheses import Hypotheses
-from jaxrefine.poses.search import Search, covering_count, search_poses, shift_grid
+from jaxrefine.poses.polish import Polish
+from jaxrefine.poses.search import Search, covering_count, shift_grid
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
@@ -40,8 +41,8 @@ class PoseReport:
     decided
         Fraction of the particles whose best hypothesis has a weight of at least
         ``Tuning.decided``.
-    damping
-        Median damping in each iteration of the polishing.
+    evaluations
+        Mean number of evaluations of a particle's likelihood at the band limit.
     angle_change, shift_change
         Median changes of the best poses, radians and pixels.
     """
@@ -49,7 +50,7 @@ class PoseReport:
     searched: int
     search_r_max: int
     decided: float
-    damping: list[float]
+    evaluations: float
     angle_change: float
     shift_change: float
 
@@ -78,90 +79,116 @@ def update_poses(
     -------
     The state with the new poses, and what was done.
     """
-    config, count, tuning = (
-        particle_set.config,
-        len(particle_set),
-        particle_set.config.tuning,
-    )
-    keep, everyone = config.hypotheses, np.arange(count)
-    # The last place keeps the best pose so far, which a search may not find again.
-    places = np.arange(keep + 1) % keep
-    rotations = np.asarray(state.hypotheses.rotations)[:, places]
-    shifts = np.asarray(state.hypotheses.shifts)[:, places]
-    active = np.asarray(state.hypotheses.weights)[:, places] > tuning.negligible
-    active[:, keep] = False
-    is_wide = iteration in config.multi_start
-    undecided = np.asarray(state.hypotheses.weights)[:, 0] < tuning.decided
+    config, tuning = particle_set.config, particle_set.config.tuning
+    size = particle_set.particles.image_size
+    weights = np.asarray(state.hypotheses.weights)
     after_multi_start = iteration > config.last_multi_start
-    searched = undecided if after_multi_start else np.ones(count, bool)
-    search_r_max = slices.bucket(
-        min(r_max, config.search_r_max), particle_set.particles.image_size
+    undecided = weights[:, 0] < tuning.decided
+    searched = undecided if after_multi_start else np.ones(len(particle_set), bool)
+    search_r_max = slices.bucket(min(r_max, config.search_r_max), size)
+    steps = visit_steps(
+        config,
+        size,
+        search_r_max,
+        r_max,
+        is_wide=iteration in config.multi_start,
+        compared=_were_compared(state),
+        key=key,
     )
-    view = observation.view(particle_set.particles, r_max, state.noise)
-    results = []
+    view = observation.view(
+        particle_set.particles,
+        particle_set.last_shell,
+        state.noise,
+        observation.PART,
+    )
+    known = update.Known(
+        np.arange(len(particle_set), dtype=np.int32),
+        particle_set.prior,
+        state.hypotheses,
+        searched,
+    )
+    found = jax.tree.map(np.array, update.nothing(state.hypotheses))
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
-        chosen = of_fold[searched[of_fold]]
         volume = reference_map(particle_set, state, fold)
-        if len(chosen):
-            candidates = search_candidates(
-                particle_set, state, chosen, volume, search_r_max, is_wide, key
-            )
-            rotations[chosen, :keep], shifts[chosen, :keep] = candidates
-            active[chosen, :keep] = True
-            active[chosen, keep] = _were_compared(state)
-        rows, columns = np.nonzero(active[of_fold])
-        owners = of_fold[rows]
-        polished = polish.polish_poses(
-            particle_set.particles,
-            owners,
-            config.interpolation.spectrum(volume, r_max),
+        coarse = slices.bucket(max(config.first_r_max, config.search_r_max), size)
+        reference = update.Reference(
+            config.search_interpolation.spectrum(volume, coarse),
+            config.interpolation.spectrum(volume, particle_set.last_shell),
             view,
-            particle_set.prior,
-            rotations[owners, columns],
-            shifts[owners, columns],
-            config.update,
-            config.batch_size,
         )
-        results.append((owners, columns, polished))
+        updated = update.update_poses(
+            steps, reference, particle_set.particles, of_fold, known, config.batch_size
+        )
+        for leaf, values in zip(
+            jax.tree.leaves(found), jax.tree.leaves(updated), strict=True
+        ):
+            leaf[of_fold] = values
 
-    information = np.zeros((*active.shape, 5, 5), np.float32)
-    evidence = np.full(active.shape, -np.inf, np.float32)
-    for owners, columns, polished in results:
-        rotations[owners, columns] = polished.rotations
-        shifts[owners, columns] = polished.shifts
-        information[owners, columns] = polished.information
-        evidence[owners, columns] = polished.evidence
-    dtype = state.noise.dtype
-    hypotheses, order = polish.weigh(
-        jnp.asarray(rotations, dtype),
-        jnp.asarray(shifts, dtype),
-        jnp.asarray(evidence, dtype),
-        jnp.asarray(config.search_cell(r_max), dtype),
-        keep,
-        config.operators,
-    )
-    best = np.asarray(order)[:, 0]
-    damping = np.concatenate([polished.damping for *_, polished in results])
-    angle_change, shift_change = _median_changes(state.hypotheses, hypotheses)
+    updated = jax.tree.map(jnp.asarray, found)
+    angle_change, shift_change = _median_changes(state.hypotheses, found.hypotheses)
+    best = np.exp(found.hypotheses.log_weights[:, 0])
     report = PoseReport(
         searched=int(searched.sum()),
         search_r_max=search_r_max if searched.any() else 0,
-        decided=float(np.mean(np.asarray(hypotheses.weights)[:, 0] >= tuning.decided)),
-        damping=np.median(damping, axis=0).tolist(),
+        decided=float(np.mean(best >= tuning.decided)),
+        evaluations=float(np.mean(found.evaluations)),
         angle_change=angle_change,
         shift_change=shift_change,
     )
     state = eqx.tree_at(
         lambda s: (s.hypotheses, s.information, s.evidence),
         state,
-        (
-            hypotheses,
-            jnp.asarray(information[everyone, best], dtype),
-            jnp.asarray(evidence[everyone, best], dtype),
-        ),
+        (updated.hypotheses, updated.information, updated.evidence),
     )
     return state, report
+
+
+def visit_steps(
+    config: RefineConfig,
+    image_size: int,
+    search_r_max: int,
+    r_max: int,
+    *,
+    is_wide: bool,
+    compared: bool,
+    key: PRNGKeyArray,
+) -> update.Steps:
+    """Return what a visit of the particles does in an outer iteration.
+
+    Parameters
+    ----------
+    config, image_size
+        Parameters, and side of the images in pixels.
+    search_r_max, r_max
+        Band limits of the search and of the polishing, cycles per box.
+    is_wide
+        Whether the whole prior is searched first, at the first band limit.
+    compared
+        Whether poses have been compared with images before.
+    key
+        Draws the candidates.
+    """
+    first = slices.bucket(config.first_r_max, image_size)
+    cell = config.search_cell(first if is_wide else search_r_max)
+    centres = config.hypotheses * (2 if is_wide else 1)
+    searches = (
+        wide_search(config, image_size),
+        local_search(config, image_size, search_r_max, cell, centres),
+    )
+    return update.Steps(
+        key,
+        jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *searches),
+        jnp.asarray([first, search_r_max], jnp.int32),
+        jnp.asarray(0 if is_wide else 1, jnp.int32),
+        jnp.asarray([search_r_max, r_max], jnp.int32),
+        jnp.asarray(0 if search_r_max < r_max else 1, jnp.int32),
+        jnp.asarray(compared),
+        jnp.asarray(config.tuning.negligible, jnp.float32),
+        jnp.asarray(config.search_cell(r_max), jnp.float32),
+        jnp.asarray(config.operators, jnp.float32),
+        Polish(config.update),
+    )
 
 
 def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float]:
@@ -183,28 +210,27 @@ def _were_compared(state: SetState) -> bool:
     return bool(np.asarray(state.evidence).any())
 
 
-def wide_search(
-    config: RefineConfig, image_size: int, dtype: jax.typing.DTypeLike
-) -> tuple[int, Search]:
-    """Return the band limit of the search of the whole prior, and the search.
+def wide_search(config: RefineConfig, image_size: int) -> Search:
+    """Return the search of the whole prior, at the first band limit.
 
     Only what is refined is searched: a fixed orientation, or shift, is the only
     candidate.
+
+    Parameters
+    ----------
+    config, image_size
+        Parameters, and side of the images in pixels.
     """
     r_max = slices.bucket(config.first_r_max, image_size)
-    step = image_size / (config.tuning.shifts_per_period * r_max)
-    steps = max(1, round(2 * config.shift_spread / step))
+    steps = max(
+        1, round(2 * config.shift_spread / _shift_step(config, image_size, r_max))
+    )
     count = covering_count(config.angle_spread, config.search_cell(r_max))
-    return r_max, _search(config, r_max, config.angle_spread, count, step, steps, dtype)
+    return _search(config, image_size, r_max, config.angle_spread, count, 1, steps)
 
 
 def local_search(
-    config: RefineConfig,
-    image_size: int,
-    r_max: int,
-    spread: float,
-    centres: int,
-    dtype: jax.typing.DTypeLike,
+    config: RefineConfig, image_size: int, r_max: int, spread: float, centres: int
 ) -> Search:
     """Return the search about given orientations at a band limit.
 
@@ -218,110 +244,52 @@ def local_search(
         Standard deviation of the candidates about each centre, radians.
     centres
         Number of orientations to search about, which share the candidates.
-    dtype
-        Type of the arrays.
     """
-    step = image_size / (config.tuning.shifts_per_period * r_max)
     steps = config.tuning.local_shift_steps
     count = max(1, config.candidates * config.hypotheses // centres)
-    return _search(config, r_max, spread, count, step, steps, dtype)
+    return _search(config, image_size, r_max, spread, count, centres, steps)
+
+
+def _shift_step(config: RefineConfig, image_size: int, r_max: int) -> float:
+    """Return the spacing of the grid of shifts at a band limit, pixels."""
+    return image_size / (config.tuning.shifts_per_period * r_max)
 
 
 def _search(
     config: RefineConfig,
+    image_size: int,
     r_max: int,
     spread: float,
     count: int,
-    step: float,
+    centres: int,
     steps: int,
-    dtype: jax.typing.DTypeLike,
 ) -> Search:
-    grid = shift_grid(steps if config.refines_shifts else 0)
+    """Return a search whose arrays have the shapes of all searches of a refinement."""
+    first = slices.bucket(config.first_r_max, image_size)
+    widest = round(2 * config.shift_spread / _shift_step(config, image_size, first))
+    most_steps = max(1, widest, config.tuning.local_shift_steps)
+    most = max(
+        covering_count(config.angle_spread, config.search_cell(first)),
+        config.candidates * config.hypotheses,
+        2 * config.hypotheses,
+    )
+    if not config.refines_shifts:
+        steps = most_steps = 0
+    if not config.refines_angles:
+        count, most = 1, 2 * config.hypotheses
+    grid = shift_grid(most_steps)
+    tried = len(shift_grid(steps))
+    step = _shift_step(config, image_size, r_max)
     return Search(
-        jnp.asarray(spread, dtype),
-        jnp.asarray(grid, dtype) * step,
-        jnp.asarray(config.half_period_turn(r_max), dtype),
-        count if config.refines_angles else 1,
+        jnp.asarray(spread, jnp.float32),
+        jnp.asarray(grid * step, jnp.float32),
+        jnp.asarray(np.arange(len(grid)) < tried),
+        jnp.asarray(config.half_period_turn(r_max), jnp.float32),
+        jnp.asarray(count, jnp.int32),
+        jnp.asarray(centres, jnp.int32),
+        most,
         config.hypotheses,
     )
-
-
-def all_centres(
-    hypotheses: Hypotheses,
-    chosen: Int[np.ndarray, " chosen"],
-    rotations: Float[np.ndarray, "chosen h 3 3"],
-) -> Float[np.ndarray, "particles 2*h 3 3"]:
-    """Return the centres of a local search: results of a wide search, and hypotheses.
-
-    Parameters
-    ----------
-    hypotheses
-        Of all particles, ``h`` of each.
-    chosen, rotations
-        The particles that were searched for, and the orientations that were found.
-    """
-    centres = np.tile(np.array(hypotheses.rotations), (1, 2, 1, 1))
-    centres[chosen, : rotations.shape[1]] = rotations
-    return centres
-
-
-def search_candidates(
-    particle_set: ParticleSet,
-    state: SetState,
-    chosen: Int[np.ndarray, " chosen"],
-    volume: Volume,
-    r_max: int,
-    is_wide: bool,
-    key: PRNGKeyArray,
-) -> tuple[Float[np.ndarray, "chosen keep 3 3"], Float[np.ndarray, "chosen keep 2"]]:
-    """Search about the current hypotheses and, if it is wide, in the whole prior first.
-
-    Parameters
-    ----------
-    particle_set, state
-        The particles, and what is known of them.
-    chosen
-        The particles to search for.
-    volume
-        The map that they are compared with.
-    r_max
-        Band limit, cycles per box.
-    is_wide
-        Whether the whole prior is searched before, at the first band limit.
-    key
-        Draws the candidates.
-    """
-    config, size = particle_set.config, particle_set.particles.image_size
-    dtype = state.noise.dtype
-    centres = np.array(state.hypotheses.rotations)
-    shifts = np.array(state.hypotheses.shifts[:, 0])
-    spread = config.search_cell(r_max)
-
-    def run(number, search, r_max, centres, shifts):
-        return search_poses(
-            search,
-            jax.random.fold_in(key, number),
-            particle_set.particles,
-            chosen,
-            config.search_interpolation.spectrum(volume, r_max),
-            observation.view(particle_set.particles, r_max, state.noise),
-            particle_set.prior,
-            centres,
-            shifts,
-        )
-
-    if is_wide:
-        first, search = wide_search(config, size, dtype)
-        given = np.asarray(particle_set.prior.rotations)[:, None]
-        origin = np.asarray(particle_set.prior.shifts)
-        rotations, moved = run(0, search, first, given, origin)
-        centres = all_centres(state.hypotheses, chosen, rotations)
-        # Later, the polished shifts are better than those of the wide search.
-        if not _were_compared(state):
-            shifts[chosen] = moved[:, 0]
-        spread = config.search_cell(first)
-    search = local_search(config, size, r_max, spread, centres.shape[1], dtype)
-    return run(1, search, r_max, centres, shifts)
 
 
 def measure_information(

@@ -29,8 +29,8 @@ class RefineInfo:
     decided
         Fraction of the particles whose best hypothesis has a weight of at least
         ``Tuning.decided``.
-    damping
-        Median damping of each iteration of the polishing.
+    evaluations
+        Mean number of evaluations of a particle's likelihood at the band limit.
     angle_change_in_degrees, shift_change_in_pixels
         Median changes of the best poses.
     tau
@@ -46,7 +46,7 @@ class RefineInfo:
     search_r_max: int
     searched: int
     decided: float
-    damping: list[float]
+    evaluations: float
     angle_change_in_degrees: float
     shift_change_in_pixels: float
     tau: list[float]

@@ -38,7 +38,7 @@ _HEADINGS = {
     "search_r_max": f"band limit of the search ({_CYCLES})",
     "searched": "particles searched",
     "decided": "fraction of particles with one hypothesis",
-    "damping": "damping of each polishing step",
+    "evaluations": "evaluations of the likelihood for a particle",
     "angle_change_in_degrees": "median rotation (degrees)",
     "shift_change_in_pixels": "median shift (pixels)",
     "tau": "regularisation weight tau of each set",

@@ -49,3 +49,44 @@ def test_the_view():
     images = SIGMA * np.random.default_rng(1).normal(size=(400, N, N))
     power = np.abs(view.spectra(jnp.asarray(images), None)) ** 2
     assert np.mean(power) / float(noise[0]) == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("r_max", [1, 5, 7, 12, 15])
+def test_a_lower_band_limit_in_the_same_arrays(r_max):
+    """As a view that was made for it: the same frequencies, summed in parts."""
+    n, part = 32, observation.PART
+    particles = Particles(np.zeros((1, n, n), np.float32))
+    noise = jnp.linspace(1.0, 2.0, n // 2 + 1)
+    exact = observation.view(particles, r_max, noise)
+    whole = observation.view(particles, 15, noise, part)
+    count = len(exact.weights)
+    assert len(whole.weights) % part == 0 and np.sum(whole.disc.multiplicity == 0)
+    limited = whole.up_to(jnp.asarray(r_max))
+    assert limited.length is not None and int(limited.length) == count
+    np.testing.assert_array_equal(limited.weights[:count], exact.weights)
+    np.testing.assert_array_equal(limited.weights[count:], 0)
+    np.testing.assert_array_equal(
+        limited.disc.frequencies[:count], exact.disc.frequencies
+    )
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.normal(size=(2, len(whole.weights))))
+    spectrum, transfer = data[0].astype(complex), data[1]
+
+    @jax.jit
+    def total(view, spectrum, transfer):
+        seen = view.observation(spectrum, transfer)
+        calls = []
+
+        def terms(part):
+            calls.append(len(part.weights))
+            power = part.weights * part.transfer * part.spectrum.real
+            return jnp.sum(power), part.disc.frequencies.T @ power
+
+        result = seen.sum_over_parts(terms)
+        assert set(calls) == {len(view.weights) if view.length is None else part}
+        return result
+
+    found = total(limited, spectrum, transfer)
+    expected = total(exact, spectrum[:count], transfer[:count])
+    for value, one in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, one, rtol=1e-12, atol=1e-12)

@@ -255,11 +255,13 @@ def test_the_papers_descent_is_that_of_algorithm_3(load):
     steps = algorithm3.PoseConfig(*jnp.array([0.0, 2e-3, 0.25], dtype))
     euler_start = algorithm3.EulerPoses.of(start)
     expected, info = algorithm3.descend(terms, particle, euler_start, steps)
-    assert info.shift_moves.all() and shifted.accepted.all()
+    assert info.shift_moves.all()
     np.testing.assert_allclose(shifted.rotation, start.rotations, atol=1e-6)
     np.testing.assert_allclose(shifted.shift, expected.shifts, atol=1e-5)
     np.testing.assert_allclose(shifted.cost * sigma**2, info.cost, rtol=1e-5)
-    assert both_moved.cost < shifted.cost and both_moved.accepted.all()
+    assert both_moved.cost < shifted.cost
+    # A cost and a trial or more in each of two line searches, three times; and the end.
+    assert 1 + 3 * 4 <= both_moved.evaluations <= 1 + 3 * 2 * 11
 
 
 @pytest.mark.slow

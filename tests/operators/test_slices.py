@@ -103,6 +103,21 @@ def test_an_integer_shift_rolls_the_image(across, down):
     assert relative_error(value, np.roll(still, (down, across), axis=(1, 2))) < 1e-12
 
 
+def test_discs_are_in_the_order_of_radii():
+    """So that a smaller one is the beginning; filled up with what counts nothing."""
+    large, small = slices.disc(N, R_MAX), slices.disc(N, 4)
+    radii = np.hypot(*np.asarray(large.frequencies).T)
+    assert (np.diff(radii) >= 0).all()
+    count = len(small.shells)
+    np.testing.assert_array_equal(large.frequencies[:count], small.frequencies)
+    filled = slices.disc(N, R_MAX, multiple=64)
+    assert len(filled.shells) % 64 == 0
+    for name in ("frequencies", "multiplicity", "rows", "columns", "shells"):
+        whole, part = getattr(filled, name), getattr(large, name)
+        np.testing.assert_array_equal(whole[: len(part)], part)
+        np.testing.assert_array_equal(whole[len(part) :], 0)
+
+
 def test_a_smaller_disc_is_a_mask():
     """Fewer frequencies of the same image, whatever band the spectrum holds."""
     c, poses = draw(N, N, N), draw_poses(P)

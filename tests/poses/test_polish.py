@@ -150,7 +150,7 @@ def test_the_curvature_is_the_mean_hessian(scene, polished):
 def test_silent_images_go_where_the_prior_is(scene, polished):
     """Zeros and a constant: nothing but a map that is not seen; finite throughout."""
     for leaf in jax.tree.leaves(polished):
-        assert np.isfinite(leaf).all() and leaf.dtype == np.float32
+        assert np.isfinite(leaf).all() and leaf.dtype in (np.float32, np.int32)
     assert (polished.evidence[[ZEROS, CONSTANT]] < 0).all()
     assert np.median(polished.evidence[2:]) > 10
 
@@ -224,12 +224,6 @@ def test_a_particle_does_not_know_its_batch(scene, polished):
         part, whole = getattr(result, name), getattr(polished, name)[owners]
         scale = np.abs(whole).max()
         np.testing.assert_allclose(part, whole, rtol=1e-3, atol=1e-4 * scale)
-    # Once a pose stands still, rounding decides whether the next step lowers the cost,
-    # and so what the damping does from there on.
-    first = np.s_[:, :3]
-    np.testing.assert_allclose(
-        result.damping[first], polished.damping[owners][first], rtol=1e-6
-    )
     np.testing.assert_allclose(result.rotations[2], result.rotations[3], atol=1e-6)
 
 

@@ -8,20 +8,18 @@ import pytest
 from helpers import blobs, draw
 from scipy.spatial.transform import Rotation
 
-from jaxrefine.ctf import CTF
-from jaxrefine.data.observation import Observation, view
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.observation import Observation
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import likelihood, search
-from jaxrefine.poses.prior import Prior, priors_about
+from jaxrefine.poses.prior import Prior
 
 N, R_MAX = 16, 6
 DISC = slices.disc(N, R_MAX)
 K = len(DISC.shells)
 log_likelihoods = eqx.filter_jit(search.log_likelihoods)
-propose = jax.jit(search.propose, static_argnums=3)
+propose = jax.jit(search.propose, static_argnums=4)
 
 
 def spectrum(dtype=jnp.float64):
@@ -81,7 +79,9 @@ def test_the_grid_of_shifts(steps):
 
 def test_proposals_have_their_centre_and_spread():
     centres, count, spread = draw_rotations(3), 4000, 0.2
-    rotations = propose(jax.random.key(0), centres, jnp.asarray(spread), count)
+    rotations = propose(
+        jax.random.key(0), centres, jnp.asarray(spread), jnp.asarray(count), 3 * count
+    )
     groups = np.asarray(rotations).reshape(3, count, 3, 3)
     for centre, group in zip(np.asarray(centres), groups, strict=True):
         np.testing.assert_allclose(group[0], centre, atol=1e-14)
@@ -95,7 +95,8 @@ def test_proposals_have_their_centre_and_spread():
     # The draws about different centres are different ones.
     turns = groups @ np.swapaxes(np.asarray(centres), 1, 2)[:, None]
     assert np.abs(turns[0, 1:] - turns[1, 1:]).max(axis=(1, 2)).min() > 0
-    assert propose(jax.random.key(0), centres, jnp.asarray(spread), 1).shape[0] == 3
+    alone = propose(jax.random.key(0), centres, jnp.asarray(spread), jnp.asarray(1), 3)
+    np.testing.assert_allclose(alone, centres, atol=1e-14)
 
 
 def test_covering_counts_grow_within_bounds():
@@ -136,9 +137,15 @@ def run(key, data, known, centres, spread=0.3, keep=3, separation=0.2, count=150
     shift = jnp.zeros(2)
     spread, separation = jnp.asarray(spread), jnp.asarray(separation)
     seen = Observation(DISC, weights, data, None)
-    find = search.Search(spread, OFFSETS, separation, count, keep)
+    # There is room for more, and only some of the offsets are tried.
+    offsets = jnp.concatenate([OFFSETS, jnp.full((4, 2), 0.5)])
+    tried = jnp.arange(len(offsets)) < len(OFFSETS)
+    total, room = len(centres) * count, len(centres) * count + 40
+    numbers = (jnp.asarray(count), jnp.asarray(len(centres)))
+    find = search.Search(spread, offsets, tried, separation, *numbers, room, keep)
     found = find(spectrum(), seen, key, known, centres, shift)
-    rotations = search.propose(key, centres, spread, count)
+    room += -room % search._AT_ONCE
+    rotations = search.propose(key, centres, spread, numbers[0], room)[:total]
     values = search.log_likelihoods(spectrum(), seen, rotations, OFFSETS)
     return found, rotations, values
 
@@ -230,49 +237,3 @@ def test_half_a_turn_or_more_is_no_limit(max_angle):
         jax.random.key(4), image_at(truth, SHIFT), known, jnp.stack([given, truth])
     )
     np.testing.assert_allclose(rotations[0], truth, atol=1e-12)
-
-
-@pytest.mark.slow
-def test_a_particle_is_searched_as_if_it_were_the_only_one():
-    """Its candidates are drawn with its own key, whichever batch it is in."""
-    count, single = 60, jnp.float32
-    truth = Poses(draw_rotations(count, dtype=single), jnp.zeros((count, 2), single))
-    defocus = jnp.linspace(1e4, 2e4, count, dtype=single)
-    ctf = CTF(defocus, defocus + 300)
-    empty = Particles(np.zeros((count, N, N), np.float32), ctf, 4.0)
-    seen = view(empty, R_MAX, jnp.full(N // 2 + 1, N**2, single))
-    transfer = seen.transfer(ctf, None)
-    clean = slices.project(spectrum(single), DISC, truth, transfer)
-    images = slices.to_images(clean, DISC) + draw(count, N, N, seed=1, dtype=single)
-    turn = Rotation.from_rotvec([0.2, -0.1, 0.1]).as_matrix().astype(np.float32)
-    centres = (turn @ np.asarray(truth.rotations))[:, None]
-    numbers = (jnp.asarray(x, single) for x in (0.2, 0.5 * search.shift_grid(2), 0.25))
-    settings = search.Search(*numbers, count=40, keep=2)
-
-    def find(chosen, particles_at_once):
-        return search.search_poses(
-            settings,
-            jax.random.key(0),
-            Particles(np.asarray(images), ctf, 4.0),
-            chosen,
-            spectrum(single),
-            seen,
-            priors_about(truth, 0.5, 2.0, np.pi, 6.0),
-            centres,
-            np.zeros((count, 2), np.float32),
-            particles_at_once * settings.count * K,
-        )
-
-    together = find(np.arange(count), 40)
-    assert together[0].shape == (count, 2, 3, 3) and together[1].shape == (count, 2, 2)
-    few = np.array([50, 4, 33])
-    for value, exact in zip(find(few, 2), together, strict=True):
-        np.testing.assert_allclose(value, exact[few], atol=1e-5)
-    # The best candidate is nearer the truth than where the search began.
-    turns = together[0][:, 0] @ np.swapaxes(np.asarray(truth.rotations), 1, 2)
-    errors = np.linalg.norm(Rotation.from_matrix(turns).as_rotvec(), axis=1)
-    assert np.median(errors) < 0.8 * np.linalg.norm([0.2, -0.1, 0.1])
-    # The two that are kept differ by the separation.
-    gaps = together[0][:, 0] @ np.swapaxes(together[0][:, 1], 1, 2)
-    chords = np.sqrt(3 - np.trace(gaps, axis1=1, axis2=2))
-    assert chords.min() >= 0.25 * (1 - 1e-3)

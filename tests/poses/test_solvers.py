@@ -89,16 +89,19 @@ def test_every_update_finds_the_optimum(name, angle):
     objective, start = observe(), near_truth(angle)
     estimate = minimise(UPDATES[name], objective, *start)
     rotation, shift, cost = by_scipy(objective, *start)
-    # Descent is an inexact method: a hundredth of the standard deviations suffices.
-    accuracy = 1e-7 if name == "LM" else 0.01 * SIGMA
+    # Descent is an inexact method, and the last step of Levenberg-Marquardt is not
+    # followed by another: a hundredth of the standard deviations suffices.
+    accuracy = 0.01 * SIGMA
     assert float(estimate.cost) == pytest.approx(cost, rel=1e-4)
     turned = geodesic_distance(estimate.rotation, jnp.asarray(rotation))
     assert float(turned) < accuracy
     np.testing.assert_allclose(estimate.shift, shift, rtol=0, atol=accuracy)
     # What is told of the pose is what the objective tells there.
     there = objective(estimate.rotation, estimate.shift)
-    np.testing.assert_allclose(estimate.cost, there[0], rtol=1e-12)
-    np.testing.assert_allclose(estimate.information, there[2], rtol=1e-10, atol=1e-8)
+    exact = 1e-2 if name == "LM" else 1e-10
+    np.testing.assert_allclose(estimate.cost, there[0], rtol=exact)
+    scale = np.abs(there[2]).max()
+    np.testing.assert_allclose(estimate.information, there[2], atol=exact * scale)
     np.testing.assert_allclose(
         estimate.covariance @ estimate.information, np.eye(5), atol=1e-9
     )
@@ -110,8 +113,7 @@ def test_updates_satisfy_the_protocol(name):
     assert isinstance(update, solvers.PoseUpdate)
     assert not isinstance(object(), solvers.PoseUpdate)
     estimate = minimise(update, observe(), *near_truth(0.1))
-    assert estimate.damping.shape == estimate.accepted.shape == (update.iterations,)
-    assert estimate.accepted.dtype == bool
+    assert 1 < int(estimate.evaluations) <= 301
 
 
 def test_the_first_order_law_of_retract():
@@ -130,29 +132,75 @@ def test_the_first_order_law_of_retract():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_cost_never_rises(seed):
-    """Prefixes of one run: each ends lower if it accepted a step, else where it was."""
+    """Prefixes of one run: each ends at least as low as the one before."""
     objective, start = observe(seed), near_truth(2.5, seed)
-    cost, taken = float(objective(*start)[0]), 0
-    for count in (1, 3, 20):
+    costs = [float(objective(*start)[0])]
+    for count in (0, 1, 3, 20):
         update = LevenbergMarquardt(iterations=count, damping=1e-6)
         part = minimise(update, objective, *start)
-        after = float(part.cost)
-        assert after < cost if part.accepted[taken:].any() else after == cost
-        cost, taken = after, count
+        assert int(part.evaluations) <= count + 1
+        costs.append(float(part.cost))
+    assert costs[0] == costs[1] and costs == sorted(costs, reverse=True)
+    assert costs[-1] < costs[0]
 
 
-def test_the_damping_falls_on_success_and_grows_on_failure():
-    """On arrival at the optimum nothing is lower any more."""
-    factors = set()
+def test_a_step_is_scaled_and_damped_as_marquardt_says():
+    """Accepted or rejected, it is that of the damping that those before it left."""
+    results = set()
+
+    def overshooting(objective):
+        """With less information than there is, steps are too long at first."""
+
+        def values(rotation, shift):
+            cost, gradient, information = objective(rotation, shift)
+            return cost, gradient, information / 5
+
+        return values
+
     for seed in range(3):
-        update = LevenbergMarquardt(iterations=20, damping=1e-6)
-        estimate = minimise(update, observe(seed), *near_truth(3.0, seed))
-        damping, accepted = np.asarray(estimate.damping), np.asarray(estimate.accepted)
-        assert damping[0] == pytest.approx(1e-6)
-        grown = damping[1:] / damping[:-1]
-        np.testing.assert_allclose(grown, np.where(accepted[:-1], 1 / 5, 8), rtol=1e-9)
-        factors |= set(accepted[:-1])
-    assert factors == {True, False}
+        objective, start = overshooting(observe(seed)), near_truth(1.0, seed)
+        damping, cost, pose = 1e-6, float(objective(*start)[0]), start
+        for count in range(1, 12):
+            _, gradient, information = (np.asarray(x) for x in objective(*pose))
+            diagonal = np.diag(information)
+            floor = 1e-6 * diagonal.max()  # for images without information
+            damped = information + np.diag(damping * diagonal + floor)
+            step = -np.linalg.solve(damped, gradient)
+            step *= min(1.0, 0.5 / np.linalg.norm(step[:3]))
+            trial = solvers.retract(*pose, jnp.asarray(step))
+            value = float(objective(*trial)[0])
+            better = value < cost
+            if better:
+                pose, cost = trial, value
+            damping *= 1 / 5 if better else 8
+            update = LevenbergMarquardt(iterations=count, damping=1e-6)
+            found = minimise(update, objective, *start)
+            if int(found.evaluations) <= count:
+                break  # the last step was taken on trust
+            assert float(found.cost) == pytest.approx(cost, rel=1e-5)
+            np.testing.assert_allclose(found.rotation, pose[0], atol=1e-4)
+            results.add(better)
+    assert results == {True, False}
+
+
+def test_the_last_step_is_taken_without_an_evaluation():
+    """Near the optimum: one evaluation, and the cost is that which scipy finds."""
+    objective, start = observe(), near_truth(0.4)
+    rotation, shift, cost = by_scipy(objective, *start)
+    near = solvers.retract(
+        jnp.asarray(rotation), jnp.asarray(shift), jnp.full(5, 0.1 * SIGMA / 5)
+    )
+    estimate = minimise(LevenbergMarquardt(), objective, *near)
+    assert int(estimate.evaluations) == 1
+    before = float(objective(*near)[0]) - cost
+    assert 1e-4 < before < 0.05
+    assert abs(float(estimate.cost) - cost) < 0.1 * before
+    there = float(objective(estimate.rotation, estimate.shift)[0]) - cost
+    assert there < 0.02 * before
+    # With no step to make, the pose stays.
+    still = minimise(LevenbergMarquardt(iterations=0), objective, *near)
+    np.testing.assert_array_equal(still.rotation, near[0])
+    assert float(still.cost) == float(objective(*near)[0])
 
 
 def test_no_step_turns_by_more_than_half_a_radian():
@@ -191,7 +239,6 @@ def test_without_information_nothing_moves(name, dtype):
     estimate = minimise(UPDATES[name], nothing, *start)
     np.testing.assert_array_equal(estimate.rotation, start[0])
     np.testing.assert_array_equal(estimate.shift, start[1])
-    assert not estimate.accepted.any()
     leaves = [estimate.rotation, estimate.shift, estimate.cost, estimate.information]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert all(leaf.dtype == dtype for leaf in leaves)
@@ -204,7 +251,7 @@ def test_in_single_precision():
     found = jnp.asarray(rotation, jnp.float32)
     assert float(geodesic_distance(estimate.rotation, found)) < 1e-4
     np.testing.assert_allclose(estimate.shift, shift, atol=1e-4)
-    assert estimate.cost.dtype == estimate.damping.dtype == jnp.float32
+    assert estimate.cost.dtype == estimate.information.dtype == jnp.float32
 
 
 def test_the_covariance_is_that_of_the_estimates():

@@ -294,12 +294,9 @@ def test_the_callback_is_told_everything(run):
         row = json.loads(json.dumps(info.row(), allow_nan=False))
         assert row == info.row()
         assert set(row) == {field.name for field in dataclasses.fields(info)}
-        assert len(row["damping"]) == CONFIG.update.iterations
-        assert min(row["damping"]) > 0 and 0 <= row["decided"] <= 1
+        assert row["evaluations"] >= 1 and 0 <= row["decided"] <= 1
         assert row["gold_score"] is None and len(row["tau"]) == 1
         assert 0 < row["fold_score"] < 1
-    # The median particle's steps succeed, so its damping falls.
-    assert seen[-1][1].damping == sorted(seen[-1][1].damping, reverse=True)
     assert seen[0][1].searched == seen[2][1].searched == P
     changes = [info.angle_change_in_degrees for _, info in seen]
     assert changes[0] > 3 * changes[-1]
@@ -493,7 +490,8 @@ def test_poses_may_be_updated_by_any_method_of_optax(scene):
         after["angle_error_in_degrees_median"]
         < 0.6 * before["angle_error_in_degrees_median"]
     )
-    assert len(seen[0].damping) == 10 and seen[0].searched == 0
+    # One to begin with, and ten steps.
+    assert seen[0].evaluations == 11 and seen[0].searched == 0
 
 
 def test_images_of_nothing_at_all(scene):
@@ -528,19 +526,6 @@ def test_no_map_is_made_of_what_is_undetermined(scene, which):
     first, second = (fold.coefficients for fold in result.state.set_states[0].maps)
     assert not np.any(second)
     assert np.any(first) == np.any(result.volume) == (which == "a fold")
-
-
-def test_the_wide_search_keeps_all_that_is_known(run):
-    """The second pass is about the candidates found and every current hypothesis."""
-    (state,) = run[1][1][0].set_states
-    chosen = np.arange(0, P, 2)
-    candidates = np.tile(np.eye(3, dtype=np.float32), (len(chosen), 3, 1, 1))
-    centres = pose_step.all_centres(state.hypotheses, chosen, candidates)[chosen]
-    current = np.asarray(state.hypotheses.rotations)[chosen]
-    for i in range(3):
-        gaps = np.abs(centres - current[:, i, None]).max(axis=(2, 3)).min(axis=1)
-        np.testing.assert_array_equal(gaps, 0)
-    assert (np.abs(centres - np.eye(3)).max(axis=(2, 3)).min(axis=1) == 0).all()
 
 
 def test_the_band_limit_marches(scene):
@@ -613,7 +598,7 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
     clean, spoilt = (error(scene.map + x, None) for x in (0 * garbage, garbage))
     masked = error(scene.map + garbage, ball())
     assert masked < 0.5 * spoilt
-    assert masked < 1.25 * clean
+    assert masked < 1.5 * clean
 
 
 def test_maps_and_their_correlations_are_whole(scene):

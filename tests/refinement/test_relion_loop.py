@@ -87,7 +87,7 @@ def test_relion_reconstructs_as_well_from_our_poses(loop):
 
 
 def test_relion_postprocesses_our_half_maps(loop):
-    """In the mask that our own command makes, and to the same resolution."""
+    """In the mask that our own command makes, and nearly to the same shell."""
     command = "postprocess {0}/out/half1.mrc {0}/out/half2.mrc --out {0}/ours"
     assert cli.main(command.format(loop).split()) == 0
     files = "--i out/half1.mrc --i2 out/half2.mrc --mask ours/mask.mrc --o ./theirs"
@@ -95,4 +95,6 @@ def test_relion_postprocesses_our_half_maps(loop):
     theirs = float(read_star(loop / "theirs.star")["general"]["rlnFinalResolution"][0])
     ours = read_json(loop / "ours" / "postprocess.json")["resolution_in_angstroms"]
     assert 2 * PIXEL <= theirs < 4 * PIXEL
-    assert ours == pytest.approx(theirs, rel=0.1)
+    # RELION gives the last shell before the FSC falls, we where it falls.
+    box = N * PIXEL
+    assert -0.5 <= box / ours - box / theirs <= 1.5

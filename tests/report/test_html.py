@@ -87,7 +87,7 @@ def row(iteration, r_max, search_r_max, gold):
         "iteration": iteration,
         "r_max": r_max,
         "search_r_max": search_r_max,
-        "damping": [0.1, 0.0123456],
+        "evaluations": 2.123456,
         "angle_change_in_degrees": 3.14159,
         "tau": [1.0, None],
         "gold_score": gold,
@@ -216,12 +216,12 @@ def test_tables(pages):
     page = pages["default"]
     heads, cells = page.all("th"), page.all("td")
     names = "iteration|band limit (cycles per box)|band limit of the search (cycles "
-    names += "per box)|damping of each polishing step|median rotation (degrees)|"
-    names += "regularisation weight tau of each set|"
+    names += "per box)|evaluations of the likelihood for a particle|"
+    names += "median rotation (degrees)|regularisation weight tau of each set|"
     names += "mean FSC of the half sets' regularised maps"
     assert heads[:7] == names.split("|")
-    assert cells[:7] == ["1", "7", "7", "0.1, 0.01235", "3.142", "1, –", "–"]
-    assert cells[14:21] == ["3", "20", "0", "0.1, 0.01235", "3.142", "1, –", "0.8"]
+    assert cells[:7] == ["1", "7", "7", "2.123", "3.142", "1, –", "–"]
+    assert cells[14:21] == ["3", "20", "0", "2.123", "3.142", "1, –", "0.8"]
     assert heads[7:] == ["--max-angle", "--tau", "jaxrefine", "device"]
     assert cells[21:] == ["30 degrees", "chosen", "1.2.3", "cpu, <one>"]
     page = pages["published"]
