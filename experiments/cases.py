@@ -1,6 +1,7 @@
 """The simulated data sets that the studies start from."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -141,7 +142,7 @@ def _simulate(
         max_shift=settings.max_shift,
         max_angle_error=max_angle_error,
         snr_db=settings.snr_db,
-        batch_size=settings.batch_size,
+        project=partial(simulate.clean_images, batch_size=settings.batch_size),
     )
     return truth, dataset
 

@@ -196,6 +196,28 @@ def test_images_of_a_blob_are_gaussians_at_its_place(
         np.testing.assert_allclose(image, expected, atol=tolerance * peak)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("basis", "tolerance"), [(kbwf.SIMULATION_BASIS, 8e-3), (kbwf.KBWF(), 2e-4)]
+)
+def test_images_by_slices_are_those_of_the_spatial_projector(dtype, basis, tolerance):
+    """Of a smooth map, but for the ripples of a small window, which are beyond Nyquist.
+
+    They are known from `test_images_of_a_blob_are_gaussians_at_its_place`.
+    """
+    n = 32
+    angles = jnp.asarray([[0.0, 0.0, 0.0], [0.4, 1.1, 2.0], [2.0, 0.3, -1.0]], dtype)
+    shifts = jnp.asarray([[2.5, 1.25], [-1.5, 2.0], [0.0, 0.3]], dtype)
+    poses = Poses(euler_to_matrix(angles), shifts)
+    volume = gaussian(n, (3.0, -2.0, 1.0), 2.0, dtype=dtype)
+    volume = volume - 0.5 * gaussian(n, (-2.0, 4.0, 0.0), 2.5, dtype=dtype)
+    exact = simulate.clean_images(volume, poses, basis=basis)
+    for size in (1, 2, 256):
+        images = simulate.slice_images(volume, poses, basis=basis, batch_size=size)
+        assert images.shape == (3, n, n) and images.dtype == dtype
+        np.testing.assert_allclose(images, exact, atol=tolerance * float(exact.max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_dataset_is_what_its_parts_make(dtype):
@@ -228,6 +250,9 @@ def test_dataset_is_what_its_parts_make(dtype):
     noiseless = make(KEY, sigma=0.0)
     rounding = 100 * float(jnp.finfo(dtype).eps) * float(jnp.abs(clean).max())
     np.testing.assert_allclose(noiseless.images, clean, rtol=0, atol=rounding)
+    sliced = make(KEY, sigma=0.0, project=simulate.slice_images)
+    by_parts = simulate.slice_images(volume, data.truth)
+    np.testing.assert_allclose(sliced.images, by_parts, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from jaxrefine.runs.options import add_options, settings_from
 
 
 def main(
-    arguments: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS
+    arguments: Sequence[str] | None = None,
+    commands: Sequence[Command] = COMMANDS,
+    *,
+    in_own_process: bool = False,
 ) -> int:
     """Run a command.
 
@@ -27,6 +30,9 @@ def main(
         The words of the command line; by default those of this process.
     commands
         The commands that there are.
+    in_own_process
+        Whether this process is the command's, which then sets up JAX for it, see
+        `_runtime`.
 
     Returns
     -------
@@ -34,6 +40,10 @@ def main(
     """
     options = _parser(commands).parse_args(arguments)
     (command,) = (each for each in commands if each.name == options.command)
+    if in_own_process:
+        from jaxrefine.cli import _runtime
+
+        _runtime.set_up()
     try:
         command.run(settings_from(command.settings, vars(options)))
         sys.stdout.flush()

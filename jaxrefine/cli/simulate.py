@@ -129,7 +129,7 @@ def _write_images(settings: SimulateSettings, plan: _Plan, pixel: float) -> floa
     Each particle has a key of its own, so that its noise does not depend on the batch.
     """
     count, n = settings.particles, plan.map.shape[0]
-    batches = list(_batches(count, 16 * settings.batch_size))
+    batches = list(_batches(count, settings.batch_size))
     path = settings.out / "particles.mrcs"
     with Bars() as bars, io.new_stack(path, count, n, pixel) as stack:
         power, advance = 0.0, bars.next("projecting", len(batches))
@@ -157,7 +157,7 @@ def _clean_images(
     settings: SimulateSettings, plan: _Plan, pixel: float, rows: slice
 ) -> np.ndarray:
     poses, ctf = jax.tree.map(lambda leaf: leaf[rows], (plan.truth, plan.ctf))
-    images = simulate.clean_images(plan.map, poses, batch_size=settings.batch_size)
+    images = simulate.slice_images(plan.map, poses, batch_size=settings.batch_size)
     return np.asarray(images if ctf is None else apply_ctf(ctf, images, pixel))
 
 

@@ -201,6 +201,18 @@ def view(
     """
     m = particles.image_size
     disc = slices.disc(m, r_max, multiple=multiple)
+    side = m * particles.pixel_size_in_angstroms
+    return _view(disc, jnp.asarray(side, noise.dtype), noise)
+
+
+@eqx.filter_jit
+def _view(
+    disc: Disc,
+    side_in_angstroms: Float[Array, ""],
+    noise: Float[Array, "*groups shells"],
+) -> View:
+    """Return the view of a disc, of images of a given side."""
+    m = disc.image_size
     noise = jnp.atleast_2d(noise)
     least = jnp.min(noise, axis=0)[disc.shells]
     inverse = jnp.where((disc.shells > 0) & (least < jnp.inf), m**2 / least, 0.0)
@@ -209,7 +221,7 @@ def view(
     if len(noise) > 1:
         factor = jnp.sqrt(relative_precision(noise))[:, disc.shells]
     frequencies = disc.frequencies.astype(noise.dtype)
-    physical = frequencies / (m * particles.pixel_size_in_angstroms)
+    physical = frequencies / side_in_angstroms
     return View(disc, weights, inverse, factor, physical)
 
 

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from typing import final
 
 import equinox as eqx
+import jax
 
+from jaxrefine._batching import side_by_side
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.sums import Sums, data_term, solve
@@ -85,9 +87,18 @@ def solve_all(
     """
     (first, second), (first_peak, second_peak) = data.own, data.peaks
     first_start, second_start = starts
-    return (
-        solve(second, second_peak, first_start, tau, regulariser, iterations),
-        solve(first, first_peak, second_start, tau, regulariser, iterations),
+
+    def of(data: admm.DataTerm, peak: Scalar, start: admm.ADMMState):
+        solution = solve(data, peak, start, tau, regulariser, iterations)
+        return jax.block_until_ready(solution)
+
+    return tuple(
+        side_by_side(
+            [
+                lambda: of(second, second_peak, first_start),
+                lambda: of(first, first_peak, second_start),
+            ]
+        )
     )
 
 

@@ -46,6 +46,7 @@ class Hypotheses(eqx.Module):
         return Poses(self.rotations[..., 0, :, :], self.shifts[..., 0, :])
 
 
+@eqx.filter_jit
 def certain(poses: Poses, count: int) -> Hypotheses:
     """Return one pose of weight 1 for each particle, with places for ``count``."""
     rotations = jnp.repeat(poses.rotations[:, None], count, axis=1)

@@ -115,5 +115,5 @@ def priors_about(
     """
     count, dtype = len(poses), poses.rotations.dtype
     numbers = (angle_spread, shift_spread, max_angle, max_shift)
-    each = [jnp.full(count, number, dtype) for number in numbers]
+    each = [jnp.asarray(np.full(count, number, dtype)) for number in numbers]
     return Prior(poses.rotations, poses.shifts, *each)

@@ -7,6 +7,7 @@ of the folds, `assess` measures their scale, noise and correlation, and `choose_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import equinox as eqx
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrefine._types import Volume
+from jaxrefine._batching import side_by_side
+from jaxrefine._types import Scalar, Volume
 from jaxrefine.data import observation
 from jaxrefine.data.observation import View
 from jaxrefine.geometry import Poses
@@ -61,38 +63,49 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
     hypotheses = certain(given, config.hypotheses)
     shells = particle_set.particles.image_size // 2 + 1
-    ones = jnp.ones(shells, volume.dtype)
-    volume = filter_shells(volume, _up_to(config.first_r_max, ones))
+    ones = jnp.asarray(np.ones(shells), volume.dtype)
+    volume = _up_to(volume, config.first_r_max)
     sums = _measure(particle_set, hypotheses, [volume] * FOLDS)
-    power = sums.data / jnp.maximum(sums.count, 1.0)
-    outer = jnp.mean(
-        power[:, 3 * particle_set.last_shell // 4 : particle_set.last_shell + 1], axis=1
-    )
-    level = jnp.maximum(outer, _LEAST_INITIAL_NOISE * jnp.max(power[:, 1:], axis=1))
-    largest = jnp.max(level)
-    level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
-    noise = jnp.repeat(level[:, None], shells, axis=1)
-    first = slice(1, 4)
-    signal = jnp.sum((sums.data - noise * sums.count)[:, first])
-    model = jnp.sum(sums.model[:, first])
-    model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
-    scale = jnp.sqrt(jnp.maximum(signal, 0.0) / model)
+    scale, noise = _first_levels(sums, particle_set.last_shell)
+    share = jnp.asarray(particle_set.particles.noise_share, volume.dtype)
     return SetState(
         hypotheses,
-        information=jnp.zeros((count, 5, 5), volume.dtype),
-        evidence=jnp.zeros(count, volume.dtype),
+        information=jnp.asarray(np.zeros((count, 5, 5)), volume.dtype),
+        evidence=jnp.asarray(np.zeros(count), volume.dtype),
         maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
         gain=ones,
-        noise=noise / particle_set.particles.noise_share,
+        noise=noise / share,
         tau=jnp.asarray(config.tau or 1.0, volume.dtype),
         fold_fsc=ones,
     )
 
 
-def _up_to(r_max: int, ones: Float[Array, "shells"]) -> Float[Array, "shells"]:
-    """Return a gain of 1 up to a shell and 0 beyond, with a cosine edge of 3 shells."""
-    beyond = jnp.clip((jnp.arange(len(ones)) - r_max) / 3, 0.0, 1.0)
-    return ones * 0.5 * (1 + jnp.cos(jnp.pi * beyond.astype(ones.dtype)))
+@eqx.filter_jit
+def _first_levels(
+    sums: ShellSums, last_shell: int
+) -> tuple[Scalar, Float[Array, "groups shells"]]:
+    """Return the scale of the first map, and the noise of each group; see `start`."""
+    power = sums.data / jnp.maximum(sums.count, 1.0)
+    outer = jnp.mean(power[:, 3 * last_shell // 4 : last_shell + 1], axis=1)
+    level = jnp.maximum(outer, _LEAST_INITIAL_NOISE * jnp.max(power[:, 1:], axis=1))
+    largest = jnp.max(level)
+    level = jnp.where(level > 0, level, jnp.where(largest > 0, largest, 1.0))
+    noise = jnp.repeat(level[:, None], power.shape[1], axis=1)
+    first = slice(1, 4)
+    signal = jnp.sum((sums.data - noise * sums.count)[:, first])
+    model = jnp.sum(sums.model[:, first])
+    model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
+    return jnp.sqrt(jnp.maximum(signal, 0.0) / model), noise
+
+
+@eqx.filter_jit
+def _up_to(volume: Volume, r_max: int) -> Volume:
+    """Return the map up to a shell, with a cosine edge of 3 shells."""
+    shells = np.arange(volume.shape[0] // 2 + 1)
+    edge = np.clip((shells - r_max) / 3, 0.0, 1.0)
+    return filter_shells(
+        volume, jnp.asarray(0.5 + 0.5 * np.cos(np.pi * edge), volume.dtype)
+    )
 
 
 @eqx.filter_jit
@@ -152,11 +165,11 @@ def sum_up(
     size = max(1, size // len(operators))
     weights = np.asarray(hypotheses.weights) * included[:, None]
     weights = np.where(weights > particle_set.config.tuning.negligible, weights, 0.0)
-    sums = []
-    for fold in range(FOLDS):
-        of_fold = particle_set.of_fold(fold)
-        rows, columns = np.nonzero(weights[of_fold])
-        owners = of_fold[rows]
+
+    def of_fold(fold: int) -> Sums:
+        members = particle_set.of_fold(fold)
+        rows, columns = np.nonzero(weights[members])
+        owners = members[rows]
         total = Sums.zero(n, noise.dtype)
         places = np.arange(len(owners))
         for batch, count in observation.batches(places, _rounded(len(owners), size)):
@@ -176,8 +189,9 @@ def sum_up(
                 jnp.asarray(weight, noise.dtype),
                 operators,
             )
-        sums.append(total)
-    return sums
+        return jax.block_until_ready(total)
+
+    return side_by_side([partial(of_fold, fold) for fold in range(FOLDS)])
 
 
 def _rounded(count: int, largest: int) -> int:
@@ -281,31 +295,39 @@ def assess(particle_set: ParticleSet, state: SetState) -> SetState:
     """
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
-    gain = sums.pooled(observation.relative_precision(state.noise)).gain
+    share = jnp.asarray(particle_set.particles.noise_share, state.noise.dtype)
+    levels = _levels(sums, state.noise, share, particle_set.last_shell)
+    return eqx.tree_at(
+        lambda s: (s.gain, s.noise, s.fold_fsc), state, (*levels, fsc(*volumes))
+    )
+
+
+@eqx.filter_jit
+def _levels(
+    sums: ShellSums,
+    noise: Float[Array, "groups shells"],
+    noise_share: Scalar,
+    last_shell: int,
+) -> tuple[Float[Array, "shells"], Float[Array, "groups shells"]]:
+    """Return the gain of the maps and the noise of each group; see `assess`."""
+    gain = sums.pooled(observation.relative_precision(noise)).gain
     # Where the images are empty the residual is small, but says nothing of the noise.
     data, inside = (
         sums.data / jnp.maximum(sums.count, 1.0),
-        slice(1, particle_set.last_shell + 1),
+        slice(1, last_shell + 1),
     )
     fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
     empty = data <= _EMPTY_SHELL * fullest
     residual, count = (
         jnp.where(empty, 0.0, values) for values in (sums.residual(gain), sums.count)
     )
-    power = noise_power(residual, count) / particle_set.particles.noise_share
+    power = noise_power(residual, count) / noise_share
     median = jnp.nanmedian(
         jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )
     power = jnp.where(empty, jnp.inf, jnp.maximum(power, _LEAST_NOISE * median))
-    measured = (fullest > 0) & (
-        jnp.arange(data.shape[1])[None] <= particle_set.last_shell
-    )
-    noise = jnp.where(measured, power, state.noise)
-    return eqx.tree_at(
-        lambda s: (s.gain, s.noise, s.fold_fsc),
-        state,
-        (gain, noise, fsc(*volumes)),
-    )
+    measured = (fullest > 0) & (np.arange(data.shape[1])[None] <= last_shell)
+    return gain, jnp.where(measured, power, noise)
 
 
 @final

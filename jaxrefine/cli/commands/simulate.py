@@ -83,7 +83,7 @@ class SimulateSettings:
         0.1, least=0, most=1, help="share of amplitude contrast in the images"
     )
     seed: int = shared.seed("everything random")
-    batch_size: int = shared.batch_size(8)
+    batch_size: int = shared.batch_size(256)
 
     def __post_init__(self):
         if self.snr_db is None and self.sigma is None:

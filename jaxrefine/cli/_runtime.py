@@ -1,0 +1,76 @@
+"""What JAX is told before a command runs, and only then: never by an import.
+
+- Compiled programs are kept in the user's cache folder, so that the next run need not
+  compile them again. ``JAXREFINE_CACHE`` names another folder, or turns this off (0).
+  ``JAX_COMPILATION_CACHE_DIR``, which is JAX's own, is left as it is.
+- The cores of a CPU are JAX's devices, up to eight, which particles are shared out
+  among. ``JAX_NUM_CPU_DEVICES``, which is JAX's own, is left as it is.
+"""
+
+import hashlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import jax
+from jaxlib import version
+
+_MOST_DEVICES = 8
+_OFF = "0"
+
+
+def set_up() -> None:
+    """Tell JAX; to be called before it is used."""
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        jax.config.update("jax_num_cpu_devices", min(cores, _MOST_DEVICES))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = cache_folder()
+        if folder is not None and _can_be_written(folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+            # An entry that another run is writing is compiled instead: nothing to say.
+            warnings.filterwarnings("ignore", message=".*compilation cache entry.*")
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of compiled programs; None if there is to be none.
+
+    Programs are compiled for a version of jaxlib and for the features of a processor:
+    machines that share a home folder have one each.
+    """
+    named = os.environ.get("JAXREFINE_CACHE")
+    if named == _OFF:
+        return None
+    if named:
+        root = Path(named)
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+        try:
+            root = (Path(base) if base else Path.home() / ".cache") / "jaxrefine"
+        except RuntimeError:  # there is no home folder
+            return None
+    machine = "\n".join([jax.__version__, version.__version__, *_features()])
+    return root / hashlib.sha256(machine.encode()).hexdigest()[:16]
+
+
+def _features(path: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Return what distinguishes processors that programs are compiled for."""
+    known = [platform.system(), platform.machine(), platform.processor()]
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return known
+    keys = ("flags", "Features", "model name")
+    return known + sorted({line for line in lines if line.startswith(keys)})
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Make the folder; return whether this process may write to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
