@@ -28,6 +28,7 @@ from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
 from jaxrefine.maps.sums import Sums, data_term, insert, solve
 from jaxrefine.poses.hypotheses import Hypotheses, certain
+from jaxrefine.poses.update import BLOCK
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
@@ -229,7 +230,7 @@ def _measure(
         sample = np.concatenate(
             [_evenly_spaced(of_fold[group == g], share) for g in groups]
         )
-        size = min(particle_set.config.batch_size, len(sample))
+        size = BLOCK
         volume = particle_set.masked(maps[fold])
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell

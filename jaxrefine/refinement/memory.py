@@ -3,8 +3,8 @@ r"""How much memory a refinement will need, and what to do when there is too lit
 The estimate counts the arrays that :mod:`jaxrefine.refinement.loop` holds at once. It
 is the larger of what the two steps of an outer iteration need:
 
-- the pose update holds, for each particle of a batch, about 85 bytes for each frequency
-  that it is compared in, whatever the number of particles;
+- the pose update holds a batch of images, and what one block of particles takes on
+  each device, whatever the number of particles;
 - the volume update holds sums, their transforms and temporary arrays, all of which are
   multiples of ``n**3``, whatever the batch.
 
@@ -25,8 +25,10 @@ from typing import TypeVar, final
 import jax
 
 from jaxrefine.errors import InputError
+from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
+from jaxrefine.poses.update import BLOCK
 from jaxrefine.refinement.config import RefineConfig
 
 _T = TypeVar("_T")
@@ -49,9 +51,9 @@ _GRIDDING = 45  # the same, over the cube of the oversampling
 _DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
 
 # Bytes.
-_POLISHED = 85  # a frequency of a particle whose pose is polished
+_CURVATURE = 85  # a frequency of a particle whose error bars are measured
 _PIXEL = 12  # of its image, on the host, on the device and transformed
-_SEARCH = 44 * 2**20  # a batch of the search, of `search.search_poses`' own size
+_VISITED = 16 * 2**20  # a block of particles on one device, see `poses.update`
 _INSERTED_SAMPLE = 80  # a sample of an inserted slice
 _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 
@@ -164,10 +166,13 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     else:
         grid = _GRIDDING * insertion.oversampling**3
     inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
-    per_particle = _POLISHED * points + _PIXEL * image_size**2
-    batch = min(config.batch_size, particles)
-    pose = _REFERENCE * cube + max(_SEARCH, batch * per_particle)
-    volume = max(_DATA_TERMS * cube, (_INSERTED + grid) * cube + inserted)
+    batch = max(BLOCK, min(config.batch_size, particles)) * _PIXEL * image_size**2
+    block = max(_VISITED * jax.local_device_count(), BLOCK * _CURVATURE * points)
+    pose = _REFERENCE * cube + batch + block
+    # The images of both folds are inserted at the same time.
+    volume = max(
+        _DATA_TERMS * cube, (_INSERTED + FOLDS * grid) * cube + FOLDS * inserted
+    )
     held = (_STATE * sets + _SUMS * (sets - 1)) * cube
     held += _HYPOTHESIS * (config.hypotheses + 1) * particles
     programs = _PROGRAMS if jax.default_backend() == "cpu" else 0

@@ -312,7 +312,7 @@ def measure_information(
             rotations[owners],
             shifts[owners],
             information[owners],
-            particle_set.config.batch_size,
+            update.BLOCK,
         )
     return information
 
