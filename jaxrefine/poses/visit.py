@@ -1,4 +1,4 @@
-"""The evaluation of candidate poses in batches, for search, polishing and curvature.
+"""The evaluation of given candidate poses in batches: polishing, and curvature.
 
 Each candidate is evaluated with the image of the particle that it belongs to, by a
 function of one candidate, which is given the map, the image and the candidate's own
