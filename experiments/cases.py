@@ -142,7 +142,7 @@ def _simulate(
         max_shift=settings.max_shift,
         max_angle_error=max_angle_error,
         snr_db=settings.snr_db,
-        project=partial(simulate.clean_images, batch_size=settings.batch_size),
+        project=partial(simulate.clean_images, truth, batch_size=settings.batch_size),
     )
     return truth, dataset
 

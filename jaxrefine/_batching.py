@@ -23,6 +23,8 @@ def side_by_side(functions: Sequence[Callable[[], _T]]) -> list[_T]:
     """Call functions that have nothing to do with each other, each in its own thread.
 
     Much of a volume update runs on one core: a second one does another fold meanwhile.
+    What JAX has been told for this thread alone, such as by ``jax.default_device``, is
+    not known in the others. An error is raised when all of them have ended.
 
     Returns
     -------
@@ -125,7 +127,7 @@ def for_active(
 ) -> Any:
     """Evaluate ``function(*arguments)`` where it is active, ``size`` at a time.
 
-    Those that are active are gathered first, so that the others cost nothing.
+    Those that are active are gathered first; others only fill up the last round.
 
     Parameters
     ----------

@@ -68,7 +68,7 @@ def make_dataset(
     max_angle_error: float,
     sigma: float | Scalar | None = None,
     snr_db: float | None = None,
-    project: Callable[[Volume, Poses], Images] | None = None,
+    project: Callable[[Poses], Images] | None = None,
 ) -> Dataset:
     """Simulate a data set as in section IV-A, with the initial poses of section IV-B.
 
@@ -90,8 +90,8 @@ def make_dataset(
         Standard deviation of the noise, or signal-to-noise ratio per pixel in decibels
         (see `noise_std`). Exactly one of the two must be given.
     project
-        What makes clean images of a map and poses, such as `slice_images`; by default
-        it is `clean_images`.
+        What makes clean images of the map at given poses, such as `slice_projector`
+        returns; by default it is `clean_images`.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def make_dataset(
         equidistributed_rotations(angle_key, count, volume.dtype),
         random_shifts(shift_key, count, max_shift, volume.dtype),
     )
-    clean = (clean_images if project is None else project)(volume, truth)
+    clean = clean_images(volume, truth) if project is None else project(truth)
     level = sigma if snr_db is None else noise_std(clean, snr_db)
     level = jnp.asarray(level, volume.dtype)
     noisy = add_noise(noise_key, clean, level)
@@ -254,41 +254,32 @@ def clean_images(
     return spatial.project(footprint, coefficients, poses, volume.shape[0], batch_size)
 
 
-def slice_images(
-    volume: Volume,
-    poses: Poses,
-    *,
-    basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
-    batch_size: int = 256,
-) -> Images:
-    """Project a map without noise, by slices of its spectrum: fast `clean_images`.
+def slice_projector(
+    volume: Volume, basis: kbwf.KBWF = kbwf.SIMULATION_BASIS
+) -> Callable[[Poses], Images]:
+    """Return a function of poses that makes images of a map without noise.
 
     The images are those of `clean_images` up to the last frequency below Nyquist, and
-    zero beyond. A particle that is shifted over the image's edge reappears on the other
-    side.
+    zero beyond, by slices of the map's spectrum, which is much faster. A particle that
+    is shifted over the image's edge reappears on the other side.
 
     Parameters
     ----------
     volume
         Voxel values of the map, of shape ``(n, n, n)``; the images have its side.
-    poses
-        Poses of the particles.
     basis
         The window in which the map is expanded.
-    batch_size
-        Number of particles that are processed at a time.
 
     Returns
     -------
-    Images of shape ``(P, n, n)``.
+    A function of ``P`` poses that returns images of shape ``(P, n, n)``. Its memory
+    grows with ``P``: some hundreds are enough at a time.
     """
     n = volume.shape[0]
     last = (n - 1) // 2
     disc = slices.disc(n, last, basis)
     spectrum = _ACCURATE.spectrum(kbwf.expand(basis, volume), last)
-    return slices.to_images(
-        slices.project(spectrum, disc, poses, batch_size=batch_size), disc
-    )
+    return lambda poses: slices.to_images(slices.project(spectrum, disc, poses), disc)
 
 
 def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:

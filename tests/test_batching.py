@@ -1,12 +1,19 @@
 """Batches change the memory that a sum or a map takes, never its value."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import draw
 
-from jaxrefine._batching import for_active, map_over_particles, sum_over_particles
+from jaxrefine._batching import (
+    for_active,
+    map_over_particles,
+    side_by_side,
+    sum_over_particles,
+)
 from jaxrefine.errors import InputError
 
 COUNT = 7
@@ -121,3 +128,17 @@ def test_what_is_active_is_evaluated(active, size):
     count, size = is_active.sum(), min(size, COUNT)
     assert len(seen) == size * -(-count // size)
     assert set(np.asarray(y)[is_active]) <= set(seen)
+
+
+def test_side_by_side():
+    """At the same time, in order; an error is that of the function."""
+    meet = threading.Barrier(2, timeout=30)
+    values = side_by_side([lambda: meet.wait() < 2, lambda: meet.wait() < 2])
+    assert values == [True, True]
+    assert side_by_side([lambda: "first", lambda: "second"]) == ["first", "second"]
+
+    def fail():
+        raise InputError("no such image")
+
+    with pytest.raises(InputError, match="no such image"):
+        side_by_side([lambda: 1, fail])

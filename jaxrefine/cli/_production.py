@@ -170,9 +170,7 @@ def _run(
     source = inputs.source
     subsets = _subsets(source, settings.seed) if config.half_sets else None
     plan = _plan(settings, source, config)
-    # Another batch size would change the last bits of a run that is resumed.
-    batch_size = settings.batch_size or folder.keep("batch_size", plan.batch_size)
-    batch_size = min(batch_size, len(source))
+    batch_size = min(settings.batch_size or plan.batch_size, len(source))
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
 

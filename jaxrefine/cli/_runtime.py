@@ -23,7 +23,10 @@ _OFF = "0"
 def set_up() -> None:
     """Tell JAX; to be called before it is used."""
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", min(cores, _MOST_DEVICES))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache_folder()

@@ -121,7 +121,7 @@ def _simulate(
         max_shift=settings.max_shift,
         max_angle_error=math.radians(settings.max_angle_error),
         snr_db=settings.snr_db,
-        project=simulate.slice_images,
+        project=simulate.slice_projector(truth),
     )
     return _Scene(truth, simulate.blur(truth, settings.initial_blur), dataset)
 

@@ -1,7 +1,7 @@
 """``jaxrefine simulate``: a data set that RELION reads, with its truth."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, simulate
+from jaxrefine._types import Images
 from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.errors import InputError
@@ -131,10 +132,11 @@ def _write_images(settings: SimulateSettings, plan: _Plan, pixel: float) -> floa
     count, n = settings.particles, plan.map.shape[0]
     batches = list(_batches(count, settings.batch_size))
     path = settings.out / "particles.mrcs"
+    project = simulate.slice_projector(plan.map)
     with Bars() as bars, io.new_stack(path, count, n, pixel) as stack:
         power, advance = 0.0, bars.next("projecting", len(batches))
         for first, last in batches:
-            images = _clean_images(settings, plan, pixel, slice(first, last))
+            images = _clean_images(project, plan, pixel, slice(first, last))
             stack[first:last] = images
             power += float(np.sum(images.astype(np.float64) ** 2))
             advance(None, {})
@@ -154,10 +156,10 @@ def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _clean_images(
-    settings: SimulateSettings, plan: _Plan, pixel: float, rows: slice
+    project: Callable[[Poses], Images], plan: _Plan, pixel: float, rows: slice
 ) -> np.ndarray:
     poses, ctf = jax.tree.map(lambda leaf: leaf[rows], (plan.truth, plan.ctf))
-    images = simulate.slice_images(plan.map, poses, batch_size=settings.batch_size)
+    images = project(poses)
     return np.asarray(images if ctf is None else apply_ctf(ctf, images, pixel))
 
 

@@ -1,8 +1,7 @@
 """Images as they are compared with maps: whitened spectra on a disc of frequencies.
 
 Particles are visited in batches from wherever their images are kept. The result of a
-particle depends neither on the batch that it is in nor on the size of the batches (but
-for rounding).
+particle depends neither on the batch that it is in nor on the size of the batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -131,13 +130,26 @@ class View(eqx.Module):
         """Return the view up to a lower band limit, cycles per box.
 
         The arrays keep their shapes, so that one program serves all band limits.
+        Frequencies beyond the limit are moved to the origin.
+
+        Raises
+        ------
+        ValueError
+            If the number of frequencies is not a multiple of `PART`.
         """
         disc = self.disc
+        if len(disc.shells) % PART:
+            raise ValueError(
+                f"the number of frequencies must be a multiple of {PART}, got "
+                f"{len(disc.shells)}"
+            )
         squares = jnp.sum(disc.frequencies**2, axis=-1)
         limit = (r_max * r_max).astype(squares.dtype)
         inside = (squares <= limit) & (disc.multiplicity > 0)
+        frequencies = jnp.where(inside[:, None], disc.frequencies, 0.0)
         return replace(
             self,
+            disc=replace(disc, frequencies=frequencies),
             weights=jnp.where(inside, self.weights, 0.0),
             length=jnp.sum(inside.astype(jnp.int32)),
         )

@@ -21,7 +21,10 @@ from jaxrefine.errors import InputError
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A source of images: NumPy and JAX arrays, memory maps, stacks of files."""
+    """A source of images: NumPy and JAX arrays, memory maps, stacks of files.
+
+    It may be read from two threads at the same time.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.operators.fourier import radii
 
 
+@eqx.filter_jit
 def filter_shells(volume: Volume, gain: Float[Array, "shells"]) -> Volume:
     """Multiply a map's spectrum by a gain for each shell.
 

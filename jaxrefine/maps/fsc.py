@@ -56,6 +56,7 @@ def mean_fsc(curve: Float[Array, " shells"]) -> Scalar:
     return jnp.mean(curve[1:])
 
 
+@eqx.filter_jit
 def crossing(curve: Float[Array, " shells"], threshold: float | Scalar) -> Scalar:
     """Return the radius where a Fourier shell correlation falls below a threshold.
 

@@ -347,20 +347,24 @@ class Gridding(eqx.Module):
         lattice = self._lattice(n, r_max)
         index, positions, side = lattice.locate(points)
         wx, wy, wz = (jnp.stack(lattice.weights(position)) for position in positions)
-        mirrored = jax.lax.complex(values.real, values.imag * side)
+        # Real and imaginary parts apart: a GPU cannot add complex numbers at once.
+        parts = (values.real, values.imag * side)
         taps = np.indices((self.width,) * 3).reshape(3, -1).T
         offsets = [lattice.offset(*tap) for tap in taps.tolist()]
 
         def insert(samples, tap):
             (a, b, c), offset = tap
             weight = wz[a] * wy[b] * wx[c]
-            update = jax.lax.complex(mirrored.real * weight, mirrored.imag * weight)
-            target = samples.at[index + offset]
-            return target.add(update, mode="promise_in_bounds"), None
+            added = tuple(
+                total.at[index + offset].add(part * weight, mode="promise_in_bounds")
+                for total, part in zip(samples, parts, strict=True)
+            )
+            return added, None
 
-        blank = jnp.zeros(math.prod(lattice.shape), values.dtype)
+        blank = (jnp.zeros(math.prod(lattice.shape), values.real.dtype),) * 2
         taps = (jnp.asarray(taps, jnp.int32), jnp.asarray(offsets, jnp.int32))
-        samples = jax.lax.scan(insert, blank, taps)[0].reshape(lattice.shape)
+        samples = jax.lax.complex(*jax.lax.scan(insert, blank, taps)[0])
+        samples = samples.reshape(lattice.shape)
         volume = jax.ShapeDtypeStruct((n, n, n), values.real.dtype)
         transpose = jax.linear_transpose(lattice.samples, volume)
         return transpose(jnp.conj(samples))[0]

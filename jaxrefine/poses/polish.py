@@ -103,7 +103,10 @@ def polish_poses(
     update: PoseUpdate,
     batch_size: int,
 ) -> Polished:
-    """Take candidate poses to their optima on the continuum.
+    """Take given candidate poses to their optima on the continuum.
+
+    It is for studies of the likelihood: a refinement polishes within its visits, see
+    :mod:`jaxrefine.poses.update`.
 
     Parameters
     ----------
@@ -124,7 +127,8 @@ def polish_poses(
     -------
     The polished candidates, in their order, as NumPy arrays.
     """
-    candidates = (prior.take(owners), rotations, shifts)
+    of_owners = jax.tree.map(np.asarray, prior).take(owners)
+    candidates = (of_owners, rotations, shifts)
     polish = Polish(update)
     return visit(polish, particles, owners, reference, view, candidates, batch_size)
 

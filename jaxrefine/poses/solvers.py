@@ -55,7 +55,7 @@ class Estimate(eqx.Module):
     rotation, shift
         The pose.
     cost
-        The objective there.
+        The objective there; a prediction of it, if the last step was not evaluated.
     information
         :math:`J^T W J` plus the prior's; its inverse is the covariance of the rotation
         vector (radians) and the shift (pixels), the Cramer-Rao bound where the
@@ -95,7 +95,7 @@ class PoseUpdate(Protocol):
         shift: Float[Array, "2"],
         constraint: Constraint,
     ) -> Estimate:
-        """Improve one pose; the result's cost is not above that of the start."""
+        """Improve one pose; no cost that was evaluated on the way is lower."""
         ...
 
 
@@ -124,7 +124,8 @@ class _Standing(eqx.Module):
     def promise(self, step: Float[Array, "5"]) -> Scalar:
         """Return by how much the undamped step would lower a quadratic cost.
 
-        It is exact where the information is diagonal.
+        It is exact where the information is diagonal, and slightly more than what the
+        damped step gains.
         """
         descent = -jnp.dot(self.gradient, step, precision=_HIGHEST)
         return (1 + self.damping) * descent / 2

@@ -94,7 +94,8 @@ def mean_curvatures(
     particles, owners, reference, view, prior, rotations, shifts, batch_size
         As for `polish.polish_poses`.
     """
-    candidates = (prior.take(owners), rotations, shifts, information)
+    of_owners = jax.tree.map(np.asarray, prior).take(owners)
+    candidates = (of_owners, rotations, shifts, information)
     return visit(
         mean_curvature, particles, owners, reference, view, candidates, batch_size
     )

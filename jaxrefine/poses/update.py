@@ -11,7 +11,7 @@ Every particle of a block goes through the same three steps, as far as it needs 
 
 A block is one program of fixed shapes for all band limits and all stages of a
 refinement. Those particles and candidates that a step is for are gathered first, so
-that the others cost nothing. The blocks of a batch are shared out among all devices.
+that the others cost little. The blocks of a batch are shared out among all devices.
 What comes out for a particle depends on its block alone, to the last bit, and neither
 on how many blocks are visited at a time nor on where.
 """
@@ -39,9 +39,9 @@ from jaxrefine.poses.search import Search
 BLOCK = 64
 """Particles of a block."""
 
-# Particles that are searched for, and candidates that are polished, at a time. Memory
-# grows with them; the numbers are a convention.
-_SEARCHED, _POLISHED = 16, 64
+# At a time: particles that are searched for, but no more than have 4 MiB of
+# scores; and candidates that are polished. The numbers are a convention.
+_SEARCHED, _POLISHED, _SCORES = 16, 64, 2**20
 
 
 @final
@@ -176,10 +176,11 @@ def update_block(
         return _search_one(steps, reference, observe, known)
 
     start = (current.rotations, current.shifts)
+    scores = steps.searches.most * steps.searches.offsets.shape[1]
     rotations, shifts = for_active(
         search,
         jnp.asarray(known.searched),
-        _SEARCHED,
+        max(1, min(_SEARCHED, _SCORES // scores)),
         (spectra, transfer, known),
         start,
     )
@@ -222,9 +223,9 @@ def update_block(
         )
         # After the first round, only distinct candidates that are likely are followed.
         evidence = jnp.where(now, candidates.evidence, -jnp.inf)
-        evidence = jax.vmap(lambda r, e: distinct(r, e, steps.separation, None))(
-            candidates.rotations, evidence
-        )
+        evidence = jax.vmap(
+            lambda r, e: distinct(r, e, steps.separation, steps.operators)
+        )(candidates.rotations, evidence)
         weights = jax.nn.softmax(evidence, axis=1)
         likely = active & (weights > steps.negligible)
         return candidates, jnp.where(~full & searched, likely, active)
@@ -265,8 +266,10 @@ def _update_blocks(
     batch: tuple[Images, CTF | None, Int[Array, "p"], Known],
 ) -> Updated:
     """Visit whole blocks, every device its own, one after the other."""
+    arrays, static = eqx.partition(steps, eqx.is_array)
 
-    def visit(steps, reference, batch):
+    def visit(arrays, reference, batch):
+        steps = eqx.combine(arrays, static)
         blocks = jax.tree.map(
             lambda leaf: leaf.reshape(-1, BLOCK, *leaf.shape[1:]), batch
         )
@@ -281,7 +284,13 @@ def _update_blocks(
         in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("particles")),
         out_specs=PartitionSpec("particles"),
         check_vma=False,
-    )(steps, reference, batch)
+    )(arrays, reference, batch)
+
+
+def whole_batch(batch_size: int, devices: int) -> int:
+    """Return a number of particles, rounded up to whole blocks for every device."""
+    least = BLOCK * devices
+    return least * max(1, -(-batch_size // least))
 
 
 def update_poses(
@@ -314,16 +323,23 @@ def update_poses(
     everywhere, apart = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("particles",))
     )
-    steps, reference = jax.device_put((steps, reference), everywhere)
-    least = BLOCK * mesh.size
-    size = least * -(-min(batch_size, len(chosen)) // least)
-    results = []
+    arrays, static = eqx.partition(steps, eqx.is_array)
+    arrays, reference = jax.device_put((arrays, reference), everywhere)
+    steps = eqx.combine(arrays, static)
+    known = jax.tree.map(np.asarray, known)
+    size = whole_batch(min(batch_size, len(chosen)), mesh.size)
+    results, latest = [], None
     for first in range(0, len(chosen), size):
         batch = chosen[first : first + size]
-        rows = np.pad(batch, (0, size - len(batch)), mode="edge")
+        more = size - len(batch)
+        rows = np.pad(batch, (0, more), mode="edge")
         exists = np.arange(size) < len(batch)
-        images, ctf = particles.batch(rows)
-        of_batch = jax.tree.map(lambda leaf, at=rows: np.asarray(leaf)[at], known)
+        images, ctf = particles.batch(batch)
+        images, ctf = jax.tree.map(
+            lambda leaf, more=more: np.concatenate([leaf, leaf[-1:].repeat(more, 0)]),
+            jax.tree.map(np.asarray, (images, ctf)),
+        )
+        of_batch = jax.tree.map(lambda leaf, at=rows: leaf[at], known)
         hypotheses = of_batch.hypotheses
         empty = np.where(exists[:, None], hypotheses.log_weights, -np.inf)
         of_batch = eqx.tree_at(
@@ -333,22 +349,13 @@ def update_poses(
         )
         group = np.asarray(particles.group_of(rows), np.int32)
         visited = jax.device_put((images, ctf, group, of_batch), apart)
-        results.append(_update_blocks(mesh, steps, reference, visited))
-    whole = jax.tree.map(
-        lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *results
-    )
+        # A batch is read while the one before is computed, and no more are waiting.
+        if latest is not None:
+            results.append(jax.tree.map(np.asarray, latest))
+        latest = _update_blocks(mesh, steps, reference, visited)
+    results.append(jax.tree.map(np.asarray, latest))
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
     return jax.tree.map(lambda leaf: leaf[: len(chosen)], whole)
-
-
-def nothing(hypotheses: Hypotheses) -> Updated:
-    """Return what is found of particles that were not visited: nothing new."""
-    count, dtype = hypotheses.log_weights.shape[0], hypotheses.shifts.dtype
-    return Updated(
-        hypotheses,
-        jnp.zeros((count, 5, 5), dtype),
-        jnp.zeros(count, dtype),
-        jnp.zeros(count, jnp.int32),
-    )
 
 
 def _search_one(steps: Steps, reference: Reference, observe, known: Known):

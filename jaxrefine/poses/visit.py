@@ -55,6 +55,8 @@ def visit(
     The values of the function, with a leading axis ``c``, in NumPy arrays.
     """
     size, results = min(batch_size, len(particles)), []
+    # Cut on the host: JAX would compile a program for each size.
+    candidates = jax.tree.map(np.asarray, candidates)
     for places, count in batches(np.arange(len(owners)), size):
         chosen = owners[places]
         images, ctf = particles.batch(chosen)

@@ -6,7 +6,9 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    whose pose is still undecided are compared with the map at low resolution; the best
    few are kept;
 2. *polish* (:mod:`jaxrefine.poses.solvers`): Levenberg-Marquardt takes each of them to
-   its optimum on the continuum; their posterior masses (Laplace) are their weights;
+   its optimum on the continuum, at the search's band limit first and then those that
+   are likely at ``r_max``; their posterior masses (Laplace) are their weights
+   (:mod:`jaxrefine.poses.update` makes both steps in one visit);
 3. *volume* (:mod:`jaxrefine.maps.sums`): the weighted images are summed up, in two
    folds, and a TV-regularised map is made of each. A particle is compared with the map
    of the fold that it is not in;

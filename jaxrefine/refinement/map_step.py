@@ -164,6 +164,7 @@ def sum_up(
     size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
     operators = particle_set.config.operators
     size = max(1, size // len(operators))
+    rotations, shifts = np.asarray(hypotheses.rotations), np.asarray(hypotheses.shifts)
     weights = np.asarray(hypotheses.weights) * included[:, None]
     weights = np.where(weights > particle_set.config.tuning.negligible, weights, 0.0)
 
@@ -185,8 +186,8 @@ def sum_up(
                 images,
                 ctf,
                 particle_set.particles.group_of(owner),
-                hypotheses.rotations[owner, column],
-                hypotheses.shifts[owner, column],
+                jnp.asarray(rotations[owner, column]),
+                jnp.asarray(shifts[owner, column]),
                 jnp.asarray(weight, noise.dtype),
                 operators,
             )
@@ -221,7 +222,8 @@ def _measure(
     ones = jnp.ones(particles.image_size // 2 + 1, dtype)
     view = observation.view(particles, particle_set.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
-    poses = hypotheses.best()
+    best = hypotheses.best()
+    rotations, shifts = np.asarray(best.rotations), np.asarray(best.shifts)
     total = None
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
@@ -230,20 +232,20 @@ def _measure(
         sample = np.concatenate(
             [_evenly_spaced(of_fold[group == g], share) for g in groups]
         )
-        size = BLOCK
         volume = particle_set.masked(maps[fold])
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell
         )
-        for batch, count in observation.batches(sample, size):
+        for batch, count in observation.batches(sample, BLOCK):
             images, ctf = particles.batch(batch)
-            included = (particles.group_of(batch) == groups) & (np.arange(size) < count)
+            included = particles.group_of(batch) == groups
+            included = included & (np.arange(BLOCK) < count)
             sums = _compare(
                 spectrum,
                 view,
                 images,
                 ctf,
-                poses.take(batch),
+                Poses(rotations[batch], shifts[batch]),
                 jnp.asarray(included, dtype),
             )
             total = sums if total is None else total + sums
@@ -313,10 +315,8 @@ def _levels(
     """Return the gain of the maps and the noise of each group; see `assess`."""
     gain = sums.pooled(observation.relative_precision(noise)).gain
     # Where the images are empty the residual is small, but says nothing of the noise.
-    data, inside = (
-        sums.data / jnp.maximum(sums.count, 1.0),
-        slice(1, last_shell + 1),
-    )
+    data = sums.data / jnp.maximum(sums.count, 1.0)
+    inside = slice(1, last_shell + 1)
     fullest = jnp.max(data[:, inside], axis=1, keepdims=True)
     empty = data <= _EMPTY_SHELL * fullest
     residual, count = (

@@ -29,13 +29,13 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
-from jaxrefine.poses.update import BLOCK
+from jaxrefine.poses.update import BLOCK, whole_batch
 from jaxrefine.refinement.config import RefineConfig
 
 _T = TypeVar("_T")
 
-LEAST_BATCH = 16
-"""Least number of particles at a time; fewer would save nothing."""
+LEAST_BATCH = BLOCK
+"""Least number of particles at a time; they are visited in blocks of so many."""
 
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -45,6 +45,7 @@ _PROGRAMS = 1200 * 2**20  # JAX with all compiled programs, on a CPU: fitted
 # Arrays of n**3 single-precision numbers.
 _STATE = 20  # maps and multipliers of two folds, before and after
 _REFERENCE = 20  # a fold's filtered map and its oversampled spectrum, being made
+_COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
 _INSERTED = 27  # the same of one fold, a running sum, and what is added to it
 _FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
@@ -167,9 +168,11 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     else:
         grid = _GRIDDING * insertion.oversampling**3
     inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
-    batch = max(BLOCK, min(config.batch_size, particles)) * _PIXEL * image_size**2
-    block = max(_VISITED * jax.local_device_count(), BLOCK * _CURVATURE * points)
-    pose = _REFERENCE * cube + batch + block
+    devices = jax.local_device_count()
+    size = whole_batch(min(config.batch_size, particles), devices)
+    batch = size * _PIXEL * image_size**2
+    block = max(_VISITED * devices, BLOCK * _CURVATURE * points)
+    pose = (_REFERENCE + _COPY * (devices - 1)) * cube + batch + block
     # The images of both folds are inserted at the same time.
     insertions = (_INSERTED + FOLDS * grid) * cube + FOLDS * inserted
     volume = max(_DATA_TERMS * cube, insertions)

@@ -107,7 +107,7 @@ def update_poses(
         state.hypotheses,
         searched,
     )
-    found = jax.tree.map(np.array, update.nothing(state.hypotheses))
+    of_folds = []
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
         volume = reference_map(particle_set, state, fold)
@@ -117,14 +117,19 @@ def update_poses(
             config.interpolation.spectrum(volume, particle_set.last_shell),
             view,
         )
-        updated = update.update_poses(
-            steps, reference, particle_set.particles, of_fold, known, config.batch_size
+        of_folds.append(
+            update.update_poses(
+                steps,
+                reference,
+                particle_set.particles,
+                of_fold,
+                known,
+                config.batch_size,
+            )
         )
-        for leaf, values in zip(
-            jax.tree.leaves(found), jax.tree.leaves(updated), strict=True
-        ):
-            leaf[of_fold] = values
 
+    back = np.argsort(np.concatenate([particle_set.of_fold(f) for f in range(FOLDS)]))
+    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
     updated = jax.tree.map(jnp.asarray, found)
     angle_change, shift_change = _median_changes(state.hypotheses, found.hypotheses)
     best = np.exp(found.hypotheses.log_weights[:, 0])

@@ -24,7 +24,7 @@ from jaxrefine.poses.prior import priors_about
 from jaxrefine.refinement import pose_step
 from jaxrefine.refinement.config import RefineConfig
 
-N, P, KEEP = 16, 100, 3
+N, P, KEEP = 16, 300, 3
 LAST, SEARCH = 7, 5
 SINGLE = jnp.float32
 CONFIG = RefineConfig(angle_spread=0.2, first_r_max=4, search_r_max=SEARCH)
@@ -263,7 +263,7 @@ def test_no_bit_depends_on_the_devices():
     here = os.path.dirname(os.path.abspath(__file__))
     program = ON_DEVICES.format(tests=os.path.dirname(here), poses=here)
     digests = set()
-    for devices, batch_size in ((1, 64), (2, 100), (4, 1), (8, 1000)):
+    for devices, batch_size in ((1, 64), (2, 1000), (4, 1), (8, 1000)):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
         command = [sys.executable, "-c", program, str(batch_size)]
         output = subprocess.run(

@@ -233,19 +233,19 @@ EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory alloca
 
 @pytest.mark.parametrize("error", [EXHAUSTED, MemoryError()], ids=["device", "host"])
 def test_the_batch_is_halved_until_it_fits(error):
-    function, tried = fails(40, error)
+    function, tried = fails(160, error)
     said = []
-    assert retry_on_out_of_memory(function, 300, said.append) == "done with 37"
-    assert tried == [300, 150, 75, 37] and len(said) == 3
-    assert said[0] == "Out of memory with 300 particles at a time; trying 150."
-    function, tried = fails(20, error)
-    assert retry_on_out_of_memory(function, 25, said.append) == "done with 16"
+    assert retry_on_out_of_memory(function, 1200, said.append) == "done with 150"
+    assert tried == [1200, 600, 300, 150] and len(said) == 3
+    assert said[0] == "Out of memory with 1200 particles at a time; trying 600."
+    function, tried = fails(80, error)
+    assert retry_on_out_of_memory(function, 100, said.append) == "done with 64"
 
 
 @pytest.mark.parametrize("first", [100, LEAST_BATCH, 5])
 def test_there_is_a_least_batch(first):
     function, tried = fails(0, EXHAUSTED)
-    with pytest.raises(InputError, match=f"too little for {min(first, 16)}$"):
+    with pytest.raises(InputError, match=f"too little for {min(first, LEAST_BATCH)}$"):
         retry_on_out_of_memory(function, first, lambda _: None)
     assert tried[-1] == min(first, LEAST_BATCH)
 
