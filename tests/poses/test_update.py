@@ -251,6 +251,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 import test_update
 scene = test_update.Scene()
+scene.particles = test_update.dataclasses.replace(
+    scene.particles, images=test_update.np.load(sys.argv[2])
+)
 found = scene.visit(scene.steps(), batch_size=int(sys.argv[1]))
 digest = hashlib.sha256(b"".join(test_update.bits(found))).hexdigest()
 print(jax.device_count(), digest)
@@ -258,14 +261,19 @@ print(jax.device_count(), digest)
 
 
 @pytest.mark.slow
-def test_no_bit_depends_on_the_devices():
-    """One, two, four and eight devices, with batches that share out differently."""
+def test_no_bit_depends_on_the_devices(scene, tmp_path):
+    """One, two, four and eight devices, with batches that share out differently.
+
+    All have the same images, whose simulation may depend on the devices.
+    """
+    images = tmp_path / "images.npy"
+    np.save(images, scene.particles.images)
     here = os.path.dirname(os.path.abspath(__file__))
     program = ON_DEVICES.format(tests=os.path.dirname(here), poses=here)
     digests = set()
     for devices, batch_size in ((1, 64), (2, 1000), (4, 1), (8, 1000)):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        command = [sys.executable, "-c", program, str(batch_size)]
+        command = [sys.executable, "-c", program, str(batch_size), str(images)]
         output = subprocess.run(
             command, env=environment, check=True, stdout=subprocess.PIPE, text=True
         ).stdout.split()
