@@ -59,11 +59,11 @@ def cache_folder() -> Path | None:
     return root / hashlib.sha256(machine.encode()).hexdigest()[:16]
 
 
-def _features(path: Path = Path("/proc/cpuinfo")) -> list[str]:
+def _features() -> list[str]:
     """Return what distinguishes processors that programs are compiled for."""
     known = [platform.system(), platform.machine(), platform.processor()]
     try:
-        lines = path.read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return known
     keys = ("flags", "Features", "model name")

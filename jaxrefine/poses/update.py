@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxrefine._batching import for_active
 from jaxrefine._types import Images
 from jaxrefine.ctf import CTF
-from jaxrefine.data.observation import View
+from jaxrefine.data.observation import View, batches
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses.hypotheses import Hypotheses, distinct
@@ -329,15 +329,13 @@ def update_poses(
     known = jax.tree.map(np.asarray, known)
     size = whole_batch(min(batch_size, len(chosen)), mesh.size)
     results, latest = [], None
-    for first in range(0, len(chosen), size):
-        batch = chosen[first : first + size]
-        more = size - len(batch)
-        rows = np.pad(batch, (0, more), mode="edge")
-        exists = np.arange(size) < len(batch)
-        images, ctf = particles.batch(batch)
+    for rows, count in batches(chosen, size):
+        exists = np.arange(size) < count
+        # Those that only fill up the batch are not read again.
+        repeated = np.arange(size) % count
         images, ctf = jax.tree.map(
-            lambda leaf, more=more: np.concatenate([leaf, leaf[-1:].repeat(more, 0)]),
-            jax.tree.map(np.asarray, (images, ctf)),
+            lambda leaf, at=repeated: np.asarray(leaf)[at],
+            particles.batch(rows[:count]),
         )
         of_batch = jax.tree.map(lambda leaf, at=rows: leaf[at], known)
         hypotheses = of_batch.hypotheses

@@ -107,11 +107,11 @@ def update_poses(
         state.hypotheses,
         searched,
     )
+    coarse = slices.bucket(max(config.first_r_max, config.search_r_max), size)
+    members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
     of_folds = []
-    for fold in range(FOLDS):
-        of_fold = particle_set.of_fold(fold)
+    for fold, of_fold in enumerate(members):
         volume = reference_map(particle_set, state, fold)
-        coarse = slices.bucket(max(config.first_r_max, config.search_r_max), size)
         reference = update.Reference(
             config.search_interpolation.spectrum(volume, coarse),
             config.interpolation.spectrum(volume, particle_set.last_shell),
@@ -128,7 +128,7 @@ def update_poses(
             )
         )
 
-    back = np.argsort(np.concatenate([particle_set.of_fold(f) for f in range(FOLDS)]))
+    back = np.argsort(np.concatenate(members))
     found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
     updated = jax.tree.map(jnp.asarray, found)
     angle_change, shift_change = _median_changes(state.hypotheses, found.hypotheses)
@@ -227,10 +227,7 @@ def wide_search(config: RefineConfig, image_size: int) -> Search:
         Parameters, and side of the images in pixels.
     """
     r_max = slices.bucket(config.first_r_max, image_size)
-    steps = max(
-        1, round(2 * config.shift_spread / _shift_step(config, image_size, r_max))
-    )
-    count = covering_count(config.angle_spread, config.search_cell(r_max))
+    count, steps = _wide_extent(config, image_size, r_max)
     return _search(config, image_size, r_max, config.angle_spread, count, 1, steps)
 
 
@@ -255,6 +252,13 @@ def local_search(
     return _search(config, image_size, r_max, spread, count, centres, steps)
 
 
+def _wide_extent(config: RefineConfig, image_size: int, r_max: int) -> tuple[int, int]:
+    """Return how many orientations, and steps of the shift, the whole prior takes."""
+    step = _shift_step(config, image_size, r_max)
+    steps = max(1, round(2 * config.shift_spread / step))
+    return covering_count(config.angle_spread, config.search_cell(r_max)), steps
+
+
 def _shift_step(config: RefineConfig, image_size: int, r_max: int) -> float:
     """Return the spacing of the grid of shifts at a band limit, pixels."""
     return image_size / (config.tuning.shifts_per_period * r_max)
@@ -271,13 +275,9 @@ def _search(
 ) -> Search:
     """Return a search whose arrays have the shapes of all searches of a refinement."""
     first = slices.bucket(config.first_r_max, image_size)
-    widest = round(2 * config.shift_spread / _shift_step(config, image_size, first))
-    most_steps = max(1, widest, config.tuning.local_shift_steps)
-    most = max(
-        covering_count(config.angle_spread, config.search_cell(first)),
-        config.candidates * config.hypotheses,
-        2 * config.hypotheses,
-    )
+    most, most_steps = _wide_extent(config, image_size, first)
+    most = max(most, config.candidates * config.hypotheses, 2 * config.hypotheses)
+    most_steps = max(most_steps, config.tuning.local_shift_steps)
     if not config.refines_shifts:
         steps = most_steps = 0
     if not config.refines_angles:
