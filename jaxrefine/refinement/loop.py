@@ -10,8 +10,9 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    are likely at ``r_max``; their posterior masses (Laplace) are their weights
    (:mod:`jaxrefine.poses.update` makes both steps in one visit);
 3. *volume* (:mod:`jaxrefine.maps.sums`): the weighted images are summed up, in two
-   folds, and a TV-regularised map is made of each. A particle is compared with the map
-   of the fold that it is not in;
+   folds, and a TV-regularised map is made of each, with larger voxels as long as the
+   band limit is low (`schedule.map_side`). A particle is compared with the map of the
+   fold that it is not in;
 4. scale, noise and supported resolution are measured shell by shell from the folds.
 
 Half sets go through this independently. Since nothing in the data holds them to a
@@ -180,9 +181,12 @@ def _iterate(
             particle_set, known, iteration, r_max, draw
         )
         everyone = np.ones(len(particle_set), bool)
-        sums = map_step.sum_up(particle_set, known.hypotheses, known.noise, everyone)
+        side = schedule.map_side(r_max, particle_set.particles.image_size)
+        sums = map_step.sum_up(
+            particle_set, known.hypotheses, known.noise, everyone, side
+        )
         known = map_step.update_maps(particle_set, known, folds.folds(sums))
-        set_states.append(map_step.assess(particle_set, known))
+        set_states.append(map_step.assess(particle_set, known, side))
         reports.append(report)
 
     last = particle_sets[0].last_shell

@@ -27,6 +27,7 @@ from jaxrefine.maps.folds import FOLDS
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
 from jaxrefine.maps.sums import Sums, data_term, insert, solve
+from jaxrefine.operators.resample import resample
 from jaxrefine.poses.hypotheses import Hypotheses, certain
 from jaxrefine.poses.update import BLOCK
 from jaxrefine.refinement.config import RefineConfig
@@ -111,7 +112,16 @@ def _up_to(volume: Volume, r_max: int) -> Volume:
 
 @eqx.filter_jit
 def _insert(
-    insertion, view: View, images, ctf, group, rotations, shifts, weights, operators
+    insertion,
+    view: View,
+    images,
+    ctf,
+    group,
+    rotations,
+    shifts,
+    weights,
+    operators,
+    side: int,
 ) -> Sums:
     """Insert images at all the poses that the symmetry makes equivalent."""
     operators = jnp.asarray(operators, rotations.dtype)
@@ -132,6 +142,7 @@ def _insert(
         Poses(turned.reshape(-1, 3, 3), shifts),
         transfer,
         weights[:, None] * view.inverse_noise[None],
+        side,
     )
 
 
@@ -140,6 +151,7 @@ def sum_up(
     hypotheses: Hypotheses,
     noise: Float[Array, "*groups shells"],
     included: Bool[np.ndarray, " particles"],
+    side: int | None = None,
 ) -> list[Sums]:
     """Return weighted sums over the images of each fold, at all their hypotheses.
 
@@ -153,13 +165,16 @@ def sum_up(
         Power of the noise by shell, of each group or one for all.
     included
         Which particles to sum up.
+    side
+        Side of the maps to be made: by default that of the images; a smaller one leaves
+        out the frequencies of half this side and more.
 
     Returns
     -------
     The sums of each fold's own images.
     """
-    n = particle_set.particles.image_size
-    view = observation.view(particle_set.particles, particle_set.last_shell, noise)
+    n = particle_set.particles.image_size if side is None else side
+    view = observation.view(particle_set.particles, (n - 1) // 2, noise)
     # Enough slices at a time to outweigh the FFT of the kernel's grid.
     size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
     operators = particle_set.config.operators
@@ -190,6 +205,7 @@ def sum_up(
                 jnp.asarray(shifts[owner, column]),
                 jnp.asarray(weight, noise.dtype),
                 operators,
+                n,
             )
         return jax.block_until_ready(total)
 
@@ -266,6 +282,9 @@ def update_maps(
 ) -> SetState:
     """Make the folds' maps, each from the other fold.
 
+    Maps of fewer voxels than the images have are made from sums of that side, and
+    sampled anew on the images' grid. Their multipliers are not kept.
+
     Parameters
     ----------
     particle_set
@@ -275,14 +294,32 @@ def update_maps(
     data
         The data terms of the folds, see `sum_up` and `folds.folds`.
     """
-    config = particle_set.config
+    config, n = particle_set.config, particle_set.particles.image_size
+    side = data.own[0].backprojection.shape[0]
+    starts = state.maps
+    if side < n:
+        starts = [admm.init(_resized(fold.coefficients, side)) for fold in starts]
     maps = folds.solve_all(
-        data, state.maps, state.tau, config.regulariser, config.admm_iterations
+        data, starts, state.tau, config.regulariser, config.admm_iterations
     )
+    if side < n:
+        maps = tuple(admm.init(_resized(fold.coefficients, n)) for fold in maps)
     return eqx.tree_at(lambda s: s.maps, state, maps)
 
 
-def assess(particle_set: ParticleSet, state: SetState) -> SetState:
+@eqx.filter_jit
+def _resized(coefficients: Volume, side: int) -> Float[Array, "{side} {side} {side}"]:
+    """Sample a map on another number of voxels in the same box, keeping its spectrum.
+
+    The spectrum is a sum over voxels, so values grow as voxels do.
+    """
+    n = coefficients.shape[0]
+    return (n / side) ** 3 * resample(coefficients, 1.0, side, n / side)
+
+
+def assess(
+    particle_set: ParticleSet, state: SetState, side: int | None = None
+) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
     The scale is common to all groups. The power of the noise is that within the circle
@@ -295,13 +332,20 @@ def assess(particle_set: ParticleSet, state: SetState) -> SetState:
         The particles, a sample of which is compared with the maps.
     state
         Their poses, the folds' maps, and the noise by which groups are weighted.
+    side
+        Side of the sums that the maps were made from, by default that of the images.
+        Scale and correlation are zero in the shells that a smaller side leaves out,
+        where a map holds nothing but what the regulariser has put there.
     """
+    n = particle_set.particles.image_size
+    made = jnp.arange(n // 2 + 1) <= (n if side is None else (side - 1) // 2)
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
     share = jnp.asarray(particle_set.particles.noise_share, state.noise.dtype)
-    levels = _levels(sums, state.noise, share, particle_set.last_shell)
+    gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
+    correlation = jnp.where(made, fsc(*volumes), 0.0)
     return eqx.tree_at(
-        lambda s: (s.gain, s.noise, s.fold_fsc), state, (*levels, fsc(*volumes))
+        lambda s: (s.gain, s.noise, s.fold_fsc), state, (gain, noise, correlation)
     )
 
 
@@ -310,10 +354,12 @@ def _levels(
     sums: ShellSums,
     noise: Float[Array, "groups shells"],
     noise_share: Scalar,
+    made: Bool[Array, "shells"],
     last_shell: int,
 ) -> tuple[Float[Array, "shells"], Float[Array, "groups shells"]]:
     """Return the gain of the maps and the noise of each group; see `assess`."""
     gain = sums.pooled(observation.relative_precision(noise)).gain
+    gain = jnp.where(made, gain, 0.0)
     # Where the images are empty the residual is small, but says nothing of the noise.
     data = sums.data / jnp.maximum(sums.count, 1.0)
     inside = slice(1, last_shell + 1)
