@@ -352,7 +352,8 @@ def run(
     config = jax.tree.map(lambda leaf: leaf.astype(dtype), config)
 
     def body(carry, _):
-        state, normal_c, info = _step(*carry, data, config, regulariser)
+        state, normal_c = carry
+        state, normal_c, info = _step(state, normal_c, data, config, regulariser)
         return (state, normal_c), info
 
     begin = _begin(state, data)

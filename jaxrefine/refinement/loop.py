@@ -38,7 +38,7 @@ from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
-from jaxrefine.refinement import half_sets, map_step, pose_step, schedule
+from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
 from jaxrefine.refinement.sets import ParticleSet, checked, divide
@@ -182,7 +182,7 @@ def _iterate(
         )
         everyone = np.ones(len(particle_set), bool)
         side = schedule.map_side(r_max, particle_set.particles.image_size)
-        sums = map_step.sum_up(
+        sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, everyone, side
         )
         known = map_step.update_maps(particle_set, known, folds.folds(sums))
@@ -265,7 +265,7 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = aligned.evidence
         undetermined[indices] = ~determined
-        sums = map_step.sum_up(
+        sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
         sums_of_sets.append(sums)

@@ -9,7 +9,7 @@ from jaxtyping import Int, PRNGKeyArray
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
-from jaxrefine.refinement import map_step
+from jaxrefine.refinement import insertion, map_step
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import Reconstruction
 from jaxrefine.refinement.sets import checked, halves, make_particle_set
@@ -65,10 +65,10 @@ def reconstruct(
         particle_set = replace(particle_set, fold=fold)
     state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state = map_step.update_maps(particle_set, state, folds.folds(sums))
     state = map_step.assess(particle_set, state)
-    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
     final = map_step.final_map(config, sums, state)
     return Reconstruction(np.asarray(final.volume), sums, final.lam, final.tau, errors)

@@ -11,7 +11,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.operators import slices
-from jaxrefine.refinement import map_step, schedule
+from jaxrefine.refinement import insertion, map_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
 
@@ -61,7 +61,7 @@ def test_maps_of_fewer_voxels_are_as_good(n):
     start = map_step.start(particle_set, simulate.blur(truth, 3.0))
     scores = {}
     for each in (side, n):
-        sums = map_step.sum_up(
+        sums = insertion.sum_up(
             particle_set, start.hypotheses, start.noise, everyone, each
         )
         state = map_step.update_maps(particle_set, start, folds.folds(sums))
