@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxrefine import io
 from jaxrefine.cli.commands.shared import ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
+from jaxrefine.refinement.sets import divided
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
@@ -125,6 +127,41 @@ def _tell_what_is_done(source: io.ParticleFile) -> None:
         print(
             f"{source.path}: {', '.join(ignored)} are ignored; the optics that count "
             "here are defocus, spherical aberration and amplitude contrast",
+            file=sys.stderr,
+        )
+
+
+def tell_what_is_shared(
+    source: io.ParticleFile, subsets: Int[np.ndarray, " particles"] | None
+) -> None:
+    """Tell of rows that are not independent, and whether they are kept together.
+
+    Parameters
+    ----------
+    source
+        The particles, which are dealt into folds, and into half sets unless the table
+        has some.
+    subsets
+        The half set of each particle, if the table's are used.
+    """
+    cluster = source.particles.cluster
+    if cluster is None:
+        return
+    kinds = " and of ".join(f"{n} {kind}" for kind, n in source.shared.items())
+    print(
+        f"{source.path}: {len(source)} rows are of {kinds}; rows of the same one are "
+        "kept together, in one half set and one fold",
+        file=sys.stderr,
+    )
+    count = 0 if subsets is None else divided(subsets, cluster)
+    if count:
+        in_cs = source.path.suffix == ".cs"
+        column = "alignments3D/split" if in_cs else "rlnRandomSubset"
+        print(
+            f"{source.path}: the half sets of the table ({column}) divide "
+            f"{count} of {cluster.max() + 1} such groups of rows; they are used as "
+            "they are, but they are not independent, and the Fourier shell correlation "
+            "of their maps is too high: remove the column to have half sets dealt anew",
             file=sys.stderr,
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrefine import io
-from jaxrefine.cli._particles import shell_of
+from jaxrefine.cli._particles import shell_of, tell_what_is_shared
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
@@ -169,6 +169,7 @@ def _run(
     """Refine from the last checkpoint, or from the given poses and map."""
     source = inputs.source
     subsets = _subsets(source, settings.seed) if config.half_sets else None
+    tell_what_is_shared(source, source.random_subset if config.half_sets else None)
     plan = _plan(settings, source, config)
     batch_size = min(settings.batch_size or plan.batch_size, len(source))
     plan = memory.with_batch(plan, config, batch_size)
@@ -233,7 +234,7 @@ def _subsets(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"
     """Return the half set of each particle, 1 or 2: the file's, or dealt at random."""
     if source.random_subset is not None:
         return source.random_subset
-    return deal(len(source), jax.random.key(seed))
+    return deal(source.particles, jax.random.key(seed))
 
 
 def _refined(settings: RefineSettings, given: Poses, refined: Poses) -> Poses:

@@ -40,6 +40,7 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
 
     key = jax.random.key(settings.seed)
     subsets = source.random_subset if settings.half_sets else None
+    _particles.tell_what_is_shared(source, subsets)
     result = engine.reconstruct(
         source.particles, source.poses, config, key=key, subsets=subsets
     )

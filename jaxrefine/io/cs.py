@@ -18,6 +18,7 @@ from jaxtyping import Float64
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file
+from jaxrefine.io.clusters import SOURCE
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table
@@ -58,7 +59,9 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing. Particles that share
     ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel size
-    and box size form an optics group. Images in which protein is dark (``blob/sign`` of
+    and box size form an optics group. ``filament/filament_uid`` becomes
+    ``rlnHelicalTubeID``, numbered from 1, and ``sym_expand/src_uid`` the column
+    ``jaxrefineSource``. Images in which protein is dark (``blob/sign`` of
     -1) get a negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations, 2-D
     alignments and multiple classes are ignored.
 
@@ -102,6 +105,13 @@ def read_cs(path: str | Path) -> dict[str, Table]:
         split = _numbers(fields, "alignments3D/split", path)
         if len(np.unique(split)) > 1:  # Otherwise cryoSPARC made no half sets.
             particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
+    if "sym_expand/src_uid" in fields:
+        particles[SOURCE] = _uids(fields, "sym_expand/src_uid", path)
+    if "filament/filament_uid" in fields:
+        # RELION's numbers of tubes have 32 bits, cryoSPARC's have 64.
+        uids = _uids(fields, "filament/filament_uid", path)
+        tube = {uid: str(i) for i, uid in enumerate(dict.fromkeys(uids), start=1)}
+        particles["rlnHelicalTubeID"] = [tube[uid] for uid in uids]
     return {"optics": optics, "particles": particles}
 
 
@@ -151,6 +161,17 @@ def _numbers(
             f"{numbers[~is_single(numbers)][0]:g}"
         )
     return numbers
+
+
+def _uids(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
+    """Return a field with an identity, of up to 64 bits, for each particle."""
+    field = _field(fields, name, path)
+    if field.dtype.kind not in "iu" or field.ndim != 1:
+        raise InputError(
+            f"{path}, field {name}: there must be one whole number for each particle, "
+            f"got values of shape {field.shape[1:]} and type {field.dtype}"
+        )
+    return [str(uid) for uid in field.tolist()]
 
 
 def _pixel_sizes(
