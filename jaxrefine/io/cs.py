@@ -55,7 +55,10 @@ _DEFAULTS = {"ctf/phase_shift_rad": 0.0, "ctf/bfactor": 0.0, "ctf/scale": 1.0}
 def read_cs(path: str | Path) -> dict[str, Table]:
     """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
 
-    Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
+    Images are named from ``blob/path`` and ``blob/idx``, with RELION's mark ``:mrcs``
+    for a stack with another ending, as cryoSPARC's stacks have; without it RELION takes
+    a ``.mrc`` file for one image. A particle whose ``location/micrograph_path`` is
+    missing or empty has its stack for a micrograph. Poses are those of
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing. Particles that share
     ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel size
@@ -89,11 +92,12 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     pixels = _pixel_sizes(fields, "blob/psize_A", path)
     micrographs = stacks
     if "location/micrograph_path" in fields:
-        micrographs = _paths(fields, "location/micrograph_path", path)
+        named = _paths(fields, "location/micrograph_path", path)
+        micrographs = [name or stack for name, stack in zip(named, stacks, strict=True)]
     optics, member = _optics_groups(fields, pixels, path)
     particles = {
         "rlnImageName": [
-            f"{int(number) + 1:06d}@{stack}"
+            f"{int(number) + 1:06d}@{stack}{_format(stack)}"
             for number, stack in zip(numbers, stacks, strict=True)
         ],
         "rlnMicrographName": micrographs,
@@ -161,6 +165,11 @@ def _numbers(
             f"{numbers[~is_single(numbers)][0]:g}"
         )
     return numbers
+
+
+def _format(stack: str) -> str:
+    """Return what tells RELION that a file is a stack, unless its ending does."""
+    return "" if stack.endswith(".mrcs") else ":mrcs"
 
 
 def _uids(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:

@@ -236,7 +236,8 @@ def write_particles(
     kept. Origins are written in angstroms if there is an ``rlnImagePixelSize`` and in
     pixels otherwise, and also in the other unit if the table has it. A number of a pose
     that has not changed keeps its text. The names of stacks are kept if all of them are
-    found from one folder: that of the new file or one above. Otherwise, stacks that
+    found from one folder: that of the new file, the working directory, or one above the
+    new file. Otherwise, stacks that
     were found beside the old file get their path relative to the new file's folder, and
     others their absolute path.
 
