@@ -2,23 +2,29 @@
 
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, final
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxrefine import io
 from jaxrefine.cli.commands.shared import ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
 from jaxrefine.refinement.sets import divided
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
 _TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
+_TOLD = 3  # images that cannot be used and are named
 _CIRCLE = 0.75  # of the side of the images: what is not background, by default
+
+
+_Data = TypeVar("_Data", Particles, Poses)
 
 
 def read(
@@ -129,6 +135,99 @@ def _tell_what_is_done(source: io.ParticleFile) -> None:
             "here are defocus, spherical aberration and amplitude contrast",
             file=sys.stderr,
         )
+
+
+@final
+@dataclass(frozen=True)
+class Usable:
+    """Which particles of a table are used.
+
+    Attributes
+    ----------
+    count
+        Number of particles in the table.
+    indices
+        Where those that are used are in the table.
+    """
+
+    count: int
+    indices: Int[np.ndarray, " chosen"]
+
+    @property
+    def left_out(self) -> Bool[np.ndarray, " particles"]:
+        """Whether each particle of the table is left out."""
+        return ~np.isin(np.arange(self.count), self.indices)
+
+    def of(self, data: _Data) -> _Data:
+        """Return the particles or poses that are used, of those of the table."""
+        return data if len(self.indices) == self.count else data.take(self.indices)
+
+    def of_table(self, values: Any, elsewhere: Any) -> np.ndarray:
+        """Return values of the particles that are used, among those of all others.
+
+        Parameters
+        ----------
+        values
+            A value for each particle that is used.
+        elsewhere
+            The value of all others, or a value for each particle of the table.
+        """
+        values = np.asarray(values)
+        shape = (self.count, *values.shape[1:])
+        everywhere = np.array(np.broadcast_to(elsewhere, shape), values.dtype)
+        everywhere[self.indices] = values
+        return everywhere
+
+    def poses(self, given: Poses, found: Poses) -> Poses:
+        """Return poses that were found, among those given of what is left out."""
+        rotations = self.of_table(found.rotations, given.rotations)
+        return Poses(rotations, self.of_table(found.shifts, given.shifts))
+
+
+def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
+    """Look at all images; tell of those that cannot be used, which are then left out.
+
+    These are images that are constant or not finite and, where poses are used,
+    particles whose given position is outside of their image.
+
+    Parameters
+    ----------
+    source
+        The particles, whose images are prepared.
+    with_poses
+        Whether the poses of the particles are used.
+
+    Raises
+    ------
+    InputError
+        If none can be used.
+    """
+    count, m = len(source), source.particles.image_size
+    bad = source.particles.unusable()
+    offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
+    outside = with_poses & (offset > m / 2)
+    left_out = outside | np.isin(np.arange(count), list(bad))
+    sentences = []
+    if bad:
+        told = list(bad.values())[:_TOLD]
+        if len(bad) > len(told):
+            told.append(f"and {len(bad) - len(told)} more")
+        sentences.append(
+            f"{len(bad)} of {count} images cannot be used: {'; '.join(told)}"
+        )
+    if outside.any():
+        sentences.append(
+            f"the positions of {outside.sum()} of {count} particles must be within "
+            f"their images, at most {m / 2:g} pixels from the centre along x and y, "
+            f"got {offset[outside][0]:.1f} pixels for particle {np.argmax(outside) + 1}"
+        )
+    if left_out.all():
+        raise InputError(f"{source.path}: {sentences[0]}")
+    for sentence in sentences:
+        print(
+            f"{source.path}: {sentence}; these particles are left out", file=sys.stderr
+        )
+    return Usable(count, np.flatnonzero(~left_out))
 
 
 def tell_what_is_shared(

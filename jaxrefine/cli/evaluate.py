@@ -64,9 +64,10 @@ def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]
     """Return where each particle may be among the true ones, and how it was matched.
 
     A particle may be at several places, one a column, if the true poses have its image
-    several times. Image names are compared as they are written, as they are equal in files of one
-    project. If they differ, the images that they refer to are compared, which files in
-    different folders name differently. If these differ, too, the order decides.
+    several times. Image names are compared as they are written, as they are equal in
+    files of one project. If they differ, the images that they refer to are compared,
+    which files in different folders name differently. If these differ, too, the order
+    decides.
     """
     for names in (
         [_image_names(table) for table in tables],

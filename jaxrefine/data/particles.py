@@ -18,6 +18,8 @@ from jaxrefine._types import Images
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 
+_AT_ONCE = 64  # images in memory while all are looked at
+
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -192,6 +194,34 @@ class Particles:
             message gives the index of the image in the original data set.
         """
         chosen = self._checked(indices)
+        values = self._read(chosen)
+        optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
+        return jnp.asarray(values), optics
+
+    def unusable(self) -> dict[int, str]:
+        """Read all images; return which of them cannot be used, and why.
+
+        Returns
+        -------
+        For the index of each image that `batch` refuses, or its source, the sentence
+        with which it does. `take` leaves such images out.
+        """
+        reasons: dict[int, str] = {}
+        for chosen in np.array_split(
+            np.arange(len(self)), math.ceil(len(self) / _AT_ONCE)
+        ):
+            try:
+                self._read(chosen)
+            except InputError:
+                for index in chosen.tolist():
+                    try:
+                        self._read(np.array([index]))
+                    except InputError as error:
+                        reasons[index] = str(error)
+        return reasons
+
+    def _read(self, chosen: Int[np.ndarray, " chosen"]) -> Float32[np.ndarray, "_ m m"]:
+        """Read images; raise if one is not finite."""
         values = np.asarray(self.images[chosen], np.float32)
         finite = np.isfinite(values).all(axis=(1, 2))
         if not finite.all():
@@ -201,8 +231,7 @@ class Particles:
             raise InputError(
                 f"image {bad} (from 0) must be finite, got a value that is not"
             )
-        optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
-        return jnp.asarray(values), optics
+        return values
 
     def _checked(self, indices) -> Int[np.ndarray, " chosen"]:
         chosen = np.asarray(indices)

@@ -181,7 +181,10 @@ def _dealt(particles: Particles, key: PRNGKeyArray) -> Int[np.ndarray, " particl
     member, sizes = np.arange(len(particles)), np.ones(len(particles), int)
     if particles.cluster is not None:
         _, first, member, sizes = np.unique(
-            particles.cluster, return_index=True, return_inverse=True, return_counts=True
+            particles.cluster,
+            return_index=True,
+            return_inverse=True,
+            return_counts=True,
         )
         # Clusters are numbered as they appear, so that repeated rows change nothing.
         appearance = np.argsort(first)
@@ -271,8 +274,8 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
     ------
     InputError
         If there are fewer than 4 particles, images are too small, or images, poses and
-        map do not fit each other, poses or map are not finite, or rotations are not
-        rotation matrices.
+        map do not fit each other, poses or map are not finite, shifts are of more than
+        half of the image, or rotations are not rotation matrices.
     """
     count, n = len(particles), particles.image_size
     if count < FEWEST:
@@ -298,6 +301,14 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
         bad = int(np.sum(~np.isfinite(np.asarray(array))))
         if bad:
             raise InputError(f"{name} must be finite, got {bad} that are not")
+    offset = np.abs(np.asarray(poses.shifts)).max(axis=1)
+    if (offset > n / 2).any():
+        raise InputError(
+            f"shifts must be at most {n / 2:g} pixels along x and y, within the "
+            f"image, got {(offset > n / 2).sum()} that are not, the first "
+            f"{offset[offset > n / 2][0]:g} for particle {np.argmax(offset > n / 2)} "
+            "(from 0)"
+        )
     rotations = np.asarray(poses.rotations, np.float64)
     gram = rotations @ rotations.swapaxes(1, 2)
     improper = (np.abs(gram - np.eye(3)).max(axis=(1, 2)) > _UNIT) | (
