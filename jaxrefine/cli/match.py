@@ -34,7 +34,9 @@ def run(
     check_can_be_written(out)
     source = _particles.read(settings.particles, settings.images, with_poses=False)
     check_is_no_input(out, source.path, settings.map, *source.stacks.values())
-    volume = _maps.read_map_for(source, settings.map, settings.resample)
+    volume = _maps.read_map_for(
+        source, settings.map, settings.map_voxel_size, settings.resample
+    )
     r_max = None
     if settings.resolution is not None:
         r_max = _particles.shell_of(
