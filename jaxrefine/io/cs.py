@@ -90,17 +90,13 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     stacks = _paths(fields, "blob/path", path)
     numbers = _numbers(fields, "blob/idx", path)
     pixels = _pixel_sizes(fields, "blob/psize_A", path)
-    micrographs = stacks
-    if "location/micrograph_path" in fields:
-        named = _paths(fields, "location/micrograph_path", path)
-        micrographs = [name or stack for name, stack in zip(named, stacks, strict=True)]
     optics, member = _optics_groups(fields, pixels, path)
     particles = {
         "rlnImageName": [
             f"{int(number) + 1:06d}@{stack}{_format(stack)}"
             for number, stack in zip(numbers, stacks, strict=True)
         ],
-        "rlnMicrographName": micrographs,
+        "rlnMicrographName": _micrographs(fields, stacks, path),
         "rlnOpticsGroup": [str(group + 1) for group in member],
         **_poses(fields, pixels, path),
         **_ctf(fields, path),
@@ -165,6 +161,26 @@ def _numbers(
             f"{numbers[~is_single(numbers)][0]:g}"
         )
     return numbers
+
+
+def _micrographs(
+    fields: dict[str, np.ndarray], stacks: list[str], path: Path
+) -> list[str]:
+    """Return the micrograph of each particle, or a stack in place of one.
+
+    That is the same for all segments of a filament, which RELION looks for in one
+    micrograph.
+    """
+    named, filaments = [""] * len(stacks), [str(i) for i in range(len(stacks))]
+    if "location/micrograph_path" in fields:
+        named = _paths(fields, "location/micrograph_path", path)
+    if "filament/filament_uid" in fields:
+        filaments = _uids(fields, "filament/filament_uid", path)
+    micrograph = dict(zip(filaments, stacks, strict=True))
+    micrograph |= {
+        uid: name for uid, name in zip(filaments, named, strict=True) if name
+    }
+    return [name or micrograph[uid] for uid, name in zip(filaments, named, strict=True)]
 
 
 def _format(stack: str) -> str:
