@@ -175,9 +175,8 @@ def _on_grid_of(
     received += "" if stated is None else f" (--map-voxel-size {stated:g})"
     if doubtful:
         way_out = (
-            " in its header, which programs also write that know no voxel size: give "
-            f"--map-voxel-size {pixel:g} if the map has the voxels of the images, or "
-            f"--map-voxel-size {voxel:g} --resample if it has not"
+            ", as headers say that nobody has set: --map-voxel-size "
+            f"{pixel:g} overrules it, --map-voxel-size {voxel:g} --resample trusts it"
         )
     elif n == m and stated is None:
         way_out = (

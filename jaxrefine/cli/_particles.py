@@ -174,12 +174,15 @@ class Usable:
         """
         values = np.asarray(values)
         shape = (self.count, *values.shape[1:])
-        everywhere = np.array(np.broadcast_to(elsewhere, shape), values.dtype)
+        kind = np.result_type(values, elsewhere)
+        everywhere = np.array(np.broadcast_to(elsewhere, shape), kind)
         everywhere[self.indices] = values
         return everywhere
 
     def poses(self, given: Poses, found: Poses) -> Poses:
         """Return poses that were found, among those given of what is left out."""
+        if not self.left_out.any():
+            return found
         rotations = self.of_table(found.rotations, given.rotations)
         return Poses(rotations, self.of_table(found.shifts, given.shifts))
 
@@ -209,7 +212,7 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
     left_out = outside | np.isin(np.arange(count), list(bad))
     sentences = []
     if bad:
-        told = list(bad.values())[:_TOLD]
+        told = list(bad.values())[: 1 if left_out.all() else _TOLD]
         if len(bad) > len(told):
             told.append(f"and {len(bad) - len(told)} more")
         sentences.append(
@@ -217,9 +220,9 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
         )
     if outside.any():
         sentences.append(
-            f"the positions of {outside.sum()} of {count} particles must be within "
-            f"their images, at most {m / 2:g} pixels from the centre along x and y, "
-            f"got {offset[outside][0]:.1f} pixels for particle {np.argmax(outside) + 1}"
+            f"{outside.sum()} of {count} particles are outside of their images: they "
+            f"must be at most {m / 2:g} pixels from the centre along x and y, got "
+            f"{offset[outside][0]:.1f} pixels for particle {np.argmax(outside) + 1}"
         )
     if left_out.all():
         raise InputError(f"{source.path}: {sentences[0]}")
