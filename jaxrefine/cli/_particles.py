@@ -172,7 +172,7 @@ class Usable:
         elsewhere
             The value of all others, or a value for each particle of the table.
         """
-        values = np.asarray(values)
+        values, elsewhere = np.asarray(values), np.asarray(elsewhere)
         shape = (self.count, *values.shape[1:])
         kind = np.result_type(values, elsewhere)
         everywhere = np.array(np.broadcast_to(elsewhere, shape), kind)

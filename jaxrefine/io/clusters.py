@@ -1,8 +1,8 @@
 """Rows of a table that are not independent: copies of an image, segments of a tube.
 
-RELION and cryoSPARC keep the segments of a helical tube in one half set, because they
-overlap; the copies of a particle that symmetry expansion or a joined table makes share
-all of their noise.
+The segments of a helical tube overlap, and RELION's refinement of helices keeps them in
+one half set (``Experiment::divideParticlesInRandomHalves``). The copies of a particle
+that symmetry expansion or a joined table makes share all of their noise.
 """
 
 import os
