@@ -250,9 +250,10 @@ def tell_what_is_shared(
     if cluster is None:
         return
     kinds = " and of ".join(f"{n} {kind}" for kind, n in source.shared.items())
+    where = "one half set and one fold" if subsets is None else "one fold"
     print(
         f"{source.path}: {len(source)} rows are of {kinds}; rows of the same one are "
-        "kept together, in one half set and one fold",
+        f"kept together, in {where}",
         file=sys.stderr,
     )
     count = 0 if subsets is None else divided(subsets, cluster)

@@ -17,7 +17,8 @@ from jaxrefine.io.star import Table
 SOURCE = "jaxrefineSource"
 """Column: the particle that the rows of an expanded cryoSPARC table are copies of."""
 
-_UNKNOWN = {"", "None"}
+UNKNOWN = "None"
+"""What stands in a column for a source that is not known."""
 
 
 def clusters(
@@ -59,7 +60,7 @@ def _labels(
     for column in (SOURCE, "rlnImageOriginalName"):
         if column in table:
             sources = [
-                row if name in _UNKNOWN else name
+                row if name in ("", UNKNOWN) else name
                 for row, name in enumerate(table[column])
             ]
             yield "particles", _numbered(sources)

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file
-from jaxrefine.io.clusters import SOURCE
+from jaxrefine.io.clusters import SOURCE, UNKNOWN
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table
@@ -110,8 +110,9 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     if "filament/filament_uid" in fields:
         # RELION's numbers of tubes have 32 bits, cryoSPARC's have 64.
         uids = _uids(fields, "filament/filament_uid", path)
-        tube = {uid: str(i) for i, uid in enumerate(dict.fromkeys(uids), start=1)}
-        particles["rlnHelicalTubeID"] = [tube[uid] for uid in uids]
+        keys = [row if uid == UNKNOWN else uid for row, uid in enumerate(uids)]
+        tube = {key: str(i) for i, key in enumerate(dict.fromkeys(keys), start=1)}
+        particles["rlnHelicalTubeID"] = [tube[key] for key in keys]
     return {"optics": optics, "particles": particles}
 
 
@@ -171,7 +172,7 @@ def _micrographs(
     That is the same for all segments of a filament, which RELION looks for in one
     micrograph.
     """
-    named, filaments = [""] * len(stacks), [str(i) for i in range(len(stacks))]
+    named, filaments = [""] * len(stacks), [UNKNOWN] * len(stacks)
     if "location/micrograph_path" in fields:
         named = _paths(fields, "location/micrograph_path", path)
     if "filament/filament_uid" in fields:
@@ -180,7 +181,10 @@ def _micrographs(
     micrograph |= {
         uid: name for uid, name in zip(filaments, named, strict=True) if name
     }
-    return [name or micrograph[uid] for uid, name in zip(filaments, named, strict=True)]
+    return [
+        name or (stack if uid == UNKNOWN else micrograph[uid])
+        for name, uid, stack in zip(named, filaments, stacks, strict=True)
+    ]
 
 
 def _format(stack: str) -> str:
@@ -189,14 +193,17 @@ def _format(stack: str) -> str:
 
 
 def _uids(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
-    """Return a field with an identity, of up to 64 bits, for each particle."""
+    """Return a field with an identity, of up to 64 bits, for each particle.
+
+    It is unknown where the field has not been set, and is 0.
+    """
     field = _field(fields, name, path)
     if field.dtype.kind not in "iu" or field.ndim != 1:
         raise InputError(
             f"{path}, field {name}: there must be one whole number for each particle, "
             f"got values of shape {field.shape[1:]} and type {field.dtype}"
         )
-    return [str(uid) for uid in field.tolist()]
+    return [str(uid) if uid else UNKNOWN for uid in field.tolist()]
 
 
 def _pixel_sizes(

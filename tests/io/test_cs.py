@@ -315,6 +315,11 @@ def test_copies_and_segments_of_filaments_are_clusters(path):
         again = read_particles(out)
         np.testing.assert_array_equal(again.particles.cluster, cluster)
     assert read_star(out)["particles"]["rlnHelicalTubeID"] == ["1", "2", "1", "2", "3"]
+    unset = {
+        "sym_expand__src_uid": ("<u8", [0] * COUNT),
+        "filament__filament_uid": ("<u8", [0] * COUNT),
+    }
+    assert read_particles(save(path, **unset)).particles.cluster is None
     bad = {"sym_expand__src_uid": ("<f8", np.ones(COUNT))}
     with pytest.raises(InputError, match="src_uid: there must be one whole number"):
         read_particles(save(path, **bad))
