@@ -18,6 +18,7 @@ from jaxtyping import Float64
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file
+from jaxrefine.io.clusters import SOURCE, UNKNOWN
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table
@@ -54,11 +55,16 @@ _DEFAULTS = {"ctf/phase_shift_rad": 0.0, "ctf/bfactor": 0.0, "ctf/scale": 1.0}
 def read_cs(path: str | Path) -> dict[str, Table]:
     """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
 
-    Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
+    Images are named from ``blob/path`` and ``blob/idx``, with RELION's mark ``:mrcs``
+    for a stack with another ending, as cryoSPARC's stacks have; without it RELION takes
+    a ``.mrc`` file for one image. A particle whose ``location/micrograph_path`` is
+    missing or empty has its stack for a micrograph. Poses are those of
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing. Particles that share
     ``ctf/exp_group_id``, voltage, spherical aberration, amplitude contrast, pixel size
-    and box size form an optics group. Images in which protein is dark (``blob/sign`` of
+    and box size form an optics group. ``filament/filament_uid`` becomes
+    ``rlnHelicalTubeID``, numbered from 1, and ``sym_expand/src_uid`` the column
+    ``jaxrefineSource``. Images in which protein is dark (``blob/sign`` of
     -1) get a negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations, 2-D
     alignments and multiple classes are ignored.
 
@@ -84,16 +90,13 @@ def read_cs(path: str | Path) -> dict[str, Table]:
     stacks = _paths(fields, "blob/path", path)
     numbers = _numbers(fields, "blob/idx", path)
     pixels = _pixel_sizes(fields, "blob/psize_A", path)
-    micrographs = stacks
-    if "location/micrograph_path" in fields:
-        micrographs = _paths(fields, "location/micrograph_path", path)
     optics, member = _optics_groups(fields, pixels, path)
     particles = {
         "rlnImageName": [
-            f"{int(number) + 1:06d}@{stack}"
+            f"{int(number) + 1:06d}@{stack}{_format(stack)}"
             for number, stack in zip(numbers, stacks, strict=True)
         ],
-        "rlnMicrographName": micrographs,
+        "rlnMicrographName": _micrographs(fields, stacks, path),
         "rlnOpticsGroup": [str(group + 1) for group in member],
         **_poses(fields, pixels, path),
         **_ctf(fields, path),
@@ -102,6 +105,14 @@ def read_cs(path: str | Path) -> dict[str, Table]:
         split = _numbers(fields, "alignments3D/split", path)
         if len(np.unique(split)) > 1:  # Otherwise cryoSPARC made no half sets.
             particles["rlnRandomSubset"] = [str(int(half) + 1) for half in split]
+    if "sym_expand/src_uid" in fields:
+        particles[SOURCE] = _uids(fields, "sym_expand/src_uid", path)
+    if "filament/filament_uid" in fields:
+        # RELION's numbers of tubes have 32 bits, cryoSPARC's have 64.
+        uids = _uids(fields, "filament/filament_uid", path)
+        keys = [row if uid == UNKNOWN else uid for row, uid in enumerate(uids)]
+        tube = {key: str(i) for i, key in enumerate(dict.fromkeys(keys), start=1)}
+        particles["rlnHelicalTubeID"] = [tube[key] for key in keys]
     return {"optics": optics, "particles": particles}
 
 
@@ -151,6 +162,48 @@ def _numbers(
             f"{numbers[~is_single(numbers)][0]:g}"
         )
     return numbers
+
+
+def _micrographs(
+    fields: dict[str, np.ndarray], stacks: list[str], path: Path
+) -> list[str]:
+    """Return the micrograph of each particle, or a stack in place of one.
+
+    That is the same for all segments of a filament, which RELION looks for in one
+    micrograph.
+    """
+    named, filaments = [""] * len(stacks), [UNKNOWN] * len(stacks)
+    if "location/micrograph_path" in fields:
+        named = _paths(fields, "location/micrograph_path", path)
+    if "filament/filament_uid" in fields:
+        filaments = _uids(fields, "filament/filament_uid", path)
+    micrograph = dict(zip(filaments, stacks, strict=True))
+    micrograph |= {
+        uid: name for uid, name in zip(filaments, named, strict=True) if name
+    }
+    return [
+        name or (stack if uid == UNKNOWN else micrograph[uid])
+        for name, uid, stack in zip(named, filaments, stacks, strict=True)
+    ]
+
+
+def _format(stack: str) -> str:
+    """Return what tells RELION that a file is a stack, unless its ending does."""
+    return "" if stack.endswith(".mrcs") else ":mrcs"
+
+
+def _uids(fields: dict[str, np.ndarray], name: str, path: Path) -> list[str]:
+    """Return a field with an identity, of up to 64 bits, for each particle.
+
+    It is unknown where the field has not been set, and is 0.
+    """
+    field = _field(fields, name, path)
+    if field.dtype.kind not in "iu" or field.ndim != 1:
+        raise InputError(
+            f"{path}, field {name}: there must be one whole number for each particle, "
+            f"got values of shape {field.shape[1:]} and type {field.dtype}"
+        )
+    return [str(uid) if uid else UNKNOWN for uid in field.tolist()]
 
 
 def _pixel_sizes(

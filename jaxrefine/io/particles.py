@@ -23,6 +23,7 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.clusters import clusters
 from jaxrefine.io.columns import (
     fixed,
     numbers,
@@ -79,6 +80,9 @@ class ParticleFile:
         column.
     stacks
         The path of each stack of images, by its name in the table.
+    shared
+        How many different images, particles and helical tubes the rows are of, by these
+        words, where several rows are of one; these are clusters of `particles`.
     """
 
     path: Path
@@ -89,6 +93,7 @@ class ParticleFile:
     has_poses: bool
     optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
     stacks: dict[str, Path] = field(repr=False)
+    shared: dict[str, int] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -138,6 +143,11 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     those of their optics group. Beam tilt and higher aberrations are ignored. Each
     optics group has its own noise spectrum (`particles.Particles`); without optics
     groups there is a single one.
+
+    Rows that are not independent form a cluster: those of one image, those with the
+    same ``rlnImageOriginalName`` (of particles that were expanded, and then subtracted
+    from or extracted again) or cryoSPARC's ``sym_expand/src_uid``, and those of one
+    helical tube, ``rlnHelicalTubeID`` of ``rlnMicrographName``.
 
     Parameters
     ----------
@@ -200,15 +210,17 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
     noise_group = None
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
+    cluster, shared = clusters(table, images)
     return ParticleFile(
         path,
         blocks,
-        Particles(source, ctf, pixel_size, noise_group),
+        Particles(source, ctf, pixel_size, noise_group, cluster),
         poses,
         sizes,
         has_poses,
         optics_group,
         stacks,
+        shared,
     )
 
 
@@ -224,7 +236,8 @@ def write_particles(
     kept. Origins are written in angstroms if there is an ``rlnImagePixelSize`` and in
     pixels otherwise, and also in the other unit if the table has it. A number of a pose
     that has not changed keeps its text. The names of stacks are kept if all of them are
-    found from one folder: that of the new file or one above. Otherwise, stacks that
+    found from one folder: that of the new file, the working directory, or one above the
+    new file. Otherwise, stacks that
     were found beside the old file get their path relative to the new file's folder, and
     others their absolute path.
 

@@ -246,7 +246,8 @@ def names_from(
     Returns
     -------
     The new name of each stack, by its old one. Names are kept if all of them lead to
-    the same stacks from one folder: that of the new table or one above. Otherwise, a
+    the same stacks from one folder: that of the new table, the working directory, in
+    which RELION would be started, or one above the new table. Otherwise, a
     stack whose path is relative to the old table gets its path relative to the new one,
     and any other its absolute path.
 
@@ -255,7 +256,7 @@ def names_from(
     InputError
         If a STAR file cannot hold a name.
     """
-    folders = [table.parent, *folders_above(table)]
+    folders = search_folders(table)
     relocated = {stack: locate(stack, folders) for stack in stacks}
     if all(path and path.samefile(stacks[stack]) for stack, path in relocated.items()):
         for folder in folders:

@@ -108,9 +108,11 @@ def refine(
     config
         Parameters; by default `RefineConfig()`, which needs no tuning.
     key
-        Deals the particles into sets and folds, and draws candidate poses.
+        Deals the particles into sets and folds, those of a cluster
+        (`Particles.cluster`) into one, and draws candidate poses.
     subsets
-        With half sets, the set of each particle, 1 or 2; dealt at random without it.
+        With half sets, the set of each particle, 1 or 2, which is kept even where it
+        divides a cluster; dealt at random without it.
     mask
         From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
         map's symmetry. Particles are compared with masked maps. Correlations are those
@@ -133,8 +135,8 @@ def refine(
         If there are fewer than 4 particles, or fewer than 4 in a half set; if the
         images have a side of less than 16 pixels; if images, poses, map, mask and
         subsets do not fit each other; if poses, map or an image are not finite; if the
-        rotations are not rotation matrices, the mask is not from 0 to 1, or the subsets
-        are not 1 and 2.
+        rotations are not rotation matrices, the mask is not from 0 to 1, the subsets
+        are not 1 and 2, or all particles of a set are of one cluster.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)

@@ -38,9 +38,11 @@ def reconstruct(
         Parameters, by default `RefineConfig()`. Only those of the volume update have an
         effect.
     key
-        Deals the particles into two halves.
+        Deals the particles into two halves, those of a cluster (`Particles.cluster`)
+        into one.
     subsets
-        The half of each particle, 1 or 2; dealt at random without it.
+        The half of each particle, 1 or 2, which is kept even where it divides a
+        cluster; dealt at random without it.
 
     Returns
     -------
@@ -53,7 +55,8 @@ def reconstruct(
         If there are fewer than 4 particles, or fewer than 4 in a given half; if the
         images have a side of less than 16 pixels; if images, poses and subsets do not
         fit each other; if poses or an image are not finite; if the rotations are not
-        rotation matrices, or the subsets are not 1 and 2.
+        rotation matrices, the subsets are not 1 and 2, or all particles are of one
+        cluster.
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size
@@ -61,7 +64,7 @@ def reconstruct(
     particle_set = make_particle_set(particles, poses, key, config)
     if subsets is not None:
         fold = np.zeros(len(particles), int)
-        fold[halves(len(particles), key, subsets)[1]] = 1
+        fold[halves(particles, key, subsets)[1]] = 1
         particle_set = replace(particle_set, fold=fold)
     state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)

@@ -297,3 +297,55 @@ def test_files_of_another_kind_are_refused(path):
         path.write_bytes(content)
         with pytest.raises(InputError, match="must be a cryoSPARC table"):
             read_cs(path)
+
+
+def test_copies_and_segments_of_filaments_are_clusters(path):
+    """Their identities have 64 bits, and RELION's numbers of tubes 32."""
+    uids = np.array([2**63 + 5, 7, 2**63 + 5, 7, 2**63 + 6], np.uint64)
+    for name, word in (
+        ("sym_expand__src_uid", "particles"),
+        ("filament__filament_uid", "helical tubes"),
+    ):
+        file = read_particles(save(path, **{name: ("<u8", uids)}))
+        cluster = file.particles.cluster
+        assert cluster is not None and file.shared == {word: 3}
+        assert cluster[0] == cluster[2] and cluster[1] == cluster[3]
+        out = path.with_suffix(".star")
+        write_particles(out, file, file.poses)
+        again = read_particles(out)
+        np.testing.assert_array_equal(again.particles.cluster, cluster)
+    assert read_star(out)["particles"]["rlnHelicalTubeID"] == ["1", "2", "1", "2", "3"]
+    unset = {
+        "sym_expand__src_uid": ("<u8", [0] * COUNT),
+        "filament__filament_uid": ("<u8", [0] * COUNT),
+    }
+    assert read_particles(save(path, **unset)).particles.cluster is None
+    bad = {"sym_expand__src_uid": ("<f8", np.ones(COUNT))}
+    with pytest.raises(InputError, match="src_uid: there must be one whole number"):
+        read_particles(save(path, **bad))
+
+
+def test_names_are_those_that_relion_can_read(path):
+    """Stacks that end in ``.mrc`` are marked; what has no micrograph has its stack."""
+    paths = [b"J1/a.mrcs", b"J1/a.mrcs", b"J1/c.mrc", b"J1/c.mrc", b"J1/d.st"]
+    micrographs = [b">J0/m.mrc", b"", b"J0/m.mrc", b"", b""]
+    table = save(
+        path,
+        blob__path=("S20", paths),
+        location__micrograph_path=("S20", micrographs),
+    )
+    particles = read_cs(table)["particles"]
+    assert particles["rlnImageName"] == [
+        "000001@J1/a.mrcs",
+        "000003@J1/a.mrcs",
+        "000002@J1/c.mrc:mrcs",
+        "000001@J1/c.mrc:mrcs",
+        "000002@J1/d.st:mrcs",
+    ]
+    assert particles["rlnMicrographName"] == [
+        "J0/m.mrc",
+        "J1/a.mrcs",
+        "J0/m.mrc",
+        "J1/c.mrc",
+        "J1/d.st",
+    ]
