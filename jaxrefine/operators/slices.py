@@ -115,18 +115,24 @@ def disc(
     radius = np.hypot(x, y)
     multiplicity = np.where(radius > 0, 2, 1)
     multiplicity[len(order) :] = 0
-    envelope = jnp.ones(len(x))
+    real = jax.dtypes.canonicalize_dtype(np.float64)
+
+    def on_device(values: np.ndarray, dtype: Any) -> Array:
+        # Unlike `jnp.asarray`, this compiles nothing.
+        return jax.device_put(values.astype(dtype))
+
+    envelope = on_device(np.ones(len(x)), real)
     if basis is not None:
         envelope = kbwf.fourier_transform(
-            basis, jnp.asarray(2 * math.pi / image_size * radius, envelope.dtype)
+            basis, on_device(2 * math.pi / image_size * radius, real)
         )
     return Disc(
-        frequencies=jnp.asarray(np.stack([x, y], axis=-1), envelope.dtype),
-        multiplicity=jnp.asarray(multiplicity, envelope.dtype),
+        frequencies=on_device(np.stack([x, y], axis=-1), real),
+        multiplicity=on_device(multiplicity, real),
         envelope=envelope,
-        rows=jnp.asarray(y % image_size, jnp.int32),
-        columns=jnp.asarray(x, jnp.int32),
-        shells=jnp.asarray(np.rint(radius), jnp.int32),
+        rows=on_device(y % image_size, np.int32),
+        columns=on_device(x, np.int32),
+        shells=on_device(np.rint(radius), np.int32),
         image_size=image_size,
         r_max=r_max,
     )

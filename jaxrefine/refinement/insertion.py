@@ -52,11 +52,10 @@ def _insert(
 ) -> Sums:
     """Add images to a sum of each device, at all poses that symmetry makes equivalent.
 
-    Sums have a leading axis of devices, which share the images among them.
+    The sums of the devices follow each other on the first axis.
     """
 
     def on_device(totals, view, operators, batch):
-        totals = jax.tree.map(lambda leaf: leaf[0], totals)
         images, ctf, group, rotations, shifts, weights = batch
         turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
         spectra, shifts, transfer, weights = jax.tree.map(
@@ -77,7 +76,7 @@ def _insert(
             weights[:, None] * view.inverse_noise[None],
             side,
         )
-        return jax.tree.map(lambda leaf: leaf[None], totals + sums)
+        return totals + sums
 
     apart, everywhere = PartitionSpec("devices"), PartitionSpec()
     return jax.shard_map(
@@ -182,7 +181,7 @@ class _Insertion:
     stage: Stage
 
     def sums(self, queues: Sequence[_Queue], devices: Sequence[Any]) -> list[Sums]:
-        """Return the sum of each queue of hypotheses, on the first device.
+        """Return the sum of each queue of hypotheses.
 
         Each queue has as many devices. They take the next lanes of it at the same time,
         and these are added to its sum in their order.
@@ -191,10 +190,8 @@ class _Insertion:
         apart = NamedSharding(mesh, PartitionSpec("devices"))
         config = self.particle_set.config
         operators = jnp.asarray(config.operators, self.rotations.dtype)
-        blank = Sums.zero(self.side, self.weights.dtype)
-        blank = jax.tree.map(
-            lambda leaf: np.zeros((len(devices), *leaf.shape), leaf.dtype), blank
-        )
+        empty = Sums.zero(self.side, self.weights.dtype)
+        blank = jax.tree.map(lambda leaf: np.tile(leaf, (len(devices), 1, 1)), empty)
         per_queue = len(devices) // len(queues)
         lengths = [
             -(-len(owners) // (self.size * _LANES)) for owners, _ in queues
@@ -227,12 +224,10 @@ class _Insertion:
                 self.stage.advance(sum(len(owners) for owners, _ in taken))
             if totals is None:
                 break
-            lanes = _unstacked(totals, devices[0])
-            for place, total in enumerate(lanes):
+            for place, total in enumerate(_apart(totals)):
                 queue = place // per_queue
                 before = results[queue]
                 results[queue] = total if before is None else before + total
-        empty = Sums.zero(self.side, self.weights.dtype)
         return [empty if result is None else result for result in results]
 
     def _cut(self, queue: _Queue, batch: int, is_there: bool) -> _Queue:
@@ -263,11 +258,15 @@ class _Insertion:
         )
 
 
-def _unstacked(totals: Sums, device: Any) -> list[Sums]:
-    """Return the sums of each device, in their order, on one device."""
+def _apart(totals: Sums) -> list[Sums]:
+    """Return the sums of each device, in their order, free to go to any device.
+
+    They are brought to the host, because what is computed of arrays that are bound to a
+    device is compiled once more.
+    """
     parts = [
         [
-            jax.device_put(shard.data[0], device)
+            jax.device_put(np.asarray(shard.data))
             for shard in sorted(leaf.addressable_shards, key=lambda s: s.index[0].start)
         ]
         for leaf in jax.tree.leaves(totals)

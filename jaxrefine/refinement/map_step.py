@@ -133,7 +133,9 @@ def _measure(
     ones = jnp.ones(particles.image_size // 2 + 1, dtype)
     view = observation.view(particles, particle_set.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
-    best = jax.tree.map(np.asarray, hypotheses.best())
+    rotations, shifts = (
+        np.asarray(each)[:, 0] for each in (hypotheses.rotations, hypotheses.shifts)
+    )
     samples, of_folds = [], []
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
@@ -155,7 +157,7 @@ def _measure(
                 (spectrum, view),
                 particles,
                 sample,
-                (best.rotations[sample], best.shifts[sample]),
+                (rotations[sample], shifts[sample]),
                 particle_set.config.batch_size,
                 stage,
             )
