@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.cli.commands.shared import ImageSettings
+from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
+from jaxrefine.io.columns import particle_table
+from jaxrefine.io.fields import is_cs, lack_of
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
@@ -22,6 +24,7 @@ _CIRCLE = 0.75  # of the side of the images: what is not background, by default
 def read(
     path: Path,
     settings: ImageSettings,
+    cryosparc: CryosparcSettings,
     *,
     with_poses: bool,
     diameter_used: bool = False,
@@ -34,6 +37,8 @@ def read(
         The table of particles.
     settings
         How images are found and prepared.
+    cryosparc
+        What belongs to a table of cryoSPARC.
     with_poses
         Whether the poses of the particles are used.
     diameter_used
@@ -45,30 +50,28 @@ def read(
         If the particles cannot be used, or lack poses that are used; if the side of
         the images is odd; if the diameter is larger than the box, or of no use.
     """
-    source = io.read_particles(path, settings.datadir)
+    source = io.read_particles(
+        path,
+        settings.datadir,
+        passthrough=cryosparc.passthrough,
+        class_number=cryosparc.class_,
+        with_ctf=not settings.no_ctf,
+    )
     particles = source.particles
     if with_poses and not source.has_poses:
-        raise InputError(
-            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none; "
-            "`jaxrefine match` finds them"
-        )
-    if (
-        settings.invert
-        and particles.ctf is not None
-        and np.any(particles.ctf.scale < 0)
-    ):
-        raise InputError(
-            "--invert must not be given for particles that are inverted already, got "
-            f"{path}, which says that protein is dark (a negative rlnCtfScalefactor, "
-            "or blob/sign)"
-        )
+        lack = f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
+        if is_cs(path):
+            lack = lack_of("alignments3D", path, source.joined)
+        raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
+    _check_sign(source, settings)
     m = particles.image_size
     if m % 2:
         raise InputError(
             "the side of images must be even, here as in RELION, got images of "
             f"{m} x {m} pixels in {path}"
         )
-    _tell_what_is_done(source)
+    tell_where_from(path, source)
+    _tell_what_is_done(source, settings)
     diameter, box = settings.particle_diameter, particles.box_in_angstroms
     if diameter is not None and diameter > box:
         raise InputError(
@@ -83,6 +86,46 @@ def read(
         )
     circle = _CIRCLE * box if diameter is None else diameter
     return _prepared(source, settings, circle, with_poses)
+
+
+def _check_sign(source: io.ParticleFile, settings: ImageSettings) -> None:
+    """Refuse to invert images twice, and to lose what the table says of their sign.
+
+    It says it by the scale of the contrast-transfer function.
+    """
+    if not source.protein_is_dark or settings.invert == settings.no_ctf:
+        return
+    says = (
+        f"{source.path}, which says that protein is dark (a negative "
+        "rlnCtfScalefactor, or blob/sign)"
+    )
+    if settings.invert:
+        raise InputError(
+            "--invert must not be given for particles that are inverted already, got "
+            f"{says}"
+        )
+    raise InputError(
+        f"--no-ctf must be given with --invert if protein is dark, got {says}"
+    )
+
+
+def tell_where_from(path: Path, table: io.TableFile | io.ParticleFile) -> None:
+    """Tell which files and which classes the fields of a cryoSPARC table are from."""
+    for passthrough, groups in table.joined.items():
+        if groups:
+            print(
+                f"{path}: {', '.join(groups)} by uid from {passthrough}",
+                file=sys.stderr,
+            )
+    if len(table.classes) > 1:
+        sizes = ", ".join(f"{size} of {k}" for k, size in table.classes.items())
+        kept = len(particle_table(table.blocks, path)["rlnImageName"])
+        done = f"{kept} are kept"
+        if kept == sum(table.classes.values()):
+            done = "each has the pose of its most probable class; --class keeps one"
+        print(
+            f"{path}: particles of several classes ({sizes}); {done}", file=sys.stderr
+        )
 
 
 def _prepared(
@@ -100,7 +143,7 @@ def _prepared(
     return replace(source, particles=replace(particles, images=images))
 
 
-def _tell_what_is_done(source: io.ParticleFile) -> None:
+def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None:
     """Tell of images that are resampled, and of optics that are ignored or absent."""
     pixel, smallest = source.particles.pixel_size_in_angstroms, source.pixel_sizes.min()
     if isinstance(source.particles.images, Resampled):
@@ -109,7 +152,7 @@ def _tell_what_is_done(source: io.ParticleFile) -> None:
             f"resampled to {pixel:g} A",
             file=sys.stderr,
         )
-    if source.particles.ctf is None:
+    if source.particles.ctf is None and not settings.no_ctf:
         print(
             f"{source.path} gives no defocus: its images are taken to have no "
             "contrast-transfer function",

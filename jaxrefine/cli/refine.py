@@ -16,7 +16,7 @@ from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
-from jaxrefine.runs.fingerprint import fingerprint, stacks_digest
+from jaxrefine.runs.fingerprint import file_digest, fingerprint, stacks_digest
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -53,6 +53,9 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     }
     stacks = stacks_digest(inputs.source.stacks.values())
     identity = fingerprint(settings) | {"stacks": stacks}
+    if settings.cryosparc.passthrough is None and inputs.source.joined:
+        digests = [file_digest(path) for path in inputs.source.joined]
+        identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         if folder.finished:
             print(f"{settings.out} holds this refinement already, finished")
@@ -84,6 +87,7 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
     source = _particles.read(
         settings.particles,
         settings.images,
+        settings.cryosparc,
         with_poses=True,
         diameter_used=diameter_used,
     )

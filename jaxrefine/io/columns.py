@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from jaxrefine.errors import InputError
+from jaxrefine.io.fields import called
 from jaxrefine.io.star import Table
 
 _SINGLE = np.finfo(np.float32)
@@ -203,8 +204,8 @@ def require(
         row = int(np.argmin(good))
         text = reprlib.repr(table[name][row])
         raise InputError(
-            f"{path}, column {name}: the value must be {expected}, got {text} "
-            f"(row {row + 1})"
+            f"{path}, {called(name, path)}: the value must be {expected}, got "
+            f"{text} (row {row + 1})"
         )
 
 
