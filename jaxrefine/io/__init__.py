@@ -17,8 +17,9 @@ from jaxrefine.io.json import keep_lines as keep_lines
 from jaxrefine.io.json import read_json as read_json
 from jaxrefine.io.json import read_json_lines as read_json_lines
 from jaxrefine.io.json import write_json as write_json
-from jaxrefine.io.mrc import map_stack as map_stack
+from jaxrefine.io.mrc import Stack as Stack
 from jaxrefine.io.mrc import new_stack as new_stack
+from jaxrefine.io.mrc import open_stack as open_stack
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms

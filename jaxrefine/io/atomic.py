@@ -33,7 +33,7 @@ def existing_file(path: str | Path) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} {absence(path)}") from None
+        raise InputError(f"{path} {broken_link(path) or 'does not exist'}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}") from error
@@ -44,13 +44,13 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def absence(path: Path) -> str:
-    """Return what is to be said of a path that leads to nothing, after its name."""
+def broken_link(path: Path) -> str | None:
+    """Return which link of a path leads to nothing, in words that follow its name."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             link = "is" if place == path else f"does not exist: {place} is"
             return f"{link} a symbolic link to {os.readlink(place)}, which is missing"
-    return "does not exist"
+    return None
 
 
 @contextmanager

@@ -220,9 +220,10 @@ def read_particles(
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
     has_poses = not _VIEW.isdisjoint(table)
-    poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
     if has_poses:
         poses, _ = poses_on_one_grid(blocks, path)
+    else:
+        poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
     ctf = _ctf(blocks, table, path) if with_ctf else None
