@@ -6,6 +6,7 @@ with one sentence on standard error and exit code 2, an interruption with exit c
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ def main(
     -------
     The exit code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on standard error: the names of files may have bytes that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser(commands).parse_args(arguments)
     (command,) = (each for each in commands if each.name == options.command)
     if in_own_process:

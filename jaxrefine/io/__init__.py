@@ -7,16 +7,17 @@ digests.
 """
 
 from jaxrefine.io.atomic import check_writable as check_writable
+from jaxrefine.io.atomic import reading as reading
 from jaxrefine.io.atomic import writing as writing
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
 from jaxrefine.io.cs import TableFile as TableFile
 from jaxrefine.io.cs import read_cs as read_cs
-from jaxrefine.io.json import append_json_line as append_json_line
-from jaxrefine.io.json import keep_lines as keep_lines
+from jaxrefine.io.json import append_line as append_line
+from jaxrefine.io.json import json_line as json_line
 from jaxrefine.io.json import read_json as read_json
-from jaxrefine.io.json import read_json_lines as read_json_lines
 from jaxrefine.io.json import write_json as write_json
+from jaxrefine.io.json import write_lines as write_lines
 from jaxrefine.io.mrc import Stack as Stack
 from jaxrefine.io.mrc import new_stack as new_stack
 from jaxrefine.io.mrc import open_stack as open_stack
