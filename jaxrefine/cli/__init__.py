@@ -39,9 +39,10 @@ def main(
     -------
     The exit code.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As on standard error: the names of files may have bytes that are no text.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The names of files may have bytes that are no text.
+            stream.reconfigure(errors="backslashreplace")
     options = _parser(commands).parse_args(arguments)
     (command,) = (each for each in commands if each.name == options.command)
     if in_own_process:

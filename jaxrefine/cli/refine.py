@@ -53,8 +53,10 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     }
     stacks = stacks_digest(inputs.source.stacks.values())
     identity = fingerprint(settings) | {"stacks": stacks}
-    if settings.cryosparc.passthrough is None and inputs.source.joined:
-        digests = [file_digest(path) for path in inputs.source.joined]
+    used = [path for path, groups in inputs.source.joined.items() if groups]
+    if settings.cryosparc.passthrough is None and used:
+        # One that was found counts as if it was given.
+        digests = [file_digest(path) for path in used]
         identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         if folder.finished:

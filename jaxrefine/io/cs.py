@@ -53,6 +53,7 @@ _OF_CLASS = re.compile(r"alignments_class_(\d{1,9})/")
 # Fields of a pose, and the shape of each; the last two may be missing.
 _POSE_FIELDS = {"pose": (3,), "shift": (2,), "class_posterior": (), "class": ()}
 _SHARED_FIELDS = ("psize_A", "split")
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 _JOB = re.compile(r"(?<![A-Za-z0-9])J\d+(?![A-Za-z0-9])")
 _METAFILE = re.compile(r"""metafile['"]?\s*:\s*['"]?>?([^'"\s,}]+\.cs)\b""")
 
@@ -269,19 +270,18 @@ class _Fields:
     def paths(self, name: str) -> list[str]:
         """Return a field of paths relative to the project's folder.
 
-        A leading ``>``, which cryoSPARC may write for that folder, is removed.
+        A leading ``>``, which cryoSPARC may write for that folder, is removed. Bytes
+        that are not UTF-8 are kept (``surrogateescape``), as in STAR files.
         """
-        field = self.get(name)
-        try:
-            texts = np.char.decode(field, "utf-8") if field.dtype.kind == "S" else field
-        except UnicodeDecodeError:
-            texts = None
-        if texts is None or texts.dtype.kind != "U" or texts.ndim != 1:
+        texts = field = self.get(name)
+        if field.dtype.kind == "S":
+            texts = np.char.decode(field, "utf-8", "surrogateescape")
+        if texts.dtype.kind != "U" or texts.ndim != 1:
             raise InputError(
                 f"{self.path}, field {name}: values must be text, got the type "
                 f"{field.dtype}"
             )
-        if not all(text.isprintable() for text in texts.tolist()):
+        if not _NO_UTF8.sub("", "".join(texts.tolist())).isprintable():
             raise InputError(
                 f"{self.path}, field {name}: paths must have printable characters "
                 "only, got others"

@@ -79,8 +79,8 @@ class Stack:
     ) -> Shaped[np.ndarray, "chosen m m"]:
         """Read sections, in the type of the file; neighbours in one go.
 
-        They are read, not mapped: a file that has become shorter meanwhile is an error
-        here, and would be the end of the process there.
+        They are not mapped to memory, because the system ends a process that reads
+        beyond the end of a mapped file, and the file may become shorter meanwhile.
 
         Raises
         ------

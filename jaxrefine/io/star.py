@@ -249,12 +249,13 @@ def _values(line: str) -> list[str]:
             break
         if quote in _CLOSING and quote not in unclosed:
             closing = _CLOSING[quote].search(line, start + 1)
-        if closing is not None:
+            if closing is None:
+                unclosed.add(quote)  # There is none further on either.
+        if closing is None:
+            values.append(word[0])
+        else:
             values.append(line[start + 1 : closing.start()].replace("\a", ""))
             place = closing.end()
-            continue
-        unclosed.add(quote)  # There is none further on either.
-        values.append(word[0])
     return values
 
 

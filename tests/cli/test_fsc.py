@@ -244,7 +244,7 @@ def test_one_file_cannot_hold_both(maps, run):
 NAMES = ["a$b$c_{", r"x$\frac$y", "^_{$", "日本", os.fsdecode(b"caf\xe9")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_files_may_have_any_name(tmp_path, run, name):
     """Dollars are no formulas, and bytes that are not UTF-8 are no reason to end."""
     folder = tmp_path / name

@@ -247,9 +247,9 @@ BAD = {
         {"blob__path": ("S3", [b"a\nb"] * COUNT)},
         "printable characters only",
     ),
-    "bad text": (
-        {"blob__path": ("S2", [b"\xff"] * COUNT)},
-        "blob/path: values must be text",
+    "no UTF-8": (
+        {"blob__path": ("S9", [b"caf\xe9.mrcs"] * COUNT)},
+        r"names caf\udce9.mrcs, which is neither in",
     ),
     "no optics": (
         {"dropped": NO_CTF},

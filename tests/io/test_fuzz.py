@@ -90,7 +90,7 @@ def table(*groups):
         "ctf/accel_kv": 300,
         "alignments3D/pose": 0.1,
     }.items():
-        if name in rows.dtype.names:
+        if name in (rows.dtype.names or ()):
             rows[name] = values
     file = BytesIO()
     np.save(file, rows)
@@ -221,7 +221,7 @@ CASES = {
     "cryoSPARC's fields": ("p.cs", swap_fields, "p.cs", (read_all,)),
     "classes": ("classes.cs", swap_fields, "classes.cs", (read_all,)),
     "passthrough": ("J1/passthrough.cs", change_bytes, "J1/half.cs", (read_all,)),
-    "passthrough's fields": (
+    "its fields": (
         "J1/passthrough.cs",
         swap_fields,
         "J1/half.cs",
