@@ -26,7 +26,7 @@ from jaxrefine.maps import admm, folds
 from jaxrefine.maps.sums import Sums, data_term
 from jaxrefine.maps.sums import solve as solve_map
 from jaxrefine.maps.tv import IsotropicTV
-from jaxrefine.refinement import map_step
+from jaxrefine.refinement import insertion, map_step
 from jaxrefine.refinement.sets import make_particle_set
 
 CASES = ("hjc46", "hjc46-low", "ptch44", "ptch44-low", "hjc64", "ptch64")
@@ -66,7 +66,7 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
             jr.Particles(images), poses, jax.random.key(1), jr.RefineConfig()
         )
         state = map_step.start(particle_set, jnp.zeros((n,) * 3, jnp.float32))
-        return map_step.sum_up(particle_set, state.hypotheses, noise, everyone)
+        return insertion.sum_up(particle_set, state.hypotheses, noise, everyone)
 
     first, second = sums_of(data["images"])
     both = first + second

@@ -64,7 +64,7 @@ from jaxrefine.poses.solvers import (
     PoseUpdate,
     retract,
 )
-from jaxrefine.refinement import map_step, pose_step
+from jaxrefine.refinement import insertion, map_step, pose_step
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet, make_particle_set
 from jaxrefine.refinement.state import SetState
@@ -218,7 +218,7 @@ def climb(rung: Rung, iterations: int, seed: int) -> Method:
             return by(newton_descent(still.information, fraction))
 
         def sum_up(state: SetState) -> list[Sums]:
-            return map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+            return insertion.sum_up(particles, state.hypotheses, state.noise, everyone)
 
         state = record.resume(white_start(particles, case, white_noise(problem.images)))
         record.expect(iterations)

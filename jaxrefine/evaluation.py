@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.euler import matrix_to_euler
@@ -31,6 +31,8 @@ _REWEIGHTED = 20
 # conventions that no benchmark has set: one good pose among 64 makes a good start, from
 # which few equivalents change.
 _STARTS, _ALTERNATIONS = 64, 5
+
+_BATCH = 4096  # Particles whose equivalents are in memory at once.
 
 
 def volume_snr_db(truth: Volume, estimate: Volume) -> Scalar:
@@ -147,9 +149,8 @@ def pose_errors(
     """
     true_rotations = true_poses.rotations
     if operators is not None:
-        true_rotations = _nearest_equivalents(
-            poses.rotations, true_rotations, operators
-        )
+        own = np.arange(len(poses))[:, None]
+        _, true_rotations = _nearest(poses.rotations, true_rotations, own, operators)
     motion = align_poses(poses, Poses(true_rotations, true_poses.shifts))
     angle = geodesic_distance(motion.aligned, true_rotations)
     shift = jnp.linalg.norm(_shift_differences(motion, poses, true_poses), axis=-1)
@@ -164,41 +165,92 @@ def _shift_differences(
     return poses.shifts - true_poses.shifts - moved
 
 
-def _nearest_equivalents(
-    rotations: Float[Array, "particles 3 3"],
-    truth: Float[Array, "particles 3 3"],
-    operators: Float[Array | np.ndarray, "order 3 3"],
-) -> Float[Array, "particles 3 3"]:
-    """Return the equivalents of the true rotations that are nearest, after alignment.
+def nearest_places(
+    poses: Poses,
+    true_poses: Poses,
+    places: Int[np.ndarray, "particles copies"],
+    operators: Float[Array | np.ndarray, "order 3 3"] | None = None,
+) -> Int[np.ndarray, " particles"]:
+    """Return which of several true poses each pose is nearest to, after alignment.
 
-    The equivalents and the motion of the map depend on each other. They are determined
-    alternately, starting from the best of the motions that align the pose of a single
-    particle exactly.
+    Parameters
+    ----------
+    poses, true_poses
+        Poses, and the true ones, of which there may be another number.
+    places
+        Where the true poses of each particle are, such as those of the copies of its
+        image.
+    operators
+        Of the true map's symmetry, as for `pose_errors`.
+
+    Returns
+    -------
+    One of the places of each particle.
     """
+    if places.shape[1] == 1:
+        return places[:, 0]
+    group = jnp.eye(3)[None] if operators is None else operators
+    nearest, _ = _nearest(poses.rotations, true_poses.rotations, places, group)
+    return np.asarray(nearest)
+
+
+@eqx.filter_jit
+def _nearest(
+    rotations: Float[Array | np.ndarray, "particles 3 3"],
+    true_rotations: Float[Array | np.ndarray, "truths 3 3"],
+    places: Int[Array | np.ndarray, "particles copies"],
+    operators: Float[Array | np.ndarray, "order 3 3"],
+) -> tuple[Int[Array, " particles"], Float[Array, "particles 3 3"]]:
+    """Return the true rotation that is nearest to each rotation, after alignment.
+
+    A rotation may have several true ones, and each of these has its equivalents. Which
+    of them are the nearest and the motion of the map depend on each other. They are
+    determined alternately, starting from the best of the motions that align the pose of
+    a single particle exactly.
+
+    Returns
+    -------
+    The place of the nearest true rotation, and its nearest equivalent.
+    """
+    rotations = jnp.asarray(rotations)
+    truth, places = jnp.asarray(true_rotations), jnp.asarray(places)
     group = jnp.asarray(operators, rotations.dtype)
 
-    def similarity(motion):
-        relative = jnp.einsum(
-            "pji,pjk,kl->pil", truth, rotations, motion, precision=_HIGHEST
-        )
-        return jnp.einsum("pil,sil->ps", relative, group, precision=_HIGHEST)
+    def best(motion):
+        def of_one(particle):
+            rotation, candidates = particle
+            relative = jnp.einsum(
+                "cji,jk,kl->cil",
+                truth[candidates],
+                rotation,
+                motion,
+                precision=_HIGHEST,
+            )
+            each = jnp.einsum("cil,sil->cs", relative, group, precision=_HIGHEST)
+            return jnp.max(each), jnp.argmax(each)
+
+        return jax.lax.map(of_one, (rotations, places), batch_size=_BATCH)
 
     def distance(motion):
-        squared = 6 - 2 * jnp.max(similarity(motion), axis=1)
-        return jnp.sum(jnp.sqrt(jnp.maximum(squared, 0)))
+        similarity, _ = best(motion)
+        return jnp.sum(jnp.sqrt(jnp.maximum(6 - 2 * similarity, 0)))
 
     def nearest(motion):
-        chosen = group[jnp.argmax(similarity(motion), axis=1)]
-        return jnp.matmul(truth, chosen, precision=_HIGHEST)
+        copy, element = jnp.divmod(best(motion)[1], len(group))
+        place = jnp.take_along_axis(places, copy[:, None], axis=1)[:, 0]
+        return place, jnp.matmul(truth[place], group[element], precision=_HIGHEST)
 
     count = len(rotations)
     tried = np.linspace(0, count - 1, min(count, _STARTS)).astype(int)
     starts = jnp.einsum(
-        "pji,pjk->pik", rotations[tried], truth[tried], precision=_HIGHEST
+        "pji,pjk->pik",
+        rotations[tried],
+        truth[places[tried, 0]],
+        precision=_HIGHEST,
     )
     motion = starts[jnp.argmin(jax.lax.map(distance, starts))]
     for _ in range(_ALTERNATIONS):
-        motion = align_rotations(rotations, nearest(motion))
+        motion = align_rotations(rotations, nearest(motion)[1])
     return nearest(motion)
 
 

@@ -2,7 +2,8 @@
 
 What a command can be told is declared in :mod:`jaxrefine.cli.commands`; what it does is
 in the module of its name here, which is imported when the command runs. Bad input ends
-with one sentence on standard error and exit code 2, an interruption with exit code 130.
+with one sentence on standard error and exit code 2, an interruption with exit code 130,
+and a SIGTERM with exit code 143.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxrefine._version import __version__
+from jaxrefine.cli import _signals
 from jaxrefine.cli.commands import COMMANDS, Command
 from jaxrefine.errors import InputError
 from jaxrefine.runs.options import add_options, settings_from
@@ -32,13 +34,25 @@ def main(
     commands
         The commands that there are.
     in_own_process
-        Whether this process is the command's, which then sets up JAX for it, see
-        `_runtime`.
+        Whether this process is the command's, which then answers signals, see
+        `_signals`, and sets up JAX for it, see `_runtime`.
 
     Returns
     -------
     The exit code.
     """
+    try:
+        return _run(arguments, commands, in_own_process)
+    except KeyboardInterrupt as stop:
+        return _signals.end(stop)
+
+
+def _run(
+    arguments: Sequence[str] | None, commands: Sequence[Command], in_own_process: bool
+) -> int:
+    """Run a command as `main` does, unless it is stopped."""
+    if in_own_process:
+        _signals.answer()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # The names of files may have bytes that are no text.
@@ -68,9 +82,6 @@ def main(
         return 141
     except OSError as error:
         return _refuse(command, f"the operating system reports: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

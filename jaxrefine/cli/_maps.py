@@ -12,6 +12,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.mask import check_mask
 from jaxrefine.operators.resample import resample
 
+_DEFAULT_VOXEL = 1.0  # angstroms, in headers that nobody has set
 _SAME_VOXEL = 1e-3  # relative difference of sizes, as headers round them
 
 
@@ -71,7 +72,9 @@ def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
     return mask
 
 
-def read_map_for(source: io.ParticleFile, path: Path, resampled: bool) -> jax.Array:
+def read_map_for(
+    source: io.ParticleFile, path: Path, voxel_size: float | None, resampled: bool
+) -> jax.Array:
     """Read the map that particles are compared with, on the grid of their images.
 
     Parameters
@@ -80,6 +83,8 @@ def read_map_for(source: io.ParticleFile, path: Path, resampled: bool) -> jax.Ar
         The particles.
     path
         The map.
+    voxel_size
+        Its voxel size in angstroms, if its header is to be overruled.
     resampled
         Whether a map on another grid may be resampled.
 
@@ -88,50 +93,77 @@ def read_map_for(source: io.ParticleFile, path: Path, resampled: bool) -> jax.Ar
     InputError
         If it is zero, or on another grid and may not be resampled.
     """
-    volume = _on_grid_of(source, path, io.read_mrc(path)[0], resampled)
-    if not volume.any():
-        raise InputError(f"{path} must not be zero everywhere, got zeros only")
-    return volume
+    return read_map_and_mask_for(source, path, None, voxel_size, resampled)[0]
 
 
-def read_mask_for(source: io.ParticleFile, path: Path, resampled: bool) -> jax.Array:
-    """Read the mask of such a map; parameters as for :func:`read_map_for`.
+def read_map_and_mask_for(
+    source: io.ParticleFile,
+    path: Path,
+    mask_path: Path | None,
+    voxel_size: float | None,
+    resampled: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Read such a map and its mask, if there is one.
+
+    Parameters
+    ----------
+    source, path, resampled
+        As for :func:`read_map_for`.
+    mask_path
+        The mask.
+    voxel_size
+        The voxel size in angstroms of the map, and of a mask with as many voxels, if
+        their headers are to be overruled.
 
     Raises
     ------
     InputError
-        If it is not from 0 to 1, is zero, or is on another grid and may not be
-        resampled.
+        As :func:`read_map_for`, or if the mask is not from 0 to 1, is zero, or is on
+        another grid and may not be resampled.
     """
     values, _ = io.read_mrc(path)
-    check_mask(values, path)
-    mask = jnp.clip(_on_grid_of(source, path, values, resampled), 0, 1)
-    check_mask(mask, path)
-    return mask
+    volume = _on_grid_of(source, path, values, voxel_size, resampled)
+    if not volume.any():
+        raise InputError(f"{path} must not be zero everywhere, got zeros only")
+    if mask_path is None:
+        return volume, None
+    mask_values, _ = io.read_mrc(mask_path)
+    check_mask(mask_values, mask_path)
+    stated = voxel_size if mask_values.shape == values.shape else None
+    mask = _on_grid_of(source, mask_path, mask_values, stated, resampled)
+    mask = jnp.clip(mask, 0, 1)
+    check_mask(mask, mask_path)
+    return volume, mask
 
 
 def _on_grid_of(
-    source: io.ParticleFile, path: Path, volume: np.ndarray, resampled: bool
+    source: io.ParticleFile,
+    path: Path,
+    volume: np.ndarray,
+    stated: float | None,
+    resampled: bool,
 ) -> jax.Array:
     """Return a map on the grid of the images.
 
-    A map of their side whose voxel size is unset is taken to be on it.
+    A map of their side whose voxel size is unset is taken to be on it. One whose header
+    says 1 A, as programs write that know no voxel size, is resampled only if that size
+    is stated, too.
     """
     n, m = volume.shape[0], source.particles.image_size
-    pixel, voxel = (
-        source.particles.pixel_size_in_angstroms,
-        io.voxel_size_in_angstroms(path),
-    )
+    pixel = source.particles.pixel_size_in_angstroms
+    voxel = io.voxel_size_in_angstroms(path) if stated is None else stated
     if voxel is None and n == m:
         voxel = pixel
     if voxel is None:
         raise InputError(
             f"{path} must give its voxel size in its header or have {m}^3 voxels, as "
-            f"many as the images of {source.path}, got {n}^3 voxels of no size"
+            f"many as the images of {source.path}, got {n}^3 voxels of no size; "
+            "--map-voxel-size states it"
         )
     if n == m and _same(voxel, pixel):
         return jnp.asarray(volume)
-    if resampled:
+    doubtful = stated is None and voxel == _DEFAULT_VOXEL and n == m
+    if resampled and not doubtful:
         print(
             f"{path}: {n}^3 voxels of {voxel:g} A, resampled to {m}^3 of {pixel:g} A",
             file=sys.stderr,
@@ -140,9 +172,24 @@ def _on_grid_of(
     expected, received = f"voxels of {pixel:g} A", f"voxels of {voxel:g} A"
     if n != m:
         expected, received = f"{m}^3 voxels", f"{n}^3 voxels"
+    received += "" if stated is None else f" (--map-voxel-size {stated:g})"
+    if doubtful:
+        way_out = (
+            ", as headers say that nobody has set: --map-voxel-size "
+            f"{pixel:g} overrules it, --map-voxel-size {voxel:g} --resample trusts it"
+        )
+    elif n == m and stated is None:
+        way_out = (
+            "; --resample brings it to that grid, or --map-voxel-size "
+            f"{pixel:g} overrules a wrong header"
+        )
+    else:
+        way_out = "; --resample brings it to that grid"
+        if stated is None and voxel == _DEFAULT_VOXEL:
+            way_out += f" (with --map-voxel-size, unless its voxels are of {voxel:g} A)"
     raise InputError(
         f"{path} must have {expected}, the grid of the images of {source.path}, "
-        f"got {received}; --resample brings it to that grid"
+        f"got {received}{way_out}"
     )
 
 

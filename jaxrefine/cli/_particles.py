@@ -2,23 +2,32 @@
 
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, final
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jaxrefine import io
 from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
 from jaxrefine.io.columns import particle_table
-from jaxrefine.io.fields import is_cs, lack_of
+from jaxrefine.io.fields import called, is_cs, lack_of
+from jaxrefine.refinement.sets import divided
+from jaxrefine.runs.progress import Bars
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
 _TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
+_TOLD = 3  # images that cannot be used and are named
 _CIRCLE = 0.75  # of the side of the images: what is not background, by default
+
+
+_Data = TypeVar("_Data", Particles, Poses)
 
 
 def read(
@@ -168,6 +177,140 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
         print(
             f"{source.path}: {', '.join(ignored)} are ignored; the optics that count "
             "here are defocus, spherical aberration and amplitude contrast",
+            file=sys.stderr,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Usable:
+    """Which particles of a table are used.
+
+    Attributes
+    ----------
+    count
+        Number of particles in the table.
+    indices
+        Where those that are used are in the table.
+    """
+
+    count: int
+    indices: Int[np.ndarray, " chosen"]
+
+    @property
+    def left_out(self) -> Bool[np.ndarray, " particles"]:
+        """Whether each particle of the table is left out."""
+        return ~np.isin(np.arange(self.count), self.indices)
+
+    def of(self, data: _Data) -> _Data:
+        """Return the particles or poses that are used, of those of the table."""
+        return data if len(self.indices) == self.count else data.take(self.indices)
+
+    def of_table(self, values: Any, elsewhere: Any) -> np.ndarray:
+        """Return values of the particles that are used, among those of all others.
+
+        Parameters
+        ----------
+        values
+            A value for each particle that is used.
+        elsewhere
+            The value of all others, or a value for each particle of the table.
+        """
+        values, elsewhere = np.asarray(values), np.asarray(elsewhere)
+        shape = (self.count, *values.shape[1:])
+        kind = np.result_type(values, elsewhere)
+        everywhere = np.array(np.broadcast_to(elsewhere, shape), kind)
+        everywhere[self.indices] = values
+        return everywhere
+
+    def poses(self, given: Poses, found: Poses) -> Poses:
+        """Return poses that were found, among those given of what is left out."""
+        if not self.left_out.any():
+            return found
+        rotations = self.of_table(found.rotations, given.rotations)
+        return Poses(rotations, self.of_table(found.shifts, given.shifts))
+
+
+def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
+    """Look at all images; tell of those that cannot be used, which are then left out.
+
+    These are images that are constant or not finite and, where poses are used,
+    particles whose given position is outside of their image.
+
+    Parameters
+    ----------
+    source
+        The particles, whose images are prepared.
+    with_poses
+        Whether the poses of the particles are used.
+
+    Raises
+    ------
+    InputError
+        If none can be used.
+    """
+    count, m = len(source), source.particles.image_size
+    with Bars() as bars:
+        advance = bars.next("checking images", count)
+        bad = source.particles.unusable(lambda done: advance(None, {"iteration": done}))
+    offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
+    outside = with_poses & (offset > m / 2)
+    left_out = outside | np.isin(np.arange(count), list(bad))
+    sentences = []
+    if bad:
+        told = list(bad.values())[: 1 if left_out.all() else _TOLD]
+        if len(bad) > len(told):
+            told.append(f"and {len(bad) - len(told)} more")
+        sentences.append(
+            f"{len(bad)} of {count} images cannot be used: {'; '.join(told)}"
+        )
+    if outside.any():
+        sentences.append(
+            f"{outside.sum()} of {count} particles are outside of their images: they "
+            f"must be at most {m / 2:g} pixels from the centre along x and y, got "
+            f"{offset[outside][0]:.1f} pixels for particle {np.argmax(outside) + 1}"
+        )
+    if left_out.all():
+        raise InputError(f"{source.path}: {sentences[0]}")
+    for sentence in sentences:
+        print(
+            f"{source.path}: {sentence}; these particles are left out", file=sys.stderr
+        )
+    return Usable(count, np.flatnonzero(~left_out))
+
+
+def tell_what_is_shared(
+    source: io.ParticleFile, subsets: Int[np.ndarray, " particles"] | None
+) -> None:
+    """Tell of rows that are not independent, and whether they are kept together.
+
+    Parameters
+    ----------
+    source
+        The particles, which are dealt into folds, and into half sets unless the table
+        has some.
+    subsets
+        The half set of each particle, if the table's are used.
+    """
+    cluster = source.particles.cluster
+    if cluster is None:
+        return
+    kinds = " and of ".join(f"{n} {kind}" for kind, n in source.shared.items())
+    where = "one half set and one fold" if subsets is None else "one fold"
+    print(
+        f"{source.path}: {len(source)} rows are of {kinds}; rows of the same one are "
+        f"kept together, in {where}",
+        file=sys.stderr,
+    )
+    count = 0 if subsets is None else divided(subsets, cluster)
+    if count:
+        name = called("rlnRandomSubset", source.path)
+        print(
+            f"{source.path}: the half sets of the table ({name}) divide "
+            f"{count} of {cluster.max() + 1} such groups of rows; they are used as "
+            "they are, but they are not independent, and the Fourier shell correlation "
+            f"of their maps is too high: remove the {name} to have half sets dealt "
+            "anew",
             file=sys.stderr,
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrefine import io
-from jaxrefine.cli._particles import shell_of
+from jaxrefine.cli._particles import shell_of, tell_what_is_shared, usable
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
@@ -169,15 +169,18 @@ def _run(
     """Refine from the last checkpoint, or from the given poses and map."""
     source = inputs.source
     subsets = _subsets(source, settings.seed) if config.half_sets else None
-    plan = _plan(settings, source, config)
-    batch_size = min(settings.batch_size or plan.batch_size, len(source))
+    tell_what_is_shared(source, source.random_subset if config.half_sets else None)
+    chosen = usable(source, with_poses=True)
+    particles = chosen.of(source.particles)
+    plan = _plan(settings, particles, config)
+    batch_size = min(settings.batch_size or plan.batch_size, len(particles))
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
 
-    data = (source.particles, source.poses, inputs.volume)
+    data = (particles, chosen.of(source.poses), inputs.volume)
     further = {
         "key": jax.random.key(settings.seed),
-        "subsets": subsets,
+        "subsets": None if subsets is None else subsets[chosen.indices],
         "mask": inputs.mask,
     }
     state = folder.history.resume(lambda: engine.init(*data, config, **further))
@@ -196,14 +199,17 @@ def _run(
         return engine.refine(*data, chosen, **further, state=state, callback=record)
 
     result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
-    undetermined = np.asarray(result.undetermined)
+    undetermined = chosen.of_table(result.undetermined, True)
     report: dict[str, Any] = {
         "undetermined": int(undetermined.sum()),
         "tau": float(result.tau),
         "planned_batch_size": batch_size,
         "estimated_peak_mib": plan.estimated_bytes / 2**20,
     }
-    columns = _columns(result.log_likelihood, result.covariances)
+    columns = _columns(
+        chosen.of_table(result.log_likelihood, 0.0),
+        chosen.of_table(result.covariances, _prior_covariance(config)),
+    )
     columns["jaxrefineUndetermined"] = undetermined.astype(int)
     if subsets is not None and source.random_subset is None:
         columns["rlnRandomSubset"] = subsets
@@ -211,18 +217,25 @@ def _run(
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
         report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
-    poses = _refined(settings, source.poses, result.poses)
+    poses = _refined(settings, source.poses, chosen.poses(source.poses, result.poses))
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 
 
+def _prior_covariance(config: RefineConfig) -> np.ndarray:
+    """Return what is known of a pose without its image; 0 for what is fixed."""
+    angles = np.full(3, config.angle_spread if config.refines_angles else 0.0)
+    shifts = np.full(2, config.shift_spread if config.refines_shifts else 0.0)
+    return np.diag(np.concatenate([angles, shifts]) ** 2)
+
+
 def _plan(
-    settings: RefineSettings, source: io.ParticleFile, config: RefineConfig
+    settings: RefineSettings, particles: Particles, config: RefineConfig
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()
     if settings.memory is not None:
         free = int(settings.memory * 2**30)
-    return memory.plan(len(source), source.particles.image_size, config, free)
+    return memory.plan(len(particles), particles.image_size, config, free)
 
 
 def _say(sentence: str) -> None:
@@ -233,7 +246,7 @@ def _subsets(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"
     """Return the half set of each particle, 1 or 2: the file's, or dealt at random."""
     if source.random_subset is not None:
         return source.random_subset
-    return deal(len(source), jax.random.key(seed))
+    return deal(source.particles, jax.random.key(seed))
 
 
 def _refined(settings: RefineSettings, given: Poses, refined: Poses) -> Poses:

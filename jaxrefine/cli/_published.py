@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import paper
+from jaxrefine.cli._particles import Usable, usable
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses
 from jaxrefine.maps.noise import white_noise
 from jaxrefine.operators import kbwf
 from jaxrefine.runs.folder import RunFolder
@@ -33,13 +35,16 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
             f"--preset must be default for particles with contrast-transfer functions, "
             f"as {source.path} has, got {settings.preset}"
         )
-    images, _ = source.particles.batch(np.arange(len(source)))
+    chosen = usable(source, with_poses=True)
+    particles, poses = chosen.of(source.particles), chosen.of(source.poses)
+    images, _ = particles.batch(np.arange(len(particles)))
     problem = paper.Problem.of(images, basis)
-    given = paper.init(source.poses, kbwf.expand(basis, inputs.volume))
+    given = paper.init(poses, kbwf.expand(basis, inputs.volume))
     start = paper.match_contrast(problem, given)
     config = _configure(settings, problem, start)
     resolved = {"iterations": config.iterations, "batch_size": config.batch_size}
-    return Refinement(config, resolved, partial(_run, problem, start, config))
+    run = partial(_run, problem, start, config, source.poses, chosen)
+    return Refinement(config, resolved, run)
 
 
 def _configure(
@@ -57,6 +62,8 @@ def _run(
     problem: paper.Problem,
     start: paper.Algorithm1State,
     config: paper.Algorithm1Config,
+    poses: Poses,
+    chosen: Usable,
     folder: RunFolder,
     bars: Bars,
 ) -> Outcome:
@@ -79,4 +86,8 @@ def _run(
 
     state = paper.refine(state, problem, config, record)
     refined = kbwf.evaluate(kbwf.KBWF(), state.volume.coefficients)
-    return Outcome(state.poses, np.asarray(refined))
+    columns = {}
+    if chosen.left_out.any():
+        columns["jaxrefineUndetermined"] = chosen.left_out.astype(int)
+    poses = chosen.poses(poses, state.poses)
+    return Outcome(poses, np.asarray(refined), columns=columns)

@@ -1,5 +1,6 @@
 """``jaxrefine evaluate``: how far poses are from the true ones."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.io.fields import is_cs
 from jaxrefine.io.star import Table
 
+_MOST_COPIES = 240  # Icosahedral expansion makes 60, and tables may be joined.
 _SHOWN = (
     ("angle error, degrees", "angle_error_in_degrees"),
     ("shift error, pixels", "shift_error_in_pixels"),
@@ -55,6 +57,7 @@ def run(settings: EvaluateSettings) -> None:
         shifts = true_poses.shifts * (true_pixel / pixel)
         true_poses = Poses(true_poses.rotations, shifts)
     places, matched_by = _match(tables, paths, len(poses), len(true_poses))
+    places = evaluation.nearest_places(poses, true_poses, places, operators)
     errors = evaluation.pose_errors(poses, true_poses.take(places), operators)
     summary = evaluation.summarise(errors)
     content = {"particles": len(places), "matched_by": matched_by, **summary}
@@ -72,17 +75,19 @@ def run(settings: EvaluateSettings) -> None:
 
 def _read(path: Path, cryosparc: CryosparcSettings) -> dict[str, Table]:
     """Read a table, and tell what of cryoSPARC's files it is made from."""
-    table = io.read_table(path, cryosparc.passthrough, cryosparc.class_)
+    table = io.read_table(path, cryosparc.passthrough, cryosparc.class_, with_ctf=False)
     tell_where_from(path, table)
     return table.blocks
 
 
 def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]:
-    """Return where each particle is among the true ones, and how it was matched.
+    """Return where each particle may be among the true ones, and how it was matched.
 
-    Image names are compared as they are written, as they are equal in files of one
-    project. If they differ, the images that they refer to are compared, which files in
-    different folders name differently. If these differ, too, the order decides.
+    A particle may be at several places, one a column, if the true poses have its image
+    several times. Image names are compared as they are written, as they are equal in
+    files of one project. If they differ, the images that they refer to are compared,
+    which files in different folders name differently. If these differ, too, the order
+    decides.
     """
     for names in (
         [_image_names(table) for table in tables],
@@ -96,7 +101,7 @@ def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]
             f"{paths[1]} must hold all image names of {paths[0]}, or as many "
             f"particles to be matched by their order, got {true_count} for {count}"
         )
-    return np.arange(count), "order, as the image names do not match"
+    return np.arange(count)[:, None], "order, as the image names do not match"
 
 
 def _image_names(table) -> list[str] | None:
@@ -107,11 +112,21 @@ def _image_names(table) -> list[str] | None:
 def _places(
     names: Sequence[Hashable] | None, true_names: Sequence[Hashable] | None
 ) -> np.ndarray | None:
-    """Return where each name is among the true ones; None if this is ambiguous."""
+    """Return where each name is among the true ones, ``(names, copies)``.
+
+    A name that is fewer times among the true ones than another repeats its places.
+    None if a name is not among the true ones, or if names do not tell images apart:
+    there is one name for all, or more copies than symmetry expansion makes.
+    """
     if names is None or true_names is None:
         return None
-    place = {name: i for i, name in enumerate(true_names)}
-    unique = len(place) == len(true_names) and len(set(names)) == len(names)
-    if not unique or not place.keys() >= set(names):
+    found: dict[Hashable, list[int]] = {}
+    for place, name in enumerate(true_names):
+        found.setdefault(name, []).append(place)
+    copies = Counter(names)
+    if not copies.keys() <= found.keys() or len(copies) == 1 < len(names):
         return None
-    return np.array([place[name] for name in names])
+    most = max(len(found[name]) for name in copies)
+    if max(most, *copies.values()) > _MOST_COPIES:
+        return None
+    return np.array([np.resize(found[name], most) for name in names])

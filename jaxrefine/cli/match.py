@@ -38,7 +38,9 @@ def run(
     check_is_no_input(
         out, source.path, settings.map, *source.joined, *source.stacks.values()
     )
-    volume = _maps.read_map_for(source, settings.map, settings.resample)
+    volume = _maps.read_map_for(
+        source, settings.map, settings.map_voxel_size, settings.resample
+    )
     r_max = None
     if settings.resolution is not None:
         r_max = _particles.shell_of(
@@ -51,17 +53,22 @@ def run(
         r_max=r_max,
         batch_size=settings.batch_size,
     )
+    chosen = _particles.usable(source, with_poses=False)
+    particles = chosen.of(source.particles)
     with Bars() as bars:
-        advance = bars.next("matching", math.ceil(len(source) / config.batch_size))
+        advance = bars.next("matching", math.ceil(len(particles) / config.batch_size))
         result = match(
-            source.particles, volume, config, callback=lambda done: advance(done, {})
+            particles, volume, config, callback=lambda done: advance(done, {})
         )
-    columns = {"jaxrefineCorrelation": np.asarray(result.scores)}
-    io.write_particles(out, source, result.poses, columns)
-    median = float(np.median(columns["jaxrefineCorrelation"]))
+    columns = {"jaxrefineCorrelation": chosen.of_table(result.scores, 0.0)}
+    if chosen.left_out.any():
+        columns["jaxrefineUndetermined"] = chosen.left_out.astype(int)
+    poses = chosen.poses(source.poses, result.poses)
+    io.write_particles(out, source, poses, columns)
+    median = float(np.median(result.scores))
     detail = source.particles.box_in_angstroms / result.r_max
     step = math.degrees(result.angle_step)
     print(
-        f"{len(source)} particles, {step:g} degree steps, details "
+        f"{len(particles)} particles, {step:g} degree steps, details "
         f"down to {detail:.3g} A, median correlation {median:.3f}: {out}"
     )

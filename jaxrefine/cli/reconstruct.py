@@ -42,8 +42,14 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
 
     key = jax.random.key(settings.seed)
     subsets = source.random_subset if settings.half_sets else None
+    _particles.tell_what_is_shared(source, subsets)
+    chosen = _particles.usable(source, with_poses=True)
     result = engine.reconstruct(
-        source.particles, source.poses, config, key=key, subsets=subsets
+        chosen.of(source.particles),
+        chosen.of(source.poses),
+        config,
+        key=key,
+        subsets=None if subsets is None else subsets[chosen.indices],
     )
     pixel = source.particles.pixel_size_in_angstroms
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
@@ -51,6 +57,6 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
         io.write_mrc(path, volume, pixel)
     names = ", ".join(str(path) for path in written)
     print(
-        f"{len(source)} particles, tau {result.tau:.4g}, lambda {result.lam:.4g}: "
-        f"{names}"
+        f"{len(chosen.indices)} particles, tau {result.tau:.4g}, lambda "
+        f"{result.lam:.4g}: {names}"
     )

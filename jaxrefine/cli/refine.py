@@ -16,7 +16,12 @@ from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
-from jaxrefine.runs.fingerprint import file_digest, fingerprint, stacks_digest
+from jaxrefine.runs.fingerprint import (
+    file_digest,
+    fingerprint,
+    stacks_digest,
+    unseen_digest,
+)
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -51,14 +56,22 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         "engine_config_in_radians_and_pixels": entries.as_json(config, type(config)),
         **provenance.environment(),
     }
-    stacks = stacks_digest(inputs.source.stacks.values())
-    identity = fingerprint(settings) | {"stacks": stacks}
+    stacks = list(inputs.source.stacks.values())
+    identity = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
     used = [path for path, groups in inputs.source.joined.items() if groups]
     if settings.cryosparc.passthrough is None and used:
         # One that was found counts as if it was given.
         digests = [file_digest(path) for path in used]
         identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
+        written = unseen_digest(stacks)
+        if folder.keep("stacks_written", written) != written:
+            print(
+                f"the stacks of {settings.particles} have been written since this run "
+                "began; their sizes and a sample of their content have not changed, "
+                "and they are taken to be the same",
+                file=sys.stderr,
+            )
         if folder.finished:
             print(f"{settings.out} holds this refinement already, finished")
             return
@@ -93,10 +106,13 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
         with_poses=True,
         diameter_used=diameter_used,
     )
-    volume = _maps.read_map_for(source, settings.map, settings.resample)
-    mask = None
-    if settings.mask is not None:
-        mask = _maps.read_mask_for(source, settings.mask, settings.resample)
+    volume, mask = _maps.read_map_and_mask_for(
+        source,
+        settings.map,
+        settings.mask,
+        settings.map_voxel_size,
+        settings.resample,
+    )
     return Inputs(source, volume, mask)
 
 

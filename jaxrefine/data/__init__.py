@@ -3,3 +3,4 @@
 from jaxrefine.data import observation as observation
 from jaxrefine.data import particles as particles
 from jaxrefine.data import preprocess as preprocess
+from jaxrefine.data import visit as visit

@@ -6,6 +6,7 @@ more images than were requested.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -16,7 +17,9 @@ from jaxtyping import Float32, Int
 
 from jaxrefine._types import Images
 from jaxrefine.ctf import CTF
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, UnusableImage
+
+_AT_ONCE = 64  # images in memory while all are looked at
 
 
 @runtime_checkable
@@ -32,7 +35,10 @@ class ImageSource(Protocol):
         ...
 
     def __getitem__(self, indices: Any, /) -> Any:
-        """Return the images at an array of indices, ``(len(indices), m, m)``."""
+        """Return the images at an array of indices, ``(len(indices), m, m)``.
+
+        May raise `UnusableImage` for one of them, which can then be left out.
+        """
         ...
 
 
@@ -54,19 +60,26 @@ class Particles:
     group
         Group of each particle, such as its optics group, counted from 0. The noise has
         one power spectrum in each group. None puts all particles into one group.
+    cluster
+        A whole number for each particle, the same for particles that are not
+        independent of each other, such as copies of one image and overlapping segments
+        of one helical tube. They are dealt together into one half set and one fold:
+        noise that two maps share would be taken for their agreement. None if each
+        particle is independent of all others.
 
     Raises
     ------
     InputError
         If there are no images, if they are not square, if the pixel size is not
-        positive, or not given though there is a CTF, or if the optics or the groups do
-        not belong to ``P`` particles.
+        positive, or not given though there is a CTF, or if the optics, the groups or
+        the clusters do not belong to ``P`` particles.
     """
 
     images: ImageSource
     ctf: CTF | None = None
     pixel_size_in_angstroms: float = None  # pyright: ignore[reportAssignmentType]
     group: Int[np.ndarray, " P"] | None = None
+    cluster: Int[np.ndarray, " P"] | None = None
 
     def __post_init__(self):
         shape = tuple(self.images.shape)
@@ -99,6 +112,11 @@ class Particles:
             raise InputError(
                 f"group must hold a number from 0 for each of {shape[0]} images, got "
                 f"the shape {group.shape} and a minimum of {group.min(initial=0)}"
+            )
+        if self.cluster is not None and self.cluster.shape != shape[:1]:
+            raise InputError(
+                f"cluster must hold a number for each of {shape[0]} images, got the "
+                f"shape {self.cluster.shape}"
             )
 
     def __len__(self) -> int:
@@ -152,7 +170,14 @@ class Particles:
         else:
             images = _Chosen(self.images, chosen)
         group = None if self.group is None else self.group[chosen]
-        return replace(self, images=images, ctf=self._optics(chosen), group=group)
+        cluster = None if self.cluster is None else self.cluster[chosen]
+        return replace(
+            self,
+            images=images,
+            ctf=self._optics(chosen),
+            group=group,
+            cluster=cluster,
+        )
 
     def batch(
         self, indices: Int[np.ndarray | jax.Array, " chosen"]
@@ -173,17 +198,56 @@ class Particles:
             message gives the index of the image in the original data set.
         """
         chosen = self._checked(indices)
+        values = self._read(chosen)
+        optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
+        return jnp.asarray(values), optics
+
+    def unusable(self, callback: Callable[[int], None] | None = None) -> dict[int, str]:
+        """Read all images; return which of them cannot be used, and why.
+
+        Parameters
+        ----------
+        callback
+            Called now and then with the number of images read so far.
+
+        Returns
+        -------
+        For the index of each image that `batch` refuses, or its source, the sentence
+        with which it does. `take` leaves such images out.
+
+        Raises
+        ------
+        InputError
+            If the images cannot be read, which says nothing of the images.
+        """
+        reasons: dict[int, str] = {}
+        for chosen in np.array_split(
+            np.arange(len(self)), math.ceil(len(self) / _AT_ONCE)
+        ):
+            try:
+                self._read(chosen)
+            except UnusableImage:
+                for index in chosen.tolist():
+                    try:
+                        self._read(np.array([index]))
+                    except UnusableImage as error:
+                        reasons[index] = str(error)
+            if callback is not None:
+                callback(int(chosen[-1]) + 1)
+        return reasons
+
+    def _read(self, chosen: Int[np.ndarray, " chosen"]) -> Float32[np.ndarray, "_ m m"]:
+        """Read images; raise if one is not finite."""
         values = np.asarray(self.images[chosen], np.float32)
         finite = np.isfinite(values).all(axis=(1, 2))
         if not finite.all():
             bad = int(chosen[np.argmin(finite)])
             if isinstance(self.images, _Chosen):
                 bad = int(self.images.indices[bad])
-            raise InputError(
+            raise UnusableImage(
                 f"image {bad} (from 0) must be finite, got a value that is not"
             )
-        optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
-        return jnp.asarray(values), optics
+        return values
 
     def _checked(self, indices) -> Int[np.ndarray, " chosen"]:
         chosen = np.asarray(indices)

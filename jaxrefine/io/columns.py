@@ -171,7 +171,7 @@ def numbers(table: Table, name: str, path: str | Path) -> Float64[np.ndarray, " 
     InputError
         If a value is not such a number.
     """
-    values = _parsed(table[name])
+    values = parsed(table[name])
     expected = "a finite number in single precision"
     require(is_single(values), table, name, path, expected)
     return values
@@ -215,7 +215,7 @@ def is_single(values: Float64[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
     return np.abs(values) <= float(_SINGLE.max)
 
 
-def _parsed(texts: list[str]) -> Float64[np.ndarray, " rows"]:
+def parsed(texts: list[str]) -> Float64[np.ndarray, " rows"]:
     """Parse decimal numbers; NaN for other text, and for Python's ``1_0``."""
     together = "".join(texts)
     if together.isascii() and "_" not in together:

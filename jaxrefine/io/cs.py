@@ -28,6 +28,7 @@ from jaxtyping import Float64, Int64, UInt64
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file, reading
+from jaxrefine.io.clusters import SOURCE, UNKNOWN
 from jaxrefine.io.columns import fixed, is_single
 from jaxrefine.io.fields import GROUP_OPTICS, PARTICLE_OPTICS, lack_of
 from jaxrefine.io.poses import pose_columns
@@ -48,6 +49,9 @@ _NUMPY, _CSDAT = b"\x93NUMPY", b"\x94CSDAT"  # how files of the two formats begi
 _DEGREE = np.pi / 180
 _UNITS = {"rlnDefocusAngle": _DEGREE, "rlnPhaseShift": _DEGREE}  # of the columns
 _DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.0}
+_OPTICS = {*GROUP_OPTICS.values(), *PARTICLE_OPTICS.values()}
+_REQUIRED_OPTICS = _OPTICS - {PARTICLE_OPTICS[column] for column in _DEFAULTS}
+_EXPOSURE_GROUP = "ctf/exp_group_id"
 _POSES, _OF_CLASSES = "alignments3D", "alignments3D_multi"
 _OF_CLASS = re.compile(r"alignments_class_(\d{1,9})/")
 # Fields of a pose, and the shape of each; the last two may be missing.
@@ -83,16 +87,23 @@ def read_cs(
     path: str | Path,
     passthrough: str | Path | None = None,
     class_number: int | None = None,
+    *,
+    with_ctf: bool = True,
 ) -> TableFile:
     """Read a cryoSPARC table of particles as the blocks of a RELION 3.1 file.
 
-    Images are named from ``blob/path`` and ``blob/idx``. Poses are those of
+    Images are named from ``blob/path`` and ``blob/idx``, with RELION's mark ``:mrcs``
+    for a stack with another ending, as cryoSPARC's stacks have; without it RELION takes
+    a ``.mrc`` file for one image. A particle whose ``location/micrograph_path`` is
+    missing or empty has its stack for a micrograph. Poses are those of
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing, as may the optics of ``ctf``.
     Particles that share ``ctf/exp_group_id``, voltage, spherical aberration, amplitude
-    contrast, pixel size and box size form an optics group. Images in which protein is
-    dark (``blob/sign`` of -1) get a negative ``rlnCtfScalefactor``. Beam tilt, higher
-    aberrations and 2-D alignments are ignored.
+    contrast, pixel size and box size form an optics group. ``filament/filament_uid``
+    becomes ``rlnHelicalTubeID``, numbered from 1, and ``sym_expand/src_uid`` the column
+    ``jaxrefineSource``. Images in which protein is dark (``blob/sign`` of -1) get a
+    negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations and 2-D alignments are
+    ignored.
 
     Without ``alignments3D``, each particle has the pose of its most probable class
     (``alignments3D_multi``, or ``alignments_class_0``, ``alignments_class_1``, ...),
@@ -112,6 +123,9 @@ def read_cs(
     class_number
         Keep only the particles of this class, counted from 0 as in cryoSPARC. A
         particle is of its most probable class, or of the one in ``alignments3D/class``.
+    with_ctf
+        Whether the optics are used. If not, and if they cannot be read, they are left
+        out.
 
     Raises
     ------
@@ -129,22 +143,21 @@ def read_cs(
         others = [_given(table, existing_file(passthrough))]
     table = _join(table, others)
     table.require_group("blob")
+    if not with_ctf:
+        table = _without_bad_optics(table)
     table, classes = _of_class(table, class_number)
     stacks, pixels = table.paths("blob/path"), table.positive("blob/psize_A")
-    indices, micrographs = table.whole("blob/idx"), stacks
     if not all(stacks):
         raise InputError(
             f"{path}, field blob/path: paths must be text, got an empty one"
         )
-    if "location/micrograph_path" in table:
-        micrographs = table.paths("location/micrograph_path")
     optics, member = _optics_groups(table, pixels)
     particles = {
         "rlnImageName": [
-            f"{index + 1:06d}@{stack}"
-            for index, stack in zip(indices, stacks, strict=True)
+            f"{index + 1:06d}@{stack}{_format(stack)}"
+            for index, stack in zip(table.whole("blob/idx"), stacks, strict=True)
         ],
-        "rlnMicrographName": micrographs,
+        "rlnMicrographName": _micrographs(table, stacks),
         "rlnOpticsGroup": [str(group + 1) for group in member],
         **_poses(table, pixels),
         **_ctf(table),
@@ -153,9 +166,18 @@ def read_cs(
         chosen = table.whole(f"{_POSES}/class")
         particles["rlnClassNumber"] = [str(each + 1) for each in chosen]
     if f"{_POSES}/split" in table:
-        split = table.whole(f"{_POSES}/split", most=1)
-        if len(set(split)) > 1:  # Otherwise cryoSPARC made no half sets.
-            particles["rlnRandomSubset"] = [str(half + 1) for half in split]
+        split = table.values(f"{_POSES}/split")
+        if len(np.unique(split)) > 1:  # Otherwise cryoSPARC made no half sets.
+            # Whether these are halves matters only where halves are used.
+            particles["rlnRandomSubset"] = [f"{half + 1:.15g}" for half in split]
+    if "sym_expand/src_uid" in table:
+        sources = table.identities("sym_expand/src_uid").tolist()
+        particles[SOURCE] = [str(uid) if uid else UNKNOWN for uid in sources]
+    if "filament/filament_uid" in table:
+        # RELION's numbers of tubes have 32 bits, cryoSPARC's have 64.
+        tubes = _filaments(table)
+        number = {tube: str(i) for i, tube in enumerate(dict.fromkeys(tubes), start=1)}
+        particles["rlnHelicalTubeID"] = [number[tube] for tube in tubes]
     return TableFile({"optics": optics, "particles": particles}, table.joined, classes)
 
 
@@ -200,13 +222,12 @@ class _Fields:
         """The groups of fields."""
         return {_group(name) for name in self.arrays if "/" in name}
 
-    @property
-    def uids(self) -> UInt64[np.ndarray, " particles"]:
-        """What identifies the particles."""
-        uids = self.get("uid")
+    def identities(self, name: str) -> UInt64[np.ndarray, " particles"]:
+        """Return a field with a whole number of up to 64 bits for each particle."""
+        uids = self.get(name)
         if uids.dtype.kind not in "iu" or uids.ndim != 1:
             raise InputError(
-                f"{self.path}, field uid: there must be one whole number for each "
+                f"{self.path}, field {name}: there must be one whole number for each "
                 f"particle, got values of shape {uids.shape[1:]} and type {uids.dtype}"
             )
         return uids.astype(np.uint64)
@@ -225,8 +246,8 @@ class _Fields:
             )
         return self.arrays[name]
 
-    def numbers(self, name: str, *shape: int) -> Float64[np.ndarray, "particles ..."]:
-        """Return a field with a finite number, or an array, for each particle."""
+    def values(self, name: str, *shape: int) -> Float64[np.ndarray, "particles ..."]:
+        """Return a field with a number, or an array of them, for each particle."""
         field = self.get(name)
         if field.dtype.kind not in "iuf" or field.shape[1:] != shape:
             count = " x ".join(map(str, shape))
@@ -237,7 +258,11 @@ class _Fields:
                 f"{field.dtype}"
             )
         with np.errstate(invalid="ignore", over="ignore"):
-            numbers = field.astype(np.float64)
+            return field.astype(np.float64)
+
+    def numbers(self, name: str, *shape: int) -> Float64[np.ndarray, "particles ..."]:
+        """Return a field with a finite number, or an array, for each particle."""
+        numbers = self.values(name, *shape)
         good = is_single(numbers)
         if not good.all():
             raise InputError(
@@ -245,6 +270,14 @@ class _Fields:
                 f"precision, got {numbers[~good][0]:g}"
             )
         return numbers
+
+    def has_numbers(self, name: str) -> bool:
+        """Return whether `numbers` returns a field with a number for each particle."""
+        try:
+            self.numbers(name)
+        except InputError:
+            return False
+        return True
 
     def positive(self, name: str) -> Float64[np.ndarray, " particles"]:
         """Return a field with a positive number for each particle."""
@@ -256,14 +289,15 @@ class _Fields:
             )
         return numbers
 
-    def whole(self, name: str, most: int = _LARGEST_WHOLE) -> list[int]:
+    def whole(self, name: str) -> list[int]:
         """Return a field with a whole number from 0 for each particle."""
         numbers = self.numbers(name)
-        good = (numbers == np.rint(numbers)) & (numbers >= 0) & (numbers <= most)
+        good = (numbers == np.rint(numbers)) & (numbers >= 0)
+        good &= numbers <= _LARGEST_WHOLE
         if not good.all():
             raise InputError(
                 f"{self.path}, field {name}: values must be whole numbers from 0 to "
-                f"{most}, got {numbers[~good][0]:g}"
+                f"{_LARGEST_WHOLE}, got {numbers[~good][0]:g}"
             )
         return numbers.astype(np.int64).tolist()
 
@@ -371,7 +405,7 @@ def _job(path: Path) -> str | None:
 
 def _places(table: _Fields, other: _Fields) -> Int64[np.ndarray, " particles"]:
     """Return the row of each of a table's particles in another table; -1 for none."""
-    uids, others = table.uids, other.uids
+    uids, others = table.identities("uid"), other.identities("uid")
     order = np.argsort(others, kind="stable")
     first = np.searchsorted(others, uids, "left", order)
     count = np.searchsorted(others, uids, "right", order) - first
@@ -476,7 +510,7 @@ def _poses_of_classes(table: _Fields) -> dict[str, np.ndarray]:
         }
         for name in _SHARED_FIELDS:
             if f"{_OF_CLASSES}/{name}" in table:
-                values = table.numbers(f"{_OF_CLASSES}/{name}")
+                values = table.values(f"{_OF_CLASSES}/{name}")
                 fields[name] = np.repeat(values[:, None], classes[0], axis=1)
         return fields
     numbers = sorted({int(m[1]) for m in map(_OF_CLASS.match, table.arrays) if m})
@@ -487,9 +521,55 @@ def _poses_of_classes(table: _Fields) -> dict[str, np.ndarray]:
         fields[name] = np.stack(columns, axis=1)
     for name in _SHARED_FIELDS:
         if groups and f"{groups[0]}/{name}" in table:
-            columns = [table.numbers(f"{group}/{name}") for group in groups]
+            columns = [table.values(f"{group}/{name}") for group in groups]
             fields[name] = np.stack(columns, axis=1)
     return fields
+
+
+def _micrographs(table: _Fields, stacks: list[str]) -> list[str]:
+    """Return the micrograph of each particle, or a stack in place of one.
+
+    That is the same for all segments of a filament, which RELION looks for in one
+    micrograph.
+    """
+    named = [""] * len(stacks)
+    if "location/micrograph_path" in table:
+        named = table.paths("location/micrograph_path")
+    filaments = _filaments(table)
+    micrograph = dict(zip(filaments, stacks, strict=True))
+    micrograph |= {
+        filament: name for filament, name in zip(filaments, named, strict=True) if name
+    }
+    return [
+        name or micrograph[filament]
+        for name, filament in zip(named, filaments, strict=True)
+    ]
+
+
+def _filaments(table: _Fields) -> list[tuple[int, int]]:
+    """Return what is equal for segments of one filament, and for them alone.
+
+    A particle whose filament is not known, and 0, is one by itself.
+    """
+    uids = [0] * len(table)
+    if "filament/filament_uid" in table:
+        uids = table.identities("filament/filament_uid").tolist()
+    return [(uid, 0 if uid else row) for row, uid in enumerate(uids)]
+
+
+def _format(stack: str) -> str:
+    """Return what tells RELION that a file is a stack, unless its ending does."""
+    return "" if stack.endswith(".mrcs") else ":mrcs"
+
+
+def _without_bad_optics(table: _Fields) -> _Fields:
+    """Return a table without its optics, if they are incomplete or not finite."""
+    used = (_OPTICS | {_EXPOSURE_GROUP}) & table.arrays.keys()
+    bad = {name for name in used if not table.has_numbers(name)}
+    if bad & _OPTICS or not used >= _REQUIRED_OPTICS:
+        bad |= _OPTICS
+    kept = {name: array for name, array in table.arrays.items() if name not in bad}
+    return replace(table, arrays=kept)
 
 
 def _optics_groups(table: _Fields, pixels: np.ndarray) -> tuple[Table, np.ndarray]:
@@ -499,8 +579,8 @@ def _optics_groups(table: _Fields, pixels: np.ndarray) -> tuple[Table, np.ndarra
         optics = {column: table.numbers(name) for column, name in GROUP_OPTICS.items()}
     box = table.numbers("blob/shape", 2)[:, 0]
     keys = [*optics.values(), pixels, box]
-    if "ctf/exp_group_id" in table:
-        keys.insert(0, table.numbers("ctf/exp_group_id"))
+    if _EXPOSURE_GROUP in table:
+        keys.insert(0, table.numbers(_EXPOSURE_GROUP))
     _, first, member = np.unique(
         np.stack(keys, axis=1), axis=0, return_index=True, return_inverse=True
     )
@@ -530,8 +610,7 @@ def _poses(table: _Fields, pixels: np.ndarray) -> Table:
 
 
 def _has_optics(table: _Fields) -> bool:
-    names = {*GROUP_OPTICS.values(), *PARTICLE_OPTICS.values()}
-    return not names.isdisjoint(table.arrays)
+    return not _OPTICS.isdisjoint(table.arrays)
 
 
 def _ctf(table: _Fields) -> Table:

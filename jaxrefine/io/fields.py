@@ -34,6 +34,7 @@ _FIELDS = {
     "rlnOriginXAngst": "alignments3D/shift",
     "rlnOriginYAngst": "alignments3D/shift",
     "rlnRandomSubset": "alignments3D/split",
+    "rlnHelicalTubeID": "filament/filament_uid",
 }
 
 

@@ -23,11 +23,13 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.clusters import clusters
 from jaxrefine.io.columns import (
     fixed,
     numbers,
     of_each,
     of_each_if_any,
+    parsed,
     particle_block,
     particle_table,
     pixel_sizes_if_any,
@@ -80,6 +82,9 @@ class ParticleFile:
         column.
     stacks
         The path of each stack of images, by its name in the table.
+    shared
+        How many different images, particles and helical tubes the rows are of, by these
+        words, where several rows are of one; these are clusters of `particles`.
     joined, classes
         Of a cryoSPARC table: where its fields were found, and the number of particles
         in its classes, see `cs.TableFile`.
@@ -93,6 +98,7 @@ class ParticleFile:
     has_poses: bool
     optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
     stacks: dict[str, Path] = field(repr=False)
+    shared: dict[str, int] = field(repr=False)
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
 
@@ -105,7 +111,7 @@ class ParticleFile:
         table = particle_table(self.blocks, self.path)
         if "rlnCtfScalefactor" not in table:
             return False
-        return bool((numbers(table, "rlnCtfScalefactor", self.path) < 0).any())
+        return bool((parsed(table["rlnCtfScalefactor"]) < 0).any())
 
     @cached_property
     def random_subset(self) -> Int[np.ndarray, " particles"] | None:
@@ -119,22 +125,27 @@ class ParticleFile:
         table = particle_table(self.blocks, self.path)
         if "rlnRandomSubset" not in table:
             return None
-        subset = whole_numbers(table, "rlnRandomSubset", self.path)
-        good = (subset == 1) | (subset == 2)
-        require(good, table, "rlnRandomSubset", self.path, "1 or 2")
+        subset = parsed(table["rlnRandomSubset"])
+        good, expected = (subset == 1) | (subset == 2), "1 or 2"
+        if is_cs(self.path):  # The field counts from 0.
+            table = {"rlnRandomSubset": [f"{half - 1:.15g}" for half in subset]}
+            expected = "0 or 1"
+        require(good, table, "rlnRandomSubset", self.path, expected)
         if len(set(subset)) == 1:
             raise InputError(
                 f"{self.path}, {called('rlnRandomSubset', self.path)}: there must be "
-                f"particles of both half sets, 1 and 2, got {subset[0]} for all "
-                "particles"
+                f"particles of both half sets, {expected.replace('or', 'and')}, got "
+                f"{table['rlnRandomSubset'][0]} for all particles"
             )
-        return subset
+        return subset.astype(np.int64)
 
 
 def read_table(
     path: str | Path,
     passthrough: str | Path | None = None,
     class_number: int | None = None,
+    *,
+    with_ctf: bool = True,
 ) -> TableFile:
     """Read the blocks of a STAR file, or of a ``.cs`` file converted to one.
 
@@ -142,7 +153,7 @@ def read_table(
     ----------
     path
         The file.
-    passthrough, class_number
+    passthrough, class_number, with_ctf
         Of a cryoSPARC table, see `read_cs`.
 
     Raises
@@ -155,7 +166,7 @@ def read_table(
     if path.suffix == ".csg":
         refuse_group_file(path)
     if is_cs(path):
-        return read_cs(path, passthrough, class_number)
+        return read_cs(path, passthrough, class_number, with_ctf=with_ctf)
     for given, what in ((passthrough, "passthrough file"), (class_number, "class")):
         if given is not None:
             raise InputError(
@@ -183,6 +194,11 @@ def read_particles(
     optics group has its own noise spectrum (`particles.Particles`); without optics
     groups there is a single one.
 
+    Rows that are not independent form a cluster: those of one image, those with the
+    same ``rlnImageOriginalName`` (of particles that were expanded, and then subtracted
+    from or extracted again) or cryoSPARC's ``sym_expand/src_uid``, and those of one
+    helical tube, ``rlnHelicalTubeID`` of ``rlnMicrographName``.
+
     Parameters
     ----------
     path
@@ -207,7 +223,7 @@ def read_particles(
         those of a cryoSPARC table are in none of its files.
     """
     path = Path(path)
-    file = read_table(path, passthrough, class_number)
+    file = read_table(path, passthrough, class_number, with_ctf=with_ctf)
     blocks = file.blocks
     table = particle_table(blocks, path)
     if not any(table.values()):
@@ -253,15 +269,17 @@ def read_particles(
     noise_group = None
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
+    cluster, shared = clusters(table, images)
     return ParticleFile(
         path,
         blocks,
-        Particles(source, ctf, pixel_size, noise_group),
+        Particles(source, ctf, pixel_size, noise_group, cluster),
         poses,
         sizes,
         has_poses,
         optics_group,
         stacks,
+        shared,
         file.joined,
         file.classes,
     )
@@ -279,9 +297,9 @@ def write_particles(
     kept. Origins are written in angstroms if there is an ``rlnImagePixelSize`` and in
     pixels otherwise, and also in the other unit if the table has it. A number of a pose
     that has not changed keeps its text. The names of stacks are kept if all of them are
-    found from one folder: that of the new file or one above. Otherwise, stacks that
-    were found beside the old file get their path relative to the new file's folder, and
-    others their absolute path.
+    found from one folder: that of the new file, the working directory, or one above the
+    new file. Otherwise, stacks that were found beside the old file get their path
+    relative to the new file's folder, and others their absolute path.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 from jaxtyping import Float32, Int
 
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, UnusableImage
 from jaxrefine.io.atomic import broken_link
 from jaxrefine.io.mrc import Stack, open_stack
 from jaxrefine.io.star import quoted
@@ -58,9 +58,10 @@ class StackImages:
 
         Raises
         ------
+        UnusableImage
+            If an image is constant, or holds a value that is not finite.
         InputError
-            If an image is constant, or holds a value that is not finite, or if a stack
-            cannot be read or has become shorter.
+            If a stack cannot be read or has become shorter.
         """
         indices = np.asarray(indices)
         images = np.empty((len(indices), *self.shape[1:]), np.float32)
@@ -76,11 +77,11 @@ class StackImages:
             bad = int(np.argmin(good))
             name = f"{index[bad] + 1:06d}@{self.stacks[file[bad]].path}"
             if lowest[bad] == highest[bad] and np.isfinite(lowest[bad]):
-                raise InputError(
+                raise UnusableImage(
                     f"the image {name} must not be constant, got {lowest[bad]:g} "
                     "everywhere"
                 )
-            raise InputError(
+            raise UnusableImage(
                 f"the image {name} must be finite, got a value that is not"
             )
         return images
@@ -271,7 +272,8 @@ def names_from(
     Returns
     -------
     The new name of each stack, by its old one. Names are kept if all of them lead to
-    the same stacks from one folder: that of the new table or one above. Otherwise, a
+    the same stacks from one folder: that of the new table, the working directory, in
+    which RELION would be started, or one above the new table. Otherwise, a
     stack whose path is relative to the old table gets its path relative to the new one,
     and any other its absolute path.
 
@@ -280,7 +282,7 @@ def names_from(
     InputError
         If a STAR file cannot hold a name.
     """
-    folders = [table.parent, *folders_above(table)]
+    folders = search_folders(table)
     relocated = {stack: locate(stack, folders) for stack in stacks}
     if all(path and path.samefile(stacks[stack]) for stack, path in relocated.items()):
         for folder in folders:

@@ -25,7 +25,6 @@ between outer iterations of the joint refinement.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 from jaxrefine._types import Images, Scalar, VectorField, Volume
@@ -219,36 +218,38 @@ def step(
     info
         Diagnostics of this iteration.
     """
+    state, _, info = _step(*_begin(state, data), data, config, regulariser)
+    return state, info
+
+
+def _begin(state: ADMMState, data: DataTerm) -> tuple[ADMMState, Volume]:
+    """Return the state within the support, and ``H^T H c``."""
+    inside = data.restrict(state.coefficients)
+    state = eqx.tree_at(lambda s: s.coefficients, state, inside)
+    return state, normal.apply_normal(data.transfer, inside)
+
+
+def _step(
+    state: ADMMState,
+    normal_c: Volume,
+    data: DataTerm,
+    config: ADMMConfig,
+    regulariser: tv.Regulariser,
+) -> tuple[ADMMState, Volume, ADMMInfo]:
+    """Make one iteration, given ``H^T H c``; also return that of the new ``c``."""
     rho, rho_v = config.rho, config.rho_nonnegative
     nonnegative = rho_v is not None
     if rho_v is None:
         rho_v = jnp.zeros_like(rho)
-    inside = data.restrict(state.coefficients)
-    state = eqx.tree_at(lambda s: s.coefficients, state, inside)
     u, v = _split(state, config, regulariser)
-
-    def normal_equations(c: Volume) -> Volume:
-        smooth = rho * tv.gradient_adjoint(tv.gradient(c))
-        applied = normal.apply_normal(data.transfer, c) + smooth + rho_v * c
-        return data.restrict(applied)
-
     right_hand_side = data.backprojection + tv.gradient_adjoint(rho * u - state.dual)
     if nonnegative:
         right_hand_side = right_hand_side + rho_v * v - state.dual_nonnegative
     right_hand_side = data.restrict(right_hand_side)
-    precondition = normal.circulant_inverse(data.preconditioner, rho, rho_v)
-    c, _ = cg(
-        normal_equations,
-        right_hand_side,
-        x0=state.coefficients,
-        tol=config.cg_tolerance,
-        maxiter=config.cg_iterations,
-        M=lambda residual: data.restrict(precondition(residual)),
+    c, normal_c, residual = _conjugate_gradients(
+        state.coefficients, normal_c, right_hand_side, data, config
     )
-    normal_c = normal.apply_normal(data.transfer, c)
     slack = tv.gradient(c) - u
-    smooth = rho * tv.gradient_adjoint(tv.gradient(c))
-    residual = right_hand_side - data.restrict(normal_c + smooth + rho_v * c)
     next_state = ADMMState(
         c,
         state.dual + rho * slack,
@@ -270,7 +271,65 @@ def step(
             norm(right_hand_side.ravel()), jnp.finfo(right_hand_side.dtype).tiny
         ),
     )
-    return next_state, info
+    return next_state, normal_c, info
+
+
+def _conjugate_gradients(
+    c: Volume,
+    normal_c: Volume,
+    right_hand_side: Volume,
+    data: DataTerm,
+    config: ADMMConfig,
+) -> tuple[Volume, Volume, Volume]:
+    """Solve (30) by preconditioned conjugate gradients, from ``c``.
+
+    ``H^T H c`` is the expensive part of the operator. It is known at the start and is
+    updated together with ``c``, so each iteration applies it once, and the start not at
+    all, which is why this is not ``jax.scipy.sparse.linalg.cg``.
+
+    Returns
+    -------
+    The new ``c``, its ``H^T H c``, and the residual.
+    """
+    rho, rho_v = config.rho, config.rho_nonnegative
+    if rho_v is None:
+        rho_v = jnp.zeros_like(rho)
+
+    def penalties(c: Volume) -> Volume:
+        return rho * tv.gradient_adjoint(tv.gradient(c)) + rho_v * c
+
+    def dot(a: Volume, b: Volume) -> Scalar:
+        return jnp.vdot(a, b, precision=_HIGHEST)
+
+    precondition = normal.circulant_inverse(data.preconditioner, rho, rho_v)
+    largest = config.cg_tolerance**2 * dot(right_hand_side, right_hand_side)
+
+    def unsolved(carry):
+        count, _, _, residual, *_ = carry
+        return (count < config.cg_iterations) & (dot(residual, residual) > largest)
+
+    def iterate(carry):
+        count, c, normal_c, residual, direction, before = carry
+        towards = data.restrict(precondition(residual))
+        descent = dot(residual, towards)
+        ratio = jnp.where(count > 0, descent / before, 0.0)
+        direction = towards + ratio * direction
+        product = normal.apply_normal(data.transfer, direction)
+        image = data.restrict(product + penalties(direction))
+        length = descent / dot(direction, image)
+        return (
+            count + 1,
+            c + length * direction,
+            normal_c + length * product,
+            residual - length * image,
+            direction,
+            descent,
+        )
+
+    residual = right_hand_side - data.restrict(normal_c + penalties(c))
+    start = (0, c, normal_c, residual, jnp.zeros_like(c), jnp.ones_like(largest))
+    _, c, normal_c, residual, *_ = jax.lax.while_loop(unsolved, iterate, start)
+    return c, normal_c, residual
 
 
 @eqx.filter_jit
@@ -292,7 +351,11 @@ def run(
     dtype = state.coefficients.dtype
     config = jax.tree.map(lambda leaf: leaf.astype(dtype), config)
 
-    def body(state, _):
-        return step(state, data, config, regulariser)
+    def body(carry, _):
+        state, normal_c = carry
+        state, normal_c, info = _step(state, normal_c, data, config, regulariser)
+        return (state, normal_c), info
 
-    return jax.lax.scan(body, state, None, length=config.iterations)
+    begin = _begin(state, data)
+    (state, _), info = jax.lax.scan(body, begin, None, length=config.iterations)
+    return state, info

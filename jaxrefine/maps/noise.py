@@ -12,13 +12,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses
-from jaxrefine.operators import slices
+from jaxrefine.operators.complex import power, product, scaled
 from jaxrefine.operators.gridding import Spectrum
-from jaxrefine.operators.slices import Disc
+from jaxrefine.operators.slices import Disc, on_plane, phases, slice_gain
 
 _MEASURED = 500  # images that white noise is measured in: its variance within 1 %
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,9 +30,7 @@ _PRIOR_FREQUENCIES = 32.0
 
 @final
 class ShellSums(eqx.Module):
-    """Sums over images, or over each group of them, and the frequencies of a shell.
-
-    Sums over different images can be added.
+    """Sums over the frequencies of a shell, of one image or of groups of them.
 
     Attributes
     ----------
@@ -45,13 +42,22 @@ class ShellSums(eqx.Module):
         Number of frequencies; a conjugate pair counts twice.
     """
 
-    data: Float[Array, "*groups shells"]
-    model: Float[Array, "*groups shells"]
-    cross: Float[Array, "*groups shells"]
-    count: Float[Array, "*groups shells"]
+    data: Float[Array | np.ndarray, "*groups shells"]
+    model: Float[Array | np.ndarray, "*groups shells"]
+    cross: Float[Array | np.ndarray, "*groups shells"]
+    count: Float[Array | np.ndarray, "*groups shells"]
 
-    def __add__(self, other: "ShellSums") -> "ShellSums":
-        return jax.tree.map(jnp.add, self, other)
+    def of_groups(self, included: Bool[np.ndarray, "groups images"]) -> "ShellSums":
+        """Return the sums over the images that each group includes.
+
+        They are summed up in double precision on the host, in the images' order.
+        """
+
+        def total(leaf: Float[Array | np.ndarray, "images shells"]):
+            sums = included.astype(np.float64) @ np.asarray(leaf, np.float64)
+            return jnp.asarray(sums, leaf.dtype)
+
+        return jax.tree.map(total, self)
 
     def pooled(self, weights: Float[Array, "groups shells"]) -> "ShellSums":
         """Return the weighted sums over all groups."""
@@ -76,44 +82,36 @@ class ShellSums(eqx.Module):
 
 
 def shell_sums(
-    spectrum: Spectrum | None,
+    spectrum: Spectrum,
     disc: Disc,
-    data: Complex[Array, "particles k"],
-    poses: Poses,
-    transfer: Float[Array, "particles k"] | None,
-    included: Float[Array, "*groups particles"],
+    data: Complex[Array, "k"],
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
 ) -> ShellSums:
-    """Compare images with projections at their poses in each shell.
+    """Compare one image with its projection in each shell.
 
     Parameters
     ----------
     spectrum
-        Spectrum of the map. Without one, only the power of the images is computed.
+        Spectrum of the map.
     disc
         Frequencies that are compared.
     data
-        Spectra of the images at these frequencies.
-    poses, transfer
-        Pose and contrast-transfer function of each image.
-    included
-        1 for a particle that is included in the sums (of a group), 0 for one that is
-        not.
+        Spectrum of the image at these frequencies.
+    rotation, shift, transfer
+        Pose and contrast-transfer function of the image, the shift in pixels.
     """
+    multiplicity = disc.multiplicity.astype(data.real.dtype)
+    gain = slice_gain(disc, transfer, multiplicity.dtype)
+    seen = spectrum(*on_plane(disc, rotation)[0])
+    model = scaled(gain, seen * phases(disc, shift))
+    values = [power(data), power(model), product(data, model), jnp.ones_like(gain)]
     shells = disc.image_size // 2 + 1
-    multiplicity = disc.multiplicity.astype(included.dtype)[None]
-
-    def per_shell(values: Float[Array, "particles k"]):
-        total = jnp.matmul(included, values * multiplicity, precision=_HIGHEST)
-        return jax.ops.segment_sum(total.T, disc.shells, shells).T
-
-    power = per_shell(data.real**2 + data.imag**2)
-    count = per_shell(jnp.ones_like(data.real))
-    if spectrum is None:
-        return ShellSums(power, jnp.zeros_like(power), jnp.zeros_like(power), count)
-    model = slices.project(spectrum, disc, poses, transfer, len(data))
-    cross = model.real * data.real + model.imag * data.imag
-    model_power = model.real**2 + model.imag**2
-    return ShellSums(power, per_shell(model_power), per_shell(cross), count)
+    sums = jax.ops.segment_sum(
+        jnp.stack(values, axis=-1) * multiplicity[:, None], disc.shells, shells
+    )
+    return ShellSums(*sums.T)
 
 
 def noise_power(

@@ -95,6 +95,7 @@ def insert(
     poses: Poses,
     transfer: Float[Array, "particles k"] | None,
     weights: Float[Array, "particles k"],
+    side: int | None = None,
 ) -> Sums:
     """Return the sums over images, each at one pose.
 
@@ -106,13 +107,15 @@ def insert(
         The images, as for :func:`jaxrefine.operators.slices.backproject`.
     weights
         Inverse power of the noise at each frequency, times the weight of the pose.
+    side
+        Side of the map, by default that of the images.
     """
     kernel_weights = weights if transfer is None else weights * transfer**2
     image_weights = weights if transfer is None else weights * transfer
     count = len(spectra)
     return Sums(
-        slices.normal_kernel(insertion, disc, poses, kernel_weights, count),
-        slices.backproject(insertion, spectra, disc, poses, image_weights, count),
+        slices.normal_kernel(insertion, disc, poses, kernel_weights, count, side),
+        slices.backproject(insertion, spectra, disc, poses, image_weights, count, side),
     )
 
 

@@ -280,6 +280,7 @@ def backproject(
     poses: Poses,
     weights: Float[Array, "particles k"] | None = None,
     batch_size: int = 512,
+    side: int | None = None,
 ) -> Volume:
     r"""Back-project images given by their spectra: ``H(Theta, T)^T g``.
 
@@ -297,15 +298,19 @@ def backproject(
         projection with one, divided by the variance of the noise for a weighted cost.
     batch_size
         Number of particles that are processed at a time.
+    side
+        Side of the volume, by default that of the images. A volume of fewer voxels,
+        in a box of the same length, holds the frequencies up to half its side.
 
     Returns
     -------
-    The volume, of the side of the images.
+    The volume.
 
     Raises
     ------
     InputError
-        If there is not one pose for each image, or if there are no images.
+        If there is not one pose for each image, if there are no images, or if the side
+        is less than twice the radius of the disc.
     """
     if len(spectra) != len(poses):
         raise InputError(
@@ -321,9 +326,20 @@ def backproject(
         return on_plane(disc, rotation)[0], values
 
     particles = (poses.rotations, poses.shifts, spectra, weights)
-    return _insert(
-        insertion, slice_of, particles, (disc.image_size, disc.r_max), batch_size
-    )
+    size = (_volume_side(disc, side), disc.r_max)
+    return _insert(insertion, slice_of, particles, size, batch_size)
+
+
+def _volume_side(disc: Disc, side: int | None) -> int:
+    """Return the side of the volume that images are inserted into, after a check."""
+    if side is None:
+        return disc.image_size
+    if side < 2 * disc.r_max:
+        raise InputError(
+            "the side of a volume must be at least twice the radius of the disc, "
+            f"{2 * disc.r_max}, got {side}"
+        )
+    return side
 
 
 @eqx.filter_jit
@@ -333,6 +349,7 @@ def normal_kernel(
     poses: Poses,
     weights: Float[Array, "particles k"] | None = None,
     batch_size: int = 512,
+    side: int | None = None,
 ) -> Float[Array, "side side side"]:
     r"""Return the convolution kernel of the normal operator, like `normal.kernel`.
 
@@ -346,16 +363,16 @@ def normal_kernel(
 
     Parameters
     ----------
-    insertion, disc, poses, batch_size
-        As for :func:`backproject`.
+    insertion, disc, poses, batch_size, side
+        As for :func:`backproject`, which also tells the errors raised.
     weights
         Squared transfer functions, divided by the variance of the noise for a weighted
         cost.
 
     Returns
     -------
-    The kernel on ``[-(m-1), m-1]**3``, indexed ``[z, y, x]``; the displacement 0 is at
-    the middle.
+    The kernel on ``[-(m-1), m-1]**3`` of a volume of side ``m``, indexed ``[z, y, x]``;
+    the displacement 0 is at the middle.
     """
     dtype = poses.rotations.dtype
 
@@ -367,7 +384,7 @@ def normal_kernel(
         x, y, z = on_plane(disc, rotation)[0]
         return (2 * x, 2 * y, 2 * z), jax.lax.complex(density, jnp.zeros_like(density))
 
-    size = (2 * disc.image_size, 2 * disc.r_max)
+    size = (2 * _volume_side(disc, side), 2 * disc.r_max)
     particles = (poses.rotations, weights)
     return _insert(insertion, slice_of, particles, size, batch_size)[1:, 1:, 1:]
 

@@ -9,4 +9,3 @@ from jaxrefine.poses import search as search
 from jaxrefine.poses import solvers as solvers
 from jaxrefine.poses import uncertainty as uncertainty
 from jaxrefine.poses import update as update
-from jaxrefine.poses import visit as visit

@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxrefine.data.observation import Observation, View
 from jaxrefine.data.particles import Particles
+from jaxrefine.data.visit import Comparison, visit
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import likelihood
 from jaxrefine.poses.hypotheses import Hypotheses, merge
 from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.solvers import PoseUpdate
-from jaxrefine.poses.visit import visit
 
 
 @final
@@ -121,7 +121,7 @@ def polish_poses(
     update
         How a pose is improved, for instance `solvers.LevenbergMarquardt()`.
     batch_size
-        Number of candidates at a time, at most that of the particles.
+        Number of candidates at a time, rounded up to whole blocks.
 
     Returns
     -------
@@ -129,8 +129,14 @@ def polish_poses(
     """
     of_owners = jax.tree.map(np.asarray, prior).take(owners)
     candidates = (of_owners, rotations, shifts)
-    polish = Polish(update)
-    return visit(polish, particles, owners, reference, view, candidates, batch_size)
+    return visit(
+        Comparison(Polish(update)),
+        (reference, view),
+        particles,
+        owners,
+        candidates,
+        batch_size,
+    )
 
 
 @eqx.filter_jit

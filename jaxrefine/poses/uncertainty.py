@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxrefine.data.observation import Observation, View
 from jaxrefine.data.particles import Particles
+from jaxrefine.data.visit import Comparison, visit
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import likelihood
 from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.solvers import retract
-from jaxrefine.poses.visit import visit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Least curvature that is accepted, relative to that of Gauss-Newton. With less, an axis
@@ -97,5 +97,10 @@ def mean_curvatures(
     of_owners = jax.tree.map(np.asarray, prior).take(owners)
     candidates = (of_owners, rotations, shifts, information)
     return visit(
-        mean_curvature, particles, owners, reference, view, candidates, batch_size
+        Comparison(mean_curvature),
+        (reference, view),
+        particles,
+        owners,
+        candidates,
+        batch_size,
     )

@@ -11,9 +11,8 @@ Every particle of a block goes through the same three steps, as far as it needs 
 
 A block is one program of fixed shapes for all band limits and all stages of a
 refinement. Those particles and candidates that a step is for are gathered first, so
-that the others cost little. The blocks of a batch are shared out among all devices.
-What comes out for a particle depends on its block alone, to the last bit, and neither
-on how many blocks are visited at a time nor on where.
+that the others cost little. :mod:`jaxrefine.data.visit` shares the blocks out among all
+devices.
 """
 
 from typing import final
@@ -22,22 +21,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrefine._batching import for_active
 from jaxrefine._types import Images
 from jaxrefine.ctf import CTF
-from jaxrefine.data.observation import View, batches
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.observation import View
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses.hypotheses import Hypotheses, distinct
 from jaxrefine.poses.polish import Polish, Polished, weigh
 from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.search import Search
-
-BLOCK = 64
-"""Particles of a block."""
 
 # At a time: particles that are searched for, but no more than have 4 MiB of
 # scores; and candidates that are polished. The numbers are a convention.
@@ -55,7 +49,7 @@ class Known(eqx.Module):
     prior
         What was known of its pose at first.
     hypotheses
-        Its candidate poses; none of a row that only fills up the block.
+        Its candidate poses.
     searched
         Whether to search for more.
     """
@@ -149,25 +143,35 @@ class Updated(eqx.Module):
 
 
 def update_block(
-    steps: Steps,
-    reference: Reference,
+    common: tuple[Steps, Reference],
     images: Images,
     ctf: CTF | None,
     group: Int[Array, "p"],
+    exists: Bool[Array, "p"],
     known: Known,
 ) -> Updated:
     """Search for, polish and weigh the poses of a block of particles.
 
     Parameters
     ----------
-    steps, reference
+    common
         What is done, and what particles are compared with.
     images, ctf, group
         The images of ``p`` particles, their optics and the groups they belong to.
+    exists
+        Which of them exist; nothing is done for the others.
     known
         What is known of their poses.
     """
+    steps, reference = common
     view, current = reference.view, known.hypotheses
+    log_weights = jnp.where(exists[:, None], current.log_weights, -jnp.inf)
+    known = eqx.tree_at(
+        lambda k: (k.hypotheses.log_weights, k.searched),
+        known,
+        (log_weights, known.searched & exists),
+    )
+    current = known.hypotheses
     spectra, transfer = view.spectra(images, group), view.transfer(ctf, group)
     rows, keep = current.log_weights.shape
 
@@ -256,104 +260,6 @@ def update_block(
         evidence[everyone, best],
         jnp.sum(jnp.where(active, candidates.evaluations, 0), axis=1),
     )
-
-
-@eqx.filter_jit
-def _update_blocks(
-    mesh: Mesh,
-    steps: Steps,
-    reference: Reference,
-    batch: tuple[Images, CTF | None, Int[Array, "p"], Known],
-) -> Updated:
-    """Visit whole blocks, every device its own, one after the other."""
-    arrays, static = eqx.partition(steps, eqx.is_array)
-
-    def visit(arrays, reference, batch):
-        steps = eqx.combine(arrays, static)
-        blocks = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, BLOCK, *leaf.shape[1:]), batch
-        )
-        updated = jax.lax.map(
-            lambda block: update_block(steps, reference, *block), blocks
-        )
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), updated)
-
-    return jax.shard_map(
-        visit,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("particles")),
-        out_specs=PartitionSpec("particles"),
-        check_vma=False,
-    )(arrays, reference, batch)
-
-
-def whole_batch(batch_size: int, devices: int) -> int:
-    """Return a number of particles, rounded up to whole blocks for every device."""
-    least = BLOCK * devices
-    return least * max(1, -(-batch_size // least))
-
-
-def update_poses(
-    steps: Steps,
-    reference: Reference,
-    particles: Particles,
-    chosen: Int[np.ndarray, " chosen"],
-    known: Known,
-    batch_size: int,
-) -> Updated:
-    """Update the poses of some of the particles, a batch of blocks at a time.
-
-    Parameters
-    ----------
-    steps, reference
-        What is done, and what particles are compared with.
-    particles, chosen
-        All particles, and which of them to visit.
-    known
-        What is known of all particles.
-    batch_size
-        Particles at a time, rounded up to whole blocks. Memory grows with it; it
-        changes no result.
-
-    Returns
-    -------
-    What is found of the chosen particles, in NumPy arrays.
-    """
-    mesh = jax.make_mesh((jax.device_count(),), ("particles",))
-    everywhere, apart = (
-        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("particles",))
-    )
-    arrays, static = eqx.partition(steps, eqx.is_array)
-    arrays, reference = jax.device_put((arrays, reference), everywhere)
-    steps = eqx.combine(arrays, static)
-    known = jax.tree.map(np.asarray, known)
-    size = whole_batch(min(batch_size, len(chosen)), mesh.size)
-    results, latest = [], None
-    for rows, count in batches(chosen, size):
-        exists = np.arange(size) < count
-        # Those that only fill up the batch are not read again.
-        repeated = np.arange(size) % count
-        images, ctf = jax.tree.map(
-            lambda leaf, at=repeated: np.asarray(leaf)[at],
-            particles.batch(rows[:count]),
-        )
-        of_batch = jax.tree.map(lambda leaf, at=rows: leaf[at], known)
-        hypotheses = of_batch.hypotheses
-        empty = np.where(exists[:, None], hypotheses.log_weights, -np.inf)
-        of_batch = eqx.tree_at(
-            lambda k: (k.hypotheses.log_weights, k.searched),
-            of_batch,
-            (empty.astype(np.float32), of_batch.searched & exists),
-        )
-        group = np.asarray(particles.group_of(rows), np.int32)
-        visited = jax.device_put((images, ctf, group, of_batch), apart)
-        # A batch is read while the one before is computed, and no more are waiting.
-        if latest is not None:
-            results.append(jax.tree.map(np.asarray, latest))
-        latest = _update_blocks(mesh, steps, reference, visited)
-    results.append(jax.tree.map(np.asarray, latest))
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-    return jax.tree.map(lambda leaf: leaf[: len(chosen)], whole)
 
 
 def _search_one(steps: Steps, reference: Reference, observe, known: Known):

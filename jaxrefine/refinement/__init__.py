@@ -2,6 +2,7 @@
 
 from jaxrefine.refinement import config as config
 from jaxrefine.refinement import half_sets as half_sets
+from jaxrefine.refinement import insertion as insertion
 from jaxrefine.refinement import loop as loop
 from jaxrefine.refinement import map_step as map_step
 from jaxrefine.refinement import memory as memory

@@ -10,8 +10,9 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    are likely at ``r_max``; their posterior masses (Laplace) are their weights
    (:mod:`jaxrefine.poses.update` makes both steps in one visit);
 3. *volume* (:mod:`jaxrefine.maps.sums`): the weighted images are summed up, in two
-   folds, and a TV-regularised map is made of each. A particle is compared with the map
-   of the fold that it is not in;
+   folds, and a TV-regularised map is made of each, with larger voxels as long as the
+   band limit is low (`schedule.map_side`). A particle is compared with the map of the
+   fold that it is not in;
 4. scale, noise and supported resolution are measured shell by shell from the folds.
 
 Half sets go through this independently. Since nothing in the data holds them to a
@@ -37,7 +38,7 @@ from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
-from jaxrefine.refinement import half_sets, map_step, pose_step, schedule
+from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
 from jaxrefine.refinement.sets import ParticleSet, checked, divide
@@ -107,9 +108,11 @@ def refine(
     config
         Parameters; by default `RefineConfig()`, which needs no tuning.
     key
-        Deals the particles into sets and folds, and draws candidate poses.
+        Deals the particles into sets and folds, those of a cluster
+        (`Particles.cluster`) into one, and draws candidate poses.
     subsets
-        With half sets, the set of each particle, 1 or 2; dealt at random without it.
+        With half sets, the set of each particle, 1 or 2, which is kept even where it
+        divides a cluster; dealt at random without it.
     mask
         From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
         map's symmetry. Particles are compared with masked maps. Correlations are those
@@ -132,8 +135,8 @@ def refine(
         If there are fewer than 4 particles, or fewer than 4 in a half set; if the
         images have a side of less than 16 pixels; if images, poses, map, mask and
         subsets do not fit each other; if poses, map or an image are not finite; if the
-        rotations are not rotation matrices, the mask is not from 0 to 1, or the subsets
-        are not 1 and 2.
+        rotations are not rotation matrices, the mask is not from 0 to 1, the subsets
+        are not 1 and 2, or all particles of a set are of one cluster.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
@@ -180,9 +183,12 @@ def _iterate(
             particle_set, known, iteration, r_max, draw
         )
         everyone = np.ones(len(particle_set), bool)
-        sums = map_step.sum_up(particle_set, known.hypotheses, known.noise, everyone)
+        side = schedule.map_side(r_max, particle_set.particles.image_size)
+        sums = insertion.sum_up(
+            particle_set, known.hypotheses, known.noise, everyone, side
+        )
         known = map_step.update_maps(particle_set, known, folds.folds(sums))
-        set_states.append(map_step.assess(particle_set, known))
+        set_states.append(map_step.assess(particle_set, known, side))
         reports.append(report)
 
     last = particle_sets[0].last_shell
@@ -261,7 +267,7 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = aligned.evidence
         undetermined[indices] = ~determined
-        sums = map_step.sum_up(
+        sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
         sums_of_sets.append(sums)

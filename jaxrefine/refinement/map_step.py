@@ -1,13 +1,12 @@
 r"""The volume update of an outer iteration, for one set of particles.
 
-`start` makes the first state, `sum_up` inserts the images, `update_maps` makes the maps
-of the folds, `assess` measures their scale, noise and correlation, and `choose_tau` and
-`final_map` make one map of all particles.
+`start` makes the first state, `update_maps` the maps of the folds from sums over their
+images (:mod:`jaxrefine.refinement.insertion`); `assess` measures their scale, noise and
+correlation, and `choose_tau` and `final_map` make one map of all particles.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import equinox as eqx
@@ -16,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrefine._batching import side_by_side
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.data import observation
-from jaxrefine.data.observation import View
+from jaxrefine.data.observation import Observation
+from jaxrefine.data.visit import Comparison, visit
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, folds
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
-from jaxrefine.maps.sums import Sums, data_term, insert, solve
+from jaxrefine.maps.sums import Sums, data_term, solve
+from jaxrefine.operators.gridding import Spectrum
+from jaxrefine.operators.resample import resample
 from jaxrefine.poses.hypotheses import Hypotheses, certain
-from jaxrefine.poses.update import BLOCK
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
@@ -38,9 +38,6 @@ from jaxrefine.refinement.state import SetState
 _EMPTY_SHELL = 1e-10  # power of an empty shell, relative to the fullest
 _LEAST_NOISE = 1e-2  # noise of a shell, relative to the median of its group
 _LEAST_INITIAL_NOISE = 1e-6  # relative to the fullest shell
-# Batches of the insertion are multiples of this, so that few programs are compiled.
-_ROUND = 512
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def start(particle_set: ParticleSet, volume: Volume) -> SetState:
@@ -109,122 +106,34 @@ def _up_to(volume: Volume, r_max: int) -> Volume:
     )
 
 
-@eqx.filter_jit
-def _insert(
-    insertion, view: View, images, ctf, group, rotations, shifts, weights, operators
-) -> Sums:
-    """Insert images at all the poses that the symmetry makes equivalent."""
-    operators = jnp.asarray(operators, rotations.dtype)
-    turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
-    spectra, shifts, transfer, weights = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
-        (
-            view.spectra(images, group),
-            shifts,
-            view.transfer(ctf, group),
-            weights,
-        ),
-    )
-    return insert(
-        insertion,
-        view.disc,
-        spectra,
-        Poses(turned.reshape(-1, 3, 3), shifts),
-        transfer,
-        weights[:, None] * view.inverse_noise[None],
-    )
-
-
-def sum_up(
-    particle_set: ParticleSet,
-    hypotheses: Hypotheses,
-    noise: Float[Array, "*groups shells"],
-    included: Bool[np.ndarray, " particles"],
-) -> list[Sums]:
-    """Return weighted sums over the images of each fold, at all their hypotheses.
-
-    A hypothesis is inserted once for each operator of the symmetry.
-
-    Parameters
-    ----------
-    particle_set, hypotheses
-        The particles, and their poses with weights.
-    noise
-        Power of the noise by shell, of each group or one for all.
-    included
-        Which particles to sum up.
-
-    Returns
-    -------
-    The sums of each fold's own images.
-    """
-    n = particle_set.particles.image_size
-    view = observation.view(particle_set.particles, particle_set.last_shell, noise)
-    # Enough slices at a time to outweigh the FFT of the kernel's grid.
-    size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
-    operators = particle_set.config.operators
-    size = max(1, size // len(operators))
-    rotations, shifts = np.asarray(hypotheses.rotations), np.asarray(hypotheses.shifts)
-    weights = np.asarray(hypotheses.weights) * included[:, None]
-    weights = np.where(weights > particle_set.config.tuning.negligible, weights, 0.0)
-
-    def of_fold(fold: int) -> Sums:
-        members = particle_set.of_fold(fold)
-        rows, columns = np.nonzero(weights[members])
-        owners = members[rows]
-        total = Sums.zero(n, noise.dtype)
-        places = np.arange(len(owners))
-        for batch, count in observation.batches(places, _rounded(len(owners), size)):
-            owner, column = owners[batch], columns[batch]
-            images, ctf = particle_set.particles.batch(owner)
-            weight = np.where(
-                np.arange(len(batch)) < count, weights[owner, column], 0.0
-            )
-            total = total + _insert(
-                particle_set.insertion,
-                view,
-                images,
-                ctf,
-                particle_set.particles.group_of(owner),
-                jnp.asarray(rotations[owner, column]),
-                jnp.asarray(shifts[owner, column]),
-                jnp.asarray(weight, noise.dtype),
-                operators,
-            )
-        return jax.block_until_ready(total)
-
-    return side_by_side([partial(of_fold, fold) for fold in range(FOLDS)])
-
-
-def _rounded(count: int, largest: int) -> int:
-    """Return a count rounded up to a multiple of `_ROUND`, but at most ``largest``."""
-    return min(max(1, -(-count // _ROUND)) * _ROUND, largest)
-
-
-@eqx.filter_jit
-def _compare(spectrum, view: View, images, ctf, poses, included):
+def compare_shells(
+    reference: Spectrum,
+    observation: Observation,
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+) -> ShellSums:
+    """Compare one image with a map, a function that a visit takes."""
     return shell_sums(
-        spectrum,
-        view.disc,
-        view.spectra(images, None),
-        poses,
-        view.transfer(ctf, None),
-        included,
+        reference,
+        observation.disc,
+        observation.spectrum,
+        rotation,
+        shift,
+        observation.transfer,
     )
 
 
 def _measure(
     particle_set: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
 ) -> ShellSums:
-    """Compare a sample of images with the masked maps of the other fold."""
+    """Compare a sample of images with the masked maps of the other fold, by groups."""
     particles, dtype = particle_set.particles, maps[0].dtype
     tuning = particle_set.config.tuning
     ones = jnp.ones(particles.image_size // 2 + 1, dtype)
     view = observation.view(particles, particle_set.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
-    best = hypotheses.best()
-    rotations, shifts = np.asarray(best.rotations), np.asarray(best.shifts)
-    total = None
+    best = jax.tree.map(np.asarray, hypotheses.best())
+    samples, of_folds = [], []
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
         group = particles.group_of(of_fold)
@@ -236,21 +145,19 @@ def _measure(
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell
         )
-        for batch, count in observation.batches(sample, BLOCK):
-            images, ctf = particles.batch(batch)
-            included = particles.group_of(batch) == groups
-            included = included & (np.arange(BLOCK) < count)
-            sums = _compare(
-                spectrum,
-                view,
-                images,
-                ctf,
-                Poses(rotations[batch], shifts[batch]),
-                jnp.asarray(included, dtype),
+        samples.append(sample)
+        of_folds.append(
+            visit(
+                Comparison(compare_shells),
+                (spectrum, view),
+                particles,
+                sample,
+                (best.rotations[sample], best.shifts[sample]),
+                particle_set.config.batch_size,
             )
-            total = sums if total is None else total + sums
-    assert total is not None
-    return total
+        )
+    each = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_folds)
+    return each.of_groups(particles.group_of(np.concatenate(samples)) == groups)
 
 
 def _evenly_spaced(
@@ -266,6 +173,9 @@ def update_maps(
 ) -> SetState:
     """Make the folds' maps, each from the other fold.
 
+    Maps of fewer voxels than the images have are made from sums of that side, and
+    sampled anew on the images' grid. Their multipliers are not kept.
+
     Parameters
     ----------
     particle_set
@@ -273,16 +183,34 @@ def update_maps(
     state
         The maps and multipliers to start from, and ``tau``.
     data
-        The data terms of the folds, see `sum_up` and `folds.folds`.
+        The data terms of the folds, see `insertion.sum_up` and `folds.folds`.
     """
-    config = particle_set.config
+    config, n = particle_set.config, particle_set.particles.image_size
+    side = data.own[0].backprojection.shape[0]
+    starts = state.maps
+    if side < n:
+        starts = [admm.init(_resized(fold.coefficients, side)) for fold in starts]
     maps = folds.solve_all(
-        data, state.maps, state.tau, config.regulariser, config.admm_iterations
+        data, starts, state.tau, config.regulariser, config.admm_iterations
     )
+    if side < n:
+        maps = tuple(admm.init(_resized(fold.coefficients, n)) for fold in maps)
     return eqx.tree_at(lambda s: s.maps, state, maps)
 
 
-def assess(particle_set: ParticleSet, state: SetState) -> SetState:
+@eqx.filter_jit
+def _resized(coefficients: Volume, side: int) -> Float[Array, "{side} {side} {side}"]:
+    """Sample a map on another number of voxels in the same box, keeping its spectrum.
+
+    The spectrum is a sum over voxels, so values grow as voxels do.
+    """
+    n = coefficients.shape[0]
+    return (n / side) ** 3 * resample(coefficients, 1.0, side, n / side)
+
+
+def assess(
+    particle_set: ParticleSet, state: SetState, side: int | None = None
+) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
     The scale is common to all groups. The power of the noise is that within the circle
@@ -295,13 +223,20 @@ def assess(particle_set: ParticleSet, state: SetState) -> SetState:
         The particles, a sample of which is compared with the maps.
     state
         Their poses, the folds' maps, and the noise by which groups are weighted.
+    side
+        Side of the sums that the maps were made from, by default that of the images.
+        Scale and correlation are zero in the shells that a smaller side leaves out,
+        where a map holds nothing but what the regulariser has put there.
     """
+    n = particle_set.particles.image_size
+    made = jnp.arange(n // 2 + 1) <= (n if side is None else (side - 1) // 2)
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
     share = jnp.asarray(particle_set.particles.noise_share, state.noise.dtype)
-    levels = _levels(sums, state.noise, share, particle_set.last_shell)
+    gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
+    correlation = jnp.where(made, fsc(*volumes), 0.0)
     return eqx.tree_at(
-        lambda s: (s.gain, s.noise, s.fold_fsc), state, (*levels, fsc(*volumes))
+        lambda s: (s.gain, s.noise, s.fold_fsc), state, (gain, noise, correlation)
     )
 
 
@@ -310,10 +245,12 @@ def _levels(
     sums: ShellSums,
     noise: Float[Array, "groups shells"],
     noise_share: Scalar,
+    made: Bool[Array, "shells"],
     last_shell: int,
 ) -> tuple[Float[Array, "shells"], Float[Array, "groups shells"]]:
     """Return the gain of the maps and the noise of each group; see `assess`."""
     gain = sums.pooled(observation.relative_precision(noise)).gain
+    gain = jnp.where(made, gain, 0.0)
     # Where the images are empty the residual is small, but says nothing of the noise.
     data = sums.data / jnp.maximum(sums.count, 1.0)
     inside = slice(1, last_shell + 1)
@@ -361,7 +298,7 @@ def choose_tau(
     state
         The folds' maps to start from, and the weight to begin with.
     sums
-        The sums of both folds, see `sum_up`.
+        The sums of both folds, see `insertion.sum_up`.
 
     Returns
     -------

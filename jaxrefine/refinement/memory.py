@@ -25,11 +25,11 @@ from typing import TypeVar, final
 
 import jax
 
+from jaxrefine.data.visit import BLOCK, whole_batch
 from jaxrefine.errors import InputError
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
-from jaxrefine.poses.update import BLOCK, whole_batch
 from jaxrefine.refinement.config import RefineConfig
 
 _T = TypeVar("_T")
@@ -171,7 +171,7 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     devices = jax.local_device_count()
     size = whole_batch(min(config.batch_size, particles), devices)
     batch = size * _PIXEL * image_size**2
-    block = max(_VISITED * devices, BLOCK * _CURVATURE * points)
+    block = devices * max(_VISITED, BLOCK * _CURVATURE * points)
     pose = (_REFERENCE + _COPY * (devices - 1)) * cube + batch + block
     # The images of both folds are inserted at the same time.
     insertions = (_INSERTED + FOLDS * grid) * cube + FOLDS * inserted

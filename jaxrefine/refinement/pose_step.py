@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxrefine._types import Volume
 from jaxrefine.data import observation
+from jaxrefine.data.visit import visit
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import slices
@@ -101,11 +102,14 @@ def update_poses(
         state.noise,
         observation.PART,
     )
-    known = update.Known(
-        np.arange(len(particle_set), dtype=np.int32),
-        particle_set.prior,
-        state.hypotheses,
-        searched,
+    known = jax.tree.map(
+        np.asarray,
+        update.Known(
+            np.arange(len(particle_set), dtype=np.int32),
+            particle_set.prior,
+            state.hypotheses,
+            searched,
+        ),
     )
     coarse = slices.bucket(max(config.first_r_max, config.search_r_max), size)
     members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
@@ -118,12 +122,12 @@ def update_poses(
             view,
         )
         of_folds.append(
-            update.update_poses(
-                steps,
-                reference,
+            visit(
+                update.update_block,
+                (steps, reference),
                 particle_set.particles,
                 of_fold,
-                known,
+                jax.tree.map(lambda leaf, at=of_fold: leaf[at], known),
                 config.batch_size,
             )
         )
@@ -317,7 +321,7 @@ def measure_information(
             rotations[owners],
             shifts[owners],
             information[owners],
-            update.BLOCK,
+            particle_set.config.batch_size,
         )
     return information
 

@@ -9,7 +9,7 @@ from jaxtyping import Int, PRNGKeyArray
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
-from jaxrefine.refinement import map_step
+from jaxrefine.refinement import insertion, map_step
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import Reconstruction
 from jaxrefine.refinement.sets import checked, halves, make_particle_set
@@ -38,9 +38,11 @@ def reconstruct(
         Parameters, by default `RefineConfig()`. Only those of the volume update have an
         effect.
     key
-        Deals the particles into two halves.
+        Deals the particles into two halves, those of a cluster (`Particles.cluster`)
+        into one.
     subsets
-        The half of each particle, 1 or 2; dealt at random without it.
+        The half of each particle, 1 or 2, which is kept even where it divides a
+        cluster; dealt at random without it.
 
     Returns
     -------
@@ -53,7 +55,8 @@ def reconstruct(
         If there are fewer than 4 particles, or fewer than 4 in a given half; if the
         images have a side of less than 16 pixels; if images, poses and subsets do not
         fit each other; if poses or an image are not finite; if the rotations are not
-        rotation matrices, or the subsets are not 1 and 2.
+        rotation matrices, the subsets are not 1 and 2, or all particles are of one
+        cluster.
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size
@@ -61,14 +64,14 @@ def reconstruct(
     particle_set = make_particle_set(particles, poses, key, config)
     if subsets is not None:
         fold = np.zeros(len(particles), int)
-        fold[halves(len(particles), key, subsets)[1]] = 1
+        fold[halves(particles, key, subsets)[1]] = 1
         particle_set = replace(particle_set, fold=fold)
     state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state = map_step.update_maps(particle_set, state, folds.folds(sums))
     state = map_step.assess(particle_set, state)
-    sums = map_step.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
     final = map_step.final_map(config, sums, state)
     return Reconstruction(np.asarray(final.volume), sums, final.lam, final.tau, errors)

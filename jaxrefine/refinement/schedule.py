@@ -9,6 +9,10 @@ from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
+# Images of smaller sides have no smaller maps made first: that would take longer to
+# compile (some 3 s) than it saves.
+_LEAST_TO_CROP = 96
+
 
 def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:
     """Return the next band limit: what the folds' maps support, at most twice the last.
@@ -31,6 +35,27 @@ def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> 
     most = last if largest is None else min(largest, last)
     reached = int(min(supported, 2 * r_max, most))
     return max(r_max, slices.bucket(reached, particle_set.particles.image_size))
+
+
+def map_side(r_max: int, image_size: int) -> int:
+    """Return the side of the maps that are made after poses were found at a band limit.
+
+    The next band limit is at most twice this one (`next_band_limit`), and no map needs
+    finer voxels before. Where a map of at most half the images' side holds these
+    frequencies, it is made at this side, which saves most of a volume update.
+
+    Parameters
+    ----------
+    r_max
+        Band limit so far, cycles per box.
+    image_size
+        Side of the images, pixels.
+    """
+    from scipy.fft import next_fast_len  # slow to import
+
+    half: int = next_fast_len(2 * r_max + 2)  # pyright: ignore[reportAssignmentType]
+    is_worth_while = image_size >= _LEAST_TO_CROP and 4 * half <= image_size
+    return 2 * half if is_worth_while else image_size
 
 
 def median_error_bar(set_states: Sequence[SetState], config: RefineConfig) -> float:

@@ -87,13 +87,19 @@ def make_particle_set(
     Parameters
     ----------
     particles, poses
-        All particles, and their given poses.
+        All particles, and their given poses. Those of a cluster (`Particles.cluster`)
+        are dealt into one fold.
     key
         Deals the particles of the set.
     config, mask
         See `ParticleSet`.
     indices
         The particles of the set; None for all.
+
+    Raises
+    ------
+    InputError
+        If all particles of the set are of one cluster.
     """
     if indices is None:
         indices = np.arange(len(particles))
@@ -105,9 +111,7 @@ def make_particle_set(
         config.max_angle,
         config.max_shift,
     )
-    order = np.asarray(jax.random.permutation(key, len(particles)))
-    fold = np.empty(len(particles), int)
-    fold[order] = np.arange(len(particles)) % FOLDS
+    fold = _dealt(particles, key)
     return ParticleSet(indices, particles, prior, fold, config, mask)
 
 
@@ -141,15 +145,15 @@ def divide(
     Raises
     ------
     InputError
-        If the mask is not of the map's side or not from 0 to 1, or `halves` refuses
-        the subsets.
+        If the mask is not of the map's side or not from 0 to 1, if `halves` refuses
+        the subsets, or if all particles of a set are of one cluster.
     """
     dealing, fold, draw = jax.random.split(key, 3)
     if mask is not None:
         mask = _checked_mask(mask, particles.image_size)
     indices_of_sets = [np.arange(len(particles))]
     if config.half_sets:
-        indices_of_sets = halves(len(particles), dealing, subsets)
+        indices_of_sets = halves(particles, dealing, subsets)
     particle_sets = [
         make_particle_set(particles, poses, fold, config, mask, indices)
         for indices in indices_of_sets
@@ -157,34 +161,91 @@ def divide(
     return draw, particle_sets
 
 
-def deal(count: int, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
-    """Deal particles into two halves, 1 and 2, at random."""
-    subsets = np.empty(count, int)
-    subsets[np.asarray(jax.random.permutation(key, count))] = 1 + np.arange(count) % 2
-    return subsets
+def deal(particles: Particles, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
+    """Deal particles into two halves, 1 and 2, at random; a cluster into one of them.
+
+    Raises
+    ------
+    InputError
+        If all particles are of one cluster.
+    """
+    return 1 + _dealt(particles, key)
+
+
+def _dealt(particles: Particles, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
+    """Deal particles into two parts, 0 and 1, at random; a cluster into one of them.
+
+    Larger clusters come first, those of one size in a random order, and each goes into
+    the part that has fewer particles. Without clusters the parts take turns.
+    """
+    member, sizes = np.arange(len(particles)), np.ones(len(particles), int)
+    if particles.cluster is not None:
+        _, first, member, sizes = np.unique(
+            particles.cluster,
+            return_index=True,
+            return_inverse=True,
+            return_counts=True,
+        )
+        # Clusters are numbered as they appear, so that repeated rows change nothing.
+        appearance = np.argsort(first)
+        member, sizes = np.argsort(appearance)[member], sizes[appearance]
+    if len(sizes) < FOLDS:
+        raise InputError(
+            "the particles of a set must be of at least two clusters, such as two "
+            "images or two helical tubes, whose particles are kept together, got "
+            f"{len(particles)} particles of one cluster"
+        )
+    order = np.asarray(jax.random.permutation(key, len(sizes)))
+    order = order[np.argsort(-sizes[order], stable=True)]
+    part, filled = np.empty(len(sizes), int), [0, 0]
+    for i, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        part[i] = int(filled[1] < filled[0])
+        filled[part[i]] += size
+    return part[member]
+
+
+def divided(
+    subsets: Int[np.ndarray, " particles"], cluster: Int[np.ndarray, " particles"]
+) -> int:
+    """Return how many clusters have particles in both halves.
+
+    Parameters
+    ----------
+    subsets
+        The half of each particle, 1 or 2.
+    cluster
+        The cluster of each particle.
+    """
+    of_both = [np.unique(cluster[subsets == half]) for half in (1, 2)]
+    return len(np.intersect1d(*of_both, assume_unique=True))
 
 
 def halves(
-    count: int, key: PRNGKeyArray, subsets: Int[np.ndarray, " particles"] | None
+    particles: Particles,
+    key: PRNGKeyArray,
+    subsets: Int[np.ndarray, " particles"] | None,
 ) -> list[Int[np.ndarray, " chosen"]]:
     """Return the indices of the particles of either half: as given, or at random.
 
     Parameters
     ----------
-    count
-        Number of particles.
+    particles
+        The particles.
     key
         Deals them, if they are not given.
     subsets
-        The half of each particle, 1 or 2, or None.
+        The half of each particle, 1 or 2, or None. Halves that are given are kept,
+        even if they divide clusters; see `divided`.
 
     Raises
     ------
     InputError
-        If there is not a 1 or a 2 for each particle, or one half has fewer than 4.
+        If there is not a 1 or a 2 for each particle, if one half has fewer than 4, or
+        if halves are to be dealt of one cluster.
     """
+    count = len(particles)
     if subsets is None:
-        subsets = deal(count, key)
+        subsets = deal(particles, key)
     if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
             f"subsets must be 1 or 2 for each of {count} particles, and not all the "
@@ -213,8 +274,8 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
     ------
     InputError
         If there are fewer than 4 particles, images are too small, or images, poses and
-        map do not fit each other, poses or map are not finite, or rotations are not
-        rotation matrices.
+        map do not fit each other, poses or map are not finite, shifts are of more than
+        half of the image, or rotations are not rotation matrices.
     """
     count, n = len(particles), particles.image_size
     if count < FEWEST:
@@ -240,6 +301,14 @@ def checked(particles: Particles, poses: Poses, volume: Volume) -> tuple[Poses, 
         bad = int(np.sum(~np.isfinite(np.asarray(array))))
         if bad:
             raise InputError(f"{name} must be finite, got {bad} that are not")
+    offset = np.abs(np.asarray(poses.shifts)).max(axis=1)
+    if (offset > n / 2).any():
+        raise InputError(
+            f"shifts must be at most {n / 2:g} pixels along x and y, within the "
+            f"image, got {(offset > n / 2).sum()} that are not, the first "
+            f"{offset[offset > n / 2][0]:g} for particle {np.argmax(offset > n / 2)} "
+            "(from 0)"
+        )
     rotations = np.asarray(poses.rotations, np.float64)
     gram = rotations @ rotations.swapaxes(1, 2)
     improper = (np.abs(gram - np.eye(3)).max(axis=(1, 2)) > _UNIT) | (

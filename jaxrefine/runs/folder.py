@@ -133,7 +133,8 @@ class RunFolder:
         """Return what was kept by this name since the run began, or else keep this."""
         if name not in self._kept:
             self._kept[name] = value
-            self._write(finished=False)
+            if not self.finished:
+                self._write(finished=False)
         return self._kept[name]
 
     def reopen(self) -> None:

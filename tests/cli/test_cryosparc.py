@@ -77,7 +77,8 @@ def reconstruct(run, files, calls):
 
     def stand_in(particles, *_, **__):
         calls.append(particles)
-        return SimpleNamespace(volume=np.ones((N, N, N)), lam=1, tau=1)
+        volume = np.ones((N, N, N))
+        return SimpleNamespace(volume=volume, half_maps=2 * [volume], lam=1, tau=1)
 
     engine = Engine(reconstruct=cast(Any, stand_in))
     command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
@@ -96,6 +97,35 @@ def test_optics_are_never_taken_for_none(files, reconstruct, calls):
     assert all((each.ctf.defocus_u == 1e4).all() for each in calls)
     assert reconstruct("--no-ctf").code == 0
     assert calls[-1].ctf is None
+
+
+def test_half_sets_of_another_number_matter_only_where_they_are_used(
+    files, reconstruct, calls
+):
+    third = {"alignments3D/split": np.arange(COUNT, dtype="<u4") % 3}
+    save(files.table, BLOB, OPTICS, POSES, third)
+    assert reconstruct().code == 0 and len(calls) == 1
+    words = "field alignments3D/split: the value must be 0 or 1, got '2' (row 3)"
+    reconstruct("--half-sets").assert_refused(words)
+
+
+def test_optics_that_are_not_used_may_be_bad(files, reconstruct, calls, run):
+    bad = {"ctf/df1_A": np.full(COUNT, np.nan, "<f4")}
+    save(files.table, BLOB, OPTICS, POSES, bad)
+    reconstruct().assert_refused("field ctf/df1_A: values must be finite")
+    assert reconstruct("--no-ctf").code == 0 and calls[-1].ctf is None
+    assert run("evaluate", files.table, files.table).code == 0
+
+
+def test_half_sets_that_divide_a_filament_are_named(files, reconstruct):
+    """Which rows are of one is in the passthrough file."""
+    rows = np.arange(COUNT)
+    half = {"alignments3D/split": (rows % 2).astype("<u4")}
+    save(files.table, BLOB, POSES, half)
+    save(files.passthrough, OPTICS, {"filament/filament_uid": UIDS - UIDS % 4})
+    done = reconstruct("--half-sets", "--passthrough", files.passthrough)
+    assert "8 rows are of 2 helical tubes" in done.err
+    assert "(field alignments3D/split) divide 2 of 2 such groups" in done.err
 
 
 def test_a_passthrough_file_is_not_written_over(files, reconstruct):

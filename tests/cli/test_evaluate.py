@@ -136,6 +136,53 @@ def test_by_order_if_names_do_not_tell(tmp_path, run, names):
     assert "order" in json.loads((tmp_path / "out.json").read_text())["matched_by"]
 
 
+@pytest.mark.parametrize("copies", [2, 5])
+def test_rows_of_one_image_are_compared_with_its_pose(tmp_path, run, noisy, copies):
+    """In any order, and whichever of the tables has them."""
+    rotations, shifts, expected = noisy
+    order = RNG.permutation(np.tile(np.arange(COUNT), copies))
+    names = [NAMES[i] for i in order]
+    several = write(tmp_path / "several.star", rotations[order], shifts[order], names)
+    alone = write(tmp_path / "alone.star", rotations, shifts)
+    truth = write(tmp_path / "truth.star")
+    again = RNG.permutation(order)
+    true_names = [NAMES[i] for i in again]
+    truths = write(tmp_path / "t.star", ROTATIONS[again], SHIFTS[again], true_names)
+    for result, true in ((several, truth), (several, truths), (alone, truths)):
+        code, out, _ = run("evaluate", result, true, "--json", tmp_path / "out.json")
+        assert code == 0 and "matched by image name\n" in out
+        content = json.loads((tmp_path / "out.json").read_text())
+        for figure in ("angle_error_in_degrees", "shift_error_in_pixels"):
+            name = f"{figure}_median"
+            assert content[name] == pytest.approx(expected[name], abs=2e-3), name
+        assert content["particles"] == (COUNT if result is alone else len(order))
+
+
+@pytest.mark.parametrize("group", ["C2", "D2"])
+def test_copies_with_poses_of_their_own_are_matched_by_their_poses(
+    tmp_path, run, group
+):
+    """As symmetry expansion makes them: equal tables in another order are equal."""
+    operators = np.asarray(symmetry.operators(group))
+    rotations = np.einsum("pij,sjk->spik", ROTATIONS, operators).reshape(-1, 3, 3)
+    rows = np.tile(np.arange(COUNT), len(operators))
+    frame = np.asarray(rotvec_to_matrix(jnp.array([0.4, -1.0, 0.3])))
+    names = np.array(NAMES)[rows]
+    truth = write(tmp_path / "truth.star", rotations, SHIFTS[rows], names)
+    order = RNG.permutation(len(rows))
+    result = write(
+        tmp_path / "r.star",
+        rotations[order] @ frame,
+        SHIFTS[rows][order],
+        names[order],
+    )
+    code, _, _ = run("evaluate", result, truth, "--json", tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and content["matched_by"] == "image name"
+    assert content["angle_error_in_degrees_p95"] == pytest.approx(0, abs=1e-3)
+    assert content["shift_error_in_pixels_p95"] == pytest.approx(0, abs=1e-3)
+
+
 def test_files_without_names(tmp_path, run):
     columns = zip(("Rot", "Tilt", "Psi"), np.rad2deg(ANGLES).T, strict=True)
     table = {f"rlnAngle{k}": [f"{x:.6f}" for x in v] for k, v in columns}

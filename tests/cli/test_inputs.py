@@ -18,14 +18,17 @@ from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.commands.refine import REFINE
 from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
+from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_mrc,
     read_particles,
+    read_star,
     write_mrc,
     write_new_particles,
     write_stack,
+    write_star,
 )
 
 N, COUNT, PIXEL = 16, 8, 2.0
@@ -232,3 +235,201 @@ def test_images_are_masked_about_the_given_positions(
         radius = np.hypot(axis - x, (axis - y)[:, None])
         assert not image[radius >= end].any()
         assert image[radius < end - 0.1].all()
+
+
+# --- rows that are not independent, and those that cannot be used
+
+
+def rewrite(data, **columns):
+    """Change columns of the table of particles."""
+    blocks = read_star(data / "particles.star")
+    blocks["particles"] |= {name: list(map(str, x)) for name, x in columns.items()}
+    write_star(data / "particles.star", blocks)
+
+
+TUBES = [1, 1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("refine", []), ("refine", ["--half-sets"]), ("reconstruct", ["--half-sets"])],
+)
+def test_rows_of_a_tube_are_kept_together_and_it_is_said(
+    data, command, engine, name, options
+):
+    rewrite(data, rlnHelicalTubeID=TUBES)
+    result = command(name, *options)
+    words = "particles.star: 8 rows are of 4 helical tubes; rows of the same one are "
+    assert result.code == 130 and f"{words}kept together" in result.err
+    ((arguments, further),) = engine.calls
+    np.testing.assert_array_equal(arguments[0].cluster, np.array(TUBES) - 1)
+    if name == "refine" and options:
+        subsets = further["subsets"]
+        for tube in set(TUBES):
+            assert len(set(subsets[np.array(TUBES) == tube])) == 1
+        assert sorted(subsets) == [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct"])
+def test_half_sets_that_divide_an_image_are_kept_with_a_warning(
+    data, command, engine, name
+):
+    subsets = np.array([1, 2] * 4)
+    names = [f"{i:06d}@images.mrcs" for i in (1, 1, 2, 3, 2, 4, 5, 6)]
+    rewrite(data, rlnImageName=names, rlnRandomSubset=subsets)
+    assert (
+        "half sets of the table" not in command("reconstruct").err
+    )  # without half sets
+    result = command(name, "--half-sets")
+    words = "of the table (column rlnRandomSubset) divide 1 of 6 such groups of rows"
+    assert result.code == 130 and words in result.err
+    assert "8 rows are of 6 images" in result.err
+    np.testing.assert_array_equal(engine.calls[-1][1]["subsets"], subsets)
+    rewrite(data, rlnRandomSubset=[1, 1, 2, 1, 2, 2, 1, 2])
+    out = ["--out", data / "again.mrc"]
+    assert "half sets of the table" not in command(name, "--half-sets", *out).err
+
+
+def spoil(data, **values):
+    """Set images, counted from 1, to a value, or a pixel of them to NaN."""
+    path = data / "images.mrcs"
+    content = bytearray(path.read_bytes())
+    for name, value in values.items():
+        place = 1024 + 4 * N * N * (int(name[1:]) - 1)
+        new = np.full(1 if np.isnan(value) else N * N, value, np.float32).tobytes()
+        content[place : place + len(new)] = new
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct", "match"])
+def test_single_images_that_cannot_be_used_are_left_out(data, command, engine, name):
+    originals = read_particles(data / "particles.star").particles.batch(
+        np.arange(COUNT)
+    )[0]
+    spoil(data, i2=0.0, i5=np.nan)
+    result = command(name)
+    assert result.code == 130
+    assert "particles.star: 2 of 8 images cannot be used: the image 000002@" in (
+        result.err
+    )
+    assert "must not be constant, got 0 everywhere; the image 000005@" in result.err
+    ((arguments, _),) = engine.calls
+    images, _ = arguments[0].batch(np.arange(6))
+    np.testing.assert_array_equal(images, originals[np.array([0, 2, 3, 5, 6, 7])])
+    if name != "match":
+        shifts = read_particles(data / "particles.star").poses.shifts
+        np.testing.assert_array_equal(
+            arguments[1].shifts, shifts[np.array([0, 2, 3, 5, 6, 7])]
+        )
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct", "match"])
+def test_images_are_counted_while_they_are_looked_at(data, command, engine, name):
+    assert f"checking images: 100%|██████████| {COUNT}/{COUNT} " in command(name).err
+
+
+def test_a_stack_that_cannot_be_read_leaves_no_image_out(
+    data, command, engine, monkeypatch
+):
+    """That a disk does not answer says nothing of its images."""
+
+    def fail(*_):
+        raise InputError("cannot read images.mrcs: Input/output error")
+
+    monkeypatch.setattr("jaxrefine.io.mrc.Stack.__getitem__", fail)
+    assert_refused(data, command("match"), "cannot read images.mrcs: Input/output")
+    assert not engine.calls
+
+
+def test_optics_that_are_not_used_may_be_bad(data, command, engine):
+    rewrite(data, rlnDefocusU=["?"] * COUNT, rlnCtfScalefactor=["nan"] * COUNT)
+    assert_refused(data, command("match"), "the value must be a finite number")
+    assert command("match", "--no-ctf").code == 130
+    assert engine.calls[0][0][0].ctf is None
+
+
+def test_an_image_without_a_background_is_left_out(data, command, engine):
+    """It cannot be normalised, though it is not constant."""
+    image = np.zeros((N, N), np.float32)
+    image[N // 2, N // 2] = 1
+    path = data / "images.mrcs"
+    content = bytearray(path.read_bytes())
+    content[1024 : 1024 + image.nbytes] = image.tobytes()
+    path.write_bytes(content)
+    assert "cannot be used" not in command("reconstruct").err
+    result = command("reconstruct", "--normalise")
+    assert "1 of 8 images cannot be used: image 0 (from 0) must vary" in result.err
+    assert [len(arguments[0]) for arguments, _ in engine.calls] == [8, 7]
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct", "match"])
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_set_of_images_that_cannot_be_used_is_refused(
+    data, command, engine, name, value
+):
+    spoil(data, **{f"i{i}": value for i in range(1, COUNT + 1)})
+    words = "8 of 8 images cannot be used: the image 000001@", "and 7 more"
+    assert_refused(data, command(name), *words)
+    assert not engine.calls
+
+
+def test_particles_outside_of_their_images_are_left_out(data, command, engine):
+    """On the border one is still inside; matching uses no positions."""
+    border = N // 2 * PIXEL
+    x = [0, border, -border, border + 0.1, 0, 500, 1, 2]
+    y = [0, 0, border, 0, -3 * border, 0, 1, 2]
+    rewrite(data, rlnOriginXAngst=x, rlnOriginYAngst=y)
+    for name in ("refine", "reconstruct"):
+        result = command(name)
+        words = "3 of 8 particles are outside of their images: they must be at most 8 "
+        assert result.code == 130 and words in result.err
+        assert "got 8.1 pixels for particle 4; these particles are" in result.err
+        found = engine.calls[-1][0][1].shifts * -PIXEL
+        kept = np.array([0, 1, 2, 6, 7])
+        np.testing.assert_allclose(found[:, 0], np.array(x)[kept])
+    assert "outside of their" not in command("match").err
+    rewrite(data, rlnOriginXAngst=[500] * COUNT)
+    command("reconstruct").assert_refused("8 of 8 particles are outside of their")
+
+
+# --- headers that are wrong
+
+
+def test_a_header_of_one_angstrom_is_doubted(data, command, engine):
+    """As programs write that know no voxel size: it is not resampled by it."""
+    write_mrc(data / "map.mrc", blob(N, PIXEL), 1.0)
+    for options in ([], ["--resample"]):
+        for name in ("refine", "match"):
+            words = (
+                "got voxels of 1 A, as headers say",
+                ": --map-voxel-size 2 overrules",
+            )
+            assert_refused(data, command(name, *options), *words)
+    assert command("match", "--map-voxel-size", 2).code == 130
+    np.testing.assert_allclose(engine.calls[0][0][1], blob(N, PIXEL), rtol=1e-6)
+    # It may be right for all that.
+    write_mrc(data / "map.mrc", blob(N, 1.0), 1.0)
+    assert command("match", "--map-voxel-size", 1, "--resample").code == 130
+    center = np.s_[6:11, 6:11, 6:11]
+    np.testing.assert_allclose(
+        engine.calls[1][0][1][center], blob(N, PIXEL)[center], atol=0.02
+    )
+
+
+def test_a_header_can_be_overruled(data, command, engine):
+    """For the map, and for a mask of as many voxels; one of others has its own."""
+    write_mrc(data / "map.mrc", blob(20, 1.7), 3.0)
+    for side, voxel, header in ((20, 1.7, 9.0), (24, 1.5, 1.5)):
+        write_mrc(data / "mask.mrc", ball(side, voxel), header)
+        options = ["--map-voxel-size", 1.7, "--resample", "--mask", data / "mask.mrc"]
+        out = data / f"out{side}"
+        assert command("refine", *options, "--out", out).code == 130
+        arguments, further = engine.calls[-1]
+        np.testing.assert_allclose(arguments[2], blob(N, PIXEL), atol=2e-3)
+        np.testing.assert_allclose(further["mask"], ball(N, PIXEL), atol=0.02)
+    words = "got voxels of 1.7 A (--map-voxel-size 1.7); --resample brings"
+    write_mrc(data / "map.mrc", blob(N, 1.7), PIXEL)
+    assert_refused(data, command("match", "--map-voxel-size", 1.7), words)
+    for bad in (0, -1, "nan"):
+        refused = command("match", "--map-voxel-size", bad)
+        assert_refused(data, refused, "--map-voxel-size must be")

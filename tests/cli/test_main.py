@@ -1,8 +1,10 @@
 """The command line as a whole: exit codes, usage, and what is imported."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +147,69 @@ def test_the_installed_command(maps):
         [program, "fsc", maps / "a.mrc", maps / "absent.mrc"], stderr=subprocess.PIPE
     )
     assert done.returncode == 2 and "absent.mrc" in done.stderr
+
+
+LOADING = """
+import os, sys
+from jaxrefine.cli import __main__
+
+class Sender:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Sender())
+sys.exit(__main__.run())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")]
+)
+@pytest.mark.parametrize("module", ["jax", "numpy", "scipy.ndimage", "mrcfile"])
+def test_a_signal_is_answered_while_modules_are_loaded(maps, number, word, module):
+    """As an exception it would be lost there, or become another one."""
+    program = [sys.executable, "-c", LOADING.format(module=module, number=int(number))]
+    words = ["postprocess", maps / "a.mrc", maps / "b.mrc", "--out", maps / "out"]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = start([*program, *words], **both)
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == f"{word}\n"
+
+
+def test_a_signal_is_answered_while_a_command_runs(maps):
+    """It leaves what an interrupted run leaves."""
+    out = maps / "out"
+    words = [*PROGRAM, "simulate", maps / "a.mrc", "--out", out, "--snr-db", 0]
+    words += ["--particles", 10**8]
+    with subprocess.Popen(
+        [*map(str, words)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(out.glob("*")) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+    assert process.returncode == 143 and err.endswith("terminated\n")
+
+
+LOST = """
+import os, signal, sys, time
+from jaxrefine.cli import _signals
+
+class Fragile:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+_signals.answer()
+try:
+    Fragile()
+    time.sleep(60)
+except KeyboardInterrupt as stop:
+    sys.exit(_signals.end(stop))
+"""
+
+
+def test_a_signal_that_python_only_reports_is_repeated():
+    done = start([sys.executable, "-c", LOST], stderr=subprocess.PIPE)
+    assert "Exception ignored in" in done.stderr
+    assert done.returncode == 143 and done.stderr.endswith("\nterminated\n")

@@ -6,6 +6,7 @@ every iteration; at the end come runs of the real ones.
 
 import json
 import math
+import os
 import re
 import shlex
 from dataclasses import asdict, replace
@@ -423,6 +424,24 @@ def test_other_images_are_refused_wherever_they_lie(data, refine, stand_in, fini
     assert len(stand_in.iterations) == 2
 
 
+def test_stacks_that_were_written_since_are_told_of(
+    data, refine, stand_in, monkeypatch
+):
+    """Of large ones only a sample of the content counts, and the time is no proof."""
+    monkeypatch.setattr("jaxrefine.runs.fingerprint._SAMPLE", 1)
+    words = "have been written since this run began"
+    stand_in.stop_after = 1
+    assert words not in refine(*command(data, "--iterations", 2)).err
+    stand_in.stop_after = None
+    os.utime(data / "particles.mrcs", (1e9, 1e9))
+    done = refine(*command(data, "--iterations", 2))
+    assert done.code == 0 and words in done.err
+    report = (data / "out/run.json").read_bytes()
+    done = refine(*command(data, "--iterations", 2))
+    assert words in done.err and "finished" in done.out
+    assert (data / "out/run.json").read_bytes() == report
+
+
 def test_a_folder_of_an_older_version(data, refine, stand_in):
     """That knew fewer options: they were not given."""
     first = command(data, "--iterations", 2)
@@ -563,15 +582,33 @@ def test_bad_input_is_a_sentence(data, refine, stand_in, damage):
     [([np.nan], "must be finite, got"), ([0] * N**2, "must not be constant, got 0")],
 )
 def test_an_image_that_is_none(data, run, preset, values, words):
-    """Found when it is read; nothing is left of the run."""
+    """It is named and marked, keeps its pose, and no other result depends on it."""
     path = data / "particles.mrcs"
     content = bytearray(path.read_bytes())
     place, new = 1024 + 4 * N * N * 5, np.array(values, np.float32).tobytes()
     content[place : place + len(new)] = new
     path.write_bytes(content)
-    words_of_run = command(data, "--preset", preset, star="plain.star")
-    run(*words_of_run).assert_refused(f"particles.mrcs {words}")
-    assert not (data / "out").exists()
+    words_of_run = command(
+        data, "--preset", preset, "--iterations", 1, star="plain.star"
+    )
+    done = run(*words_of_run)
+    assert done.code == 0 and f"particles.mrcs {words}" in done.err
+    table = read_star(data / "out/particles.star")["particles"]
+    assert table["jaxrefineUndetermined"][5] == "1"
+    given = read_star(data / "plain.star")["particles"]
+    for name in ("rlnAngleRot", "rlnOriginXAngst"):
+        assert table[name][5] == given[name][5]
+    # As if it were not in the table.
+    fewer = {name: x[:5] + x[6:] for name, x in given.items()}
+    blocks = read_star(data / "plain.star") | {"particles": fewer}
+    write_star(data / "fewer.star", blocks)
+    again = command(data, "--preset", preset, "--iterations", 1, star="fewer.star")
+    again[again.index(data / "out")] = data / "again"
+    assert run(*again).code == 0
+    maps = [read_mrc(data / f"{x}/map.mrc")[0] for x in ("out", "again")]
+    np.testing.assert_array_equal(maps[0], maps[1])
+    others = read_star(data / "again/particles.star")["particles"]
+    assert table["rlnAngleRot"][:5] + table["rlnAngleRot"][6:] == others["rlnAngleRot"]
 
 
 def test_a_resumed_run_may_have_other_batches(data, refine, stand_in):

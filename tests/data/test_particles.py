@@ -158,3 +158,37 @@ def test_indices_of_no_particle_are_refused(indices):
 def test_no_particles_cannot_be_taken():
     with pytest.raises(InputError, match="at least one particle"):
         Particles(IMAGES).take(np.array([], int))
+
+
+def test_clusters_go_with_their_particles():
+    cluster = np.array([3, 3, 1, 0, 1, 9, 9])
+    particles = Particles(IMAGES, cluster=cluster)
+    view = particles.take(np.array([6, 4, 0])).take(np.array([2, 0]))
+    np.testing.assert_array_equal(view.cluster, [3, 9])
+    with pytest.raises(InputError, match="cluster must hold .* 7 images, .*(6,)"):
+        Particles(IMAGES, cluster=cluster[:6])
+
+
+def test_images_that_cannot_be_read_are_not_taken_for_bad_ones():
+    class Source:
+        shape = (3, 4, 4)
+
+        def __getitem__(self, indices, /):
+            raise InputError("cannot read it")
+
+    with pytest.raises(InputError, match="cannot read it"):
+        Particles(Source()).unusable()
+
+
+def test_images_that_cannot_be_used_are_found():
+    """Those that `batch` refuses, in its words; the others can be taken."""
+    images = np.random.default_rng(3).normal(size=(150, 4, 4)).astype(np.float32)
+    images[[0, 70, 149], 1, 2] = np.nan, np.inf, -np.inf
+    particles = Particles(images)
+    counts = []
+    found = particles.unusable(counts.append)
+    assert counts == sorted(set(counts)) and counts[-1] == 150
+    assert list(found) == [0, 70, 149]
+    assert found[70] == "image 70 (from 0) must be finite, got a value that is not"
+    good = particles.take(np.setdiff1d(np.arange(150), list(found)))
+    assert good.unusable() == {} and np.isfinite(good.batch(np.arange(147))[0]).all()

@@ -26,7 +26,7 @@ from jaxrefine.paper import NewtonSteps, Schedule, algorithm3, released_preset
 from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt, retract
-from jaxrefine.refinement import map_step
+from jaxrefine.refinement import insertion, map_step
 from jaxrefine.refinement.config import RefineConfig
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -177,7 +177,7 @@ def summed(load, tmp_path):
     particles = ablation.particle_set_of(case, config, jax.random.key(0), False)
     state = ablation.white_start(particles, case, float(case.dataset.sigma))
     everyone = np.ones(len(particles), bool)
-    sums = map_step.sum_up(particles, state.hypotheses, state.noise, everyone)
+    sums = insertion.sum_up(particles, state.hypotheses, state.noise, everyone)
     return ablation, particles, state, sums
 
 

@@ -171,6 +171,57 @@ def test_halves_of_which_one_is_empty_are_none(path, half):
     assert read_particles(path).random_subset is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "bad", "said"),
+    [("<u4", 2, "2"), ("<i4", -1, "-1"), ("<f4", 0.5, "0.5"), ("<f4", np.nan, "nan")],
+)
+def test_halves_of_another_number_matter_only_where_halves_are_used(
+    path, kind, bad, said
+):
+    """As they do in STAR files; the sentence counts as the file does."""
+    file = read_particles(save(path, alignments3D__split=(kind, [0, 1, bad, 0, 1])))
+    words = f"split: the value must be 0 or 1, got '{said}' .row 3.$"
+    with pytest.raises(InputError, match=words):
+        _ = file.random_subset
+    write_particles(path.with_suffix(".star"), file, file.poses)
+    again = read_particles(path.with_suffix(".star"))
+    with pytest.raises(InputError, match="the value must be 1 or 2, got"):
+        _ = again.random_subset
+
+
+@pytest.mark.parametrize(
+    ("dropped", "changed"),
+    [
+        ((), {"ctf__df1_A": ("<f4", [np.nan] * COUNT)}),
+        ((), {"ctf__cs_mm": ("<f8", [1e39] + [2.7] * 4)}),
+        ((), {"ctf__scale": ("<f4", [np.inf] * COUNT)}),
+        ((), {"ctf__df2_A": ("S1", [b"a"] * COUNT)}),
+        ((), {"ctf__amp_contrast": ("<f4", [[0.1, 0.2]] * COUNT)}),
+        (["ctf/accel_kv"], {}),
+    ],
+)
+def test_optics_that_are_not_used_may_be_bad(path, dropped, changed):
+    """Groups are then told apart by their number alone, and the sign is kept."""
+    dark = {"blob__sign": ("<f4", [-1] * COUNT)}
+    save(path, dropped, **dark, **changed)
+    with pytest.raises(InputError, match="field ctf/"):
+        read_particles(path)
+    file = read_particles(path, with_ctf=False)
+    assert file.particles.ctf is None and file.protein_is_dark
+    assert "rlnDefocusU" not in file.blocks["particles"]
+    np.testing.assert_array_equal(file.optics_group, [2, 2, 1, 1, 2])
+    whole = read_particles(save(path), with_ctf=False)
+    assert whole.blocks == read_particles(path).blocks
+    np.testing.assert_array_equal(file.poses.rotations, whole.poses.rotations)
+
+
+def test_groups_that_are_not_used_may_be_bad(path):
+    save(path, ctf__exp_group_id=("<f4", [np.nan] * COUNT))
+    file = read_particles(path, with_ctf=False)
+    assert "rlnDefocusU" in file.blocks["particles"]
+    np.testing.assert_array_equal(file.optics_group, [2, 2, 1, 1, 2])  # by voltage
+
+
 def test_dark_protein_is_a_negative_scale(path):
     save(path, blob__sign=("<f4", [-1, 1, -1, 1, 1]))
     ctf = read_particles(path).particles.ctf
@@ -288,8 +339,12 @@ BAD = {
         "field blob/path: paths must be text, got an empty one",
     ),
     "half": (
-        {"alignments3D__split": ("<u4", [0, 1, 2, 0, 1])},
-        "field alignments3D/split: values must be whole numbers from 0 to 1, got 2",
+        {"alignments3D__split": ("S1", [b"a"] * COUNT)},
+        "field alignments3D/split: there must be one number",
+    ),
+    "tube": (
+        {"filament__filament_uid": ("<f4", [1] * COUNT)},
+        "field filament/filament_uid: there must be one whole number",
     ),
     "boxes": (
         {"blob__shape": ("<u4", [[M, M], [8, 8]] + [[M, M]] * 3)},
@@ -383,6 +438,36 @@ def test_a_passthrough_file_is_joined_by_uid(path, tmp_path, names):
             image = file.blocks["particles"]["rlnImageName"]
             assert image == whole.blocks["particles"]["rlnImageName"][::-1]
         place.unlink()
+
+
+FURTHER = {
+    "location/micrograph_path": ("S9", [b">J0/m.mrc", b"", b"J0/n.mrc", b"", b""]),
+    "filament/filament_uid": ("<u8", [2**63 + 1, 2**63 + 1, 0, 0, 8]),
+    "sym_expand/src_uid": ("<u8", [2**63, 6, 7, 2**63, 0]),
+}
+
+
+@pytest.mark.parametrize("names", [{name} for name in FURTHER] + [set(FURTHER)])
+def test_what_rows_share_is_found_in_a_passthrough_file(path, names):
+    """Rows of one filament and copies of one particle are clusters all the same."""
+
+    def of(names):
+        return {name.replace("/", "__"): FURTHER[name] for name in names}
+
+    whole = read_particles(save(path, uid=UIDS, **of(FURTHER)))
+    assert whole.shared == {"particles": 4, "helical tubes": 4}
+    save(path, uid=UIDS, **of(FURTHER.keys() - names))
+    turned = {
+        name: (kind, [values[row] for row in ROWS])
+        for name, (kind, values) in of(names).items()
+    }
+    save(path.with_name("J2_passthrough_particles.cs"), **other(OPTICS), **turned)
+    file = read_particles(path)
+    same(file, whole)
+    assert file.shared == whole.shared
+    np.testing.assert_array_equal(file.particles.cluster, whole.particles.cluster)
+    groups = {name.partition("/")[0] for name in names}
+    assert set(*file.joined.values()) == groups
 
 
 @pytest.mark.parametrize(
@@ -577,3 +662,55 @@ def test_what_is_cryosparcs_is_refused_with_a_star_file(path, tmp_path):
     for passthrough, number in ((path, None), (None, 1)):
         with pytest.raises(InputError, match="must be given with a cryoSPARC table"):
             read_table(tmp_path / "p.star", passthrough, number)
+
+
+def test_copies_and_segments_of_filaments_are_clusters(path):
+    """Their identities have 64 bits, and RELION's numbers of tubes 32."""
+    uids = np.array([2**63 + 5, 7, 2**63 + 5, 7, 2**63 + 6], np.uint64)
+    for name, word in (
+        ("sym_expand__src_uid", "particles"),
+        ("filament__filament_uid", "helical tubes"),
+    ):
+        file = read_particles(save(path, **{name: ("<u8", uids)}))
+        cluster = file.particles.cluster
+        assert cluster is not None and file.shared == {word: 3}
+        assert cluster[0] == cluster[2] and cluster[1] == cluster[3]
+        out = path.with_suffix(".star")
+        write_particles(out, file, file.poses)
+        again = read_particles(out)
+        np.testing.assert_array_equal(again.particles.cluster, cluster)
+    assert read_star(out)["particles"]["rlnHelicalTubeID"] == ["1", "2", "1", "2", "3"]
+    unset = {
+        "sym_expand__src_uid": ("<u8", [0] * COUNT),
+        "filament__filament_uid": ("<u8", [0] * COUNT),
+    }
+    assert read_particles(save(path, **unset)).particles.cluster is None
+    bad = {"sym_expand__src_uid": ("<f8", np.ones(COUNT))}
+    with pytest.raises(InputError, match="src_uid: there must be one whole number"):
+        read_particles(save(path, **bad))
+
+
+def test_names_are_those_that_relion_can_read(path):
+    """Stacks that end in ``.mrc`` are marked; what has no micrograph has its stack."""
+    paths = [b"J1/a.mrcs", b"J1/a.mrcs", b"J1/c.mrc", b"J1/c.mrc", b"J1/d.st"]
+    micrographs = [b">J0/m.mrc", b"", b"J0/m.mrc", b"", b""]
+    table = save(
+        path,
+        blob__path=("S20", paths),
+        location__micrograph_path=("S20", micrographs),
+    )
+    particles = read_cs(table).blocks["particles"]
+    assert particles["rlnImageName"] == [
+        "000001@J1/a.mrcs",
+        "000003@J1/a.mrcs",
+        "000002@J1/c.mrc:mrcs",
+        "000001@J1/c.mrc:mrcs",
+        "000002@J1/d.st:mrcs",
+    ]
+    assert particles["rlnMicrographName"] == [
+        "J0/m.mrc",
+        "J1/a.mrcs",
+        "J0/m.mrc",
+        "J1/c.mrc",
+        "J1/d.st",
+    ]

@@ -562,6 +562,25 @@ def test_names_from_the_working_directory_stay(tmp_path, monkeypatch):
     np.testing.assert_array_equal(all_images(read_particles("out/p.star")), images)
 
 
+def test_names_hold_in_the_working_directory_wherever_the_table_goes(
+    tmp_path, monkeypatch
+):
+    """RELION is started there, and knows nothing of the folder of a table."""
+    project, elsewhere = tmp_path / "project", tmp_path / "scratch/run"
+    images = stack(project / "Extract/a.mrcs", 1)
+    elsewhere.mkdir(parents=True)
+    write_star(project / "p.star", {"": particle_columns(["1@Extract/a.mrcs"])})
+    for folder, kept in ((project, True), (tmp_path, False)):
+        monkeypatch.chdir(folder)
+        file = read_particles(project / "p.star")
+        write_particles(elsewhere / "p.star", file, file.poses)
+        (name,) = read_star(elsewhere / "p.star")[""]["rlnImageName"]
+        assert (name == "1@Extract/a.mrcs") == kept
+        np.testing.assert_array_equal(
+            all_images(read_particles(elsewhere / "p.star")), images
+        )
+
+
 def test_names_from_the_project_stay(tmp_path, monkeypatch):
     """A table of a RELION job names stacks from the project's folder, above it."""
     monkeypatch.chdir("/")

@@ -13,14 +13,13 @@ from helpers import blobs, draw, draw_complex, draw_poses
 
 from jaxrefine.errors import InputError
 from jaxrefine.maps import noise
-from jaxrefine.maps.noise import ShellSums, noise_power
+from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 
 N, R_MAX = 16, 7
 DISC = slices.disc(N, R_MAX)
 K = len(DISC.shells)
-shell_sums = eqx.filter_jit(noise.shell_sums)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,18 @@ def compared():
     power = np.geomspace(0.5, 20, N // 2 + 1)
     noise = np.asarray(draw_complex(count, K, seed=10)) * np.sqrt(power / 2)[shells]
     data = jnp.asarray(scale[shells] * np.asarray(model) + noise)
-    included = jnp.asarray((np.arange(count) % 4 > 0).astype(float))
+    included = np.arange(count) % 4 > 0
 
-    def compare(data, included=included, spectrum=spectrum):
-        return shell_sums(spectrum, DISC, data, poses, transfer, included)
+    @eqx.filter_jit
+    def compare_each(data):
+        def one(data, rotation, shift, transfer):
+            return shell_sums(spectrum, DISC, data, rotation, shift, transfer)
+
+        return jax.vmap(one)(data, poses.rotations, poses.shifts, transfer)
+
+    def compare(data, included=included):
+        sums = compare_each(data).of_groups(np.atleast_2d(included))
+        return sums if included.ndim == 2 else jax.tree.map(lambda leaf: leaf[0], sums)
 
     return compare, data, np.asarray(model), scale, power, included
 
@@ -72,10 +79,10 @@ def test_the_residual_power_recovers_a_known_noise(compared):
 
 
 def test_shell_sums_are_sums_over_shells(compared):
-    """In NumPy; particles that are not included do not count."""
+    """In NumPy; images that are not included do not count."""
     compare, data, model, *_, included = compared
     sums = compare(data)
-    few, y, s = np.asarray(included) > 0, np.asarray(data), model
+    few, y, s = included, np.asarray(data), model
     times, shells = np.asarray(DISC.multiplicity), np.asarray(DISC.shells)
     for shell in range(N // 2 + 1):
         here = (shells == shell) * times
@@ -86,16 +93,6 @@ def test_shell_sums_are_sums_over_shells(compared):
             (sums.cross, (s.conj() * y).real),
         ):
             np.testing.assert_allclose(value[shell], np.sum(terms[few] @ here))
-    every = jnp.ones(len(y))
-    parts = compare(data) + compare(data, every - included)
-    for value, exact in zip(
-        jax.tree.leaves(parts), jax.tree.leaves(compare(data, every)), strict=True
-    ):
-        np.testing.assert_allclose(value, exact, rtol=1e-10)
-    blind = compare(data, spectrum=None)
-    np.testing.assert_allclose(blind.data, sums.data, rtol=1e-12)
-    np.testing.assert_array_equal(blind.model, 0)
-    np.testing.assert_array_equal(blind.gain, 0)
 
 
 def test_the_gain_is_bounded():
@@ -112,7 +109,7 @@ def test_groups_are_summed_apart_and_pooled_by_their_weights(compared):
     """As if each were compared by itself; the scale is that of least squares."""
     compare, data, *_ = compared
     group = np.arange(len(data)) % 5 == 0
-    belongs = jnp.asarray(np.stack([~group, group]).astype(float))
+    belongs = np.stack([~group, group])
     sums = compare(data, belongs)
     parts = [compare(data, one) for one in belongs]
     for value, *exact in zip(*map(jax.tree.leaves, (sums, *parts)), strict=True):

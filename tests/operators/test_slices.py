@@ -163,6 +163,37 @@ def test_backproject_is_the_adjoint(insertion, forward, tolerance):
         assert abs(gap) < tolerance * scale
 
 
+@pytest.mark.parametrize("side", [15, 20])
+def test_a_volume_of_another_side_has_the_same_spectrum(side):
+    """Inserting is the adjoint of its slices, and the kernel that of there and back.
+
+    The slices are explicit sums over its voxels, whose box has the images' length.
+    """
+    c, poses, images = draw(side, side, side), draw_poses(P), draw(P, N, N, seed=9)
+    weights = draw(P, K, seed=6) ** 2
+    voxels = lattice_points(centred(side))
+    frequencies = np.asarray(DISC.frequencies)
+    plane = np.pad(frequencies, ((0, 0), (0, 1)))
+    turned = np.asarray(poses.rotations).transpose(0, 2, 1) @ plane.T
+    waves = np.exp(-2j * np.pi / side * np.einsum("pdk,dv->pkv", turned, voxels))
+    moved = np.asarray(poses.shifts) @ frequencies.T
+    waves = waves * np.exp(-2j * np.pi / N * moved)[:, :, None]
+
+    factor = np.asarray(weights) * np.asarray(DISC.quadrature)
+
+    def inserted(spectra):
+        values = factor * np.asarray(spectra)
+        return np.einsum("pkv,pk->v", waves.conj(), values).real
+
+    spectra = slices.image_spectra(images, DISC)
+    back = slices.backproject(FINE, spectra, DISC, poses, weights, side=side)
+    assert relative_error(back.ravel(), inserted(spectra)) < FINE_ERROR
+    kernel = slices.normal_kernel(FINE, DISC, poses, weights, side=side)
+    value = normal.apply_normal(normal.transfer(kernel), c)
+    exact = inserted(waves @ np.asarray(c).ravel())
+    assert relative_error(value.ravel(), exact) < 2 * FINE_ERROR
+
+
 def test_the_normal_kernel_is_backproject_of_project():
     """The convolution is the whole of ``H^T A H``, up to the gridding's error."""
     c, poses, weights = draw(N, N, N), draw_poses(P), draw(P, K, seed=6) ** 2
@@ -210,6 +241,16 @@ def test_buckets():
         assert [slices.bucket(b, m) for b in rounded] == rounded
         for r, b in enumerate(rounded, 1):
             assert 0.8 * min(r, last) - 1 <= b <= r
+
+
+def test_a_volume_must_hold_the_band():
+    images, poses = draw_complex(P, K), draw_poses(P)
+    for insert in (
+        lambda: slices.backproject(FAST, images, DISC, poses, side=13),
+        lambda: slices.normal_kernel(FAST, DISC, poses, side=13),
+    ):
+        with pytest.raises(InputError, match="at least twice .* disc, 14, got 13"):
+            insert()
 
 
 def test_refusals():

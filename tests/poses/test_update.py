@@ -14,7 +14,7 @@ from helpers import blobs
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.ctf import CTF
-from jaxrefine.data import observation
+from jaxrefine.data import observation, visit
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.operators import slices
@@ -94,8 +94,13 @@ class Scene:
 
     def visit(self, steps, chosen=None, batch_size=64):
         chosen = np.arange(P) if chosen is None else chosen
-        return update.update_poses(
-            steps, self.reference, self.particles, chosen, self.known, batch_size
+        return visit.visit(
+            update.update_block,
+            (steps, self.reference),
+            self.particles,
+            chosen,
+            jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.known),
+            batch_size,
         )
 
 
@@ -238,9 +243,9 @@ def test_no_bit_depends_on_the_batch(scene):
     together = bits(scene.visit(steps, batch_size=1000))
     assert bits(scene.visit(steps, batch_size=1)) == together
     # The first block alone: other particles are not seen.
-    part = scene.visit(steps, np.arange(update.BLOCK))
+    part = scene.visit(steps, np.arange(visit.BLOCK))
     whole = scene.visit(steps)
-    assert bits(part) == bits(jax.tree.map(lambda leaf: leaf[: update.BLOCK], whole))
+    assert bits(part) == bits(jax.tree.map(lambda leaf: leaf[: visit.BLOCK], whole))
 
 
 ON_DEVICES = """

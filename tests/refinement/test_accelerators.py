@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 
 from jaxrefine.ctf import CTF
-from jaxrefine.data import observation
+from jaxrefine.data import observation, visit
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, sums, tv
 from jaxrefine.maps.fsc import fsc
-from jaxrefine.maps.noise import shell_sums
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses import uncertainty, update
 from jaxrefine.poses.hypotheses import certain
 from jaxrefine.poses.prior import priors_about
-from jaxrefine.refinement import pose_step
+from jaxrefine.refinement import map_step, pose_step
 from jaxrefine.refinement.config import RefineConfig
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,7 @@ CONFIG = RefineConfig(symmetry="C2", insertion=Gridding())
 def programs():
     """Every program that an outer iteration runs on a device, with arguments."""
     single = jnp.float32
-    count, volume = update.BLOCK, jnp.ones((N, N, N), single)
+    count, volume = visit.BLOCK, jnp.ones((N, N, N), single)
     defocus = jnp.full(count, 1e4, single)
     ctf, group = CTF(defocus, defocus + 300), np.arange(count) % 2
     particles = Particles(np.ones((count, N, N), np.float32), ctf, 2.0, group)
@@ -63,20 +62,20 @@ def programs():
     )
     term, state = sums.data_term(data), admm.init(volume)
 
-    def curvatures(spectra, transfer, prior, poses, information):
-        def one(spectrum, transfer, *candidate):
-            seen = view.observation(spectrum, transfer)
-            return uncertainty.mean_curvature(reference.fine, seen, *candidate)
-
-        each = (spectra, transfer, prior, poses.rotations, poses.shifts, information)
-        return jax.vmap(one)(*each)
-
-    block = (steps, reference, images, ctf, group, known)
+    exists = jnp.ones(count, bool)
+    block = ((steps, reference), images, ctf, group, exists, known)
     information = jnp.tile(jnp.eye(5, dtype=single), (count, 1, 1))
-    included = jnp.ones((2, count), single)
+    pose = (poses.rotations, poses.shifts)
+
+    def compared(function, *candidates):
+        """A block whose candidates are each compared with an image by a function."""
+        shared = (reference.fine, view)
+        block = (shared, images, ctf, group, exists, candidates)
+        return visit.Comparison(function), block
+
     return {
         "visit": (update.update_block, block),
-        "curvature": (curvatures, (spectra, transfer, prior, poses, information)),
+        "curvature": compared(uncertainty.mean_curvature, prior, *pose, information),
         "spectrum": (lambda v: Gridding().spectrum(v, LAST), (volume,)),
         "insert": (
             partial(sums.insert, Gridding(), view.disc),
@@ -88,10 +87,7 @@ def programs():
             (term, data.peak, state, jnp.ones((), single)),
         ),
         "least squares": (sums.least_squares, (data,)),
-        "shell sums": (
-            partial(shell_sums, reference.fine, view.disc),
-            (spectra, poses, transfer, included),
-        ),
+        "shell sums": compared(map_step.compare_shells, *pose),
         "fsc": (fsc, (volume, volume)),
     }
 

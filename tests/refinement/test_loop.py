@@ -33,6 +33,7 @@ from jaxrefine.poses.hypotheses import certain
 from jaxrefine.poses.solvers import Descent, Estimate
 from jaxrefine.refinement import (
     half_sets,
+    insertion,
     loop,
     map_step,
     pose_step,
@@ -743,7 +744,7 @@ def test_a_symmetric_sum_is_that_of_all_copies(scene):
         whole = dataclasses.replace(whole, fold=fold.astype(int))
         everyone = np.ones(len(images), bool)
         known = certain(poses, settings.hypotheses)
-        found.append(map_step.sum_up(whole, known, noise, everyone))
+        found.append(insertion.sum_up(whole, known, noise, everyone))
     for one, other in zip(*found, strict=True):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())

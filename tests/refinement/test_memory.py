@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrefine.data import observation
+from jaxrefine.data import observation, visit
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -81,7 +81,7 @@ def test_a_batch_takes_what_the_compiler_says():
     config, mesh = RefineConfig(), jax.make_mesh((1,), ("particles",), devices=DEVICE)
     last = (n - 1) // 2
     volume = jnp.zeros((n, n, n), jnp.float32)
-    for count in (update.BLOCK, 4 * update.BLOCK):
+    for count in (visit.BLOCK, 4 * visit.BLOCK):
         particles = Particles(np.zeros((count, n, n), np.float32))
         noise = jnp.ones((1, n // 2 + 1), jnp.float32)
         reference = update.Reference(
@@ -102,9 +102,11 @@ def test_a_batch_takes_what_the_compiler_says():
         )
         apart = NamedSharding(mesh, PartitionSpec("particles"))
         group = jnp.zeros(count, jnp.int32)
-        batch = (jnp.asarray(particles.images), None, group, known)
-        program: Any = update._update_blocks
-        lowered = program.lower(mesh, steps, reference, jax.device_put(batch, apart))
+        exists = jnp.ones(count, bool)
+        batch = (jnp.asarray(particles.images), None, group, exists, known)
+        program: Any = visit.visit_blocks
+        shared = (update.update_block, (steps, reference))
+        lowered = program.lower(mesh, shared, jax.device_put(batch, apart))
         taken[count] = lowered.compile().compiled.memory_analysis()
     few, many = taken.values()
     assert many.temp_size_in_bytes < 1.1 * few.temp_size_in_bytes < memory._VISITED
@@ -113,7 +115,7 @@ def test_a_batch_takes_what_the_compiler_says():
     # Where the batch decides: the plan for a particle, against what is on the device.
     sizes = [replace(config, batch_size=2**k) for k in (17, 18)]
     planned = np.diff([estimate_bytes(2**18, n, each) for each in sizes]) / 2**17
-    assert 1 < planned / (more / (3 * update.BLOCK)) < 3
+    assert 1 < planned / (more / (3 * visit.BLOCK)) < 3
 
 
 def test_the_sums_take_at_least_what_the_compiler_says():

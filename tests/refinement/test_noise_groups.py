@@ -22,7 +22,7 @@ from jaxrefine.poses import hypotheses, likelihood
 from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
-from jaxrefine.refinement import loop, map_step, reconstruction
+from jaxrefine.refinement import insertion, loop, map_step, reconstruction
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, make_particle_set
 
@@ -215,9 +215,11 @@ def test_the_sums_are_those_of_the_groups(scene, images):
     whole = whole_of(scene, images, GROUP)
     powers = scene.power((WHITE, RISING)).at[1, 5].set(jnp.inf)
     known = hypotheses.certain(scene.poses, CONFIG.hypotheses)
-    together = map_step.sum_up(whole, known, powers, np.ones(P, bool))
+    together = insertion.sum_up(whole, known, powers, np.ones(P, bool))
     parts = [
-        map_step.sum_up(whole, known, powers[jnp.array([group, group])], GROUP == group)
+        insertion.sum_up(
+            whole, known, powers[jnp.array([group, group])], GROUP == group
+        )
         for group in (0, 1)
     ]
     for value, *both in zip(together, *parts, strict=True):

@@ -10,6 +10,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.refinement import loop, reconstruction
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.sets import deal, divide, divided, make_particle_set
 
 KEY = jax.random.key(3)
 
@@ -61,6 +62,11 @@ REFUSED = {
     "shifts": (
         spoilt("shifts", jnp.inf),
         "^shifts must be finite, got 3 that are not$",
+    ),
+    "shifts out of the image": (
+        spoilt("shifts", 8.5),
+        r"^shifts must be at most 8 pixels along x and y, within the image, got 2 that "
+        r"are not, the first 8.5 for particle 2 \(from 0\)$",
     ),
     "map": (
         spoilt("map", -jnp.inf),
@@ -141,3 +147,79 @@ def test_a_half_set_must_have_enough_particles():
     subsets = np.array([1, 2, 2, 2, 2, 2])
     with pytest.raises(InputError):
         loop.refine(Particles(images), poses, volume, config, key=KEY, subsets=subsets)
+
+
+# --- dealing
+
+
+def of_clusters(cluster):
+    count = len(cluster)
+    images, poses, _ = blank(count)
+    return Particles(images, cluster=np.asarray(cluster)), poses
+
+
+@pytest.mark.parametrize("count", [4, 5, 33, 400])
+def test_independent_particles_take_turns_in_a_random_order(count):
+    """Nothing but the key and their number decides, whatever their clusters' names."""
+    expected = np.empty(count, int)
+    order = np.asarray(jax.random.permutation(KEY, count))
+    expected[order] = 1 + np.arange(count) % 2
+    images, poses, _ = blank(count)
+    names = 7 * np.random.default_rng(0).permutation(count) - 3
+    for particles in (Particles(images), Particles(images, cluster=names)):
+        np.testing.assert_array_equal(deal(particles, KEY), expected)
+        fold = make_particle_set(particles, poses, KEY, RefineConfig()).fold
+        np.testing.assert_array_equal(fold, expected - 1)
+
+
+def test_repeating_all_rows_changes_no_deal():
+    images, _, _ = blank(9)
+    once = deal(Particles(images), KEY)
+    for copies in (2, 5):
+        particles, _ = of_clusters(np.tile(np.arange(9), copies))
+        np.testing.assert_array_equal(deal(particles, KEY), np.tile(once, copies))
+
+
+@pytest.mark.parametrize("half_sets", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cluster_is_in_one_half_set_and_one_fold(seed, half_sets):
+    """And sets and folds are as large as each other, as far as clusters allow."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 12, 40)
+    cluster = rng.permutation(np.repeat(np.arange(40), sizes))
+    particles, poses = of_clusters(cluster)
+    config = RefineConfig(half_sets=half_sets)
+    _, particle_sets = divide(particles, poses, config, jax.random.key(seed), None)
+    parts = np.full(len(cluster), -1)
+    counts = []
+    for i, one in enumerate(particle_sets):
+        parts[one.indices] = 2 * i + one.fold
+        counts.append([len(one.of_fold(fold)) for fold in (0, 1)])
+        assert abs(counts[i][0] - counts[i][1]) <= 2
+    assert abs(sum(counts[0]) - sum(counts[-1])) <= 2
+    assert (parts >= 0).all() and len(set(parts)) == 2 * len(particle_sets)
+    for each in range(40):
+        assert len(set(parts[cluster == each])) == 1
+
+
+def test_half_sets_that_are_given_are_kept_and_what_they_divide_is_counted():
+    cluster = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7])
+    subsets = np.array([1, 2, 1, 1, 2, 2, 2, 1, 1, 2, 1, 2])
+    assert divided(subsets, cluster) == 2
+    particles, poses = of_clusters(cluster)
+    config = RefineConfig(half_sets=True)
+    _, particle_sets = divide(particles, poses, config, KEY, subsets)
+    for half, one in enumerate(particle_sets, start=1):
+        np.testing.assert_array_equal(one.indices, np.flatnonzero(subsets == half))
+        for each in set(cluster[one.indices]):
+            assert len(set(one.fold[cluster[one.indices] == each])) == 1
+
+
+def test_particles_of_one_cluster_cannot_be_dealt():
+    particles, poses = of_clusters([5] * 8)
+    words = "must be of at least two clusters, .*, got 8 particles of one cluster"
+    volume = jnp.zeros((16,) * 3)
+    with pytest.raises(InputError, match=words):
+        loop.refine(particles, poses, volume, key=KEY)
+    with pytest.raises(InputError, match=words):
+        reconstruction.reconstruct(particles, poses, key=KEY)

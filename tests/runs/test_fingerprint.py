@@ -1,11 +1,12 @@
 """Fingerprints: nothing that results depend on is left out, and nothing else is in."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from jaxrefine.runs.fingerprint import fingerprint, stacks_digest
+from jaxrefine.runs.fingerprint import fingerprint, stacks_digest, unseen_digest
 from jaxrefine.runs.options import option
 
 
@@ -43,7 +44,7 @@ def test_files_count_by_their_content(settings, tmp_path):
 
 
 def test_stacks_count_by_their_sizes_and_their_ends(tmp_path):
-    """In their order, whatever they are called; no more of them is read."""
+    """In their order, whatever they are called."""
     content = bytes(range(256)) * 4096
     stack, copy = tmp_path / "a.mrcs", tmp_path / "b.mrcs"
     other = tmp_path / "c.mrcs"
@@ -55,3 +56,31 @@ def test_stacks_count_by_their_sizes_and_their_ends(tmp_path):
         other.write_bytes(changed)
         assert stacks_digest([other]) != first
         assert stacks_digest([stack, other]) != stacks_digest([other, stack])
+
+
+def test_small_stacks_count_by_all_of_their_content(tmp_path):
+    content = bytes(10 * 2**16)
+    stack = tmp_path / "a.mrcs"
+    stack.write_bytes(content)
+    first, unseen = stacks_digest([stack]), unseen_digest([stack])
+    for place in range(0, len(content), 40_001):
+        stack.write_bytes(content[:place] + b"?" + content[place + 1 :])
+        assert stacks_digest([stack]) != first
+    assert unseen_digest([stack]) == unseen == unseen_digest([])
+
+
+def test_large_stacks_count_by_a_sample_and_tell_when_they_were_written(
+    tmp_path,
+):
+    """The sample is of all of them, at equal distances; 26 GB take no time."""
+    stacks = [tmp_path / "a.mrcs", tmp_path / "b.mrcs"]
+    for stack in stacks:
+        with open(stack, "wb") as file:
+            file.truncate(13 * 2**30)
+    first, unseen = stacks_digest(stacks), unseen_digest(stacks)
+    with open(stacks[1], "r+b") as file:  # less than a hundredth of it
+        file.seek(6 * 2**30)
+        file.write(b"?" * 2**24)
+    assert stacks_digest(stacks) != first
+    os.utime(stacks[1], (1e9, 1e9))
+    assert unseen_digest(stacks) != unseen

@@ -17,6 +17,7 @@ class MatchSettings:
     )
     map: Path = option(metavar="REF.mrc", help="the reference")
     out: Path = option(affects_results=False, metavar="OUT.star", help="table to write")
+    map_voxel_size: float | None = shared.map_voxel_size()
     resample: bool = shared.resample()
     angle_step: float = option(
         7.5,

@@ -36,6 +36,7 @@ class RefineSettings:
         help="1 in the particle, 0 in the solvent, soft edge: poses are refined with "
         "masked maps; those that are written are not masked",
     )
+    map_voxel_size: float | None = shared.map_voxel_size()
     resample: bool = shared.resample()
     half_sets: bool = option(
         False,

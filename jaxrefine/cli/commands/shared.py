@@ -53,6 +53,19 @@ def resample() -> Any:
     )
 
 
+def map_voxel_size() -> Any:
+    """Declare what overrules the header of a map."""
+    return option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        default_text="what the header says",
+        help="voxel size of the map, whatever its header says, and of a mask with as "
+        "many voxels",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CryosparcSettings:
     """What belongs to a table of cryoSPARC."""

@@ -1,0 +1,159 @@
+"""Visits to particles: what is computed of each image, block by block on all devices.
+
+A visit calls a function on blocks of particles of a fixed size. The blocks of a batch
+are shared out among all devices, each of which takes its own one after the other. What
+comes out for a particle depends on its block alone, to the last bit, and neither on how
+many blocks are visited at a time nor on where.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
+
+from jaxrefine._types import Images
+from jaxrefine.ctf import CTF
+from jaxrefine.data.observation import View, batches
+from jaxrefine.data.particles import Particles
+from jaxrefine.operators.gridding import Spectrum
+
+BLOCK = 64
+"""Particles of a block."""
+
+Block = Callable[..., PyTree]
+"""``function(common, images, ctf, group, exists, own)`` of a block of particles.
+
+It is given what is common to all particles; the images of ``p`` particles, their optics
+and the groups that they belong to; which of them exist, as the last block is filled up;
+and what belongs to each of them. Its results have a leading axis ``p``.
+"""
+
+
+def whole_batch(batch_size: int, devices: int) -> int:
+    """Return a number of particles, rounded up to whole blocks for every device."""
+    least = BLOCK * devices
+    return least * max(1, -(-batch_size // least))
+
+
+def visit(
+    function: Block,
+    common: PyTree,
+    particles: Particles,
+    chosen: Int[np.ndarray, " chosen"],
+    own: PyTree,
+    batch_size: int,
+) -> Any:
+    """Call a function on blocks of particles, a batch of blocks at a time.
+
+    Parameters
+    ----------
+    function
+        A function, or a pytree that can be called. It is compiled once for each
+        structure of its arguments.
+    common
+        Its first argument, the same for all particles.
+    particles, chosen
+        All particles, and which of them to visit, in this order. A particle may be
+        chosen several times.
+    own
+        What belongs to each of the chosen: a pytree with this leading axis.
+    batch_size
+        Particles at a time, rounded up to whole blocks. Memory grows with it; it
+        changes no result.
+
+    Returns
+    -------
+    The results of the chosen particles, in NumPy arrays.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("particles",))
+    everywhere, apart = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("particles",))
+    )
+    arrays, static = eqx.partition((function, common), eqx.is_array)
+    shared = eqx.combine(jax.device_put(arrays, everywhere), static)
+    # Cut on the host: JAX would compile a program for each size.
+    own = jax.tree.map(np.asarray, own)
+    size = whole_batch(min(batch_size, len(chosen)), mesh.size)
+    results, latest = [], None
+    for places, count in batches(np.arange(len(chosen)), size):
+        exists = np.arange(size) < count
+        rows = chosen[places]
+        # Those that only fill up the batch are not read again.
+        repeated = np.arange(size) % count
+        images, ctf = jax.tree.map(
+            lambda leaf, at=repeated: np.asarray(leaf)[at],
+            particles.batch(rows[:count]),
+        )
+        group = np.asarray(particles.group_of(rows), np.int32)
+        of_batch = jax.tree.map(lambda leaf, at=places: leaf[at], own)
+        batch = jax.device_put((images, ctf, group, exists, of_batch), apart)
+        # A batch is read while the one before is computed, and no more are waiting.
+        if latest is not None:
+            results.append(jax.tree.map(np.asarray, latest))
+        latest = visit_blocks(mesh, shared, batch)
+    results.append(jax.tree.map(np.asarray, latest))
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
+    return jax.tree.map(lambda leaf: leaf[: len(chosen)], whole)
+
+
+@eqx.filter_jit
+def visit_blocks(
+    mesh: Mesh,
+    shared: tuple[Block, PyTree],
+    batch: tuple[Images, CTF | None, Int[Array, "p"], Bool[Array, "p"], PyTree],
+) -> PyTree:
+    """Visit whole blocks, every device its own, one after the other; see `visit`."""
+    arrays, static = eqx.partition(shared, eqx.is_array)
+
+    def on_device(arrays, batch):
+        function, common = eqx.combine(arrays, static)
+        blocks = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, BLOCK, *leaf.shape[1:]), batch
+        )
+        results = jax.lax.map(lambda block: function(common, *block), blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("particles")),
+        out_specs=PartitionSpec("particles"),
+        check_vma=False,
+    )(arrays, batch)
+
+
+class Comparison(eqx.Module):
+    """The block function that compares each image with a map at one candidate.
+
+    Parameters
+    ----------
+    compare
+        ``compare(reference, observation, *candidate)``, a function of one candidate: a
+        function, or a pytree that can be called.
+    """
+
+    compare: Callable[..., PyTree]
+
+    def __call__(
+        self,
+        common: tuple[Spectrum, View],
+        images: Images,
+        ctf: CTF | None,
+        group: Int[Array, "p"],
+        exists: Bool[Array, "p"],
+        candidates: tuple[PyTree, ...],
+    ) -> PyTree:
+        """Compare the candidates of a block, one for each of ``p`` images."""
+        del exists
+        reference, view = common
+
+        def compare_one(spectrum, transfer, candidate):
+            observation = view.observation(spectrum, transfer)
+            return self.compare(reference, observation, *candidate)
+
+        spectra, transfer = view.spectra(images, group), view.transfer(ctf, group)
+        return jax.vmap(compare_one)(spectra, transfer, candidates)

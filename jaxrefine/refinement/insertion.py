@@ -1,0 +1,263 @@
+r"""The sums over images that maps are made from, on all devices.
+
+The hypotheses of each fold wait in a queue, which is cut into eight lanes. A lane is
+summed up batch by batch, and the lanes in their order. Therefore the sums have the same
+bits on 1, 2, 4, 8 or 16 devices: they take the lanes of both folds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrefine._batching import side_by_side
+from jaxrefine._types import Images
+from jaxrefine.ctf import CTF
+from jaxrefine.data import observation
+from jaxrefine.data.observation import View
+from jaxrefine.geometry import Poses
+from jaxrefine.maps.folds import FOLDS
+from jaxrefine.maps.sums import Sums, insert
+from jaxrefine.operators.gridding import Insertion
+from jaxrefine.poses.hypotheses import Hypotheses
+from jaxrefine.refinement.sets import ParticleSet
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Batches are multiples of this, so that few programs are compiled.
+_ROUND = 512
+_LANES = 8
+
+_Queue = tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]
+"""The owners of hypotheses that are to be inserted, and their places among its."""
+
+
+@eqx.filter_jit
+def _insert(
+    mesh: Mesh,
+    totals: Sums,
+    insertion: Insertion,
+    view: View,
+    batch: tuple[Images, CTF | None, Array, Array, Array, Array],
+    operators: Float[Array, "order 3 3"],
+    side: int,
+) -> Sums:
+    """Add images to a sum of each device, at all poses that symmetry makes equivalent.
+
+    Sums have a leading axis of devices, which share the images among them.
+    """
+
+    def on_device(totals, view, operators, batch):
+        totals = jax.tree.map(lambda leaf: leaf[0], totals)
+        images, ctf, group, rotations, shifts, weights = batch
+        turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
+        spectra, shifts, transfer, weights = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
+            (
+                view.spectra(images, group),
+                shifts,
+                view.transfer(ctf, group),
+                weights,
+            ),
+        )
+        sums = insert(
+            insertion,
+            view.disc,
+            spectra,
+            Poses(turned.reshape(-1, 3, 3), shifts),
+            transfer,
+            weights[:, None] * view.inverse_noise[None],
+            side,
+        )
+        return jax.tree.map(lambda leaf: leaf[None], totals + sums)
+
+    apart, everywhere = PartitionSpec("devices"), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(apart, everywhere, everywhere, apart),
+        out_specs=apart,
+        check_vma=False,
+    )(totals, view, operators, batch)
+
+
+def sum_up(
+    particle_set: ParticleSet,
+    hypotheses: Hypotheses,
+    noise: Float[Array, "*groups shells"],
+    included: Bool[np.ndarray, " particles"],
+    side: int | None = None,
+) -> list[Sums]:
+    """Return weighted sums over the images of each fold, at all their hypotheses.
+
+    A hypothesis is inserted once for each operator of the symmetry.
+
+    Parameters
+    ----------
+    particle_set, hypotheses
+        The particles, and their poses with weights.
+    noise
+        Power of the noise by shell, of each group or one for all.
+    included
+        Which particles to sum up.
+    side
+        Side of the maps to be made: by default that of the images; a smaller one leaves
+        out the frequencies of half this side and more.
+
+    Returns
+    -------
+    The sums of each fold's own images.
+    """
+    particles, config = particle_set.particles, particle_set.config
+    n = particles.image_size if side is None else side
+    view = observation.view(particles, (n - 1) // 2, noise)
+    weights = np.asarray(hypotheses.weights) * included[:, None]
+    weights = np.where(weights > config.tuning.negligible, weights, 0.0)
+    queues = []
+    for fold in range(FOLDS):
+        members = particle_set.of_fold(fold)
+        rows, columns = np.nonzero(weights[members])
+        queues.append((members[rows], columns))
+    # Enough slices at a time to outweigh the FFT of the kernel's grid.
+    size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
+    size = max(1, size // len(config.operators))
+    longest = max(len(owners) for owners, _ in queues)
+    size = min(max(1, -(-longest // _ROUND)) * _ROUND, size)
+    insertion = _Insertion(
+        particle_set,
+        view,
+        np.asarray(hypotheses.rotations),
+        np.asarray(hypotheses.shifts),
+        weights.astype(noise.dtype),
+        size,
+        n,
+    )
+    devices = jax.devices()
+    count = 2 ** int(math.log2(min(len(devices), FOLDS * _LANES)))
+    if count >= FOLDS:
+        return insertion.sums(queues, devices[:count])
+    # One device works on both folds, where two threads are faster than one.
+    each = [partial(insertion.sums, [queue], devices[:1]) for queue in queues]
+    return [sums for (sums,) in side_by_side(each)]
+
+
+@dataclass(frozen=True)
+class _Insertion:
+    """What is inserted, and how.
+
+    Attributes
+    ----------
+    particle_set, view
+        The particles, and how they are seen.
+    rotations, shifts, weights
+        The hypotheses of every particle.
+    size
+        Number of images that a device inserts at a time.
+    side
+        Side of the maps.
+    """
+
+    particle_set: ParticleSet
+    view: View
+    rotations: Float[np.ndarray, "particles h 3 3"]
+    shifts: Float[np.ndarray, "particles h 2"]
+    weights: Float[np.ndarray, "particles h"]
+    size: int
+    side: int
+
+    def sums(self, queues: Sequence[_Queue], devices: Sequence[Any]) -> list[Sums]:
+        """Return the sum of each queue of hypotheses, on the first device.
+
+        Each queue has as many devices. They take the next lanes of it at the same time,
+        and these are added to its sum in their order.
+        """
+        mesh = jax.make_mesh((len(devices),), ("devices",), devices=devices)
+        apart = NamedSharding(mesh, PartitionSpec("devices"))
+        config = self.particle_set.config
+        operators = jnp.asarray(config.operators, self.rotations.dtype)
+        blank = Sums.zero(self.side, self.weights.dtype)
+        blank = jax.tree.map(
+            lambda leaf: np.zeros((len(devices), *leaf.shape), leaf.dtype), blank
+        )
+        per_queue = len(devices) // len(queues)
+        lengths = [
+            -(-len(owners) // (self.size * _LANES)) for owners, _ in queues
+        ]  # of a lane, in batches
+        results: list[Sums | None] = [None] * len(queues)
+        for first in range(0, _LANES, per_queue):
+            totals = None
+            for batch in range(max(lengths)):
+                taken = [
+                    self._cut(queue, length * lane + batch, batch < length)
+                    for queue, length in zip(queues, lengths, strict=True)
+                    for lane in range(first, first + per_queue)
+                ]
+                if not any(len(owners) for owners, _ in taken):
+                    break
+                if totals is None:
+                    totals = jax.device_put(blank, apart)
+                arrays = jax.device_put(self._read(taken), apart)
+                totals = _insert(
+                    mesh,
+                    totals,
+                    self.particle_set.insertion,
+                    self.view,
+                    arrays,
+                    operators,
+                    self.side,
+                )
+            if totals is None:
+                break
+            lanes = _unstacked(totals, devices[0])
+            for place, total in enumerate(lanes):
+                queue = place // per_queue
+                before = results[queue]
+                results[queue] = total if before is None else before + total
+        empty = Sums.zero(self.side, self.weights.dtype)
+        return [empty if result is None else result for result in results]
+
+    def _cut(self, queue: _Queue, batch: int, is_there: bool) -> _Queue:
+        """Return a batch of a queue, or nothing."""
+        here = slice(self.size * batch, self.size * (batch + 1) if is_there else 0)
+        return queue[0][here], queue[1][here]
+
+    def _read(self, taken: Sequence[_Queue]) -> tuple[Any, ...]:
+        """Return what devices insert next, filled up to the same number for each.
+
+        What only fills up has no weight, and is not read.
+        """
+        particles, size = self.particle_set.particles, self.size
+        owners = np.concatenate([owners for owners, _ in taken])
+        columns = np.concatenate([columns for _, columns in taken])
+        counts = np.array([len(owners) for owners, _ in taken])
+        places = np.cumsum(counts) - counts
+        inside = np.arange(size)[None] < counts[:, None]
+        rows = np.where(inside, places[:, None] + np.arange(size), 0).ravel()
+        images, ctf = jax.tree.map(np.asarray, particles.batch(owners))
+        weights = np.where(inside.ravel(), self.weights[owners, columns][rows], 0)
+        return (
+            *jax.tree.map(lambda leaf: leaf[rows], (images, ctf)),
+            np.asarray(particles.group_of(owners), np.int32)[rows],
+            self.rotations[owners, columns][rows],
+            self.shifts[owners, columns][rows],
+            weights.astype(self.weights.dtype),
+        )
+
+
+def _unstacked(totals: Sums, device: Any) -> list[Sums]:
+    """Return the sums of each device, in their order, on one device."""
+    parts = [
+        [
+            jax.device_put(shard.data[0], device)
+            for shard in sorted(leaf.addressable_shards, key=lambda s: s.index[0].start)
+        ]
+        for leaf in jax.tree.leaves(totals)
+    ]
+    return [Sums(*leaves) for leaves in zip(*parts, strict=True)]
