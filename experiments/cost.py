@@ -7,8 +7,8 @@ One update of the poses of simulated particles near the truth, with a map at han
   which are the same at the largest side;
 - Theorem 1, in space: the cost (34), the cost with its gradient, and Algorithm 3, that
   is ``K_GD = 3`` gradient steps on angles and shifts with their line searches;
-- slices: the cost with its gradient, one step of Levenberg and Marquardt (the normal
-  equations, and those of the trial), and the three steps that the engine makes.
+- slices: the cost with its gradient, and the engine's visit of a particle that it does
+  not search for: at most three steps of Levenberg and Marquardt, and the weighing.
 
 The times include what is computed once for the map or for each image, except the map's
 autocorrelation and spectrum where a cost alone is timed. The normal operator of the
@@ -41,15 +41,17 @@ from jaxrefine import io, simulate
 from jaxrefine._batching import map_over_particles
 from jaxrefine.data import observation
 from jaxrefine.data.particles import Particles
+from jaxrefine.data.visit import visit
 from jaxrefine.errors import InputError
-from jaxrefine.operators import kbwf, normal, spatial
+from jaxrefine.operators import kbwf, normal, slices, spatial
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.paper import algorithm3
-from jaxrefine.poses import likelihood
+from jaxrefine.poses import likelihood, update
+from jaxrefine.poses.hypotheses import certain
 from jaxrefine.poses.matching import MatchConfig, match
-from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
-from jaxrefine.poses.solvers import LevenbergMarquardt
+from jaxrefine.refinement import pose_step
+from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import option
 from jaxrefine.runs.provenance import available_cores
 
@@ -142,17 +144,32 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
         image_spectra = view.spectra(images, None)
         return jax.vmap(of_particle)(image_spectra, poses.rotations, poses.shifts)
 
-    def polish(steps: int):
-        return polish_poses(
-            particles,
-            everyone,
-            Gridding().spectrum(truth, last),
-            view,
+    def polish():
+        config = RefineConfig()
+        coarse = slices.bucket(config.search_r_max, size)
+        reference = update.Reference(
+            config.search_interpolation.spectrum(truth, coarse),
+            config.interpolation.spectrum(truth, last),
+            observation.view(particles, last, noise, observation.PART),
+        )
+        steps = pose_step.visit_steps(
+            config,
+            size,
+            coarse,
+            last,
+            is_wide=False,
+            compared=True,
+            key=jax.random.key(0),
+        )
+        known = update.Known(
+            everyone.astype(np.int32),
             priors_about(poses, 1.0, 10.0, np.pi, 10.0),
-            np.asarray(poses.rotations),
-            np.asarray(poses.shifts),
-            LevenbergMarquardt(steps),
-            len(particles),
+            certain(poses, config.hypotheses),
+            np.zeros(len(particles), bool),
+        )
+        common = (steps, reference)
+        return visit(
+            update.update_block, common, particles, everyone, known, len(particles)
         )
 
     finest = settings.matching_step_in_degrees
@@ -174,8 +191,7 @@ def prepare(size: int, settings: CostSettings) -> tuple[Calls, Callable[[], floa
         "slices, cost and gradient": lambda: slice_gradients(
             spectrum, view, images, poses
         ),
-        "slices, LM step": lambda: polish(1),
-        "slices, LM": lambda: polish(LevenbergMarquardt().iterations),
+        "slices, visit": polish,
         NORMAL_OPERATOR: lambda: apply(transfer, coefficients),
     }
 

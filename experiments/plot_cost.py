@@ -23,8 +23,7 @@ LOOKS = {
     "spatial, Algorithm 3": ("#0072B2", "-"),
     "spatial, cost and gradient": ("#0072B2", "--"),
     "spatial, cost": ("#0072B2", ":"),
-    "slices, LM": ("#D62728", "-"),
-    "slices, LM step": ("#D62728", "--"),
+    "slices, visit": ("#D62728", "-"),
     "slices, cost and gradient": ("#D62728", ":"),
 }
 """Colour and dashes of each function."""

@@ -196,7 +196,8 @@ def _run(
 
     def attempt(batch_size: int) -> Any:
         chosen = replace(config, batch_size=batch_size)
-        return engine.refine(*data, chosen, **further, state=state, callback=record)
+        progress = {"callback": record, "watch": bars.watch}
+        return engine.refine(*data, chosen, **further, state=state, **progress)
 
     result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
     undetermined = chosen.of_table(result.undetermined, True)

@@ -83,7 +83,9 @@ def _run(settings: DemoSettings, folder: RunFolder, engine: Engine) -> dict[str,
         volumes = {}
         for name, given in (("oracle", dataset.truth), ("unrefined", dataset.initial)):
             advance = bars.next(name, 1)
-            reconstruction = engine.reconstruct(particles, given, config, key=key)
+            reconstruction = engine.reconstruct(
+                particles, given, config, key=key, watch=bars.watch
+            )
             volumes[name] = reconstruction.volume
             advance(None, {})
         start = particles, dataset.initial, scene.initial_map, config
@@ -95,7 +97,9 @@ def _run(settings: DemoSettings, folder: RunFolder, engine: Engine) -> dict[str,
             folder.history.record(latest, info.row())
             advance(latest, info.row())
 
-        joint = engine.refine(*start, key=key, state=state, callback=record)
+        joint = engine.refine(
+            *start, key=key, state=state, callback=record, watch=bars.watch
+        )
     volumes["joint"] = joint.volume
     poses = {
         "oracle": dataset.truth,

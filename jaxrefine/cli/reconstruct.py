@@ -8,6 +8,7 @@ from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.runs.progress import Bars
 
 
 def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
@@ -44,13 +45,15 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     subsets = source.random_subset if settings.half_sets else None
     _particles.tell_what_is_shared(source, subsets)
     chosen = _particles.usable(source, with_poses=True)
-    result = engine.reconstruct(
-        chosen.of(source.particles),
-        chosen.of(source.poses),
-        config,
-        key=key,
-        subsets=None if subsets is None else subsets[chosen.indices],
-    )
+    with Bars() as bars:
+        result = engine.reconstruct(
+            chosen.of(source.particles),
+            chosen.of(source.poses),
+            config,
+            key=key,
+            subsets=None if subsets is None else subsets[chosen.indices],
+            watch=bars.watch,
+        )
     pixel = source.particles.pixel_size_in_angstroms
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxrefine._types import Images
+from jaxrefine._watch import Stage
 from jaxrefine.ctf import CTF
 from jaxrefine.data.observation import View, batches
 from jaxrefine.data.particles import Particles
@@ -46,6 +47,7 @@ def visit(
     chosen: Int[np.ndarray, " chosen"],
     own: PyTree,
     batch_size: int,
+    stage: Stage | None = None,
 ) -> Any:
     """Call a function on blocks of particles, a batch of blocks at a time.
 
@@ -64,6 +66,8 @@ def visit(
     batch_size
         Particles at a time, rounded up to whole blocks. Memory grows with it; it
         changes no result.
+    stage
+        Told how many particles have been visited.
 
     Returns
     -------
@@ -94,8 +98,12 @@ def visit(
         # A batch is read while the one before is computed, and no more are waiting.
         if latest is not None:
             results.append(jax.tree.map(np.asarray, latest))
+            if stage is not None:
+                stage.advance(size)
         latest = visit_blocks(mesh, shared, batch)
     results.append(jax.tree.map(np.asarray, latest))
+    if stage is not None:
+        stage.advance(len(chosen) - size * (len(results) - 1))
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
     return jax.tree.map(lambda leaf: leaf[: len(chosen)], whole)
 

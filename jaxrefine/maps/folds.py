@@ -20,6 +20,7 @@ import jax
 
 from jaxrefine._batching import side_by_side
 from jaxrefine._types import Scalar, Volume
+from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.sums import Sums, data_term, solve
 from jaxrefine.operators import normal
@@ -69,6 +70,7 @@ def solve_all(
     tau: Scalar,
     regulariser: tv.Regulariser,
     iterations: int,
+    stage: Stage | None = None,
 ) -> tuple[admm.ADMMState, ...]:
     """Solve for each fold's map, which is made from the images of the other fold.
 
@@ -80,6 +82,8 @@ def solve_all(
         For each fold, the map and multipliers to start from.
     tau, regulariser, iterations
         As for :func:`jaxrefine.maps.sums.solve`.
+    stage
+        Told of each map that is made.
 
     Returns
     -------
@@ -90,7 +94,10 @@ def solve_all(
 
     def of(data: admm.DataTerm, peak: Scalar, start: admm.ADMMState):
         solution = solve(data, peak, start, tau, regulariser, iterations)
-        return jax.block_until_ready(solution)
+        solution = jax.block_until_ready(solution)
+        if stage is not None:
+            stage.advance()
+        return solution
 
     return tuple(
         side_by_side(
@@ -110,6 +117,7 @@ def cross_validate(
     iterations: int,
     trials: int = 8,
     factor: float = 1.4,
+    watch: Watch = unwatched,
 ) -> tuple[Scalar, tuple[admm.ADMMState, ...], dict[float, float]]:
     r"""Choose :math:`\tau` by two-fold cross-validation.
 
@@ -130,6 +138,8 @@ def cross_validate(
     factor
         Ratio of neighbouring weights, above 1. The default is about half an octave,
         over which the parabola interpolates.
+    watch
+        Told how many maps have been made, of the most that are.
 
     Returns
     -------
@@ -143,12 +153,14 @@ def cross_validate(
     errors: dict[float, float] = {}
     # Compare solutions that start from a similar one: after a cold start and few
     # iterations, a map is still smoother than its tau implies.
-    warm = best = solve_all(data, starts, tau, regulariser, iterations)
+    stage = Stage(watch, "weight of the prior", FOLDS * (1 + trials))
+    warm = best = solve_all(data, starts, tau, regulariser, iterations, stage)
 
     def error(power: int) -> float:
         nonlocal warm, best
         if power not in errors:
-            warm = solve_all(data, warm, tau * factor**power, regulariser, iterations)
+            trial = tau * factor**power
+            warm = solve_all(data, warm, trial, regulariser, iterations, stage)
             fold_errors = [
                 prediction_error(own, state.coefficients)
                 for own, state in zip(data.own, warm, strict=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrefine._watch import Stage
 from jaxrefine.data.observation import Observation, View
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.visit import Comparison, visit
@@ -84,6 +85,7 @@ def mean_curvatures(
     shifts: Float[np.ndarray, "c 2"],
     information: Float[np.ndarray, "c 5 5"],
     batch_size: int,
+    stage: Stage | None = None,
 ) -> Float[np.ndarray, "c 5 5"]:
     """Return `mean_curvature` for the poses of some of the particles.
 
@@ -93,6 +95,8 @@ def mean_curvatures(
         That of each pose, as for `mean_curvature`.
     particles, owners, reference, view, prior, rotations, shifts, batch_size
         As for `polish.polish_poses`.
+    stage
+        Told how many candidates have been visited.
     """
     of_owners = jax.tree.map(np.asarray, prior).take(owners)
     candidates = (of_owners, rotations, shifts, information)
@@ -103,4 +107,5 @@ def mean_curvatures(
         owners,
         candidates,
         batch_size,
+        stage,
     )

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._batching import side_by_side
 from jaxrefine._types import Images
+from jaxrefine._watch import Stage
 from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
 from jaxrefine.data.observation import View
@@ -138,6 +139,7 @@ def sum_up(
         weights.astype(noise.dtype),
         size,
         n,
+        Stage(particle_set.watch, "sums", sum(len(owners) for owners, _ in queues)),
     )
     devices = jax.devices()
     count = 2 ** int(math.log2(min(len(devices), FOLDS * _LANES)))
@@ -162,6 +164,8 @@ class _Insertion:
         Number of images that a device inserts at a time.
     side
         Side of the maps.
+    stage
+        Told how many hypotheses have been inserted.
     """
 
     particle_set: ParticleSet
@@ -171,6 +175,7 @@ class _Insertion:
     weights: Float[np.ndarray, "particles h"]
     size: int
     side: int
+    stage: Stage
 
     def sums(self, queues: Sequence[_Queue], devices: Sequence[Any]) -> list[Sums]:
         """Return the sum of each queue of hypotheses, on the first device.
@@ -204,6 +209,8 @@ class _Insertion:
                 if totals is None:
                     totals = jax.device_put(blank, apart)
                 arrays = jax.device_put(self._read(taken), apart)
+                # A batch is read while the one before is computed.
+                jax.block_until_ready(totals)
                 totals = _insert(
                     mesh,
                     totals,
@@ -213,6 +220,7 @@ class _Insertion:
                     operators,
                     self.side,
                 )
+                self.stage.advance(sum(len(owners) for owners, _ in taken))
             if totals is None:
                 break
             lanes = _unstacked(totals, devices[0])

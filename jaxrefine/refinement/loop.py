@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrefine._types import Volume
+from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
@@ -92,6 +93,7 @@ def refine(
     mask: Float[Array, "_ _ _"] | None = None,
     state: RefineState | None = None,
     callback: Callback | None = None,
+    watch: Watch = unwatched,
 ) -> Result:
     """Refine poses and map jointly, until another iteration would not improve them.
 
@@ -123,6 +125,9 @@ def refine(
         arguments the result is that of an uninterrupted run.
     callback
         Called with the state and its information after every outer iteration.
+    watch
+        Called within iterations: ``watch("poses", 256, 1000)`` says that of 1000
+        particles 256 have their new poses.
 
     Returns
     -------
@@ -140,7 +145,7 @@ def refine(
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
-    draw, particle_sets = divide(particles, poses, config, key, subsets, mask)
+    draw, particle_sets = divide(particles, poses, config, key, subsets, mask, watch)
     if state is None:
         state = _start(particle_sets, volume)
     while int(state.iteration) < config.iterations and not bool(state.finished):
@@ -280,7 +285,7 @@ def _conclude(
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
         tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
         joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)
-    final = map_step.final_map(config, total, joined)
+    final = map_step.final_map(config, total, joined, particle_sets[0].watch)
     fixed_are_zero = np.repeat([config.refines_angles, config.refines_shifts], [3, 2])
     return Result(
         Poses(rotations, shifts),

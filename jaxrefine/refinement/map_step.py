@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._types import Scalar, Volume
+from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.data import observation
 from jaxrefine.data.observation import Observation
 from jaxrefine.data.visit import Comparison, visit
@@ -138,14 +139,16 @@ def _measure(
         of_fold = particle_set.of_fold(fold)
         group = particles.group_of(of_fold)
         share = max(tuning.sample // len(groups), tuning.least_per_group) // FOLDS
-        sample = np.concatenate(
-            [_evenly_spaced(of_fold[group == g], share) for g in groups]
+        samples.append(
+            np.concatenate([_evenly_spaced(of_fold[group == g], share) for g in groups])
         )
+    chosen = np.concatenate(samples)
+    stage = Stage(particle_set.watch, "noise", len(chosen))
+    for fold, sample in enumerate(samples):
         volume = particle_set.masked(maps[fold])
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell
         )
-        samples.append(sample)
         of_folds.append(
             visit(
                 Comparison(compare_shells),
@@ -154,10 +157,11 @@ def _measure(
                 sample,
                 (best.rotations[sample], best.shifts[sample]),
                 particle_set.config.batch_size,
+                stage,
             )
         )
     each = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_folds)
-    return each.of_groups(particles.group_of(np.concatenate(samples)) == groups)
+    return each.of_groups(particles.group_of(chosen) == groups)
 
 
 def _evenly_spaced(
@@ -190,8 +194,9 @@ def update_maps(
     starts = state.maps
     if side < n:
         starts = [admm.init(_resized(fold.coefficients, side)) for fold in starts]
+    stage = Stage(particle_set.watch, "maps", FOLDS)
     maps = folds.solve_all(
-        data, starts, state.tau, config.regulariser, config.admm_iterations
+        data, starts, state.tau, config.regulariser, config.admm_iterations, stage
     )
     if side < n:
         maps = tuple(admm.init(_resized(fold.coefficients, n)) for fold in maps)
@@ -314,11 +319,14 @@ def choose_tau(
         state.tau,
         config.regulariser,
         config.admm_iterations,
+        watch=particle_set.watch,
     )
     return eqx.tree_at(lambda s: (s.maps, s.tau), state, (maps, tau)), errors
 
 
-def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalMap:
+def final_map(
+    config: RefineConfig, sums: list[Sums], state: SetState, watch: Watch = unwatched
+) -> FinalMap:
     """Make one map of both folds, with the state's weight ``tau`` of the regulariser.
 
     Parameters
@@ -329,10 +337,13 @@ def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalM
         The sums of both folds; without images the map is empty.
     state
         The folds' maps, whose mean the iterations start from, and ``tau``.
+    watch
+        Told how many rounds of iterations have been made.
     """
     total = sums[0] + sums[1]
     data = data_term(total)
     solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
+    stage = Stage(watch, "final map", config.tuning.final_rounds)
     for _ in range(config.tuning.final_rounds):
         solution = solve(
             data,
@@ -342,5 +353,7 @@ def final_map(config: RefineConfig, sums: list[Sums], state: SetState) -> FinalM
             config.regulariser,
             config.admm_iterations,
         )
+        jax.block_until_ready(solution)
+        stage.advance()
     lam = float(state.tau * jnp.sqrt(total.peak))
     return FinalMap(solution.coefficients, lam, float(state.tau))

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxrefine._types import Volume
+from jaxrefine._watch import Stage
 from jaxrefine.data import observation
 from jaxrefine.data.visit import visit
 from jaxrefine.maps.filters import filter_shells
@@ -114,6 +115,7 @@ def update_poses(
     coarse = slices.bucket(max(config.first_r_max, config.search_r_max), size)
     members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
     of_folds = []
+    stage = Stage(particle_set.watch, "poses", len(particle_set))
     for fold, of_fold in enumerate(members):
         volume = reference_map(particle_set, state, fold)
         reference = update.Reference(
@@ -129,6 +131,7 @@ def update_poses(
                 of_fold,
                 jax.tree.map(lambda leaf, at=of_fold: leaf[at], known),
                 config.batch_size,
+                stage,
             )
         )
 
@@ -309,6 +312,7 @@ def measure_information(
     rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
     information = np.array(state.information)
     view = observation.view(particle_set.particles, r_max, state.noise)
+    stage = Stage(particle_set.watch, "error bars", len(particle_set))
     for fold in range(FOLDS):
         owners = particle_set.of_fold(fold)
         volume = reference_map(particle_set, state, fold)
@@ -322,6 +326,7 @@ def measure_information(
             shifts[owners],
             information[owners],
             particle_set.config.batch_size,
+            stage,
         )
     return information
 

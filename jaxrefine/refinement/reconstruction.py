@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
+from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
@@ -22,6 +23,7 @@ def reconstruct(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
+    watch: Watch = unwatched,
 ) -> Reconstruction:
     """Make a map of particles at given poses, which are kept.
 
@@ -43,6 +45,9 @@ def reconstruct(
     subsets
         The half of each particle, 1 or 2, which is kept even where it divides a
         cluster; dealt at random without it.
+    watch
+        Told how far each stage is: ``watch("sums", 512, 1000)`` says that 512 of 1000
+        images have been inserted.
 
     Returns
     -------
@@ -61,7 +66,7 @@ def reconstruct(
     config = RefineConfig() if config is None else config
     n = particles.image_size
     poses, volume = checked(particles, poses, jnp.zeros((n, n, n), jnp.float32))
-    particle_set = make_particle_set(particles, poses, key, config)
+    particle_set = make_particle_set(particles, poses, key, config, watch=watch)
     if subsets is not None:
         fold = np.zeros(len(particles), int)
         fold[halves(particles, key, subsets)[1]] = 1
@@ -73,5 +78,5 @@ def reconstruct(
     state = map_step.assess(particle_set, state)
     sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
-    final = map_step.final_map(config, sums, state)
+    final = map_step.final_map(config, sums, state, watch)
     return Reconstruction(np.asarray(final.volume), sums, final.lam, final.tau, errors)

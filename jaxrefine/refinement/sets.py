@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrefine._types import Volume
+from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -42,6 +43,8 @@ class ParticleSet:
     mask
         What a map is multiplied by before the particles are compared with it; None if
         they are compared with all of it.
+    watch
+        Told how far each stage of a computation is.
     """
 
     indices: Int[np.ndarray, " particles"]
@@ -50,6 +53,7 @@ class ParticleSet:
     fold: Int[np.ndarray, " particles"]
     config: RefineConfig
     mask: Volume | None = None
+    watch: Watch = unwatched
 
     def masked(self, volume: Volume) -> Volume:
         """Return the part of a map that the particles are compared with."""
@@ -81,6 +85,7 @@ def make_particle_set(
     config: RefineConfig,
     mask: Volume | None = None,
     indices: Int[np.ndarray, " chosen"] | None = None,
+    watch: Watch = unwatched,
 ) -> ParticleSet:
     """Deal particles into two folds, with priors about their poses.
 
@@ -91,7 +96,7 @@ def make_particle_set(
         are dealt into one fold.
     key
         Deals the particles of the set.
-    config, mask
+    config, mask, watch
         See `ParticleSet`.
     indices
         The particles of the set; None for all.
@@ -112,7 +117,7 @@ def make_particle_set(
         config.max_shift,
     )
     fold = _dealt(particles, key)
-    return ParticleSet(indices, particles, prior, fold, config, mask)
+    return ParticleSet(indices, particles, prior, fold, config, mask, watch)
 
 
 def divide(
@@ -122,6 +127,7 @@ def divide(
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None,
     mask: Float[Array, "_ _ _"] | None = None,
+    watch: Watch = unwatched,
 ) -> tuple[PRNGKeyArray, list[ParticleSet]]:
     """Deal the particles into sets and folds.
 
@@ -137,6 +143,8 @@ def divide(
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
     mask
         From 0 in the solvent to 1, of the map's side ``n``.
+    watch
+        Told how far each stage of a computation is.
 
     Returns
     -------
@@ -155,7 +163,7 @@ def divide(
     if config.half_sets:
         indices_of_sets = halves(particles, dealing, subsets)
     particle_sets = [
-        make_particle_set(particles, poses, fold, config, mask, indices)
+        make_particle_set(particles, poses, fold, config, mask, indices, watch)
         for indices in indices_of_sets
     ]
     return draw, particle_sets

@@ -18,19 +18,43 @@ _SHOWN = {
 }
 """What of a row is shown, as what, and how."""
 
+_STAGE_INTERVAL = 0.5  # seconds between two looks at a stage
+
 
 class Bars:
-    """One progress bar after another, on standard error."""
+    """One progress bar after another, on standard error.
+
+    Below it, another one shows the stage that a run is in.
+    """
 
     def __init__(self):
         self._bar: tqdm | None = None
+        self._stage: tqdm | None = None
+        self._name = ""
 
     def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        for bar in (self._stage, self._bar):
+            if bar is not None:
+                bar.close()
+
+    def watch(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is, a :obj:`jaxrefine._watch.Watch`."""
+        if self._stage is None or stage != self._name or done < self._stage.n:
+            if self._stage is not None:
+                self._stage.close()
+            self._name = stage
+            self._stage = tqdm(
+                desc=f"{stage:>28}",
+                total=total,
+                file=sys.stderr,
+                position=0 if self._bar is None else 1,
+                leave=self._bar is None,
+                mininterval=_STAGE_INTERVAL,
+            )
+        self._stage.update(done - self._stage.n)
 
     def next(
         self, name: str, iterations: int | None, done: int = 0

@@ -79,13 +79,14 @@ def engine():
     """Count what is asked of the engine; stop it where a test says so."""
     seen = SimpleNamespace(configs=[], stop_after=None, iterations=[])
 
-    def reconstruct(particles, poses, config, *, key):
+    def reconstruct(particles, poses, config, *, key, watch):
+        watch("sums", 0, len(particles))
         seen.configs.append(config)
         n = particles.image_size
         volume = np.random.default_rng(0).normal(size=(n, n, n)).astype(np.float32)
         return SimpleNamespace(volume=volume)
 
-    def refine(particles, poses, volume, config, *, key, state, callback):
+    def refine(particles, poses, volume, config, *, key, state, callback, watch):
         seen.configs.append(config)
         done = 0 if state is None else int(state.iteration)
         for i in range(done + 1, 4):

@@ -28,8 +28,9 @@ def calls():
 def reconstruct(run, calls):
     """Run the command with a stand-in, whose maps are constant."""
 
-    def stand_in(particles, poses, config, *, key, subsets):
+    def stand_in(particles, poses, config, *, key, subsets, watch):
         assert subsets is None
+        watch("sums", 1, len(particles))
         calls.append((particles, poses, config, key))
         n = particles.image_size
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))

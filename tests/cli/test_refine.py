@@ -50,7 +50,7 @@ def stand_in():
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[])
 
     def refine(
-        particles, poses, volume, config, *, key, subsets, mask, state, callback
+        particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
     ):
         seen.calls.append(SimpleNamespace(**locals()))
         if seen.stop_after == 0:

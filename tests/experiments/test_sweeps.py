@@ -391,7 +391,7 @@ def test_a_closing_update_makes_a_map_of_the_last_poses(run_script, tmp_path):
 
 NAMES = ("projection matching", "projection matching, steps as 1/n")
 NAMES += ("spatial, cost", "spatial, cost and gradient", "spatial, Algorithm 3")
-NAMES += ("slices, cost and gradient", "slices, LM step", "slices, LM")
+NAMES += ("slices, cost and gradient", "slices, visit")
 
 
 def point(size, scale=1.0):

@@ -1,5 +1,7 @@
 """Progress bars count what was done, whether they are told of each iteration or not."""
 
+from itertools import groupby
+
 from jaxrefine.runs.progress import Bars
 
 
@@ -22,3 +24,27 @@ def test_a_bar_without_an_end(capsys):
         endless(None, {"resolution_in_angstroms": 36.857})
     last = shown_last(capsys.readouterr().err)
     assert "without an end: 1it" in last and "resolution=36.9 Å" in last
+
+
+def test_the_stage_of_a_run_is_below_its_bar(capsys):
+    """Each in its turn, and the same one again in the next iteration."""
+    with Bars() as bars:
+        bars.next("refining", 3)
+        for stage, done in (("poses", 0), ("poses", 9), ("sums", 0), ("poses", 0)):
+            bars.watch(stage, done, 9)
+    shown = [
+        line.strip().split(":")[0]
+        for line in capsys.readouterr().err.replace("\n", "\r").split("\r")
+        if ":" in line
+    ]
+    stages = [name for name, _ in groupby(n for n in shown if n != "refining")]
+    assert stages == ["poses", "sums", "poses"]
+
+
+def test_stages_without_a_bar_remain(capsys):
+    with Bars() as bars:
+        for stage in ("noise", "sums", "maps"):
+            bars.watch(stage, 0, 4)
+            bars.watch(stage, 4, 4)
+    err = capsys.readouterr().err
+    assert all(f"{stage}: 100%" in err for stage in ("noise", "sums", "maps"))
