@@ -251,8 +251,7 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
     """
     count, m = len(source), source.particles.image_size
     with Bars() as bars:
-        advance = bars.next("checking images", count)
-        bad = source.particles.unusable(lambda done: advance(None, {"iteration": done}))
+        bad = source.particles.unusable(bars.watch)
     offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
     outside = with_poses & (offset > m / 2)
     left_out = outside | np.isin(np.arange(count), list(bad))

@@ -6,7 +6,6 @@ more images than were requested.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxrefine._types import Images
+from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError, UnusableImage
 
@@ -202,13 +202,13 @@ class Particles:
         optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
         return jnp.asarray(values), optics
 
-    def unusable(self, callback: Callable[[int], None] | None = None) -> dict[int, str]:
+    def unusable(self, watch: Watch = unwatched) -> dict[int, str]:
         """Read all images; return which of them cannot be used, and why.
 
         Parameters
         ----------
-        callback
-            Called now and then with the number of images read so far.
+        watch
+            Told how many images have been read.
 
         Returns
         -------
@@ -221,6 +221,7 @@ class Particles:
             If the images cannot be read, which says nothing of the images.
         """
         reasons: dict[int, str] = {}
+        stage = Stage(watch, "images", len(self))
         for chosen in np.array_split(
             np.arange(len(self)), math.ceil(len(self) / _AT_ONCE)
         ):
@@ -232,8 +233,7 @@ class Particles:
                         self._read(np.array([index]))
                     except UnusableImage as error:
                         reasons[index] = str(error)
-            if callback is not None:
-                callback(int(chosen[-1]) + 1)
+            stage.advance(len(chosen))
         return reasons
 
     def _read(self, chosen: Int[np.ndarray, " chosen"]) -> Float32[np.ndarray, "_ m m"]:
