@@ -62,7 +62,7 @@ def _run(
     if in_own_process:
         from jaxrefine.cli import _runtime
 
-        _runtime.set_up()
+        _runtime.set_up(getattr(options, "devices", None))
     try:
         command.run(settings_from(command.settings, vars(options)))
         sys.stdout.flush()

@@ -4,7 +4,8 @@
   compile them again. ``JAXREFINE_CACHE`` names another folder, or turns this off (0).
   ``JAX_COMPILATION_CACHE_DIR``, which is JAX's own, is left as it is.
 - The cores of a CPU are JAX's devices, up to eight, which particles are shared out
-  among. ``JAX_NUM_CPU_DEVICES``, which is JAX's own, is left as it is.
+  among, or as many as ``--devices`` says. ``JAX_NUM_CPU_DEVICES``, which is JAX's own,
+  is left as it is without that option.
 """
 
 import hashlib
@@ -16,13 +17,26 @@ from pathlib import Path
 import jax
 from jaxlib import version
 
+from jaxrefine.errors import InputError
+
 _MOST_DEVICES = 8
 _OFF = "0"
 
 
-def set_up() -> None:
-    """Tell JAX; to be called before it is used."""
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+def set_up(devices: int | None = None) -> None:
+    """Tell JAX; to be called before it is used.
+
+    Parameters
+    ----------
+    devices
+        How many devices to use; None for all.
+    """
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+        visible = ",".join(map(str, range(devices)))
+        jax.config.update("jax_cuda_visible_devices", visible)
+        jax.config.update("jax_rocm_visible_devices", visible)
+    elif "JAX_NUM_CPU_DEVICES" not in os.environ:
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         else:
@@ -36,6 +50,21 @@ def set_up() -> None:
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
             # An entry that another run is writing is compiled instead: nothing to say.
             warnings.filterwarnings("ignore", message=".*compilation cache entry.*")
+
+
+def check_devices(asked: int | None) -> None:
+    """Check that JAX has as many devices as were asked for.
+
+    Raises
+    ------
+    InputError
+        If it has another number: there are not so many, or it was told of another
+        number when this process began to use it.
+    """
+    count = jax.device_count()
+    if asked is not None and asked != count:
+        kind = jax.devices()[0].device_kind
+        raise InputError(f"--devices must be at most {count} ({kind}), got {asked}")
 
 
 def cache_folder() -> Path | None:

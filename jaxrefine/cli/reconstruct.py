@@ -5,6 +5,7 @@ import jax
 from jaxrefine import io
 from jaxrefine.cli import _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.refinement.config import RefineConfig
@@ -27,6 +28,7 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
         If the particles cannot be used, or a file cannot be written.
     """
     out = settings.out
+    check_devices(settings.devices)
     written = [out]
     if settings.half_sets:
         written += [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine.cli import _maps, _particles, _production, _published
 from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.geometry import Poses, geodesic_distance
@@ -43,6 +44,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         refuses to write.
     """
     published = settings.preset != "default"
+    check_devices(settings.devices)
     inputs = _read(settings, diameter_used=not published)
     if published:
         refinement = _published.prepare(settings, inputs)

@@ -141,13 +141,17 @@ def sum_up(
         n,
         Stage(particle_set.watch, "sums", sum(len(owners) for owners, _ in queues)),
     )
-    devices = jax.devices()
-    count = 2 ** int(math.log2(min(len(devices), FOLDS * _LANES)))
-    if count >= FOLDS:
-        return insertion.sums(queues, devices[:count])
+    devices = jax.devices()[: insertion_devices(jax.device_count())]
+    if len(devices) >= FOLDS:
+        return insertion.sums(queues, devices)
     # One device works on both folds, where two threads are faster than one.
-    each = [partial(insertion.sums, [queue], devices[:1]) for queue in queues]
+    each = [partial(insertion.sums, [queue], devices) for queue in queues]
     return [sums for (sums,) in side_by_side(each)]
+
+
+def insertion_devices(devices: int) -> int:
+    """Return how many of the devices insert images: a power of two, at most 16."""
+    return 2 ** int(math.log2(min(devices, FOLDS * _LANES)))
 
 
 @dataclass(frozen=True)

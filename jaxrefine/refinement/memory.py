@@ -31,6 +31,7 @@ from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.insertion import insertion_devices
 
 _T = TypeVar("_T")
 
@@ -47,7 +48,7 @@ _STATE = 20  # maps and multipliers of two folds, before and after
 _REFERENCE = 20  # a fold's filtered map and its oversampled spectrum, being made
 _COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
-_INSERTED = 27  # the same of one fold, a running sum, and what is added to it
+_INSERTED = 18  # a running sum of a device or thread, before and after a batch
 _FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
 _GRIDDING = 45  # the same, over the cube of the oversampling
 _DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
@@ -168,17 +169,19 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     else:
         grid = _GRIDDING * insertion.oversampling**3
     inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
-    devices = jax.local_device_count()
-    size = whole_batch(min(config.batch_size, particles), devices)
+    on_cpu = jax.default_backend() == "cpu"
+    size = whole_batch(min(config.batch_size, particles), jax.local_device_count())
+    # A CPU's devices share its memory. Two threads insert images if there is only one.
+    devices = jax.local_device_count() if on_cpu else 1
+    inserting = max(FOLDS, insertion_devices(devices)) if on_cpu else 1
     batch = size * _PIXEL * image_size**2
     block = devices * max(_VISITED, BLOCK * _CURVATURE * points)
     pose = (_REFERENCE + _COPY * (devices - 1)) * cube + batch + block
-    # The images of both folds are inserted at the same time.
-    insertions = (_INSERTED + FOLDS * grid) * cube + FOLDS * inserted
+    insertions = (_SUMS + inserting * (_INSERTED + grid)) * cube + inserting * inserted
     volume = max(_DATA_TERMS * cube, insertions)
     held = (_STATE * sets + _SUMS * (sets - 1)) * cube
     held += _HYPOTHESIS * (config.hypotheses + 1) * particles
-    programs = _PROGRAMS if jax.default_backend() == "cpu" else 0
+    programs = _PROGRAMS if on_cpu else 0
     return int(programs + held + max(pose, volume))
 
 

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jaxrefine.cli import _runtime
+from jaxrefine.errors import InputError
 
 TELL = """
 import jax
@@ -70,6 +72,21 @@ def test_the_folder_and_the_devices_can_be_chosen(tmp_path):
     assert devices == "3" and folder.startswith(str(chosen)) and entries(chosen)
     cache = tmp_path / "of-jax"
     assert told(tmp_path, JAX_COMPILATION_CACHE_DIR=str(cache))[1] == str(cache)
+
+
+def test_fewer_devices_can_be_asked_for(tmp_path):
+    """Whatever the environment says; the command's own check agrees."""
+    program = TELL.replace("set_up()", "set_up(2)\n_runtime.check_devices(2)")
+    devices, _ = told(tmp_path, program, JAX_NUM_CPU_DEVICES="3")
+    assert devices == "2"
+
+
+def test_devices_that_are_not_there_are_refused():
+    count = jax.device_count()
+    _runtime.check_devices(None)
+    _runtime.check_devices(count)
+    with pytest.raises(InputError, match=f"at most {count} .*, got {count + 1}"):
+        _runtime.check_devices(count + 1)
 
 
 def test_a_folder_that_cannot_be_made_is_done_without(tmp_path):

@@ -138,6 +138,7 @@ class RefineSettings:
     batch_size: int | None = shared.batch_size(
         None, default_text="256 or what the memory allows, paper and released 4"
     )
+    devices: int | None = shared.devices()
     memory: float | None = option(
         None,
         unit="GiB",

@@ -23,6 +23,17 @@ def batch_size(default: int | None, **declaration: Any) -> Any:
     )
 
 
+def devices() -> Any:
+    """Declare how many of the devices are used."""
+    return option(
+        None,
+        least=1,
+        affects_results=False,
+        default_text="all; of a CPU its cores, at most 8",
+        help="devices that share the particles: GPUs, or cores of a CPU",
+    )
+
+
 def symmetry(**declaration: Any) -> Any:
     """Declare the point group of a map."""
     return option(
