@@ -9,3 +9,7 @@ class InputError(ValueError):
     a name, and without a full stop. The command line prints only the command and the
     message, and exits with code 2.
     """
+
+
+class UnusableImage(InputError):
+    """Raised for an image that cannot be used, while others of its source can."""

@@ -7,6 +7,7 @@ and a SIGTERM with exit code 143.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,10 @@ def _run(
     """Run a command as `main` does, unless it is stopped."""
     if in_own_process:
         _signals.answer()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The names of files may have bytes that are no text.
+            stream.reconfigure(errors="backslashreplace")
     options = _parser(commands).parse_args(arguments)
     (command,) = (each for each in commands if each.name == options.command)
     if in_own_process:

@@ -10,12 +10,15 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrefine import io
-from jaxrefine.cli.commands.shared import ImageSettings
+from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.columns import particle_table
+from jaxrefine.io.fields import called, is_cs, lack_of
 from jaxrefine.refinement.sets import divided
+from jaxrefine.runs.progress import Bars
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
@@ -30,6 +33,7 @@ _Data = TypeVar("_Data", Particles, Poses)
 def read(
     path: Path,
     settings: ImageSettings,
+    cryosparc: CryosparcSettings,
     *,
     with_poses: bool,
     diameter_used: bool = False,
@@ -42,6 +46,8 @@ def read(
         The table of particles.
     settings
         How images are found and prepared.
+    cryosparc
+        What belongs to a table of cryoSPARC.
     with_poses
         Whether the poses of the particles are used.
     diameter_used
@@ -53,30 +59,28 @@ def read(
         If the particles cannot be used, or lack poses that are used; if the side of
         the images is odd; if the diameter is larger than the box, or of no use.
     """
-    source = io.read_particles(path, settings.datadir)
+    source = io.read_particles(
+        path,
+        settings.datadir,
+        passthrough=cryosparc.passthrough,
+        class_number=cryosparc.class_,
+        with_ctf=not settings.no_ctf,
+    )
     particles = source.particles
     if with_poses and not source.has_poses:
-        raise InputError(
-            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none; "
-            "`jaxrefine match` finds them"
-        )
-    if (
-        settings.invert
-        and particles.ctf is not None
-        and np.any(particles.ctf.scale < 0)
-    ):
-        raise InputError(
-            "--invert must not be given for particles that are inverted already, got "
-            f"{path}, which says that protein is dark (a negative rlnCtfScalefactor, "
-            "or blob/sign)"
-        )
+        lack = f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
+        if is_cs(path):
+            lack = lack_of("alignments3D", path, source.joined)
+        raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
+    _check_sign(source, settings)
     m = particles.image_size
     if m % 2:
         raise InputError(
             "the side of images must be even, here as in RELION, got images of "
             f"{m} x {m} pixels in {path}"
         )
-    _tell_what_is_done(source)
+    tell_where_from(path, source)
+    _tell_what_is_done(source, settings)
     diameter, box = settings.particle_diameter, particles.box_in_angstroms
     if diameter is not None and diameter > box:
         raise InputError(
@@ -91,6 +95,46 @@ def read(
         )
     circle = _CIRCLE * box if diameter is None else diameter
     return _prepared(source, settings, circle, with_poses)
+
+
+def _check_sign(source: io.ParticleFile, settings: ImageSettings) -> None:
+    """Refuse to invert images twice, and to lose what the table says of their sign.
+
+    It says it by the scale of the contrast-transfer function.
+    """
+    if not source.protein_is_dark or settings.invert == settings.no_ctf:
+        return
+    says = (
+        f"{source.path}, which says that protein is dark (a negative "
+        "rlnCtfScalefactor, or blob/sign)"
+    )
+    if settings.invert:
+        raise InputError(
+            "--invert must not be given for particles that are inverted already, got "
+            f"{says}"
+        )
+    raise InputError(
+        f"--no-ctf must be given with --invert if protein is dark, got {says}"
+    )
+
+
+def tell_where_from(path: Path, table: io.TableFile | io.ParticleFile) -> None:
+    """Tell which files and which classes the fields of a cryoSPARC table are from."""
+    for passthrough, groups in table.joined.items():
+        if groups:
+            print(
+                f"{path}: {', '.join(groups)} by uid from {passthrough}",
+                file=sys.stderr,
+            )
+    if len(table.classes) > 1:
+        sizes = ", ".join(f"{size} of {k}" for k, size in table.classes.items())
+        kept = len(particle_table(table.blocks, path)["rlnImageName"])
+        done = f"{kept} are kept"
+        if kept == sum(table.classes.values()):
+            done = "each has the pose of its most probable class; --class keeps one"
+        print(
+            f"{path}: particles of several classes ({sizes}); {done}", file=sys.stderr
+        )
 
 
 def _prepared(
@@ -108,7 +152,7 @@ def _prepared(
     return replace(source, particles=replace(particles, images=images))
 
 
-def _tell_what_is_done(source: io.ParticleFile) -> None:
+def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None:
     """Tell of images that are resampled, and of optics that are ignored or absent."""
     pixel, smallest = source.particles.pixel_size_in_angstroms, source.pixel_sizes.min()
     if isinstance(source.particles.images, Resampled):
@@ -117,7 +161,7 @@ def _tell_what_is_done(source: io.ParticleFile) -> None:
             f"resampled to {pixel:g} A",
             file=sys.stderr,
         )
-    if source.particles.ctf is None:
+    if source.particles.ctf is None and not settings.no_ctf:
         print(
             f"{source.path} gives no defocus: its images are taken to have no "
             "contrast-transfer function",
@@ -206,7 +250,8 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
         If none can be used.
     """
     count, m = len(source), source.particles.image_size
-    bad = source.particles.unusable()
+    with Bars() as bars:
+        bad = source.particles.unusable(bars.watch)
     offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
     outside = with_poses & (offset > m / 2)
     left_out = outside | np.isin(np.arange(count), list(bad))
@@ -258,13 +303,13 @@ def tell_what_is_shared(
     )
     count = 0 if subsets is None else divided(subsets, cluster)
     if count:
-        in_cs = source.path.suffix == ".cs"
-        column = "alignments3D/split" if in_cs else "rlnRandomSubset"
+        name = called("rlnRandomSubset", source.path)
         print(
-            f"{source.path}: the half sets of the table ({column}) divide "
+            f"{source.path}: the half sets of the table ({name}) divide "
             f"{count} of {cluster.max() + 1} such groups of rows; they are used as "
             "they are, but they are not independent, and the Fourier shell correlation "
-            "of their maps is too high: remove the column to have half sets dealt anew",
+            f"of their maps is too high: remove the {name} to have half sets dealt "
+            "anew",
             file=sys.stderr,
         )
 

@@ -14,6 +14,7 @@ from jaxrefine import evaluation, io, simulate
 from jaxrefine.cli.commands.demo import DemoSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.refinement.config import RefineConfig
@@ -58,7 +59,7 @@ def run(settings: DemoSettings, engine: Engine = DEFAULT) -> None:
             summary |= environment | provenance.usage(folder.history.elapsed_s)
             io.write_json(out / "summary.json", summary)
             folder.finish({})
-        print(report_text(io.read_json(out / "summary.json")))
+        print(_summary_text(out / "summary.json"))
     print(f"maps, pictures and summary.json are in {out}")
 
 
@@ -217,6 +218,18 @@ def _draw(
             "joint": np.asarray(getattr(errors["joint"], member)),
         }
         plots.error_histograms(out / file, shown, unit, caption)
+
+
+def _summary_text(path: Path) -> str:
+    """Return the lines of a summary that was written, maybe long ago."""
+    summary = io.read_json(path)
+    try:
+        return report_text(summary)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} must be as the demo wrote it, got something else; name another "
+            "folder to make it again"
+        ) from error
 
 
 def report_text(summary: Mapping[str, Any]) -> str:

@@ -2,14 +2,19 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from jaxrefine import evaluation, io, symmetry
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli._particles import tell_where_from
 from jaxrefine.cli.commands.evaluate import EvaluateSettings
+from jaxrefine.cli.commands.shared import CryosparcSettings
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.fields import is_cs
+from jaxrefine.io.star import Table
 
 _MOST_COPIES = 240  # Icosahedral expansion makes 60, and tables may be joined.
 _SHOWN = (
@@ -28,10 +33,18 @@ def run(settings: EvaluateSettings) -> None:
     """
     if settings.json is not None:
         check_can_be_written(settings.json)
-        check_is_no_input(settings.json, settings.result, settings.truth)
+        inputs = [settings.result, settings.truth]
+        if settings.cryosparc.passthrough is not None:
+            inputs.append(settings.cryosparc.passthrough)
+        check_is_no_input(settings.json, *inputs)
     operators = symmetry.operators(settings.symmetry)
     paths = (settings.result, settings.truth)
-    tables = [io.read_blocks(path) for path in paths]
+    # What belongs to cryoSPARC's table does not concern the other, if that is RELION's.
+    concerned = [path for path in paths if is_cs(path)] or paths
+    tables = [
+        _read(path, settings.cryosparc if path in concerned else CryosparcSettings())
+        for path in paths
+    ]
     result, truth = (
         io.poses_on_one_grid(table, path)
         for table, path in zip(tables, paths, strict=True)
@@ -58,6 +71,13 @@ def run(settings: EvaluateSettings) -> None:
     for degrees in (5, 10):
         share = 100 * summary[f"fraction_within_{degrees}_degrees"]
         print(f"{share:.1f} % within {degrees} degrees")
+
+
+def _read(path: Path, cryosparc: CryosparcSettings) -> dict[str, Table]:
+    """Read a table, and tell what of cryoSPARC's files it is made from."""
+    table = io.read_table(path, cryosparc.passthrough, cryosparc.class_, with_ctf=False)
+    tell_where_from(path, table)
+    return table.blocks
 
 
 def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]:

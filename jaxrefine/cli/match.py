@@ -32,8 +32,12 @@ def run(
     """
     out = settings.out
     check_can_be_written(out)
-    source = _particles.read(settings.particles, settings.images, with_poses=False)
-    check_is_no_input(out, source.path, settings.map, *source.stacks.values())
+    source = _particles.read(
+        settings.particles, settings.images, settings.cryosparc, with_poses=False
+    )
+    check_is_no_input(
+        out, source.path, settings.map, *source.joined, *source.stacks.values()
+    )
     volume = _maps.read_map_for(
         source, settings.map, settings.map_voxel_size, settings.resample
     )

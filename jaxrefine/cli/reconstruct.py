@@ -37,9 +37,11 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     config = RefineConfig(
         symmetry=settings.symmetry, tau=settings.tau, batch_size=settings.batch_size
     )
-    source = _particles.read(settings.particles, settings.images, with_poses=True)
+    source = _particles.read(
+        settings.particles, settings.images, settings.cryosparc, with_poses=True
+    )
     for path in written:
-        check_is_no_input(path, source.path, *source.stacks.values())
+        check_is_no_input(path, source.path, *source.joined, *source.stacks.values())
 
     key = jax.random.key(settings.seed)
     subsets = source.random_subset if settings.half_sets else None

@@ -17,7 +17,12 @@ from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
-from jaxrefine.runs.fingerprint import fingerprint, stacks_digest, unseen_digest
+from jaxrefine.runs.fingerprint import (
+    file_digest,
+    fingerprint,
+    stacks_digest,
+    unseen_digest,
+)
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -55,6 +60,11 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     }
     stacks = list(inputs.source.stacks.values())
     identity = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
+    used = [path for path, groups in inputs.source.joined.items() if groups]
+    if settings.cryosparc.passthrough is None and used:
+        # One that was found counts as if it was given.
+        digests = [file_digest(path) for path in used]
+        identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         written = unseen_digest(stacks)
         if folder.keep("stacks_written", written) != written:
@@ -94,6 +104,7 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
     source = _particles.read(
         settings.particles,
         settings.images,
+        settings.cryosparc,
         with_poses=True,
         diameter_used=diameter_used,
     )

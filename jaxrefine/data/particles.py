@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxrefine._types import Images
+from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.ctf import CTF
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, UnusableImage
 
 _AT_ONCE = 64  # images in memory while all are looked at
 
@@ -34,7 +35,10 @@ class ImageSource(Protocol):
         ...
 
     def __getitem__(self, indices: Any, /) -> Any:
-        """Return the images at an array of indices, ``(len(indices), m, m)``."""
+        """Return the images at an array of indices, ``(len(indices), m, m)``.
+
+        May raise `UnusableImage` for one of them, which can then be left out.
+        """
         ...
 
 
@@ -198,26 +202,38 @@ class Particles:
         optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
         return jnp.asarray(values), optics
 
-    def unusable(self) -> dict[int, str]:
+    def unusable(self, watch: Watch = unwatched) -> dict[int, str]:
         """Read all images; return which of them cannot be used, and why.
+
+        Parameters
+        ----------
+        watch
+            Told how many images have been read.
 
         Returns
         -------
         For the index of each image that `batch` refuses, or its source, the sentence
         with which it does. `take` leaves such images out.
+
+        Raises
+        ------
+        InputError
+            If the images cannot be read, which says nothing of the images.
         """
         reasons: dict[int, str] = {}
+        stage = Stage(watch, "images", len(self))
         for chosen in np.array_split(
             np.arange(len(self)), math.ceil(len(self) / _AT_ONCE)
         ):
             try:
                 self._read(chosen)
-            except InputError:
+            except UnusableImage:
                 for index in chosen.tolist():
                     try:
                         self._read(np.array([index]))
-                    except InputError as error:
+                    except UnusableImage as error:
                         reasons[index] = str(error)
+            stage.advance(len(chosen))
         return reasons
 
     def _read(self, chosen: Int[np.ndarray, " chosen"]) -> Float32[np.ndarray, "_ m m"]:
@@ -228,7 +244,7 @@ class Particles:
             bad = int(chosen[np.argmin(finite)])
             if isinstance(self.images, _Chosen):
                 bad = int(self.images.indices[bad])
-            raise InputError(
+            raise UnusableImage(
                 f"image {bad} (from 0) must be finite, got a value that is not"
             )
         return values

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from jaxrefine.data.particles import ImageSource
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, UnusableImage
 from jaxrefine.operators.resample import interpolation_matrix
 
 # Fewest background pixels: their standard deviation is then known to about 18 %.
@@ -142,7 +142,7 @@ class Normalised(_Derived):
         constant = np.flatnonzero(deviation == 0)
         if len(constant):
             number = np.arange(self.shape[0])[indices][constant[0]]
-            raise InputError(
+            raise UnusableImage(
                 f"image {number} (from 0) must vary outside the particle to be "
                 "normalised by its background, got a constant one"
             )

@@ -7,17 +7,20 @@ digests.
 """
 
 from jaxrefine.io.atomic import check_writable as check_writable
+from jaxrefine.io.atomic import reading as reading
 from jaxrefine.io.atomic import writing as writing
 from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
+from jaxrefine.io.cs import TableFile as TableFile
 from jaxrefine.io.cs import read_cs as read_cs
-from jaxrefine.io.json import append_json_line as append_json_line
-from jaxrefine.io.json import keep_lines as keep_lines
+from jaxrefine.io.json import append_line as append_line
+from jaxrefine.io.json import json_line as json_line
 from jaxrefine.io.json import read_json as read_json
-from jaxrefine.io.json import read_json_lines as read_json_lines
 from jaxrefine.io.json import write_json as write_json
-from jaxrefine.io.mrc import map_stack as map_stack
+from jaxrefine.io.json import write_lines as write_lines
+from jaxrefine.io.mrc import Stack as Stack
 from jaxrefine.io.mrc import new_stack as new_stack
+from jaxrefine.io.mrc import open_stack as open_stack
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms
@@ -25,8 +28,8 @@ from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
 from jaxrefine.io.particles import ParticleFile as ParticleFile
 from jaxrefine.io.particles import image_identities as image_identities
-from jaxrefine.io.particles import read_blocks as read_blocks
 from jaxrefine.io.particles import read_particles as read_particles
+from jaxrefine.io.particles import read_table as read_table
 from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles
 from jaxrefine.io.poses import poses_on_one_grid as poses_on_one_grid

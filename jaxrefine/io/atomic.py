@@ -6,6 +6,7 @@ the previous file or the complete new one.
 
 import os
 import re
+import stat
 import tempfile
 import uuid
 import weakref
@@ -25,18 +26,46 @@ def existing_file(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        If the path does not exist, is not a regular file, or cannot be accessed.
+        If the path does not exist, or is a symbolic link to nothing, is not a regular
+        file, or cannot be accessed.
     """
     path = Path(path)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} {broken_link(path) or 'does not exist'}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}") from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} must be a file, got a folder")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} must be a regular file, got a pipe or a device")
+    return path
+
+
+def broken_link(path: Path) -> str | None:
+    """Return which link of a path leads to nothing, in words that follow its name."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            link = "is" if place == path else f"does not exist: {place} is"
+            return f"{link} a symbolic link to {os.readlink(place)}, which is missing"
+    return None
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into an `InputError` that names the file.
+
+    Raises
+    ------
+    InputError
+        If the body raises ``OSError``: no permission, a disk that does not answer.
+    """
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    if is_folder:
-        raise InputError(f"{path} must be a file, got a folder")
-    if not is_file:
-        raise InputError(f"{path} does not exist")
-    return path
 
 
 @contextmanager

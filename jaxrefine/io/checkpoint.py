@@ -13,13 +13,17 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.atomic import atomic_path, existing_file
 
 _NAME = "jaxrefine checkpoint"
-_FORMAT = f"{_NAME} 2"
+_FORMAT = f"{_NAME} 3"
 _DIGEST = "sha256"
 _DIGEST_SIZE = hashlib.new(_DIGEST).digest_size
 
 
 class DamagedCheckpoint(InputError):
     """Raised when a checkpoint cannot be read, is truncated, or was changed."""
+
+
+class OtherCheckpoint(DamagedCheckpoint):
+    """Raised when a checkpoint seems to be another version's, or else is damaged."""
 
 
 def save_checkpoint(
@@ -102,7 +106,8 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
     Raises
     ------
     DamagedCheckpoint
-        If the file cannot be read, is truncated, or was changed after it was saved.
+        If the file cannot be read, is truncated, or was changed after it was saved; an
+        `OtherCheckpoint` if it may be whole, for another version of jaxrefine.
     InputError
         If the file is missing, was saved by another version of jaxrefine, or differs
         from `like` in structure, shapes or types.
@@ -115,10 +120,14 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
         raise DamagedCheckpoint(f"{path} cannot be read: {reason}") from error
     file, payload = io.BytesIO(content), memoryview(content)[:-_DIGEST_SIZE]
     form, metadata = _header(file.readline())
-    if form != _FORMAT and form.startswith(_NAME):
-        raise InputError(f"{path} was saved by another version of jaxrefine")
     digest = hashlib.new(_DIGEST, payload).digest()
-    if form != _FORMAT or digest != content[-_DIGEST_SIZE:]:
+    is_whole = digest == content[-_DIGEST_SIZE:]
+    if form != _FORMAT and form.startswith(_NAME):
+        said = f"{path} was saved by another version of jaxrefine"
+        if is_whole:
+            raise InputError(said)
+        raise OtherCheckpoint(f"{said}, or is damaged")
+    if not is_whole or form != _FORMAT:
         raise DamagedCheckpoint(f"{path} is not a complete checkpoint of jaxrefine")
     try:
         tree = eqx.tree_deserialise_leaves(file, like)

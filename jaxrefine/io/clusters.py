@@ -53,7 +53,8 @@ def _labels(
     table: Table, images: StackImages
 ) -> Iterator[tuple[str, Int[np.ndarray, " rows"]]]:
     """Yield what rows may share, in a word, and a number from 0 for each row."""
-    files = _numbered([os.path.realpath(path) for path in images.paths])
+    paths = (stack.path for stack in images.stacks)
+    files = _numbered([os.path.realpath(path) for path in paths])
     highest = int(images.index.max()) + 1
     image = files[images.file] * highest + images.index
     yield "images", np.unique(image, return_inverse=True)[1]

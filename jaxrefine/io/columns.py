@@ -2,12 +2,14 @@
 
 import math
 import reprlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from jaxrefine.errors import InputError
+from jaxrefine.io.fields import called
 from jaxrefine.io.star import Table
 
 _SINGLE = np.finfo(np.float32)
@@ -169,7 +171,7 @@ def numbers(table: Table, name: str, path: str | Path) -> Float64[np.ndarray, " 
     InputError
         If a value is not such a number.
     """
-    values = np.array([_number(text) for text in table[name]], dtype=np.float64)
+    values = parsed(table[name])
     expected = "a finite number in single precision"
     require(is_single(values), table, name, path, expected)
     return values
@@ -203,8 +205,8 @@ def require(
         row = int(np.argmin(good))
         text = reprlib.repr(table[name][row])
         raise InputError(
-            f"{path}, column {name}: the value must be {expected}, got {text} "
-            f"(row {row + 1})"
+            f"{path}, {called(name, path)}: the value must be {expected}, got "
+            f"{text} (row {row + 1})"
         )
 
 
@@ -213,8 +215,16 @@ def is_single(values: Float64[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
     return np.abs(values) <= float(_SINGLE.max)
 
 
+def parsed(texts: list[str]) -> Float64[np.ndarray, " rows"]:
+    """Parse decimal numbers; NaN for other text, and for Python's ``1_0``."""
+    together = "".join(texts)
+    if together.isascii() and "_" not in together:
+        with suppress(ValueError):
+            return np.fromiter(map(float, texts), np.float64, len(texts))
+    return np.array([_number(text) for text in texts], np.float64)
+
+
 def _number(text: str) -> float:
-    """Parse a decimal number; NaN for other text, and for Python's ``1_0``."""
     try:
         return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:

@@ -3,12 +3,14 @@
 import json
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxrefine.errors import InputError
-from jaxrefine.io.atomic import atomic_path, existing_file, writing
+from jaxrefine.io.atomic import atomic_path, existing_file, reading, writing
+
+_DEEPEST = 100
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -23,7 +25,7 @@ def write_json(path: str | Path, content: Any) -> None:
     """
     with atomic_path(path) as temporary:
         text = json.dumps(_with_nulls(content), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -32,58 +34,61 @@ def read_json(path: str | Path) -> Any:
     Raises
     ------
     InputError
-        If the file is missing or is not JSON.
+        If the file is missing, cannot be read, is not JSON, or holds objects that are
+        nested more than 100 deep.
     """
+    path = existing_file(path)
+    with reading(path):
+        text = path.read_bytes()
     try:
-        return json.loads(existing_file(path).read_text())
-    except ValueError:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not a JSON file") from None
+    if not _is_within(_DEEPEST, content):
+        raise InputError(
+            f"{path} must hold objects nested at most {_DEEPEST} deep, got more"
+        )
+    return content
 
 
-def append_json_line(path: str | Path, content: Any) -> None:
-    """Append a line of JSON to a log, and flush it to disk.
+def json_line(content: Any) -> str:
+    """Return a line of JSON without its end, with null for NaN and infinity."""
+    return json.dumps(_with_nulls(content), allow_nan=False)
 
-    NaN and infinity are written as null.
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line to a log, and flush it to disk.
 
     Raises
     ------
     InputError
         If the file cannot be written; it may then end in an incomplete line.
     """
-    line = json.dumps(_with_nulls(content), allow_nan=False) + "\n"
-    with writing(path), open(path, "a") as file:
-        file.write(line)
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects in the lines of a log, without lines that are damaged.
-
-    Raises
-    ------
-    InputError
-        If the file is missing.
-    """
-    rows = []
-    for line in existing_file(path).read_text(errors="replace").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def keep_lines(path: str | Path, count: int) -> None:
-    """Keep only the first `count` lines of a log; a missing log becomes an empty one.
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write a log anew, which appears complete or not at all.
 
     Raises
     ------
     InputError
         If the file cannot be written.
     """
-    path = Path(path)
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     with atomic_path(path) as temporary:
-        temporary.write_bytes(b"".join(lines[:count]))
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _is_within(depth: int, content: Any) -> bool:
+    """Return whether objects and lists are nested at most so deep."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if not isinstance(content, list):
+        return True
+    return depth > 0 and all(_is_within(depth - 1, each) for each in content)
 
 
 def _with_nulls(content: Any) -> Any:

@@ -3,27 +3,108 @@
 import bz2
 import gzip
 import math
-import warnings
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import mrcfile
 import numpy as np
-from jaxtyping import Array, Float, Float32, Shaped
-from mrcfile import utils as mrcfile_utils
+from jaxtyping import Array, Float, Float32, Int, Shaped
+from mrcfile.dtypes import HEADER_DTYPE
 
 from jaxrefine.errors import InputError
-from jaxrefine.io.atomic import atomic_path, existing_file, reserve
+from jaxrefine.io.atomic import atomic_path, existing_file, reading, reserve
 
 _ISOTROPY = 1e-3  # Edges this close count as equal: cell sizes in headers are rounded.
-_COMPLEX_MODES = (3, 4)
-_MODE, _NSYMBT, _WORD_MAP = slice(12, 16), slice(92, 96), slice(208, 211)
-_BYTE_ORDERS = ("little", "big")
-_DAMAGE = (ValueError, OSError, EOFError, zlib.error, MemoryError, ArithmeticError)
+_TYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # by the header's mode
+_COMPLEX_MODES, _MODE_OF_4_BITS = (3, 4), 101
+_KNOWN_MODES = {*_TYPES, *_COMPLEX_MODES, _MODE_OF_4_BITS}
+_WORD_MAP, _STAMP = slice(208, 211), slice(212, 213)
+_BIG_ENDIAN_STAMP = b"\x11"
+_HEADERS = (HEADER_DTYPE.newbyteorder("<"), HEADER_DTYPE.newbyteorder(">"))
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
+_AT_ONCE = 2**20  # bytes that are decompressed at once
+
+
+@final
+@dataclass(frozen=True)
+class Stack:
+    """The sections of an MRC file, which are read when they are asked for.
+
+    Attributes
+    ----------
+    path
+        The file.
+    shape
+        Number of sections, rows and columns.
+    dtype
+        Type of the values in the file, with its byte order.
+    offset
+        Place of the first value in the file, in bytes.
+    axes
+        The header's ``(mapc, mapr, maps)``; ``(1, 2, 3)``, that is x, y, z, if they are
+        unset.
+    voxel
+        Edges (x, y, z) of a voxel in angstroms, zero where they are unset.
+    is_compressed
+        Whether all of this is within a file of gzip or bzip2.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    offset: int
+    axes: tuple[int, int, int]
+    voxel: tuple[float, float, float]
+    is_compressed: bool
+
+    @property
+    def pixel_size_in_angstroms(self) -> float | None:
+        """Edge of a pixel: None if it is unset, NaN if not positive or not equal."""
+        if not any(self.voxel[:2]):
+            return None
+        with suppress(InputError):  # The table of particles may give the pixel size.
+            return _isotropic(self.voxel[:2], self.path)
+        return math.nan
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(
+        self, indices: Int[np.ndarray, " chosen"]
+    ) -> Shaped[np.ndarray, "chosen m m"]:
+        """Read sections, in the type of the file; neighbours in one go.
+
+        They are not mapped to memory, because the system ends a process that reads
+        beyond the end of a mapped file, and the file may become shorter meanwhile.
+
+        Raises
+        ------
+        InputError
+            If the file has become shorter, or cannot be read.
+        """
+        sections = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        steps = np.flatnonzero(np.diff(indices) != 1) + 1
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
+            for run in np.split(np.arange(len(indices)), steps):
+                if not len(run):
+                    continue
+                file.seek(self.offset + int(indices[run[0]]) * size)
+                wanted = sections[run[0] : run[-1] + 1].reshape(-1).view(np.uint8).data
+                while wanted and (count := file.readinto(wanted)):
+                    wanted = wanted[count:]
+                if wanted:
+                    raise InputError(
+                        f"{self.path} must stay as it is while it is read, got a "
+                        f"file that has become shorter: image {indices[run[-1]] + 1} "
+                        "is not there any more"
+                    )
+        return sections
 
 
 def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
@@ -50,21 +131,21 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
         If the file is missing, is not an MRC file, is truncated or complex, or if the
         map is not cubic, is not finite, or has anisotropic voxels.
     """
-    path = existing_file(path)
-    data, axes, voxel = _read(path)
-    if data.ndim == 4 and len(data) == 1:  # a stack of one volume
-        data = data[0]
-    if data.ndim != 3 or len(set(data.shape)) != 1:
-        shape = " x ".join(map(str, data.shape))
-        raise InputError(f"{path} must hold a cubic map, got an array of {shape}")
+    header = _open(path)
+    path, axes = header.path, header.axes
+    if len(set(header.shape)) != 1:
+        raise InputError(
+            f"{path} must hold a cubic map, got an array of {_text(header.shape)}"
+        )
     if sorted(axes) != [1, 2, 3]:
         raise InputError(
             f"{path}: the header's mapc, mapr, maps must be a permutation of 1, 2, 3, "
             f"got {axes}"
         )
     sections_rows_columns = axes[::-1]
-    volume = data.transpose([sections_rows_columns.index(axis) for axis in (3, 2, 1)])
-    return _finite(volume, path), _isotropic(voxel, path)
+    order = [sections_rows_columns.index(axis) for axis in (3, 2, 1)]
+    volume = _values(header).transpose(order)
+    return _finite(volume, path), _isotropic(header.voxel, path)
 
 
 def voxel_size_in_angstroms(path: str | Path) -> float | None:
@@ -75,9 +156,8 @@ def voxel_size_in_angstroms(path: str | Path) -> float | None:
     InputError
         If the file is missing, is not an MRC file, or has anisotropic voxels.
     """
-    path = existing_file(path)
-    voxel = _voxel(_header(path)[0])
-    return _isotropic(voxel, path) if any(voxel) else None
+    header = _open(path)
+    return _isotropic(header.voxel, header.path) if any(header.voxel) else None
 
 
 def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], float]:
@@ -102,27 +182,15 @@ def read_stack(path: str | Path) -> tuple[Float32[np.ndarray, "particles m m"], 
         images are not square, are not finite, are transposed, or have anisotropic
         pixels.
     """
-    path = existing_file(path)
-    data, axes, voxel = _read(path)
-    if data.ndim == 2:
-        data = data[None]
-    _require_square_images(path, data.shape, axes)
-    return _finite(data, path), _isotropic(voxel[:2], path)
+    stack = _open(path)
+    _require_square_images(stack)
+    return _finite(_values(stack), stack.path), _isotropic(stack.voxel[:2], stack.path)
 
 
-def map_stack(
-    path: str | Path,
-) -> tuple[Shaped[np.ndarray, "particles m m"], float | None]:
-    """Open a stack of square images as a memory map, without reading them.
+def open_stack(path: str | Path) -> Stack:
+    """Open a stack of square images, without reading them.
 
-    Returns
-    -------
-    images
-        A memory map of the file, indexed ``[particle, y, x]``, in the file's type and
-        byte order. Values are not checked.
-    pixel_size
-        Edge of a pixel in angstroms; None if the header leaves it unset, NaN if the
-        header's edges are not positive or not equal.
+    Values are not checked.
 
     Raises
     ------
@@ -130,23 +198,14 @@ def map_stack(
         For the reasons of `read_stack`, except values that are not finite, and if the
         file is compressed.
     """
-    path = existing_file(path)
-    if _is_compressed(path):
+    stack = _open(path)
+    if stack.is_compressed:
         raise InputError(
             f"{path} is compressed; decompress it first, because its images are read "
             "in place"
         )
-    header, dtype, offset = _header(path)
-    shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
-    _require_square_images(path, shape, _axes(header))
-    voxel = _voxel(header)[:2]
-    images = np.memmap(path, dtype, "r", offset, shape)
-    pixel = None
-    if any(voxel):
-        pixel = math.nan
-        with suppress(InputError):  # The table of particles may give the pixel size.
-            pixel = _isotropic(voxel, path)
-    return images, pixel
+    _require_square_images(stack)
+    return stack
 
 
 def write_mrc(
@@ -212,108 +271,148 @@ def new_stack(
         yield data
 
 
-def _read(path: Path) -> tuple[np.ndarray, tuple[int, ...], tuple[float, ...]]:
-    """Return the data as stored, (mapc, mapr, maps), and the voxel size (x, y, z)."""
-    header, _, _ = _header(path)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            mrcfile.open(path, permissive=True) as mrc,
-        ):
-            data = mrc.data
-    except _DAMAGE:
-        data = None
-    if data is None or not data.size:
-        raise InputError(f"{path} is truncated or damaged: its values cannot be read")
-    return data, _axes(header), _voxel(header)
+def _open(path: str | Path) -> Stack:
+    """Read the header of an MRC file.
 
-
-def _header(path: Path) -> tuple[Any, np.dtype, int]:
-    """Return a file's header, the type of its values, and their offset in bytes."""
-    try:
-        _require_start(path)
-        with (
-            warnings.catch_warnings(action="ignore"),
-            mrcfile.open(path, permissive=True, header_only=True) as mrc,
-        ):
-            header: Any = mrc.header
-        if int(header.mode) in _COMPLEX_MODES:
-            raise InputError(f"{path} must hold real values, got complex ones")
-        dtype = mrcfile_utils.data_dtype_from_header(header)
-    except InputError:
-        raise
-    except _DAMAGE:
-        raise InputError(f"{path} is not an MRC file, or is damaged") from None
-    offset = header.nbytes + int(header.nsymbt)
-    shape = tuple(int(count) for count in (header.nz, header.ny, header.nx))
-    expected, actual = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
-    if min(shape) < 1 or (expected > actual and not _is_compressed(path)):
+    Its byte order is the one in which it fits the file. The word ``MAP`` may be
+    missing, as in files of old programs, if the file is exactly as long as it should
+    be.
+    """
+    path = existing_file(path)
+    with reading(path), open(path, "rb") as file:
+        start, size = file.read(HEADER_DTYPE.itemsize), os.fstat(file.fileno()).st_size
+    is_compressed = start[_WORD_MAP] != b"MAP" and start[:2] in _DECOMPRESSORS
+    if is_compressed:
+        start, size = _decompressed(path, HEADER_DTYPE.itemsize), None
+    has_word = start[_WORD_MAP] == b"MAP"
+    if len(start) < HEADER_DTYPE.itemsize:
         raise InputError(
-            f"{path} is truncated or damaged: according to its header of "
-            f"{' x '.join(map(str, shape))} values it must have {expected} bytes, got "
-            f"{actual}"
+            f"{path} is not an MRC file: it must have a header of "
+            f"{HEADER_DTYPE.itemsize} bytes, got {len(start)}"
         )
-    return header, dtype, offset
+    errors = []
+    for dtype in _HEADERS[:: -1 if start[_STAMP] == _BIG_ENDIAN_STAMP else 1]:
+        header = np.frombuffer(start, dtype)[0]
+        try:
+            stack = _described(header, path, is_compressed)
+            _require_length(stack, size, exactly=not has_word)
+            return stack
+        except InputError as error:
+            errors.append((int(header["mode"]) not in _KNOWN_MODES, error))
+    if not has_word:
+        raise InputError(
+            f"{path} is not an MRC file: its header lacks the word MAP, and the mode "
+            "and the sizes in it do not fit the length of the file"
+        )
+    raise min(errors, key=lambda each: each[0])[1]
 
 
-def _is_compressed(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) in _DECOMPRESSORS
-
-
-def _axes(header: Any) -> tuple[int, ...]:
-    """Return (mapc, mapr, maps); (1, 2, 3), that is x, y, z, if they are unset."""
-    axes = tuple(int(axis) for axis in (header.mapc, header.mapr, header.maps))
-    return axes if any(axes) else (1, 2, 3)
-
-
-def _voxel(header: Any) -> tuple[float, ...]:
-    """Return the edges (x, y, z) of a voxel in angstroms, zero where they are unset."""
-    return tuple(
-        float(header.cella[axis]) / float(count) if count else 0.0
-        for axis, count in zip("xyz", (header.mx, header.my, header.mz), strict=True)
+def _described(header: np.void, path: Path, is_compressed: bool) -> Stack:
+    """Return what a header says of a file."""
+    mode, extended = int(header["mode"]), int(header["nsymbt"])
+    if mode in _COMPLEX_MODES:
+        raise InputError(f"{path} must hold real values, got complex ones")
+    if mode == _MODE_OF_4_BITS:
+        raise InputError(
+            f"{path} must hold values of at least 8 bits, got some of 4 bits (mode "
+            f"{mode}); `newstack -mode 1` of IMOD converts them"
+        )
+    if mode not in _TYPES:
+        raise InputError(
+            f"{path} is damaged: the mode in its header must be one of "
+            f"{', '.join(map(str, _TYPES))}, got {mode}"
+        )
+    nz, ny, nx = (int(header[name]) for name in ("nz", "ny", "nx"))
+    if min(nz, ny, nx, extended + 1) < 1:
+        raise InputError(
+            f"{path} is truncated or damaged: its header must announce values, got "
+            f"{nz} x {ny} x {nx} of them after an extended header of {extended} bytes"
+        )
+    axes = (int(header["mapc"]), int(header["mapr"]), int(header["maps"]))
+    x, y, z = (
+        float(header["cella"][axis]) / float(header[count]) if header[count] else 0.0
+        for axis, count in (("x", "mx"), ("y", "my"), ("z", "mz"))
+    )
+    return Stack(
+        path=path,
+        shape=(nz, ny, nx),
+        dtype=np.dtype(_TYPES[mode]).newbyteorder(header.dtype["mode"].byteorder),
+        offset=HEADER_DTYPE.itemsize + extended,
+        axes=axes if any(axes) else (1, 2, 3),
+        voxel=(x, y, z),
+        is_compressed=is_compressed,
     )
 
 
-def _require_square_images(
-    path: Path, shape: tuple[int, ...], axes: tuple[int, ...]
-) -> None:
-    if len(shape) != 3 or shape[1] != shape[2]:
-        text = " x ".join(map(str, shape))
-        raise InputError(
-            f"{path} must hold a stack of square images, got an array of {text}"
-        )
-    if axes != (1, 2, 3):
-        raise InputError(
-            f"{path}: the header's mapc, mapr, maps must be 1, 2, 3 for a stack of "
-            f"images, got {axes}"
-        )
+def _require_length(stack: Stack, size: int | None, *, exactly: bool = False) -> None:
+    """Raise if a file is shorter than its header says; it may be longer.
 
-
-def _require_start(path: Path) -> None:
-    """Raise if a file does not begin as an MRC file.
-
-    Without the word ``MAP`` that is an ``InputError``. If the extended header is longer
-    than the file, in the byte order in which the mode is a small number, it is a
-    ``ValueError``. This check must precede `mrcfile`, which allocates as much memory as
-    the header asks for, whatever the bytes are.
+    Parameters
+    ----------
+    stack
+        What the header says.
+    size
+        Length of the file in bytes; None if that is not known, as of a compressed one.
+    exactly
+        Whether it must not be longer either.
     """
-    with open(path, "rb") as file:
-        start = file.read(_WORD_MAP.stop)
-    size = path.stat().st_size
-    if start[_WORD_MAP] != b"MAP" and start[:2] in _DECOMPRESSORS:
-        with _DECOMPRESSORS[start[:2]](path, "rb") as file:
-            start = file.read(_WORD_MAP.stop)
-        size = math.inf
-    if start[_WORD_MAP] != b"MAP":
-        raise InputError(f"{path} is not an MRC file: its header lacks the word MAP")
-    lengths = [
-        int.from_bytes(start[_NSYMBT], order)
-        for order in _BYTE_ORDERS
-        if int.from_bytes(start[_MODE], order) < 2**16
-    ]
-    if min(lengths, default=0) > size:
-        raise ValueError
+    expected = stack.offset + math.prod(stack.shape) * stack.dtype.itemsize
+    if size is not None and (size < expected or (exactly and size > expected)):
+        raise InputError(
+            f"{stack.path} is truncated or damaged: according to its header of "
+            f"{_text(stack.shape)} values it must have {expected} bytes, got {size}"
+        )
+
+
+def _values(stack: Stack) -> Shaped[np.ndarray, "nz ny nx"]:
+    """Read all values of a file, and nothing that may follow."""
+    count = math.prod(stack.shape)
+    if stack.is_compressed:
+        size = stack.offset + count * stack.dtype.itemsize
+        data = _decompressed(stack.path, size)
+        _require_length(stack, len(data))
+        values = np.frombuffer(data, stack.dtype, count, stack.offset)
+    else:
+        with reading(stack.path):
+            values = np.fromfile(stack.path, stack.dtype, count, offset=stack.offset)
+        _require_length(stack, stack.offset + values.nbytes)
+    return values.reshape(stack.shape)
+
+
+def _decompressed(path: Path, size: int) -> bytearray:
+    """Return at most `size` bytes of what is compressed in a file."""
+    data = bytearray()
+    with reading(path), open(path, "rb") as compressed:
+        opener = _DECOMPRESSORS[compressed.read(2)]
+        compressed.seek(0)
+        try:
+            with opener(compressed) as file:
+                while chunk := file.read(min(_AT_ONCE, size - len(data))):
+                    data += chunk
+        except (EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # The others say that the content is damaged.
+            raise InputError(
+                f"{path} is not an MRC file, or is damaged: it cannot be decompressed"
+            ) from None
+    return data
+
+
+def _require_square_images(stack: Stack) -> None:
+    if stack.shape[1] != stack.shape[2]:
+        raise InputError(
+            f"{stack.path} must hold a stack of square images, got an array of "
+            f"{_text(stack.shape)}"
+        )
+    if stack.axes != (1, 2, 3):
+        raise InputError(
+            f"{stack.path}: the header's mapc, mapr, maps must be 1, 2, 3 for a stack "
+            f"of images, got {stack.axes}"
+        )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _finite(data: np.ndarray, path: Path) -> np.ndarray:

@@ -29,13 +29,15 @@ from jaxrefine.io.columns import (
     numbers,
     of_each,
     of_each_if_any,
+    parsed,
     particle_block,
     particle_table,
     pixel_sizes_if_any,
     require,
     whole_numbers,
 )
-from jaxrefine.io.cs import read_cs
+from jaxrefine.io.cs import TableFile, read_cs, refuse_group_file
+from jaxrefine.io.fields import called, is_cs, lack_of
 from jaxrefine.io.poses import pose_columns, poses_on_one_grid
 from jaxrefine.io.stacks import (
     locate,
@@ -83,6 +85,9 @@ class ParticleFile:
     shared
         How many different images, particles and helical tubes the rows are of, by these
         words, where several rows are of one; these are clusters of `particles`.
+    joined, classes
+        Of a cryoSPARC table: where its fields were found, and the number of particles
+        in its classes, see `cs.TableFile`.
     """
 
     path: Path
@@ -94,9 +99,19 @@ class ParticleFile:
     optics_group: Int[np.ndarray, " particles"] | None = field(repr=False)
     stacks: dict[str, Path] = field(repr=False)
     shared: dict[str, int] = field(repr=False)
+    joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    classes: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.particles)
+
+    @property
+    def protein_is_dark(self) -> bool:
+        """Whether the file says so of an image, by a negative ``rlnCtfScalefactor``."""
+        table = particle_table(self.blocks, self.path)
+        if "rlnCtfScalefactor" not in table:
+            return False
+        return bool((parsed(table["rlnCtfScalefactor"]) < 0).any())
 
     @cached_property
     def random_subset(self) -> Int[np.ndarray, " particles"] | None:
@@ -110,30 +125,65 @@ class ParticleFile:
         table = particle_table(self.blocks, self.path)
         if "rlnRandomSubset" not in table:
             return None
-        subset = whole_numbers(table, "rlnRandomSubset", self.path)
-        good = (subset == 1) | (subset == 2)
-        require(good, table, "rlnRandomSubset", self.path, "1 or 2")
+        subset = parsed(table["rlnRandomSubset"])
+        good, expected = (subset == 1) | (subset == 2), "1 or 2"
+        if is_cs(self.path):  # The field counts from 0.
+            table = {"rlnRandomSubset": [f"{half - 1:.15g}" for half in subset]}
+            expected = "0 or 1"
+        require(good, table, "rlnRandomSubset", self.path, expected)
         if len(set(subset)) == 1:
             raise InputError(
-                f"{self.path}, column rlnRandomSubset: there must be particles of both "
-                f"half sets, 1 and 2, got {subset[0]} for all particles"
+                f"{self.path}, {called('rlnRandomSubset', self.path)}: there must be "
+                f"particles of both half sets, {expected.replace('or', 'and')}, got "
+                f"{table['rlnRandomSubset'][0]} for all particles"
             )
-        return subset
+        return subset.astype(np.int64)
 
 
-def read_blocks(path: str | Path) -> dict[str, Table]:
+def read_table(
+    path: str | Path,
+    passthrough: str | Path | None = None,
+    class_number: int | None = None,
+    *,
+    with_ctf: bool = True,
+) -> TableFile:
     """Read the blocks of a STAR file, or of a ``.cs`` file converted to one.
+
+    Parameters
+    ----------
+    path
+        The file.
+    passthrough, class_number, with_ctf
+        Of a cryoSPARC table, see `read_cs`.
 
     Raises
     ------
     InputError
-        For the reasons of `read_star` and `read_cs`.
+        For the reasons of `read_star` and `read_cs`, if the file is a ``.csg`` file of
+        cryoSPARC, or if a STAR file is given a passthrough file or a class.
     """
     path = Path(path)
-    return read_cs(path) if path.suffix == ".cs" else read_star(path)
+    if path.suffix == ".csg":
+        refuse_group_file(path)
+    if is_cs(path):
+        return read_cs(path, passthrough, class_number, with_ctf=with_ctf)
+    for given, what in ((passthrough, "passthrough file"), (class_number, "class")):
+        if given is not None:
+            raise InputError(
+                f"a {what} must be given with a cryoSPARC table (.cs), got {given} "
+                f"with {path}"
+            )
+    return TableFile(read_star(path))
 
 
-def read_particles(path: str | Path, datadir: str | Path | None = None) -> ParticleFile:
+def read_particles(
+    path: str | Path,
+    datadir: str | Path | None = None,
+    *,
+    passthrough: str | Path | None = None,
+    class_number: int | None = None,
+    with_ctf: bool = True,
+) -> ParticleFile:
     """Read a table of particles; their images are read later, on demand.
 
     The pixel size is ``rlnImagePixelSize``, ``rlnPixelSize``, ``rlnDetectorPixelSize``
@@ -157,6 +207,10 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         Folder in which stacks with a relative path are looked for first; then follow
         the folder of the file, the working directory, and the folders above that of the
         file.
+    passthrough, class_number
+        Of a cryoSPARC table, see `read_cs`.
+    with_ctf
+        Whether optics are read. If not, `particles` has none, whatever the file says.
 
     Raises
     ------
@@ -164,26 +218,31 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         If the file is not a table of particles with images, if a stack is missing,
         damaged or too short, if images differ in size, or pixel sizes by more than
         25 %, if only some of the columns of poses or of optics are there, if a value is
-        not a number in single precision, if the particles are from tomograms, or if the
-        images were multiplied by their CTF or its sign.
+        not a number in single precision, if the particles are from tomograms, if the
+        images were multiplied by their CTF or its sign, or if optics are to be read and
+        those of a cryoSPARC table are in none of its files.
     """
     path = Path(path)
-    blocks = read_blocks(path)
+    file = read_table(path, passthrough, class_number, with_ctf=with_ctf)
+    blocks = file.blocks
     table = particle_table(blocks, path)
     if not any(table.values()):
         raise InputError(f"{path} must hold particles, got none")
     if "rlnImageName" not in table:
         raise InputError(f"{path} must have the column rlnImageName, got none")
+    if with_ctf and is_cs(path) and "rlnDefocusU" not in table:
+        raise InputError(lack_of("ctf", path, file.joined))
     _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
     has_poses = not _VIEW.isdisjoint(table)
-    poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
     if has_poses:
         poses, _ = poses_on_one_grid(blocks, path)
+    else:
+        poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
     images, stacks = open_images(table["rlnImageName"], path, datadir)
     _require_box(blocks, table, images.image_size, path)
-    ctf = _ctf(blocks, table, path)
+    ctf = _ctf(blocks, table, path) if with_ctf else None
     sizes = _pixel_sizes(blocks, table, path)
     if sizes is None:
         if np.isnan(images.pixel_size_in_angstroms or 1.0):
@@ -221,6 +280,8 @@ def read_particles(path: str | Path, datadir: str | Path | None = None) -> Parti
         optics_group,
         stacks,
         shared,
+        file.joined,
+        file.classes,
     )
 
 
@@ -237,9 +298,8 @@ def write_particles(
     pixels otherwise, and also in the other unit if the table has it. A number of a pose
     that has not changed keeps its text. The names of stacks are kept if all of them are
     found from one folder: that of the new file, the working directory, or one above the
-    new file. Otherwise, stacks that
-    were found beside the old file get their path relative to the new file's folder, and
-    others their absolute path.
+    new file. Otherwise, stacks that were found beside the old file get their path
+    relative to the new file's folder, and others their absolute path.
 
     Parameters
     ----------
@@ -420,13 +480,14 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
     contrast = leaves["amplitude_contrast"]
     if not bool(((contrast >= 0) & (contrast <= 1)).all()):
         raise InputError(
-            f"{path}, column rlnAmplitudeContrast: values must be from 0 to 1, got "
-            f"{float(contrast.min()):g} to {float(contrast.max()):g}"
+            f"{path}, {called('rlnAmplitudeContrast', path)}: values must be "
+            f"from 0 to 1, got {float(contrast.min()):g} to {float(contrast.max()):g}"
         )
     lowest = float(leaves["voltage"].min())
     if not lowest > 0:
         raise InputError(
-            f"{path}, column rlnVoltage: values must be positive, got {lowest:g}"
+            f"{path}, {called('rlnVoltage', path)}: values must be positive, "
+            f"got {lowest:g}"
         )
     return CTF(**leaves)
 
@@ -476,8 +537,8 @@ def _require_box(blocks: dict[str, Table], table: Table, size: int, path: Path) 
     if sizes is not None and (sizes != size).any():
         stated = ", ".join(f"{value:g}" for value in np.unique(sizes))
         raise InputError(
-            f"{path}: rlnImageSize must be {size}, the size of the images in pixels, "
-            f"got {stated}"
+            f"{path}: {called('rlnImageSize', path)} must be {size}, the size of the "
+            f"images in pixels, got {stated}"
         )
 
 

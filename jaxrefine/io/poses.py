@@ -17,6 +17,7 @@ from jaxrefine.io.columns import (
     pixel_sizes,
     pixel_sizes_if_any,
 )
+from jaxrefine.io.fields import is_cs, lack_of
 from jaxrefine.io.star import Table, read_star
 
 _ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
@@ -47,6 +48,8 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
     """Return the poses in the blocks of a file, as `read_poses` does."""
     particles = particle_table(blocks, path)
     missing = [name for name in _ANGLES if name not in particles]
+    if missing and is_cs(path):
+        raise InputError(lack_of("alignments3D", Path(path)))
     if missing:
         raise InputError(f"{path} must have the columns {', '.join(missing)}, got none")
     angles = [numbers(particles, name, path) for name in _ANGLES]

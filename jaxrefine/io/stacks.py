@@ -1,53 +1,50 @@
 """Images that a table names, ``000001@stack.mrcs``, read when they are asked for."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import final
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from jaxrefine.errors import InputError
-from jaxrefine.io.mrc import map_stack
+from jaxrefine.errors import InputError, UnusableImage
+from jaxrefine.io.atomic import broken_link
+from jaxrefine.io.mrc import Stack, open_stack
 from jaxrefine.io.star import quoted
 
 _FORMATS = (":mrcs", ":mrc")  # suffixes by which RELION may tell a stack's format
-_OPEN_FILES = 16  # far below the usual limit of 1024 for a process
 _DIGITS = 18  # Any number of so many digits fits in a 64-bit integer.
 
 
 @final
 @dataclass(frozen=True)
 class StackImages:
-    """Images in any number of stacks, of which at most 16 are open at once.
+    """Images in any number of stacks, of which one at a time is open.
 
     Attributes
     ----------
-    paths
+    stacks
         The stacks.
     file, index
-        For each image, the index of its stack in `paths` and its index in the stack,
+        For each image, the index of its stack in `stacks` and its index in the stack,
         both from 0.
-    image_size
-        Side of the images, in pixels.
-    pixel_size_in_angstroms
-        From the first stack's header: None if it is unset, NaN if it is not one
-        positive number.
     """
 
-    paths: tuple[Path, ...]
+    stacks: tuple[Stack, ...] = field(repr=False)
     file: Int[np.ndarray, " particles"] = field(repr=False)
     index: Int[np.ndarray, " particles"] = field(repr=False)
-    image_size: int
-    pixel_size_in_angstroms: float | None
-    _map: Callable[[Path], tuple[np.ndarray, float | None]] = field(
-        init=False,
-        repr=False,
-        default_factory=lambda: lru_cache(_OPEN_FILES)(map_stack),
-    )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.stacks[0].shape[1]
+
+    @property
+    def pixel_size_in_angstroms(self) -> float | None:
+        """From the first stack's header, see `mrc.Stack`."""
+        return self.stacks[0].pixel_size_in_angstroms
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,8 +58,10 @@ class StackImages:
 
         Raises
         ------
-        InputError
+        UnusableImage
             If an image is constant, or holds a value that is not finite.
+        InputError
+            If a stack cannot be read or has become shorter.
         """
         indices = np.asarray(indices)
         images = np.empty((len(indices), *self.shape[1:]), np.float32)
@@ -70,20 +69,19 @@ class StackImages:
         for number in np.unique(file):
             rows = np.flatnonzero(file == number)
             rows = rows[np.argsort(index[rows])]
-            stack, _ = self._map(self.paths[number])
             with np.errstate(over="ignore", invalid="ignore"):
-                images[rows] = stack[index[rows]]
+                images[rows] = self.stacks[number][index[rows]]
         lowest, highest = images.min(axis=(1, 2)), images.max(axis=(1, 2))
         good = np.isfinite(lowest) & np.isfinite(highest) & (lowest < highest)
         if not good.all():
             bad = int(np.argmin(good))
-            name = f"{index[bad] + 1:06d}@{self.paths[file[bad]]}"
+            name = f"{index[bad] + 1:06d}@{self.stacks[file[bad]].path}"
             if lowest[bad] == highest[bad] and np.isfinite(lowest[bad]):
-                raise InputError(
+                raise UnusableImage(
                     f"the image {name} must not be constant, got {lowest[bad]:g} "
                     "everywhere"
                 )
-            raise InputError(
+            raise UnusableImage(
                 f"the image {name} must be finite, got a value that is not"
             )
         return images
@@ -115,52 +113,43 @@ def open_images(
         If a stack is missing, damaged or has fewer images than the table names, if an
         image without a number is a stack or a volume, or if the images differ in size.
     """
-    pairs = [split_name(name, table) for name in names]
-    order = {stack: i for i, stack in enumerate(dict.fromkeys(s for _, s in pairs))}
-    file = np.array([order[stack] for _, stack in pairs])
-    index = np.array([number - 1 for number, _ in pairs])
+    order: dict[str, int] = {}
+    unnumbered = set()
+    file, index = np.empty((2, len(names)), np.int64)
+    for row, name in enumerate(names):
+        number, stack = split_name(name, table)
+        file[row], index[row] = order.setdefault(stack, len(order)), number - 1
+        if "@" not in name:
+            unnumbered.add(stack)
     highest = np.zeros(len(order), np.int64)
     np.maximum.at(highest, file, index)
-    unnumbered = {
-        stack for name, (_, stack) in zip(names, pairs, strict=True) if "@" not in name
-    }
     folders = search_folders(table, datadir)
-    paths, size, pixel_size = {}, 0, None
+    stacks: dict[str, Stack] = {}
     for stack, position in order.items():
         path = locate(stack, folders)
-        if path is None and os.path.isabs(stack):
-            raise InputError(
-                f"{table} names {stack}, which does not exist; other folders are "
-                "searched only for stacks with a relative path"
-            )
         if path is None:
-            further = "" if datadir is None else f", nor in {datadir}"
-            raise InputError(
-                f"{table} names {stack}, which is neither in {table.parent}, nor in "
-                f"a folder above, nor in the working directory{further}"
-            )
-        paths[stack] = path
-        images, stack_pixel_size = map_stack(path)
-        if stack in unnumbered and len(images) > 1:
+            reason = _obstacle(stack, folders) or _absence(stack, table, datadir)
+            raise InputError(f"{table} names {stack}, which {reason}")
+        stacks[stack] = opened = open_stack(path)
+        if stack in unnumbered and len(opened) > 1:
             raise InputError(
                 f"{table} names {stack} without the number of an image, so it must "
-                f"hold one image, got {len(images)} sections"
+                f"hold one image, got {len(opened)} sections"
             )
-        if highest[position] >= len(images):
+        if highest[position] >= len(opened):
             raise InputError(
                 f"{table} names image {highest[position] + 1} of {path}, which has "
-                f"only {len(images)}"
+                f"only {len(opened)}"
             )
-        if position == 0:
-            size, pixel_size = images.shape[1], stack_pixel_size
-        elif images.shape[1] != size:
+        first = next(iter(stacks.values()))
+        if opened.shape[1] != first.shape[1]:
             raise InputError(
                 f"{table}: all images must have the same size, got "
-                f"{images.shape[1]} pixels ({path}) and {size} "
-                f"({paths[pairs[0][1]]})"
+                f"{opened.shape[1]} pixels ({path}) and {first.shape[1]} "
+                f"({first.path})"
             )
-    files = tuple(paths[stack] for stack in order)
-    return StackImages(files, file, index, size, pixel_size), paths
+    images = StackImages(tuple(stacks.values()), file, index)
+    return images, {stack: opened.path for stack, opened in stacks.items()}
 
 
 def split_name(name: str, table: str | Path) -> tuple[int, str]:
@@ -229,6 +218,43 @@ def locate(stack: str, folders: Sequence[Path]) -> Path | None:
             resolved = Path(os.path.realpath(path.parent)) / path.name
             return resolved if has_parent else path
     return None
+
+
+def _obstacle(stack: str, folders: Sequence[Path]) -> str | None:
+    """Return why a stack that is there cannot be used; None if it is nowhere."""
+    for folder in folders:
+        path = folder / stack
+        try:
+            is_folder = path.stat() and path.is_dir()
+        except (FileNotFoundError, NotADirectoryError):
+            reason = broken_link(path)
+            if reason is not None:
+                return f"{reason} ({path})"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            return f"cannot be read: {reason} ({path})"
+        else:
+            return f"is {'a folder' if is_folder else 'not a regular file'} ({path})"
+    return None
+
+
+def _absence(stack: str, table: Path, datadir: str | Path | None) -> str:
+    """Return what is to be said of a stack that is in none of the folders."""
+    if "\\" in stack:
+        return (
+            "has the backslashes of a path of Windows and does not exist here; names "
+            "of folders must be separated by /"
+        )
+    if os.path.isabs(stack):
+        return (
+            "does not exist; other folders are searched only for stacks with a "
+            "relative path"
+        )
+    further = "" if datadir is None else f", nor in {datadir}"
+    return (
+        f"is neither in {table.parent}, nor in a folder above, nor in the working "
+        f"directory{further}"
+    )
 
 
 def names_from(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrefine.errors import InputError
-from jaxrefine.io.atomic import atomic_path, existing_file
+from jaxrefine.io.atomic import atomic_path, existing_file, reading
 
 Table = dict[str, list[str]]
 """The values of each column by its name; all columns have the same length."""
@@ -31,12 +31,15 @@ class Pairs(Table):
 Values = Sequence[Any] | Array | np.ndarray
 """The values of a column to write: strings, or objects that ``str`` converts."""
 
-_VALUE = re.compile(
-    r"""\"(.*?)(?<!\a)\"(?=\s|$)|'(.*?)(?<!\a)'(?=\s|$)|(\S+)""", re.ASCII
-)
-_NEEDS_QUOTES = re.compile(r"""^$|[\s\0\ud800-\udfff]|^(?:["'_#;]|data_|loop_)""")
-_UNWRITABLE = re.compile(r"[\0\a\r\n\ud800-\udfff]")  # not even within quotes
-_NOT_IN_NAMES = re.compile(r"[\s\x1c-\x1f\0\ud800-\udfff]", re.ASCII)
+_WORD = re.compile(r"\S+", re.ASCII)
+_CLOSING = {quote: re.compile(rf"(?<!\a){quote}(?=\s|$)", re.ASCII) for quote in "\"'"}
+# Bytes that are not UTF-8 are read as U+DC80 to U+DCFF, and written as they were.
+_NO_TEXT = r"\0\ud800-\udc7f\udd00-\udfff"
+_NEEDS_QUOTES = re.compile(rf"""^$|[\s{_NO_TEXT}]|^(?:["'_#;]|data_|loop_)""")
+_UNWRITABLE = re.compile(rf"[\a\r\n{_NO_TEXT}]")  # not even within quotes
+_NOT_IN_NAMES = re.compile(rf"[\s\x1c-\x1f{_NO_TEXT}]", re.ASCII)
+_CELLS_AT_ONCE = 2**14  # of a loop, that are turned from rows to columns
+_REPEATED = 2**8  # strings of a column that are kept once, if it has not many more
 
 
 def read_star(path: str | Path) -> dict[str, Table]:
@@ -48,6 +51,8 @@ def read_star(path: str | Path) -> dict[str, Table]:
     two columns the second value may be missing, as in RELION, and is then empty. A
     block of pairs followed by a loop is an error; RELION itself reads only its pairs.
 
+    A file need not be UTF-8: other bytes are kept as they are (``surrogateescape``).
+
     Raises
     ------
     InputError
@@ -55,60 +60,89 @@ def read_star(path: str | Path) -> dict[str, Table]:
         values, or if a block or a column occurs twice.
     """
     path = existing_file(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a STAR file: it is not text") from None
-    if "\0" in text:
-        raise InputError(f"{path} is not a STAR file: it is not text")
-
     blocks: dict[str, Table] = {}
-    name, table = "", None
-    in_loop = False
-    for number, line in enumerate(text.split("\n"), start=1):
-        values = _values(line)
-        if not values:
-            continue
-        where = f"{path}, line {number}"
-        first = "" if line.lstrip().startswith(("'", '"')) else values[0]
-        alone = len(values) == 1
-        if alone and first.startswith("data_"):
-            name, table, in_loop = first.removeprefix("data_"), Pairs(), False
-            _insert(blocks, name, table, where)
-        elif table is None:
-            raise InputError(
-                f"{where}: this is not a STAR file, because it does not begin with a "
-                "data_ block"
-            )
-        elif alone and first == "loop_":
-            if table or in_loop:
+    name, table, rows = "", None, None
+    with (
+        reading(path),
+        open(path, encoding="utf-8-sig", errors="surrogateescape") as file,
+    ):
+        for number, line in enumerate(file, start=1):
+            if "\0" in line:
+                raise InputError(f"{path} is not a STAR file: it is not text")
+            values = _values(line)
+            if not values:
+                continue
+            first = "" if line.lstrip().startswith(("'", '"')) else values[0]
+            alone = len(values) == 1
+            if alone and first.startswith("data_"):
+                if rows is not None:
+                    rows.flush()
+                name, table, rows = first.removeprefix("data_"), Pairs(), None
+                _insert(blocks, name, table, path, number)
+            elif table is None:
                 raise InputError(
-                    f"{where}: a block must hold one table, got a second one"
+                    f"{path}, line {number}: this is not a STAR file, because it does "
+                    "not begin with a data_ block"
                 )
-            table, in_loop = {}, True
-            blocks[name] = table
-        elif in_loop and alone and first.startswith("_") and not any(table.values()):
-            _insert(table, first[1:], [], where)
-        elif in_loop:
-            if alone and len(table) == 2:
-                values = [*values, ""]
-            if len(values) != len(table):
-                raise InputError(
-                    f"{where}: the row must have {len(table)} values, one for each "
-                    f"column, got {len(values)}"
-                )
-            for column, value in zip(table.values(), values, strict=True):
-                column.append(value)
-        elif len(values) == 2 and first.startswith("_"):
-            _insert(table, first[1:], [values[1]], where)
-        else:
-            raise InputError(
-                f"{where}: the line must be loop_, or a name and a value, got "
-                f"{reprlib.repr(line.strip())}"
-            )
+            elif alone and first == "loop_":
+                if table or rows is not None:
+                    raise InputError(
+                        f"{path}, line {number}: a block must hold one table, got a "
+                        "second one"
+                    )
+                table = blocks[name] = {}
+                rows = _Rows(table)
+            elif rows is None:
+                if len(values) != 2 or not first.startswith("_"):
+                    raise InputError(
+                        f"{path}, line {number}: the line must be loop_, or a name and "
+                        f"a value, got {reprlib.repr(line.strip())}"
+                    )
+                _insert(table, first[1:], [values[1]], path, number)
+            elif alone and first.startswith("_") and not rows.count:
+                _insert(table, first[1:], [], path, number)
+            else:
+                if alone and len(table) == 2:
+                    values.append("")
+                if len(values) != len(table):
+                    raise InputError(
+                        f"{path}, line {number}: the row must have {len(table)} "
+                        f"values, one for each column, got {len(values)}"
+                    )
+                rows.add(values)
+    if rows is not None:
+        rows.flush()
     if not blocks:
         raise InputError(f"{path} is not a STAR file: it has no data_ block")
     return blocks
+
+
+class _Rows:
+    """The rows of a loop, turned into columns many at a time.
+
+    A column in which few strings occur holds each of them once.
+    """
+
+    def __init__(self, table: Table):
+        self.count = 0
+        self._table, self._rows = table, []
+        self._seen: dict[str, dict[str, str]] = {}
+
+    def add(self, values: list[str]) -> None:
+        """Add a row, which has a value for each column."""
+        self.count += 1
+        self._rows.append(values)
+        if len(self._rows) * len(values) >= _CELLS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the rows to the columns."""
+        for name, *values in zip(self._table, *self._rows, strict=True):
+            seen = self._seen.setdefault(name, {})
+            self._table[name].extend(map(seen.setdefault, values, values))
+            if len(seen) > _REPEATED:
+                seen.clear()
+        self._rows.clear()
 
 
 def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> None:
@@ -159,7 +193,9 @@ def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Values]]) -> 
                 lines.append(" ".join(f"{value:>12}" for value in row))
         lines.append("")
     with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text(
+            "\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape"
+        )
 
 
 def quoted(value: str, where: str) -> str:
@@ -200,20 +236,32 @@ def _quoted(values: Values, where: str) -> list[str]:
 def _values(line: str) -> list[str]:
     """Split a line into its values, without their quotes and without a comment.
 
-    A quote after a BEL does not close a value, and the BEL is not part of the value.
+    A quote after a BEL does not close a value, and the BEL is not part of the value. A
+    quote that nothing closes is part of a word. The time is linear in the length.
     """
     if line.isascii() and not any(character in line for character in "\"'#"):
         return line.split()
-    values = []
-    for match in _VALUE.finditer(line):
-        if match[0].startswith("#"):
+    values, place, unclosed = [], 0, set()
+    while word := _WORD.search(line, place):
+        start, place = word.span()
+        quote, closing = line[start], None
+        if quote == "#":
             break
-        value = match[match.lastindex or 0]
-        values.append(value if match.lastindex == 3 else value.replace("\a", ""))
+        if quote in _CLOSING and quote not in unclosed:
+            closing = _CLOSING[quote].search(line, start + 1)
+            if closing is None:
+                unclosed.add(quote)  # There is none further on either.
+        if closing is None:
+            values.append(word[0])
+        else:
+            values.append(line[start + 1 : closing.start()].replace("\a", ""))
+            place = closing.end()
     return values
 
 
-def _insert(mapping: dict, name: str, item: Table | list[str], where: str) -> None:
+def _insert(
+    mapping: dict, name: str, item: Table | list[str], path: Path, line: int
+) -> None:
     if name in mapping:
-        raise InputError(f"{where}: {name!r} occurs twice")
+        raise InputError(f"{path}, line {line}: {name!r} occurs twice")
     mapping[name] = item

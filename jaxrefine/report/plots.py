@@ -7,6 +7,7 @@ pyplot, so that no backend is chosen and no global state is changed.
 
 import itertools
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
     pictures = []
     for axes_row, name, slices in zip(grid, volumes, rows, strict=True):
         axes_row[0].set_ylabel(
-            textwrap.fill(name, 20), size=TEXT_SIZE + 1, fontweight="bold"
+            textwrap.fill(_drawable(name), 20),
+            size=TEXT_SIZE + 1,
+            fontweight="bold",
+            parse_math=False,
         )
         for axes, picture in zip(axes_row, slices, strict=True):
             pictures.append(show_picture(axes, picture, low, high))
@@ -112,7 +116,8 @@ def draw_fsc(
     """
     last = max(len(curve) for curve in curves.values()) - 1
     for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
-        axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=name)
+        label = _drawable(name)
+        axes.plot(np.asarray(curve), color=colour, linestyle=dash, lw=2, label=label)
     lowest = min(float(np.nanmin(curve[1:])) for curve in curves.values())
     axes.set(xlim=(1, last), ylim=(min(-0.05, lowest - 0.05), 1.05))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -169,7 +174,7 @@ def error_histograms(
     axes = figure.subplots()
     for (name, values), (colour, dash) in zip(errors.items(), _styles(), strict=False):
         density, _ = np.histogram(np.clip(values, 0, end), edges, density=True)
-        label = f"{name} (median {np.median(values):.3g})"
+        label = f"{_drawable(name)} (median {np.median(values):.3g})"
         axes.stairs(
             density, edges, color=colour, linestyle=dash, lw=2, label=label, zorder=3
         )
@@ -193,7 +198,8 @@ def convergence(
     axes = figure.subplots()
     for (name, values), (colour, dash) in zip(series.items(), _styles(), strict=False):
         iterations = np.arange(1, len(values) + 1)
-        axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=name)
+        label = _drawable(name)
+        axes.plot(iterations, values, color=colour, linestyle=dash, lw=2, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "outer iteration", unit_label)
     _add_legend(axes)
@@ -229,21 +235,33 @@ def image_gallery(
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as a PNG file, which appears complete or not at all.
 
+    Characters that the font lacks are drawn as boxes.
+
     Raises
     ------
     InputError
         If the file cannot be written.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format="png")
 
 
 def captioned_figure(width: float, height: float, caption: str) -> Figure:
-    """Return a figure of the given size in inches, with a caption below its plots."""
+    """Return a figure of the given size in inches, with a caption below its plots.
+
+    The caption is drawn as it is, since the names of files in it may have any
+    characters.
+    """
     figure = Figure((width, height), dpi=_DPI, layout="constrained")
-    lines = textwrap.fill(caption, int(_CHARACTERS_PER_INCH * width))
-    figure.supxlabel(lines, size=TEXT_SIZE - 1)
+    lines = textwrap.fill(_drawable(caption), int(_CHARACTERS_PER_INCH * width))
+    figure.supxlabel(lines, size=TEXT_SIZE - 1, parse_math=False)
     return figure
+
+
+def _drawable(text: str) -> str:
+    """Return text with a mark for what is no character, as in some names of files."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _styles():
@@ -260,7 +278,9 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def _add_legend(axes: Axes) -> None:
-    axes.legend(fontsize=TEXT_SIZE - 1, framealpha=0.9)
+    legend = axes.legend(fontsize=TEXT_SIZE - 1, framealpha=0.9)
+    for text in legend.get_texts():  # A name may have dollars.
+        text.set_parse_math(False)
 
 
 def central_slices(

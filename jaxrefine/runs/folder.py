@@ -117,6 +117,11 @@ class RunFolder:
             )
         self.finished = report.get("finished") is True and not changed
         self._kept = report.get("kept", {})
+        if not isinstance(self._kept, dict):
+            raise InputError(
+                f"{self._report} must be the report of a run as it was written, got "
+                "something else than an object for 'kept'"
+            )
         if changed:
             self._write(finished=False)
 

@@ -1,5 +1,6 @@
 """The iterations of a run on disk: a row for each, and the state after the last."""
 
+import json
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any, final
 from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.io.atomic import leftovers
-from jaxrefine.io.checkpoint import DamagedCheckpoint
+from jaxrefine.io.checkpoint import DamagedCheckpoint, OtherCheckpoint
 
 
 @final
@@ -20,7 +21,8 @@ class History:
 
     A process that is killed at any time, or whose disk is full, loses no more than the
     iteration that it was in: the state before the last is kept, too, until there is a
-    newer one, and rows that are newer than the state are dropped on resuming.
+    newer one. Each state holds the rows so far. The log is what is read by others: it
+    is brought into agreement with the state on resuming, whatever has become of it.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ class History:
         self.log = log
         self.newest = states / "checkpoint.eqx"
         self.previous = states / "previous.eqx"
-        self._row_count, self._earlier_s = 0, 0.0
+        self._lines, self._earlier_s = [], 0.0
         self._begin = time.perf_counter()
         for temporary in leftovers(states):
             temporary.unlink()
@@ -71,24 +73,46 @@ class History:
         state = None
         if self.has_state:
             state, saved = self._load(like())
-            self._row_count, self._earlier_s = saved["rows"], saved["wall_s"]
-        io.keep_lines(self.log, self._row_count)
+            self._lines, self._earlier_s = saved["lines"], saved["wall_s"]
+        self._restore_log()
         return state
+
+    def _restore_log(self) -> None:
+        """Bring the log into agreement with the state."""
+        whole = "".join(f"{line}\n" for line in self._lines).encode()
+        found = b""
+        if self.log.exists():
+            with io.reading(self.log):
+                found = self.log.read_bytes()
+        if found == whole and self.log.exists():
+            return
+        if not found.startswith(whole):  # Newer rows than the state's are no surprise.
+            print(
+                f"{self.log} is damaged or lacks rows; it is restored from "
+                f"{self.newest}.",
+                file=sys.stderr,
+            )
+        io.write_lines(self.log, self._lines)
 
     def _load(self, like: Any) -> tuple[Any, Any]:
         """Load the newest intact checkpoint, and make it the newest of all."""
+        other = None
         for path in filter(Path.exists, (self.newest, self.previous)):
-            with suppress(DamagedCheckpoint):
+            try:
                 loaded = io.load_checkpoint(path, like)
-                if path is self.previous:
-                    print(
-                        f"{self.newest} is missing or damaged; the run carries on "
-                        f"from {path}.",
-                        file=sys.stderr,
-                    )
-                    os.replace(path, self.newest)
-                return loaded
-        raise InputError(
+            except DamagedCheckpoint as error:
+                if other is None and isinstance(error, OtherCheckpoint):
+                    other = error
+                continue
+            if path is self.previous:
+                print(
+                    f"{self.newest} is missing or damaged; the run carries on "
+                    f"from {path}.",
+                    file=sys.stderr,
+                )
+                os.replace(path, self.newest)
+            return loaded
+        raise other or InputError(
             f"{self.newest} or {self.previous} must be a whole checkpoint, got none "
             "or damaged ones; delete them to begin again"
         )
@@ -101,15 +125,19 @@ class History:
         InputError
             If the system refuses to write: the last state is then still there.
         """
-        io.append_json_line(self.log, row)
-        self._row_count += 1
+        line = io.json_line(row)
+        io.append_line(self.log, line)
+        self._lines.append(line)
         self.newest.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"rows": self._row_count, "wall_s": self.elapsed_s}
+        saved = {"lines": self._lines, "wall_s": self.elapsed_s}
         io.save_checkpoint(self.newest, state, saved, self.previous)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the log, without lines that are damaged."""
-        return io.read_json_lines(self.log)
+        """Return the rows of the iterations so far, those of earlier processes first.
+
+        NaN and infinity are None.
+        """
+        return [json.loads(line) for line in self._lines]
 
     def remove_states(self) -> None:
         """Remove the checkpoints, of a run that will not be carried on."""

@@ -102,7 +102,9 @@ class Option:
     @property
     def flag(self) -> str:
         """How the option is written on the command line."""
-        return self.metavar if self.positional else f"--{self.name.replace('_', '-')}"
+        if self.positional:
+            return self.metavar
+        return f"--{self.name.rstrip('_').replace('_', '-')}"  # class_ is a keyword
 
     @property
     def required(self) -> bool:
@@ -229,10 +231,12 @@ def add_options(parser: argparse.ArgumentParser, settings_class: type) -> None:
         add = sections[each.section].add_argument
         told = each.help_text().replace("%", "%%")
         if each.kind is bool:
-            add(each.flag, action="store_true", help=told)
+            add(each.flag, dest=each.name, action="store_true", help=told)
             continue
         metavar = each.metavar or each.unit.upper() or _METAVARS[each.kind]
         keywords: dict[str, Any] = {"type": each.convert or each.kind, "help": told}
+        if not each.positional:
+            keywords["dest"] = each.name
         if each.choices:
             keywords["choices"] = each.choices
         else:

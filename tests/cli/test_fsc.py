@@ -239,3 +239,27 @@ def test_one_file_cannot_hold_both(maps, run):
     files = ["--json", maps / "out", "--png", maps / "out"]
     run("fsc", maps / "a.mrc", maps / "b.mrc", *files).assert_refused("--json and")
     assert not (maps / "out").exists()
+
+
+NAMES = ["a$b$c_{", r"x$\frac$y", "^_{$", "日本", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_files_may_have_any_name(tmp_path, run, name):
+    """Dollars are no formulas, and bytes that are not UTF-8 are no reason to end."""
+    folder = tmp_path / name
+    folder.mkdir()
+    path, other, mask = (folder / f"{name}{x}.mrc" for x in ("", "2", "mask"))
+    write_mrc(path, noise(), VOXEL)
+    write_mrc(other, noise() + noise(seed=1), VOXEL)
+    write_mrc(mask, np.ones((N, N, N)), VOXEL)
+    png, report = folder / f"{name}.png", folder / f"{name}.json"
+    words = [path, other, "--mask", mask]
+    done = run("fsc", *words, "--png", png, "--json", report)
+    assert done.code == 0 and not done.err
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(report.read_text())["mask"] == str(mask)
+    assert run("postprocess", *words, "--out", folder / "post").code == 0
+    assert (folder / "post/fsc.png").read_bytes().startswith(b"\x89PNG")
+    # What is printed is text, too.
+    run("fsc", path, folder).assert_refused("must be a file, got a folder")

@@ -18,6 +18,7 @@ from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.commands.refine import REFINE
 from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
+from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
@@ -280,7 +281,7 @@ def test_half_sets_that_divide_an_image_are_kept_with_a_warning(
         "half sets of the table" not in command("reconstruct").err
     )  # without half sets
     result = command(name, "--half-sets")
-    words = "of the table (rlnRandomSubset) divide 1 of 6 such groups of rows"
+    words = "of the table (column rlnRandomSubset) divide 1 of 6 such groups of rows"
     assert result.code == 130 and words in result.err
     assert "8 rows are of 6 images" in result.err
     np.testing.assert_array_equal(engine.calls[-1][1]["subsets"], subsets)
@@ -320,6 +321,31 @@ def test_single_images_that_cannot_be_used_are_left_out(data, command, engine, n
         np.testing.assert_array_equal(
             arguments[1].shifts, shifts[np.array([0, 2, 3, 5, 6, 7])]
         )
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct", "match"])
+def test_images_are_counted_while_they_are_looked_at(data, command, engine, name):
+    assert f" images: 100%|██████████| {COUNT}/{COUNT} " in command(name).err
+
+
+def test_a_stack_that_cannot_be_read_leaves_no_image_out(
+    data, command, engine, monkeypatch
+):
+    """That a disk does not answer says nothing of its images."""
+
+    def fail(*_):
+        raise InputError("cannot read images.mrcs: Input/output error")
+
+    monkeypatch.setattr("jaxrefine.io.mrc.Stack.__getitem__", fail)
+    assert_refused(data, command("match"), "cannot read images.mrcs: Input/output")
+    assert not engine.calls
+
+
+def test_optics_that_are_not_used_may_be_bad(data, command, engine):
+    rewrite(data, rlnDefocusU=["?"] * COUNT, rlnCtfScalefactor=["nan"] * COUNT)
+    assert_refused(data, command("match"), "the value must be a finite number")
+    assert command("match", "--no-ctf").code == 130
+    assert engine.calls[0][0][0].ctf is None
 
 
 def test_an_image_without_a_background_is_left_out(data, command, engine):

@@ -169,12 +169,25 @@ def test_clusters_go_with_their_particles():
         Particles(IMAGES, cluster=cluster[:6])
 
 
+def test_images_that_cannot_be_read_are_not_taken_for_bad_ones():
+    class Source:
+        shape = (3, 4, 4)
+
+        def __getitem__(self, indices, /):
+            raise InputError("cannot read it")
+
+    with pytest.raises(InputError, match="cannot read it"):
+        Particles(Source()).unusable()
+
+
 def test_images_that_cannot_be_used_are_found():
     """Those that `batch` refuses, in its words; the others can be taken."""
     images = np.random.default_rng(3).normal(size=(150, 4, 4)).astype(np.float32)
     images[[0, 70, 149], 1, 2] = np.nan, np.inf, -np.inf
     particles = Particles(images)
-    found = particles.unusable()
+    told = []
+    found = particles.unusable(lambda *words: told.append(words))
+    assert told == [("images", done, 150) for done in (0, 50, 100, 150)]
     assert list(found) == [0, 70, 149]
     assert found[70] == "image 70 (from 0) must be finite, got a value that is not"
     good = particles.take(np.setdiff1d(np.arange(150), list(found)))

@@ -1,5 +1,6 @@
 """Checkpoints come back exactly, or say why not."""
 
+import hashlib
 import json
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import pytest
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import load_checkpoint, save_checkpoint
-from jaxrefine.io.checkpoint import DamagedCheckpoint
+from jaxrefine.io.checkpoint import DamagedCheckpoint, OtherCheckpoint
 
 
 class State(eqx.Module):
@@ -77,14 +78,13 @@ def test_a_checkpoint_that_is_cut_or_changed_is_damaged(path):
     """Wherever the file ends, and whichever byte is another one."""
     save_checkpoint(path, a_state(n=2), {"iteration": 3})
     content = path.read_bytes()
-    places = set(range(0, len(content), 23)) | {len(content) - 1}
     digit = content.index(b'"metadata"') - 4  # of the format's version
-    for place in sorted(places - {digit}):
+    for place in sorted({*range(0, len(content), 23), len(content) - 1, digit}):
         changed = bytearray(content)
         changed[place] ^= 4
         for damaged in (content[:place], bytes(changed), content + b"0"):
             path.write_bytes(damaged)
-            with pytest.raises(DamagedCheckpoint, match="complete checkpoint"):
+            with pytest.raises(DamagedCheckpoint, match="complete|or is damaged"):
                 load_checkpoint(path, a_state(n=2))
 
 
@@ -97,13 +97,17 @@ def test_a_file_of_another_kind_is_a_damaged_checkpoint(path, content):
         load_checkpoint(path, a_state())
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 2, 4])
 def test_a_checkpoint_of_another_version_is_refused(path, version):
     header = {"format": f"jaxrefine checkpoint {version}", "metadata": {}}
-    path.write_bytes(json.dumps(header).encode() + b"\nanything")
-    with pytest.raises(InputError, match="another version") as caught:
+    content = json.dumps(header).encode() + b"\nanything"
+    path.write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(InputError, match="another version of jaxrefine$") as caught:
         load_checkpoint(path, a_state())
     assert not isinstance(caught.value, DamagedCheckpoint)
+    path.write_bytes(content)
+    with pytest.raises(OtherCheckpoint, match="another version .*, or is damaged$"):
+        load_checkpoint(path, a_state())
 
 
 def test_the_file_that_is_replaced_can_be_kept(path):

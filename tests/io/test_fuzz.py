@@ -1,5 +1,8 @@
 """Damaged files: whatever is in them, a sentence or a result, and nothing else."""
 
+import bz2
+import gzip
+import os
 from io import BytesIO
 
 import numpy as np
@@ -16,6 +19,7 @@ from jaxrefine.io import (
 )
 
 ROUNDS, M, COUNT = 120, 6, 4
+MANY = int(os.environ.get("JAXREFINE_FUZZ_ROUNDS", "2000"))  # of the slow test
 
 STAR = """
 # version 30001
@@ -57,17 +61,37 @@ INTEGERS = [-(2**31), -1, 0, 1, 7, 1000, 2**20]
 FLOATS = [np.nan, np.inf, -1.0, 0.0, 1e38, 1e-40]
 
 
-def table():
-    """A table of cryoSPARC, as bytes."""
-    fields = [("blob/path", "S9"), ("blob/idx", "u4"), ("blob/shape", "u4", (2,))]
-    fields += [("blob/psize_A", "f4"), ("blob/sign", "f4")]
-    for name in ("accel_kv", "cs_mm", "amp_contrast", "df1_A", "df2_A", "df_angle_rad"):
-        fields.append((f"ctf/{name}", "f4"))
-    fields += [("alignments3D/pose", "f4", (3,)), ("alignments3D/shift", "f4", (2,))]
-    rows = np.zeros(COUNT, fields)
-    rows["blob/path"], rows["blob/idx"] = b">a.mrcs", np.arange(COUNT)
-    rows["blob/shape"], rows["blob/psize_A"], rows["ctf/accel_kv"] = M, 1.5, 300
-    rows["alignments3D/pose"] = 0.1
+IMAGES = [("blob/path", "S9"), ("blob/idx", "u4"), ("blob/shape", "u4", (2,))]
+IMAGES += [("blob/psize_A", "f4"), ("blob/sign", "f4")]
+OPTICS = ("accel_kv", "cs_mm", "amp_contrast", "df1_A", "df2_A", "df_angle_rad")
+OPTICS = [(f"ctf/{name}", "f4") for name in OPTICS]
+POSES = [("alignments3D/pose", "f4", (3,)), ("alignments3D/shift", "f4", (2,))]
+CLASSES = [
+    (f"alignments_class_{k}/{name}", *kind)
+    for k in (0, 1)
+    for name, *kind in (
+        ("pose", "f4", (3,)),
+        ("shift", "f4", (2,)),
+        ("class_posterior", "f4"),
+        ("class", "u4"),
+    )
+]
+
+
+def table(*groups):
+    """A table of cryoSPARC with some groups of fields, as bytes."""
+    rows = np.zeros(COUNT, [("uid", "u8"), *(each for g in groups for each in g)])
+    rows["uid"] = 7 + np.arange(COUNT)
+    for name, values in {
+        "blob/path": b">a.mrcs",
+        "blob/idx": np.arange(COUNT),
+        "blob/shape": M,
+        "blob/psize_A": 1.5,
+        "ctf/accel_kv": 300,
+        "alignments3D/pose": 0.1,
+    }.items():
+        if name in (rows.dtype.names or ()):
+            rows[name] = values
     file = BytesIO()
     np.save(file, rows)
     return file.getvalue()
@@ -115,6 +139,48 @@ def change_bytes(rng, content):
     return bytes(data)
 
 
+def change_all(rng, content):
+    """Change bytes, cut, repeat and swap spans, and put words and quotes into them."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        i, j = sorted(rng.integers(len(data) + 1, size=2))
+        k = int(rng.integers(len(data) + 1))
+        what = rng.integers(8)
+        if what == 0:
+            data[i : i + 1] = rng.bytes(1)
+        elif what == 1 and j > i:
+            data[i] ^= 1 << int(rng.integers(8))
+        elif what == 2:
+            del data[i : min(j, i + 40)]
+        elif what == 3:
+            data[k:k] = data[i : min(j, i + 200)]
+        elif what == 4:
+            data = data[:i] + data[j:] + data[i:j]
+        elif what == 5:
+            del data[k:]
+        elif what == 6:
+            data[k:k] = WORDS[rng.integers(len(WORDS))]
+        else:
+            data[k:k] = bytes(rng.choice(list(b"\"'#\a \n@_\0"), size=rng.integers(9)))
+    return bytes(data)
+
+
+def swap_fields(rng, content):
+    """Give a table of cryoSPARC's fields other names and types, or the others'."""
+    header, rows = content[:10], content[10:]
+    size = int.from_bytes(header[8:], "little")
+    text, rows = rows[:size], rows[size:]
+    words = text.split(b"'")
+    for _ in range(rng.integers(1, 3)):
+        i, j = rng.integers(len(words), size=2)
+        words[i], words[j] = words[j], words[i]
+    if rng.random() < 0.5:
+        kinds = [b"<f4", b"<u4", b"|S9", b"<f8", b">f4", b"|O", b"<U2", b"|b1", b"<m8"]
+        words[rng.integers(len(words))] = kinds[rng.integers(len(kinds))]
+    text = b"'".join(words)
+    return header[:8] + len(text).to_bytes(2, "little") + text + rows
+
+
 def read_all(path):
     file = read_particles(path)
     file.particles.batch(np.arange(len(file)))
@@ -126,10 +192,23 @@ def folder(tmp_path):
     write_stack(tmp_path / "a.mrcs", rng.normal(size=(COUNT, M, M)), 1.5)
     write_mrc(tmp_path / "map.mrc", rng.normal(size=(M, M, M)), 1.5)
     (tmp_path / "p.star").write_text(STAR)
-    (tmp_path / "p.cs").write_bytes(table())
-    for name in ("p.star", "p.cs"):
+    (tmp_path / "p.cs").write_bytes(table(IMAGES, OPTICS, POSES))
+    (tmp_path / "classes.cs").write_bytes(table(IMAGES, OPTICS, CLASSES))
+    (tmp_path / "J1").mkdir()
+    (tmp_path / "J1/half.cs").write_bytes(table(IMAGES))
+    (tmp_path / "J1/passthrough.cs").write_bytes(table(OPTICS, POSES))
+    (tmp_path / "old.mrcs").write_bytes(old((tmp_path / "a.mrcs").read_bytes()))
+    for name, module in (("gz", gzip), ("bz2", bz2)):
+        packed = module.compress((tmp_path / "map.mrc").read_bytes())
+        (tmp_path / f"map.mrc.{name}").write_bytes(packed)
+    for name in ("p.star", "p.cs", "classes.cs", "J1/half.cs"):
         read_all(tmp_path / name)
     return tmp_path
+
+
+def old(content):
+    """An MRC file without the word MAP and the machine stamp."""
+    return content[:208] + bytes(8) + content[216:]
 
 
 CASES = {
@@ -139,22 +218,54 @@ CASES = {
     "stack as a whole": ("a.mrcs", change_bytes, "a.mrcs", (read_stack,)),
     "map": ("map.mrc", change_bytes, "map.mrc", (read_mrc,)),
     "cryoSPARC": ("p.cs", change_bytes, "p.cs", (read_all,)),
+    "cryoSPARC's fields": ("p.cs", swap_fields, "p.cs", (read_all,)),
+    "classes": ("classes.cs", swap_fields, "classes.cs", (read_all,)),
+    "passthrough": ("J1/passthrough.cs", change_bytes, "J1/half.cs", (read_all,)),
+    "its fields": (
+        "J1/passthrough.cs",
+        swap_fields,
+        "J1/half.cs",
+        (read_all,),
+    ),
+    "table with one": ("J1/half.cs", change_bytes, "J1/half.cs", (read_all,)),
+    "old stack": ("old.mrcs", change_bytes, "old.mrcs", (read_stack,)),
+    "gzip": ("map.mrc.gz", change_all, "map.mrc.gz", (read_mrc,)),
+    "bzip2": ("map.mrc.bz2", change_all, "map.mrc.bz2", (read_mrc,)),
 }
+
+
+def refused(folder, case, change, rounds, seed):
+    """Change a file so many times; return how many readings end in a sentence."""
+    damaged, _, asked, readers = CASES[case]
+    rng = np.random.default_rng([list(CASES).index(case), seed])
+    content = (folder / damaged).read_bytes()
+    count = 0
+    for number in range(rounds):
+        changed = change(rng, content)
+        (folder / damaged).write_bytes(changed)
+        for read in readers:
+            try:
+                read(folder / asked)
+            except InputError as error:
+                count += 1
+                assert "\n" not in str(error) and not str(error).endswith(".")
+            except Exception as error:
+                error.add_note(f"{case}, round {number}: {changed!r}")
+                raise
+    return count
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_damaged_file_is_read_or_is_a_sentence(folder, case):
     """Warnings are errors here, as everywhere in the tests."""
-    damaged, change, asked, readers = CASES[case]
-    rng = np.random.default_rng(list(CASES).index(case))
-    content = (folder / damaged).read_bytes()
-    refused = 0
-    for _ in range(ROUNDS):
-        (folder / damaged).write_bytes(change(rng, content))
-        for read in readers:
-            try:
-                read(folder / asked)
-            except InputError as error:
-                refused += 1
-                assert "\n" not in str(error) and not str(error).endswith(".")
-    assert ROUNDS / 10 < refused < ROUNDS * len(readers), "both must happen"
+    _, change, _, readers = CASES[case]
+    count = refused(folder, case, change, ROUNDS, 0)
+    assert ROUNDS / 10 < count <= ROUNDS * len(readers), "files must be refused"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_much_more_damage(folder, case):
+    """`JAXREFINE_FUZZ_ROUNDS` says how much of each kind."""
+    for seed, change in enumerate((CASES[case][1], change_all), start=1):
+        assert refused(folder, case, change, MANY, seed)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.errors import InputError
-from jaxrefine.io import append_json_line, keep_lines, read_json_lines, write_json
+from jaxrefine.io import append_line, json_line, read_json, write_json, write_lines
 
 
 def refuse(word):
@@ -32,29 +32,51 @@ def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_logs_keep_their_first_lines(tmp_path):
-    """Whatever the last line looks like, if it is not among them."""
+def test_logs_grow_by_lines_and_are_written_anew(tmp_path):
     path = tmp_path / "log.jsonl"
-    for i in range(3):
-        append_json_line(path, {"i": i, "nan": float("nan"), "text": "ä\u2028\n"})
-    with path.open("ab") as file:
-        file.write(b'{"i": \xff')
-    assert [row["i"] for row in read_json_lines(path)] == [0, 1, 2]
-    keep_lines(path, 2)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == read_json_lines(path)
-    assert [row["i"] for row in rows] == [0, 1]
-    assert rows[0]["nan"] is None and rows[0]["text"] == "ä\u2028\n"
-    keep_lines(tmp_path / "absent.jsonl", 2)
-    assert (tmp_path / "absent.jsonl").read_bytes() == b""
+    rows = [{"i": i, "nan": float("nan"), "text": "ä\u2028\n"} for i in range(3)]
+    lines = [json_line(row) for row in rows]
+    for line in lines:
+        append_line(path, line)
+    expected = [row | {"nan": None} for row in rows]
+    assert list(map(json.loads, path.read_text().splitlines())) == expected
+    write_lines(path, lines[:2])
+    assert list(map(json.loads, path.read_text().splitlines())) == expected[:2]
+    write_lines(path, [])
+    assert path.read_bytes() == b""
 
 
 def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="cannot write .*absent"):
-        append_json_line(tmp_path / "absent/log.jsonl", {})
+    for write in (append_line, write_lines):
+        with pytest.raises(InputError, match="cannot write .*absent"):
+            write(tmp_path / "absent/log.jsonl", "{}")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_is_a_sentence():
     with pytest.raises(InputError, match="cannot write /dev/full: No space left"):
-        append_json_line("/dev/full", {"iteration": 1})
+        append_line("/dev/full", "{}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not a JSON file"),
+        (b"{", "is not a JSON file"),
+        (b"\xff\xfe", "is not a JSON file"),
+        (b"[" * 100_000, "is not a JSON file"),
+        (b"1" * 10_000, "is not a JSON file"),
+        (b"[" * 101 + b"]" * 101, "must hold objects nested at most 100 deep"),
+        (
+            b'{"a":' * 400 + b"1" + b"}" * 400,
+            "must hold objects nested at most 100 deep",
+        ),
+    ],
+)
+def test_a_file_that_is_not_json_is_a_sentence(tmp_path, content, words):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} {words}"):
+        read_json(path)
+    path.write_bytes(b"[" * 100 + b"]" * 100)
+    assert read_json(path)

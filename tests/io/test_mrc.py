@@ -15,13 +15,14 @@ from mrcfile.mrcfile import MrcFile
 
 from jaxrefine.errors import InputError
 from jaxrefine.io import (
-    map_stack,
     new_stack,
+    open_stack,
     read_mrc,
     read_stack,
     write_mrc,
     write_stack,
 )
+from jaxrefine.io.mrc import _DECOMPRESSORS
 
 
 def unique_volume(n=5):
@@ -177,10 +178,81 @@ def test_a_file_of_another_kind_is_refused(read, path, content):
 
 
 @BOTH
-def test_a_file_without_the_word_map_is_refused(read, path):
-    """As very old programs write: what lacks is said."""
-    write_raw(path, unique_volume(), map=b"\0\0\0\0")
-    assert_one_sentence(read, path, "not an MRC file: its header lacks the word MAP")
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ["i1", "i2", "f4", "f2"])
+def test_headers_of_old_programs_are_read(read, path, order, dtype):
+    """Without the word MAP and the machine stamp, if all else fits."""
+    data = unique_volume().astype(f"{order}{dtype}")
+    write_raw(path, data)
+    content = bytearray(path.read_bytes())
+    content[208:216] = bytes(8)
+    content[224:304] = "Café, dated".encode("latin-1").ljust(80)
+    path.write_bytes(content)
+    values, size = read(path)
+    np.testing.assert_array_equal(values, unique_volume())
+    assert size == 1.5
+    path.write_bytes(gzip.compress(content))
+    np.testing.assert_array_equal(read(path)[0], unique_volume())
+    for changed in (content + b"x", content[:-1], content[:1024]):
+        path.write_bytes(changed)
+        assert_one_sentence(
+            read, path, "not an MRC file: its header lacks the word MAP"
+        )
+
+
+@BOTH
+@pytest.mark.parametrize("stamp", [b"\0\0", b"DD", b"DA", b"\x11\x11", b"xx"])
+@pytest.mark.parametrize("order", "<>")
+def test_a_wrong_machine_stamp_does_no_harm(read, path, order, stamp):
+    write_raw(path, unique_volume().astype(f"{order}f4"))
+    content = bytearray(path.read_bytes())
+    content[212:214] = stamp
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read(path)[0], unique_volume())
+
+
+@BOTH
+def test_values_of_4_bits_are_named(read, path):
+    write_raw(path, unique_volume(), mode=101)
+    assert_one_sentence(read, path, r"got some of 4 bits \(mode 101\)")
+
+
+@BOTH
+def test_the_systems_reason_is_told(read, path, monkeypatch):
+    """Neither a missing permission nor a failing disk is damage."""
+    write_raw(path, unique_volume())
+
+    def fail(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", fail)
+    assert_one_sentence(read, path, "^cannot read .*: Permission denied$")
+
+
+@BOTH
+def test_no_more_is_decompressed_than_the_header_announces(read, path, monkeypatch):
+    """A tail of zeros, of which there may be gigabytes, is not read."""
+    write_raw(path, unique_volume())
+    content, tail = path.read_bytes(), 2**26
+    for module in (gzip, bz2):
+        path.write_bytes(module.compress(content + bytes(tail)))
+        taken = []
+        plain = module.open
+
+        def counting(*arguments, plain=plain, taken=taken):
+            file = plain(*arguments)
+            read = file.read
+
+            def count(size):
+                taken.append(size)
+                return read(size)
+
+            monkeypatch.setattr(file, "read", count)
+            return file
+
+        monkeypatch.setitem(_DECOMPRESSORS, path.read_bytes()[:2], counting)
+        np.testing.assert_array_equal(read(path)[0], unique_volume())
+        assert taken and sum(taken) <= 2 * len(content)
 
 
 @BOTH
@@ -250,9 +322,9 @@ def test_maps_must_be_cubic_and_images_square(path):
     assert_one_sentence(read_mrc, path, "cubic map, got an array of 4 x 5 x 6")
     assert_one_sentence(read_stack, path, "square images, got an array of 4 x 5 x 6")
     write_raw(path, np.zeros((4, 4), np.float32))
-    assert_one_sentence(read_mrc, path, "cubic map, got an array of 4 x 4")
+    assert_one_sentence(read_mrc, path, "cubic map, got an array of 1 x 4 x 4")
     write_raw(path, np.zeros((2, 4, 4, 4), np.float32))
-    assert_one_sentence(read_mrc, path, "cubic map, got an array of 2 x 4 x 4 x 4")
+    assert_one_sentence(read_mrc, path, "cubic map, got an array of 8 x 4 x 4")
 
 
 def test_a_stack_of_one_volume_is_a_map(path):
@@ -342,23 +414,26 @@ def test_real_stacks_have_their_known_sizes(data_dir, name, shape, pixel):
 @BOTH
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_long_extended_header_is_not_taken_at_its_word(read, path, order):
-    """Else 2 GiB are allocated before the end of the file is met."""
+    """It would be 2 GiB long."""
     write_raw(path, unique_volume(4).astype(f"{order}f4"))
     content = bytearray(path.read_bytes())
     content[92:96] = np.array([2**31 - 1], f"{order}i4").tobytes()
     path.write_bytes(content)
-    assert_one_sentence(read, path, "is not an MRC file, or is damaged")
+    assert_one_sentence(read, path, "truncated or damaged: .* must have 214748")
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", np.int8, np.int16, np.float16])
-def test_stacks_are_mapped_whatever_their_type(path, dtype):
+def test_sections_are_read_whatever_their_type(path, dtype):
     with mrcfile.new(path) as mrc:
         mrc.set_extended_header(np.zeros(100, "V1"))
         mrc.set_data(unique_stack().astype(dtype))
         mrc.voxel_size = 2.0
-    images, pixel = map_stack(path)
-    assert isinstance(images, np.memmap) and pixel == 2.0
-    np.testing.assert_array_equal(images, unique_stack())
+    stack = open_stack(path)
+    assert len(stack) == 3 and stack.pixel_size_in_angstroms == 2.0
+    for indices in ([0, 1, 2], [2], [1, 1, 2], [2, 0], []):
+        chosen = np.array(indices, int)
+        assert stack[chosen].dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(stack[chosen], unique_stack()[chosen])
 
 
 def test_a_stack_is_filled_in_place(path):

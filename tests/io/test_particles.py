@@ -19,7 +19,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     Pairs,
     image_identities,
-    map_stack,
+    open_stack,
     read_particles,
     read_poses,
     read_stack,
@@ -267,8 +267,8 @@ def test_optics_without_a_defocus_are_refused(new_style, name):
         read_particles(path)
 
 
-def test_few_of_many_stacks_are_open_at_once(tmp_path):
-    """Images come in the order asked for, and memory maps are let go."""
+def test_images_of_many_stacks_come_in_the_order_asked_for(tmp_path):
+    """No stack stays open, or is mapped to memory."""
     count = 40
     images = [stack(tmp_path / f"{i}.mrcs", 1)[0] for i in range(count)]
     path = tmp_path / "p.star"
@@ -278,9 +278,10 @@ def test_few_of_many_stacks_are_open_at_once(tmp_path):
     order = RNG.permutation(np.repeat(np.arange(count), 2))
     batch, _ = file.particles.batch(order)
     np.testing.assert_array_equal(batch, np.stack(images)[order])
-    if Path("/proc/self/maps").exists():
-        maps = Path("/proc/self/maps").read_text()
-        assert 0 < maps.count(str(tmp_path)) <= count / 2
+    if Path("/proc/self/fd").exists():
+        links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert not [link for link in links if link.startswith(str(tmp_path))]
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_stacks_are_looked_for_in_the_documented_order(tmp_path, monkeypatch):
@@ -618,19 +619,55 @@ def test_names_from_the_data_folder_become_absolute(tmp_path):
     )
 
 
-def test_a_folder_whose_name_is_not_text_can_be_read_from(tmp_path):
-    """It can be read from, and named by a path that leaves it out."""
-    folder = tmp_path / os.fsdecode(b"f\xff")
+def test_a_folder_whose_name_is_not_text_is_one_like_others(tmp_path):
+    """Its bytes are read and written as they are, here one of Latin-1."""
+    folder = tmp_path / os.fsdecode(b"f\xe9")
     images = stack(folder / "a.mrcs", 1)
     write_star(folder / "p.star", {"": particle_columns(["1@a.mrcs"])})
     file = read_particles(folder / "p.star")
     (folder / "job").mkdir()
-    write_particles(folder / "job/p.star", file, file.poses)
-    found = read_particles(folder / "job/p.star")
-    np.testing.assert_array_equal(all_images(found), images)
-    with pytest.raises(InputError, match=r"cannot write .*cannot hold .*f\\udcff/a"):
-        write_particles(tmp_path / "p.star", file, file.poses)
-    assert not (tmp_path / "p.star").exists()
+    for place in (folder / "job", tmp_path):
+        write_particles(place / "p.star", file, file.poses)
+        found = read_particles(place / "p.star")
+        np.testing.assert_array_equal(all_images(found), images)
+    assert b"f\xe9/a.mrcs" in (tmp_path / "p.star").read_bytes()
+
+
+def test_what_is_wrong_with_a_stack_is_said(tmp_path, monkeypatch):
+    """It is nowhere, leads nowhere, is no file, or has a name of another system."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mrcs").mkdir()
+    (tmp_path / "link.mrcs").symlink_to("../gone/mic.mrcs")
+    (tmp_path / "imported").symlink_to("gone")
+    (tmp_path / "loop.mrcs").symlink_to("loop.mrcs")
+    os.mkfifo(tmp_path / "pipe.mrcs")
+    for name, words in {
+        "folder.mrcs": "which is a folder",
+        "link.mrcs": r"symbolic link to \.\./gone/mic\.mrcs, which is missing",
+        "imported/a.mrcs": "imported is a symbolic link to gone, which is missing",
+        "loop.mrcs": "which cannot be read: Too many levels of symbolic links",
+        "pipe.mrcs": "which is not a regular file",
+        r"Extract\job1\a.mrcs": "backslashes of a path of Windows",
+        "a.mrcs": "which is neither in",
+    }.items():
+        write_star("p.star", {"": particle_columns([f"1@{name}"])})
+        with pytest.raises(InputError, match=f"^p.star names .*{words}") as caught:
+            read_particles("p.star")
+        assert str(caught.value).count(name) and "\n" not in str(caught.value)
+
+
+def test_a_stack_that_becomes_shorter_is_a_sentence(new_style):
+    """A memory map would end the process with a signal."""
+    path, _ = new_style
+    file = read_particles(path)
+    file.particles.batch(np.arange(len(file)))
+    shortened = path.parent / "a.mrcs"
+    os.truncate(shortened, 1024 + 4)
+    with pytest.raises(InputError, match="a.mrcs must stay as it is .* shorter"):
+        file.particles.batch(np.arange(len(file)))
+    shortened.unlink()
+    with pytest.raises(InputError, match="cannot read .*a.mrcs: No such file"):
+        file.particles.batch(np.arange(len(file)))
 
 
 def test_all_stacks_are_found_from_one_folder(tmp_path, monkeypatch):
@@ -669,7 +706,7 @@ def test_the_tables_pixel_size_comes_before_the_headers(new_style):
     path, _ = new_style
     with mrcfile.open(path.parent / "a.mrcs", "r+") as mrc:
         mrc.voxel_size = (1.5, 1.0, 1.0)
-    _, pixel = map_stack(path.parent / "a.mrcs")
+    pixel = open_stack(path.parent / "a.mrcs").pixel_size_in_angstroms
     assert pixel is not None and np.isnan(pixel)
     assert read_particles(path).particles.pixel_size_in_angstroms == 1.5
     plain = path.with_name("plain.star")
@@ -759,7 +796,10 @@ BAD_TABLES = {
         set_names("1@/old/place/a.mrcs", *["1@a.mrcs"] * 2),
         "names /old/place/a.mrcs, which does not exist; other folders are searched",
     ),
-    "long name": (set_names(f"1@{'a' * 300}", *["1@a.mrcs"] * 2), "names a*, which is"),
+    "long name": (
+        set_names(f"1@{'a' * 300}", *["1@a.mrcs"] * 2),
+        "names a*, which cannot be read: File name too long",
+    ),
     "no number but sections": (
         set_names("a.mrcs", *["1@a.mrcs"] * 2),
         "names a.mrcs without .* must hold one image, got 4 sections",

@@ -15,11 +15,11 @@ from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler
 from jaxrefine.geometry import Poses
 from jaxrefine.io import (
-    read_blocks,
     read_json,
     read_mrc,
     read_particles,
     read_star,
+    read_table,
     write_mrc,
     write_particles,
     write_stack,
@@ -120,7 +120,7 @@ def test_shifts_are_in_the_pixels_of_the_images(merged):
 
 def test_poses_are_written_in_the_units_of_the_table(merged, tmp_path):
     """Origins in Angstrom, and in the pixels of the particle's own stack."""
-    blocks = read_blocks(merged.path)
+    blocks = read_table(merged.path).blocks
     old = [
         f"{-x / SIZES[g]:.9f}"
         for x, g in zip(merged.moves[:, 0], merged.group, strict=True)
@@ -181,7 +181,7 @@ def test_the_map_is_that_of_one_pixel_size(merged, tmp_path, capsys):
 
 def test_poses_are_compared_in_one_pixel_size(merged, capsys):
     """A frame that is 10 A away is no error, in the pixels of either."""
-    table = dict(read_blocks(merged.path))
+    table = dict(read_table(merged.path).blocks)
     particles = dict(table["particles"])
     moves = merged.moves + merged.rotations[:, :2] @ np.array([10.0, -4.0, 6.0])
     for i, letter in enumerate("XY"):
@@ -240,7 +240,7 @@ def test_steps_out_of_range_are_refused(step, words):
 
 
 def test_sizes_too_far_apart_are_refused(merged):
-    blocks = read_blocks(merged.path)
+    blocks = read_table(merged.path).blocks
     blocks["optics"]["rlnImagePixelSize"] = ["2.0", "1.5"]
     write_star(merged.folder / "far.star", blocks)
     with pytest.raises(InputError, match="by at most 25%, got 1.5 to 2 A"):

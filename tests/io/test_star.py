@@ -1,5 +1,6 @@
 """STAR files of several writers: quotes, comments, and rows that do not fit."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_files_are_laid_out_as_relions(path):
     [
         (b"", "it has no data_ block"),
         (b"# only a comment\n", "it has no data_ block"),
-        (b"\x93NUMPY\xff\xfe", "it is not text"),
+        (b"\x93NUMPY\xff\xfe", "does not begin with a data_ block"),
         (b"MAP\0\0\0\0", "it is not text"),
         (b"{\n", "line 1: this is not a STAR file"),
         (b"data_\nhello\n", "line 2: the line must be loop_, or a name"),
@@ -238,7 +239,7 @@ WORD: Any = "word"  # where a list of values belongs
         ),
         ({"a": ["a bell \a in quotes"]}, "cannot hold the value 'a bell"),
         ({"a": ["a\0b"]}, "cannot hold the value"),
-        ({"a": ["folder\udcff"]}, r"cannot hold the value 'folder\\udcff'"),
+        ({"a": ["half\ud800"]}, r"cannot hold the value 'half\\ud800'"),
         ({"a": WORD}, "block 'x', column 'a': values must be a list, got a single s"),
         (Pairs(a=WORD), "values must be a list, got a single str"),
         ({"a": b"word"}, "got a single bytes"),
@@ -273,7 +274,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_file(path, monkeypatch):
     write_star(path, {"a": {"b": ["1"]}})
     before = path.read_bytes()
 
-    def die(self, text, encoding):
+    def die(self, text, encoding, errors):
         self.write_bytes(text.encode(encoding)[:10])
         raise OSError(28, "No space left on device")
 
@@ -326,3 +327,53 @@ def test_real_quoted_values_are_read(data_dir):
     assert table["whitespace_string"] == [" ", " "]
     assert table["number_and_empty"] == ["5.0", ""]
     assert table["empty_string_and_normal_string"] == ["", "test"]
+
+
+def test_bytes_that_are_not_utf8_are_kept(path):
+    """A comment and a path of Latin-1, as of a file server that knows no other."""
+    content = b"# caf\xe9\ndata_\nloop_\n_name\n_other\ncaf\xe9/a.mrcs '\xe9 b'\n"
+    path.write_bytes(content)
+    blocks = read_star(path)
+    names = ["caf\udce9/a.mrcs"]
+    assert blocks == {"": {"name": names, "other": ["\udce9 b"]}}
+    write_star(path, blocks)
+    assert b" caf\xe9/a.mrcs" in path.read_bytes() and read_star(path) == blocks
+
+
+def test_a_line_of_quotes_is_split_in_linear_time(path):
+    """Nothing closes them: each was searched for to the end of the line (24 s)."""
+    for line, words in (
+        ('"x' * 20_000, 1),
+        (" ".join(['"x'] * 200_000), 200_000),
+        (" ".join(["\"x 'y"] * 100_000), 200_000),
+        (" ".join(['"x" "'] * 100_000), 100_001),
+    ):
+        path.write_text(f"data_\nloop_\n_a\n_b\n_c\n{line}\n")
+        begin = time.process_time()
+        with pytest.raises(InputError, match=f"must have 3 values, .* got {words}$"):
+            read_star(path)
+        assert time.process_time() - begin < 10
+
+
+def test_many_columns_are_read_in_linear_time(path):
+    """Of 100,000 columns each looked at all of the others (more than 30 s)."""
+    count = 100_000
+    labels = "\n".join(f"_c{i}" for i in range(count))
+    row = " ".join(["1"] * count)
+    path.write_text(f"data_\nloop_\n{labels}\n{row}\n{row}\n")
+    begin = time.process_time()
+    (table,) = read_star(path).values()
+    assert time.process_time() - begin < 10
+    assert len(table) == count and set(map(tuple, table.values())) == {("1", "1")}
+
+
+def test_long_loops_are_read_in_order(path):
+    """Rows are turned into columns many at a time, here of all three kinds of words."""
+    count = 30_000
+    rows = [f"{i} {i % 2} 'a {i // 100}'" for i in range(count)]
+    path.write_text("\n".join(["data_x", "loop_", "_i", "_j", "_k", *rows]))
+    assert read_star(path)["x"] == {
+        "i": [str(i) for i in range(count)],
+        "j": [str(i % 2) for i in range(count)],
+        "k": [f"a {i // 100}" for i in range(count)],
+    }

@@ -113,7 +113,7 @@ def contents(folder):
         if path.suffix == ".eqx":
             state, saved = load_checkpoint(path, like)
             arrays = {name: value.tobytes() for name, value in state.items()}
-            found[path.name] = arrays, saved["rows"]
+            found[path.name] = arrays, saved["lines"]
         elif path.is_file():
             found[path.name] = path.read_bytes()
     return found
@@ -343,3 +343,23 @@ def test_temporary_files_of_the_dead(tmp_path):
     with pytest.raises(InputError, match="holds files but no run.json"):
         a_folder(tmp_path / "other")
     assert len(names(tmp_path / "other")) == 2
+
+
+@pytest.mark.parametrize("kept", [None, [], "text", 3])
+def test_a_report_that_was_changed_is_a_sentence(tmp_path, kept):
+    def a_folder():
+        return RunFolder(tmp_path / "run", "report.json", {"seed": 1})
+
+    with a_folder():
+        pass
+    path = tmp_path / "run/report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"kept": kept}))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="something else than an object for 'kept'"):
+        a_folder()
+    for changed in ("null", "[]", '"text"', '{"settings": null}', '{"settings": []}'):
+        path.write_text(changed)
+        with pytest.raises(InputError, match="must be the report of a run"):
+            a_folder()
+    path.write_bytes(before)

@@ -63,10 +63,22 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGES = [truncate, flip, lambda path: path.write_bytes(b""), os.unlink]
+def change_version(path):
+    content = path.read_bytes()
+    assert content.count(b"checkpoint 3") == 1
+    path.write_bytes(content.replace(b"checkpoint 3", b"checkpoint 7"))
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=["short", "flipped", "empty", "gone"])
+def clear(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [truncate, flip, clear, change_version, os.unlink]
+
+
+@pytest.mark.parametrize(
+    "damage", DAMAGES, ids=["short", "flipped", "empty", "version", "gone"]
+)
 def test_the_state_before_steps_in(begun, tmp_path, capsys, damage):
     newest, previous = begun
     assert eqx.tree_equal(resumed(tmp_path), state(3))
@@ -154,11 +166,39 @@ def test_a_large_state_on_a_full_disk(begun, tmp_path):
     assert contents(tmp_path / "state") == before
 
 
-def test_a_damaged_log_costs_its_lines_only(begun, tmp_path):
+def test_states_of_another_version_are_not_to_be_deleted(begun, tmp_path):
+    """If neither is whole, one that may be whole for another version has the word."""
+    for path in begun:
+        change_version(path)
+    with pytest.raises(InputError, match=f"{begun[0]} was saved by another version"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: lines[0] + b"\xff\x00\n" + lines[2] + b"[1]\n",
+        lambda lines: lines[0] + b"null\n" + lines[2],
+        lambda lines: lines[0].replace(b"1", b'"1"') + lines[1] + lines[2],
+        lambda lines: b"{}\n" + lines[1] + lines[2],
+        lambda lines: lines[0] + lines[2],
+        lambda lines: b"[" * 10_000,
+        lambda lines: b"",
+        None,
+    ],
+)
+def test_a_damaged_log_is_restored(begun, tmp_path, capsys, damage):
+    """It costs nothing, because the state has the rows."""
     path = tmp_path / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\xff\x00\n" + lines[2] + b"[1]\n")
-    assert [row["iteration"] for row in a_history(tmp_path).rows()] == [1, 3]
+    before = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(before.splitlines(keepends=True)))
+    assert eqx.tree_equal(resumed(tmp_path), state(3))
+    assert path.read_bytes() == before
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path} is damaged or lacks rows" in error
 
 
 def test_time_is_counted_from_the_first_process_on(begun, tmp_path):

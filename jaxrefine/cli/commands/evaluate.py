@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxrefine.cli.commands import shared
 from jaxrefine.cli.commands.command import Command
-from jaxrefine.runs.options import option
+from jaxrefine.runs.options import group, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,9 @@ class EvaluateSettings:
     symmetry: str = shared.symmetry()
     json: Path | None = option(
         None, affects_results=False, metavar="FILE", help="write the figures as JSON"
+    )
+    cryosparc: shared.CryosparcSettings = group(
+        shared.CryosparcSettings, "cryoSPARC's tables"
     )
 
 

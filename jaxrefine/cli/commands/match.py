@@ -40,6 +40,9 @@ class MatchSettings:
         help="finest detail that is compared",
     )
     batch_size: int = shared.batch_size(64)
+    cryosparc: shared.CryosparcSettings = group(
+        shared.CryosparcSettings, "cryoSPARC's tables"
+    )
     images: shared.ImageSettings = group(shared.ImageSettings, "images")
 
 

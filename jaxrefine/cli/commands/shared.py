@@ -78,6 +78,26 @@ def map_voxel_size() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CryosparcSettings:
+    """What belongs to a table of cryoSPARC."""
+
+    passthrough: Path | None = option(
+        None,
+        metavar="FILE.cs",
+        default_text="*passthrough*.cs of the same job, beside the table",
+        help="the passthrough file of a .cs table, with the fields that its job did "
+        "not make",
+    )
+    class_: int | None = option(
+        None,
+        least=0,
+        metavar="K",
+        default_text="all, each with the pose of its most probable class",
+        help="keep the particles of one class of a .cs table, counted from 0",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """How images are found and prepared."""
 
@@ -104,6 +124,11 @@ class ImageSettings:
         above=True,
         default_text="three quarters of the box for --normalise and --mask-images",
         help="largest diameter of the particle",
+    )
+    no_ctf: bool = option(
+        False,
+        help="take the images to have no contrast-transfer function, whatever the "
+        "table says",
     )
     datadir: Path | None = option(
         None,
