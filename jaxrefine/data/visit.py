@@ -11,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
@@ -25,6 +26,10 @@ from jaxrefine.operators.gridding import Spectrum
 BLOCK = 64
 """Particles of a block."""
 
+# Blocks that there is room for on a device, at least. The compiler would treat a single
+# one in a way of its own, with other rounding errors.
+_FEWEST = 2
+
 Block = Callable[..., PyTree]
 """``function(common, images, ctf, group, exists, own)`` of a block of particles.
 
@@ -36,7 +41,7 @@ and what belongs to each of them. Its results have a leading axis ``p``.
 
 def whole_batch(batch_size: int, devices: int) -> int:
     """Return a number of particles, rounded up to whole blocks for every device."""
-    least = BLOCK * devices
+    least = _FEWEST * BLOCK * devices
     return least * max(1, -(-batch_size // least))
 
 
@@ -82,26 +87,34 @@ def visit(
     # Cut on the host: JAX would compile a program for each size.
     own = jax.tree.map(np.asarray, own)
     size = whole_batch(min(batch_size, len(chosen)), mesh.size)
+    # Devices take turns with the blocks, so that all have some of a last, short batch.
+    order = np.arange(size).reshape(-1, mesh.size, BLOCK).swapaxes(0, 1).ravel()
+    back = np.argsort(order)
+
+    def in_order(values: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[back], values)
+
     results, latest = [], None
     for places, count in batches(np.arange(len(chosen)), size):
         exists = np.arange(size) < count
         rows = chosen[places]
         # Those that only fill up the batch are not read again.
-        repeated = np.arange(size) % count
+        repeated = order % count
         images, ctf = jax.tree.map(
             lambda leaf, at=repeated: np.asarray(leaf)[at],
             particles.batch(rows[:count]),
         )
         group = np.asarray(particles.group_of(rows), np.int32)
-        of_batch = jax.tree.map(lambda leaf, at=places: leaf[at], own)
-        batch = jax.device_put((images, ctf, group, exists, of_batch), apart)
+        of_batch = jax.tree.map(lambda leaf, at=places[order]: leaf[at], own)
+        batch = (images, ctf, group[order], exists[order], of_batch)
+        batch = jax.device_put(batch, apart)
         # A batch is read while the one before is computed, and no more are waiting.
         if latest is not None:
-            results.append(jax.tree.map(np.asarray, latest))
+            results.append(in_order(latest))
             if stage is not None:
                 stage.advance(size)
         latest = visit_blocks(mesh, shared, batch)
-    results.append(jax.tree.map(np.asarray, latest))
+    results.append(in_order(latest))
     if stage is not None:
         stage.advance(len(chosen) - size * (len(results) - 1))
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
@@ -114,16 +127,36 @@ def visit_blocks(
     shared: tuple[Block, PyTree],
     batch: tuple[Images, CTF | None, Int[Array, "p"], Bool[Array, "p"], PyTree],
 ) -> PyTree:
-    """Visit whole blocks, every device its own, one after the other; see `visit`."""
+    """Visit blocks, every device its own, one after the other; see `visit`.
+
+    Blocks that only fill up the batch are not visited.
+    """
     arrays, static = eqx.partition(shared, eqx.is_array)
 
     def on_device(arrays, batch):
         function, common = eqx.combine(arrays, static)
-        blocks = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, BLOCK, *leaf.shape[1:]), batch
+
+        def cut(leaf, index):
+            return jax.lax.dynamic_slice_in_dim(leaf, index * BLOCK, BLOCK)
+
+        def visit_block(index):
+            return function(common, *jax.tree.map(lambda leaf: cut(leaf, index), batch))
+
+        def add(index, results):
+            def put(leaf, values):
+                return jax.lax.dynamic_update_slice_in_dim(
+                    leaf, values, index * BLOCK, 0
+                )
+
+            return jax.tree.map(put, results, visit_block(index))
+
+        exists = batch[3]
+        shapes = eqx.filter_eval_shape(visit_block, jnp.zeros((), jnp.int32))
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros((len(exists), *leaf.shape[1:]), leaf.dtype), shapes
         )
-        results = jax.lax.map(lambda block: function(common, *block), blocks)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+        rounds = (jnp.sum(exists.astype(jnp.int32)) + BLOCK - 1) // BLOCK
+        return jax.lax.fori_loop(0, rounds, add, empty)
 
     return jax.shard_map(
         on_device,

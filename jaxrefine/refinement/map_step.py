@@ -236,7 +236,8 @@ def assess(
         where a map holds nothing but what the regulariser has put there.
     """
     n = particle_set.particles.image_size
-    made = jnp.arange(n // 2 + 1) <= (n if side is None else (side - 1) // 2)
+    last_made = n // 2 if side in (None, n) else (side - 1) // 2
+    made = jnp.arange(n // 2 + 1) <= last_made
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
     share = jnp.asarray(particle_set.particles.noise_share, state.noise.dtype)

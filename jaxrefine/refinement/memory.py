@@ -35,8 +35,8 @@ from jaxrefine.refinement.insertion import insertion_devices
 
 _T = TypeVar("_T")
 
-LEAST_BATCH = BLOCK
-"""Least number of particles at a time; they are visited in blocks of so many."""
+LEAST_BATCH = whole_batch(1, 1)
+"""Least number of particles at a time, see `data.visit`."""
 
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"

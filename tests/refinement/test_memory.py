@@ -81,7 +81,7 @@ def test_a_batch_takes_what_the_compiler_says():
     config, mesh = RefineConfig(), jax.make_mesh((1,), ("particles",), devices=DEVICE)
     last = (n - 1) // 2
     volume = jnp.zeros((n, n, n), jnp.float32)
-    for count in (visit.BLOCK, 4 * visit.BLOCK):
+    for count in (2 * visit.BLOCK, 5 * visit.BLOCK):
         particles = Particles(np.zeros((count, n, n), np.float32))
         noise = jnp.ones((1, n // 2 + 1), jnp.float32)
         reference = update.Reference(
@@ -124,7 +124,7 @@ def test_the_sums_take_at_least_what_the_compiler_says():
     found = compiled_bytes(data_term, sums)
     bare = estimate_bytes(1, 16, CONFIG)
     estimated = (estimate_bytes(1, 2 * n, CONFIG) - bare) / (8 - 1 / 8)
-    assert found < estimated < 8 * found
+    assert found < estimated < 10 * found
 
 
 @pytest.mark.parametrize("most", [16, 64, 300, 4096])
