@@ -102,7 +102,9 @@ def _labels(
                 None
                 if tube in _UNKNOWN
                 else (tube, stack if micrograph in _UNKNOWN else micrograph)
-                for tube, micrograph, stack in zip(tubes, micrographs, file, strict=True)
+                for tube, micrograph, stack in zip(
+                    tubes, micrographs, file, strict=True
+                )
             ],
         )
 

@@ -100,7 +100,7 @@ def read_cs(
     particles have the same value. Both may be missing, as may the optics of ``ctf``.
     Particles that share ``ctf/exp_group_id``, voltage, spherical aberration, amplitude
     contrast, pixel size and box size form an optics group. ``filament/filament_uid``
-    becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or the ``uid``
+    becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or ``uid``
     where that is not known, becomes the column ``jaxrefineSource`` if rows have one in
     common or are copies. Images in which protein is dark (``blob/sign`` of -1) get a
     negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations and 2-D alignments are
