@@ -136,7 +136,7 @@ def read_map_and_mask_for(
     if voxel is None:
         voxel = io.voxel_size_in_angstroms(path)
         hint = "; --map-voxel-size overrules the header"
-        if voxel == _DEFAULT_VOXEL and not _same(voxel, pixel):
+        if voxel == _DEFAULT_VOXEL and not _same(_DEFAULT_VOXEL, pixel):
             raise InputError(
                 f"{path} must have voxels of {pixel:g} A, as the images of "
                 f"{source.path}, got a header with voxels of 1 A, as programs write "
