@@ -32,6 +32,8 @@ _REWEIGHTED = 20
 # which few equivalents change.
 _STARTS, _ALTERNATIONS = 64, 5
 
+_PIXEL = 0.01  # radians that a pixel counts, as it is 100 pixels from the centre
+
 _BATCH = 4096  # Particles whose equivalents are in memory at once.
 
 
@@ -179,19 +181,78 @@ def nearest_places(
         Poses, and the true ones, of which there may be another number.
     places
         Where the true poses of each particle are, such as those of the copies of its
-        image.
+        image, which come first; then any of them may be repeated. Particles with a
+        place in common have all of them in common, in the same order.
     operators
         Of the true map's symmetry, as for `pose_errors`.
 
     Returns
     -------
-    One of the places of each particle.
+    One of the places of each particle. As many particles as there are places that they
+    have in common get one each, with the least sum of distances.
     """
     if places.shape[1] == 1:
         return places[:, 0]
     group = jnp.eye(3)[None] if operators is None else operators
-    nearest, _ = _nearest(poses.rotations, true_poses.rotations, places, group)
+    nearest, rotations = _nearest(poses.rotations, true_poses.rotations, places, group)
+    for _ in range(_ALTERNATIONS):  # Copies of one rotation differ by their shifts.
+        motion = align_poses(poses, Poses(rotations, true_poses.shifts[nearest]))
+        distance, element = _distances(motion, poses, true_poses, places, group)
+        chosen = _assigned(np.asarray(distance), places)
+        rows = np.arange(len(places))
+        nearest = places[rows, chosen]
+        equivalent = jnp.asarray(group)[element[rows, chosen]]
+        rotations = jnp.matmul(
+            jnp.asarray(true_poses.rotations)[nearest], equivalent, precision=_HIGHEST
+        )
     return np.asarray(nearest)
+
+
+@eqx.filter_jit
+def _distances(
+    motion: Motion,
+    poses: Poses,
+    true_poses: Poses,
+    places: Int[Array | np.ndarray, "particles copies"],
+    operators: Float[Array | np.ndarray, "order 3 3"],
+) -> tuple[Float[Array, "particles copies"], Int[Array, "particles copies"]]:
+    """Return how far poses are from each of their true ones, and which equivalents.
+
+    The distance is the angle in radians plus that of the shift (`_PIXEL`).
+    """
+    rotations, shifts = map(jnp.asarray, (true_poses.rotations, true_poses.shifts))
+    group = jnp.asarray(operators, rotations.dtype)
+    moved = jnp.matmul(motion.aligned[:, :2], motion.translation, precision=_HIGHEST)
+
+    def of_one(particle):
+        aligned, shift, candidates = particle
+        relative = jnp.einsum(
+            "cji,jl->cil", rotations[candidates], aligned, precision=_HIGHEST
+        )
+        trace = jnp.einsum("cil,sil->cs", relative, group, precision=_HIGHEST)
+        angle = jnp.arccos(jnp.clip((jnp.max(trace, axis=1) - 1) / 2, -1, 1))
+        offset = jnp.linalg.norm(shift[None] - shifts[candidates], axis=-1)
+        return angle + _PIXEL * offset, jnp.argmax(trace, axis=1)
+
+    particles = (motion.aligned, poses.shifts - moved, jnp.asarray(places))
+    return jax.lax.map(of_one, particles, batch_size=_BATCH)
+
+
+def _assigned(
+    distance: Float[np.ndarray, "particles copies"],
+    places: Int[np.ndarray, "particles copies"],
+) -> Int[np.ndarray, " particles"]:
+    """Return which of its places each particle gets: one each, or else the nearest."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    chosen = distance.argmin(axis=1)
+    order = np.argsort(places[:, 0], stable=True)
+    _, starts = np.unique(places[order, 0], return_index=True)
+    for rows in np.split(order, starts[1:]):
+        copies = len(np.unique(places[rows[0]]))
+        if len(rows) == copies > 1:
+            chosen[rows] = linear_sum_assignment(distance[rows, :copies])[1]
+    return chosen
 
 
 @eqx.filter_jit

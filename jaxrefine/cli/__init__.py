@@ -3,7 +3,7 @@
 What a command can be told is declared in :mod:`jaxrefine.cli.commands`; what it does is
 in the module of its name here, which is imported when the command runs. Bad input ends
 with one sentence on standard error and exit code 2, an interruption with exit code 130,
-and a SIGTERM with exit code 143.
+a SIGTERM with exit code 143, and a SIGHUP with exit code 129.
 """
 
 import argparse

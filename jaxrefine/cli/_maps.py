@@ -19,7 +19,8 @@ _SAME_VOXEL = 1e-3  # relative difference of sizes, as headers round them
 def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Read two maps on one grid, and its voxel size in angstroms.
 
-    A voxel size that is not given is the other's; if neither is, it is 1.
+    A voxel size that is not given is the other's; if neither is, it is 1. A header that
+    says 1 A, which may have been set by nobody, is told of.
 
     Raises
     ------
@@ -38,7 +39,14 @@ def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]
             f"the maps must have the same voxel size, got {voxel:g} A ({first}) and "
             f"{other:g} A ({second})"
         )
-    return a, b, voxel or other or 1.0
+    if _DEFAULT_VOXEL in (voxel, other):
+        path = first if voxel == _DEFAULT_VOXEL else second
+        print(
+            f"{path}: the header says voxels of 1 A, as programs write that know no "
+            "voxel size; if they are not, resolutions are wrong by their ratio",
+            file=sys.stderr,
+        )
+    return a, b, voxel or other or _DEFAULT_VOXEL
 
 
 def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
@@ -91,7 +99,8 @@ def read_map_for(
     Raises
     ------
     InputError
-        If it is zero, or on another grid and may not be resampled.
+        If it is zero, or on another grid and may not be resampled; or if its header
+        says 1 A, unlike the images, and is not overruled.
     """
     return read_map_and_mask_for(source, path, None, voxel_size, resampled)[0]
 
@@ -121,16 +130,32 @@ def read_map_and_mask_for(
         As :func:`read_map_for`, or if the mask is not from 0 to 1, is zero, or is on
         another grid and may not be resampled.
     """
+    pixel = source.particles.pixel_size_in_angstroms
     values, _ = io.read_mrc(path)
-    volume = _on_grid_of(source, path, values, voxel_size, resampled)
+    voxel, hint = voxel_size, ""
+    if voxel is None:
+        voxel = io.voxel_size_in_angstroms(path)
+        hint = "; --map-voxel-size overrules the header"
+        if voxel == _DEFAULT_VOXEL and not _same(_DEFAULT_VOXEL, pixel):
+            raise InputError(
+                f"{path} must have voxels of {pixel:g} A, as the images of "
+                f"{source.path}, got a header with voxels of 1 A, as programs write "
+                "that know no voxel size; say it with --map-voxel-size, and add "
+                f"--resample if it is not {pixel:g}"
+            )
+    volume = _on_grid_of(source, path, values, voxel, resampled, hint)
     if not volume.any():
         raise InputError(f"{path} must not be zero everywhere, got zeros only")
     if mask_path is None:
         return volume, None
     mask_values, _ = io.read_mrc(mask_path)
     check_mask(mask_values, mask_path)
-    stated = voxel_size if mask_values.shape == values.shape else None
-    mask = _on_grid_of(source, mask_path, mask_values, stated, resampled)
+    voxel = voxel_size
+    if voxel is None or mask_values.shape != values.shape:
+        voxel = io.voxel_size_in_angstroms(mask_path)
+        if voxel == _DEFAULT_VOXEL and len(mask_values) == source.particles.image_size:
+            voxel = pixel  # A header of 1 A may be set by nobody: it is on their grid.
+    mask = _on_grid_of(source, mask_path, mask_values, voxel, resampled)
     mask = jnp.clip(mask, 0, 1)
     check_mask(mask, mask_path)
     return volume, mask
@@ -140,56 +165,43 @@ def _on_grid_of(
     source: io.ParticleFile,
     path: Path,
     volume: np.ndarray,
-    stated: float | None,
+    voxel: float | None,
     resampled: bool,
+    hint: str = "",
 ) -> jax.Array:
     """Return a map on the grid of the images.
 
-    A map of their side whose voxel size is unset is taken to be on it. One whose header
-    says 1 A, as programs write that know no voxel size, is resampled only if that size
-    is stated, too.
+    Parameters
+    ----------
+    source, path, volume
+        The images, and a map.
+    voxel
+        Its voxel size in angstroms. If this is not known, a map of the images' side is
+        taken to be on their grid.
+    resampled
+        Whether a map on another grid may be resampled.
+    hint
+        What else may help if the map is on another grid.
     """
     n, m = volume.shape[0], source.particles.image_size
     pixel = source.particles.pixel_size_in_angstroms
-    voxel = io.voxel_size_in_angstroms(path) if stated is None else stated
-    if voxel is None and n == m:
-        voxel = pixel
+    if n == m and (voxel is None or _same(voxel, pixel)):
+        return jnp.asarray(volume)
     if voxel is None:
         raise InputError(
             f"{path} must give its voxel size in its header or have {m}^3 voxels, as "
-            f"many as the images of {source.path}, got {n}^3 voxels of no size; "
-            "--map-voxel-size states it"
+            f"many as the images of {source.path}, got {n}^3 voxels of no size{hint}"
         )
-    if n == m and _same(voxel, pixel):
-        return jnp.asarray(volume)
-    doubtful = stated is None and voxel == _DEFAULT_VOXEL and n == m
-    if resampled and not doubtful:
+    if resampled:
         print(
             f"{path}: {n}^3 voxels of {voxel:g} A, resampled to {m}^3 of {pixel:g} A",
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
-    expected, received = f"voxels of {pixel:g} A", f"voxels of {voxel:g} A"
-    if n != m:
-        expected, received = f"{m}^3 voxels", f"{n}^3 voxels"
-    received += "" if stated is None else f" (--map-voxel-size {stated:g})"
-    if doubtful:
-        way_out = (
-            ", as headers say that nobody has set: --map-voxel-size "
-            f"{pixel:g} overrules it, --map-voxel-size {voxel:g} --resample trusts it"
-        )
-    elif n == m and stated is None:
-        way_out = (
-            "; --resample brings it to that grid, or --map-voxel-size "
-            f"{pixel:g} overrules a wrong header"
-        )
-    else:
-        way_out = "; --resample brings it to that grid"
-        if stated is None and voxel == _DEFAULT_VOXEL:
-            way_out += f" (with --map-voxel-size, unless its voxels are of {voxel:g} A)"
     raise InputError(
-        f"{path} must have {expected}, the grid of the images of {source.path}, "
-        f"got {received}{way_out}"
+        f"{path} must have {m}^3 voxels of {pixel:g} A, the grid of the images of "
+        f"{source.path}, got {n}^3 voxels of {voxel:g} A; --resample brings it to that "
+        f"grid{hint}"
     )
 
 

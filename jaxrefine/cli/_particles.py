@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, PRNGKeyArray
 
 from jaxrefine import io
 from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
@@ -17,13 +17,15 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.io.columns import particle_table
 from jaxrefine.io.fields import called, is_cs, lack_of
-from jaxrefine.refinement.sets import divided
+from jaxrefine.refinement.sets import FEWEST, deal, divided, is_dominated
 from jaxrefine.runs.progress import Bars
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
 _TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
 _TOLD = 3  # images that cannot be used and are named
+_UNEQUAL = 1.1  # ratio of the sizes of half sets from which it is told
+_TUBES, _TUBE = "helical tubes", "rlnHelicalTubeID"  # what rows may share; its column
 _CIRCLE = 0.75  # of the side of the images: what is not background, by default
 
 
@@ -231,7 +233,12 @@ class Usable:
         return Poses(rotations, self.of_table(found.shifts, given.shifts))
 
 
-def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
+def usable(
+    source: io.ParticleFile,
+    *,
+    with_poses: bool,
+    subsets: Int[np.ndarray, " particles"] | None = None,
+) -> Usable:
     """Look at all images; tell of those that cannot be used, which are then left out.
 
     These are images that are constant or not finite and, where poses are used,
@@ -243,11 +250,13 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
         The particles, whose images are prepared.
     with_poses
         Whether the poses of the particles are used.
+    subsets
+        The half set of each particle, if there are half sets.
 
     Raises
     ------
     InputError
-        If none can be used.
+        If none can be used, or fewer than 4 of a half set.
     """
     count, m = len(source), source.particles.image_size
     with Bars() as bars:
@@ -275,7 +284,61 @@ def usable(source: io.ParticleFile, *, with_poses: bool) -> Usable:
         print(
             f"{source.path}: {sentence}; these particles are left out", file=sys.stderr
         )
+    if subsets is not None:
+        _check_sizes(source, subsets[~left_out], " that can be used")
     return Usable(count, np.flatnonzero(~left_out))
+
+
+def half_sets(
+    source: io.ParticleFile, key: PRNGKeyArray
+) -> Int[np.ndarray, " particles"]:
+    """Return the half set of each particle, 1 or 2: the table's, or dealt at random.
+
+    Raises
+    ------
+    InputError
+        If a half set has fewer than 4 particles, as those may that are dealt if most
+        rows are not independent, or if the table's are not 1 and 2.
+    """
+    subsets = source.random_subset
+    if subsets is None:
+        subsets = deal(source.particles, key)
+    _check_sizes(source, subsets)
+    return subsets
+
+
+def _sizes(subsets: Int[np.ndarray, " particles"]) -> tuple[int, int]:
+    return int((subsets == 1).sum()), int((subsets == 2).sum())
+
+
+def _check_sizes(
+    source: io.ParticleFile, subsets: Int[np.ndarray, " particles"], which: str = ""
+) -> None:
+    """Refuse half sets of too few particles, with the cause and a way out."""
+    first, second = _sizes(subsets)
+    if min(first, second) >= FEWEST:
+        return
+    column, cause = called("rlnRandomSubset", source.path), ""
+    whose = f" of the table ({column})"
+    if source.random_subset is None:
+        whose = ""
+        if source.shared:
+            cause = f": rows of one {_one_of(source)} are kept together"
+            if _TUBES in source.shared:
+                tube = called(_TUBE, source.path)
+                cause += f"; remove the {tube} if it does not number tubes, or"
+            else:
+                cause += ";"
+            cause += f" give half sets of your own ({column})"
+    raise InputError(
+        f"{source.path}: the half sets{whose} must have at least {FEWEST} particles "
+        f"each, got {first} and {second}{which}{cause}"
+    )
+
+
+def _one_of(source: io.ParticleFile) -> str:
+    """Return what rows share, in the singular."""
+    return " or ".join(kind.removesuffix("s") for kind in source.shared)
 
 
 def tell_what_is_shared(
@@ -286,32 +349,58 @@ def tell_what_is_shared(
     Parameters
     ----------
     source
-        The particles, which are dealt into folds, and into half sets unless the table
-        has some.
+        The particles, which are dealt into folds.
     subsets
-        The half set of each particle, if the table's are used.
+        The half set of each particle, if there are half sets.
     """
     cluster = source.particles.cluster
     if cluster is None:
         return
-    kinds = " and of ".join(f"{n} {kind}" for kind, n in source.shared.items())
-    where = "one half set and one fold" if subsets is None else "one fold"
-    print(
-        f"{source.path}: {len(source)} rows are of {kinds}; rows of the same one are "
-        f"kept together, in {where}",
-        file=sys.stderr,
-    )
+
+    def tell(sentence: str) -> None:
+        print(f"{source.path}: {sentence}", file=sys.stderr)
+
+    everyone = np.ones(len(source), int)
+    is_dealt = subsets is not None and source.random_subset is None
+    sets = everyone if subsets is None else subsets
+    dominated = [is_dominated(cluster[sets == each]) for each in np.unique(sets)]
+    places = ["one half set"] * is_dealt + ["one fold"] * (not all(dominated))
+    done = "the same one are kept together, in " + " and ".join(places)
+    kinds = " and ".join(_showing(kind, n) for kind, n in source.shared.items())
+    tell(f"the {len(source)} rows {kinds}" + (f"; rows of {done}" if places else ""))
+    if is_dealt:
+        smaller, larger = sorted(_sizes(sets))
+        if larger > _UNEQUAL * smaller:
+            tell(
+                f"the half sets have {larger} and {smaller} particles, as rows of one "
+                f"{_one_of(source)} are kept together"
+            )
+    if any(dominated):
+        whose = "" if subsets is None else " of a half set"
+        hint = ""
+        if _TUBES in source.shared:
+            hint = f"; remove the {called(_TUBE, source.path)} if it numbers no tubes"
+        tell(
+            f"more than two thirds of the rows{whose} are of one {_one_of(source)}, "
+            "and are dealt into folds one by one: poses are compared with a map that "
+            f"shares some of their noise{hint}"
+        )
     count = 0 if subsets is None else divided(subsets, cluster)
     if count:
         name = called("rlnRandomSubset", source.path)
-        print(
-            f"{source.path}: the half sets of the table ({name}) divide "
+        tell(
+            f"the half sets of the table ({name}) divide "
             f"{count} of {cluster.max() + 1} such groups of rows; they are used as "
             "they are, but they are not independent, and the Fourier shell correlation "
             f"of their maps is too high: remove the {name} to have half sets dealt "
-            "anew",
-            file=sys.stderr,
+            "anew"
         )
+
+
+def _showing(kind: str, count: int) -> str:
+    """Return what rows are of, as ``show 1 image`` or ``are of 2 helical tubes``."""
+    verb = "show" if kind == "images" else "are of"
+    return f"{verb} {count} {kind if count > 1 else kind.removesuffix('s')}"
 
 
 def shell_of(flag: str, resolution: float, particles: Particles) -> int:

@@ -12,10 +12,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from jaxrefine import io
-from jaxrefine.cli._particles import shell_of, tell_what_is_shared, usable
+from jaxrefine.cli._particles import (
+    half_sets,
+    shell_of,
+    tell_what_is_shared,
+    usable,
+)
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
@@ -29,7 +33,6 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import deal
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -168,9 +171,11 @@ def _run(
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     source = inputs.source
-    subsets = _subsets(source, settings.seed) if config.half_sets else None
-    tell_what_is_shared(source, source.random_subset if config.half_sets else None)
-    chosen = usable(source, with_poses=True)
+    subsets = None
+    if config.half_sets:
+        subsets = half_sets(source, jax.random.key(settings.seed))
+    tell_what_is_shared(source, subsets)
+    chosen = usable(source, with_poses=True, subsets=subsets)
     particles = chosen.of(source.particles)
     plan = _plan(settings, particles, config)
     batch_size = min(settings.batch_size or plan.batch_size, len(particles))
@@ -202,7 +207,8 @@ def _run(
     result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
     undetermined = chosen.of_table(result.undetermined, True)
     report: dict[str, Any] = {
-        "undetermined": int(undetermined.sum()),
+        "undetermined": int(result.undetermined.sum()),
+        "left_out": int(chosen.left_out.sum()),
         "tau": float(result.tau),
         "planned_batch_size": batch_size,
         "estimated_peak_mib": plan.estimated_bytes / 2**20,
@@ -241,13 +247,6 @@ def _plan(
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
-
-
-def _subsets(source: io.ParticleFile, seed: int) -> Int[np.ndarray, " particles"]:
-    """Return the half set of each particle, 1 or 2: the file's, or dealt at random."""
-    if source.random_subset is not None:
-        return source.random_subset
-    return deal(source.particles, jax.random.key(seed))
 
 
 def _refined(settings: RefineSettings, given: Poses, refined: Poses) -> Poses:

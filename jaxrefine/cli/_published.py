@@ -90,4 +90,5 @@ def _run(
     if chosen.left_out.any():
         columns["jaxrefineUndetermined"] = chosen.left_out.astype(int)
     poses = chosen.poses(poses, state.poses)
-    return Outcome(poses, np.asarray(refined), columns=columns)
+    report = {"left_out": int(chosen.left_out.sum())}
+    return Outcome(poses, np.asarray(refined), columns=columns, report=report)

@@ -93,13 +93,18 @@ def _match(tables, paths, count: int, true_count: int) -> tuple[np.ndarray, str]
         [_image_names(table) for table in tables],
         [io.image_identities(*pair) for pair in zip(tables, paths, strict=True)],
     ):
-        places = _places(*names)
-        if places is not None:
-            return places, "image name"
+        found = _places(*names)
+        if found is not None:
+            places, most = found
+            matched_by = "image name"
+            if most > 1:
+                matched_by += f", the nearest of up to {most} copies"
+            return places, matched_by
     if count != true_count:
         raise InputError(
-            f"{paths[1]} must hold all image names of {paths[0]}, or as many "
-            f"particles to be matched by their order, got {true_count} for {count}"
+            f"{paths[1]} must hold all image names of {paths[0]}, each at most "
+            f"{_MOST_COPIES} times, or as many particles to be matched by their order, "
+            f"got {true_count} for {count}"
         )
     return np.arange(count)[:, None], "order, as the image names do not match"
 
@@ -111,11 +116,14 @@ def _image_names(table) -> list[str] | None:
 
 def _places(
     names: Sequence[Hashable] | None, true_names: Sequence[Hashable] | None
-) -> np.ndarray | None:
+) -> tuple[np.ndarray, int] | None:
     """Return where each name is among the true ones, ``(names, copies)``.
 
     A name that is fewer times among the true ones than another repeats its places.
-    None if a name is not among the true ones, or if names do not tell images apart:
+    Returned, too, is among how many places one is to be chosen, at most: just one if
+    the true ones have each name once, or as often.
+
+    None if a name is not among the true ones, or if these do not tell images apart:
     there is one name for all, or more copies than symmetry expansion makes.
     """
     if names is None or true_names is None:
@@ -124,9 +132,11 @@ def _places(
     for place, name in enumerate(true_names):
         found.setdefault(name, []).append(place)
     copies = Counter(names)
-    if not copies.keys() <= found.keys() or len(copies) == 1 < len(names):
+    if not copies.keys() <= found.keys() or len(found) == 1 < len(true_names):
         return None
     most = max(len(found[name]) for name in copies)
-    if max(most, *copies.values()) > _MOST_COPIES:
+    if most > _MOST_COPIES:
         return None
-    return np.array([np.resize(found[name], most) for name in names])
+    chosen = [len(found[name]) for name in copies if len(found[name]) != copies[name]]
+    places = np.array([np.resize(found[name], most) for name in names])
+    return places, max(chosen, default=1)

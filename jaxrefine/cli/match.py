@@ -60,9 +60,10 @@ def run(
         result = match(
             particles, volume, config, callback=lambda done: advance(done, {})
         )
-    columns = {"jaxrefineCorrelation": chosen.of_table(result.scores, 0.0)}
-    if chosen.left_out.any():
-        columns["jaxrefineUndetermined"] = chosen.left_out.astype(int)
+    columns = {
+        "jaxrefineCorrelation": chosen.of_table(result.scores, 0.0),
+        "jaxrefineUndetermined": chosen.left_out.astype(int),
+    }
     poses = chosen.poses(source.poses, result.poses)
     io.write_particles(out, source, poses, columns)
     median = float(np.median(result.scores))

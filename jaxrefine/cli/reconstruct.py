@@ -44,9 +44,9 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
         check_is_no_input(path, source.path, *source.joined, *source.stacks.values())
 
     key = jax.random.key(settings.seed)
-    subsets = source.random_subset if settings.half_sets else None
+    subsets = _particles.half_sets(source, key) if settings.half_sets else None
     _particles.tell_what_is_shared(source, subsets)
-    chosen = _particles.usable(source, with_poses=True)
+    chosen = _particles.usable(source, with_poses=True, subsets=subsets)
     with Bars() as bars:
         result = engine.reconstruct(
             chosen.of(source.particles),

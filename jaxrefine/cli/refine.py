@@ -21,7 +21,7 @@ from jaxrefine.runs.fingerprint import (
     file_digest,
     fingerprint,
     stacks_digest,
-    unseen_digest,
+    times_digest,
 )
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
@@ -46,16 +46,9 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     published = settings.preset != "default"
     check_devices(settings.devices)
     inputs = _read(settings, diameter_used=not published)
-    if published:
-        refinement = _published.prepare(settings, inputs)
-    else:
-        refinement = _production.prepare(settings, inputs, engine)
-    config, resolved = refinement.config, _resolved_texts(refinement.resolved)
     details: dict[str, Any] = {
         "command": options.command_line("refine", settings),
         "options": options.as_json(settings),
-        "resolved": refinement.resolved,
-        "engine_config_in_radians_and_pixels": entries.as_json(config, type(config)),
         **provenance.environment(),
     }
     stacks = list(inputs.source.stacks.values())
@@ -66,7 +59,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         digests = [file_digest(path) for path in used]
         identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
-        written = unseen_digest(stacks)
+        written = times_digest(stacks)
         if folder.keep("stacks_written", written) != written:
             print(
                 f"the stacks of {settings.particles} have been written since this run "
@@ -77,6 +70,15 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         if folder.finished:
             print(f"{settings.out} holds this refinement already, finished")
             return
+        if published:
+            refinement = _published.prepare(settings, inputs)
+        else:
+            refinement = _production.prepare(settings, inputs, engine)
+        config, resolved = refinement.config, _resolved_texts(refinement.resolved)
+        folder.describe(
+            resolved=refinement.resolved,
+            engine_config_in_radians_and_pixels=entries.as_json(config, type(config)),
+        )
         for flag, text in resolved.items():
             print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
@@ -166,6 +168,7 @@ def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         "angle_std_in_degrees": columns.get("jaxrefineAngleStd"),
         "shift_std_in_pixels": columns.get("jaxrefineShiftStd"),
         "undetermined": None if undetermined is None else undetermined.astype(bool),
+        "left_out": outcome.report.get("left_out", 0),
     }
 
 
@@ -174,7 +177,9 @@ def _summary(out: Path, report: html.Report) -> str:
     text = f"{len(report.poses)} particles and a map are in {out}"
     if report.half_set_fsc is not None:
         text += f"; the half maps agree to {html.resolution(report, 'A')}, FSC 0.143"
-    if report.undetermined is not None and report.undetermined.any():
-        count = int(report.undetermined.sum())
+    if report.undetermined_count:
+        count = report.undetermined_count
         text += f"; {count} show no particle, and are not in the map"
+    if report.left_out:
+        text += f"; {report.left_out} were left out"
     return text

@@ -100,8 +100,9 @@ def read_cs(
     particles have the same value. Both may be missing, as may the optics of ``ctf``.
     Particles that share ``ctf/exp_group_id``, voltage, spherical aberration, amplitude
     contrast, pixel size and box size form an optics group. ``filament/filament_uid``
-    becomes ``rlnHelicalTubeID``, numbered from 1, and ``sym_expand/src_uid`` the column
-    ``jaxrefineSource``. Images in which protein is dark (``blob/sign`` of -1) get a
+    becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or ``uid``
+    where that is not known, becomes the column ``jaxrefineSource`` if rows have one in
+    common or are copies. Images in which protein is dark (``blob/sign`` of -1) get a
     negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations and 2-D alignments are
     ignored.
 
@@ -170,9 +171,7 @@ def read_cs(
         if len(np.unique(split)) > 1:  # Otherwise cryoSPARC made no half sets.
             # Whether these are halves matters only where halves are used.
             particles["rlnRandomSubset"] = [f"{half + 1:.15g}" for half in split]
-    if "sym_expand/src_uid" in table:
-        sources = table.identities("sym_expand/src_uid").tolist()
-        particles[SOURCE] = [str(uid) if uid else UNKNOWN for uid in sources]
+    particles |= _sources(table)
     if "filament/filament_uid" in table:
         # RELION's numbers of tubes have 32 bits, cryoSPARC's have 64.
         tubes = _filaments(table)
@@ -555,6 +554,24 @@ def _filaments(table: _Fields) -> list[tuple[int, int]]:
     if "filament/filament_uid" in table:
         uids = table.identities("filament/filament_uid").tolist()
     return [(uid, 0 if uid else row) for row, uid in enumerate(uids)]
+
+
+def _sources(table: _Fields) -> Table:
+    """Return the column of the particles that rows are of, if rows may share one.
+
+    That is the particle that a row is a copy of, or else its own.
+    """
+    sources = own = np.zeros(len(table), np.uint64)
+    if "sym_expand/src_uid" in table:
+        sources = table.identities("sym_expand/src_uid")
+    if "uid" in table:
+        own = table.identities("uid")
+    if len(np.unique(own)) == 1:  # nobody has numbered the particles
+        own = np.zeros_like(own)
+    if not sources.any() and len(np.unique(own[own > 0])) == np.sum(own > 0):
+        return {}
+    uids = np.where(sources > 0, sources, own).tolist()
+    return {SOURCE: [str(uid) if uid else UNKNOWN for uid in uids]}
 
 
 def _format(stack: str) -> str:

@@ -194,10 +194,12 @@ def read_particles(
     optics group has its own noise spectrum (`particles.Particles`); without optics
     groups there is a single one.
 
-    Rows that are not independent form a cluster: those of one image, those with the
-    same ``rlnImageOriginalName`` (of particles that were expanded, and then subtracted
-    from or extracted again) or cryoSPARC's ``sym_expand/src_uid``, and those of one
-    helical tube, ``rlnHelicalTubeID`` of ``rlnMicrographName``.
+    Rows that are not independent form a cluster: those of one image; those of one
+    particle, which have the same ``rlnImageOriginalName`` (if they were expanded, and
+    then subtracted from or extracted again) or the image of that name, cryoSPARC's
+    ``sym_expand/src_uid`` or ``uid``, or the same coordinates in a micrograph; and
+    those of one helical tube, ``rlnHelicalTubeID`` of ``rlnMicrographName``, or of the
+    stack where that is not known.
 
     Parameters
     ----------
@@ -269,7 +271,7 @@ def read_particles(
     noise_group = None
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
-    cluster, shared = clusters(table, images)
+    cluster, shared = clusters(table, images, path)
     return ParticleFile(
         path,
         blocks,

@@ -140,8 +140,8 @@ def refine(
         If there are fewer than 4 particles, or fewer than 4 in a half set; if the
         images have a side of less than 16 pixels; if images, poses, map, mask and
         subsets do not fit each other; if poses, map or an image are not finite; if the
-        rotations are not rotation matrices, the mask is not from 0 to 1, the subsets
-        are not 1 and 2, or all particles of a set are of one cluster.
+        rotations are not rotation matrices, the mask is not from 0 to 1, or the subsets
+        are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     poses, volume = checked(particles, poses, volume)
@@ -255,6 +255,7 @@ def _conclude(
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
+    half_side = particle_sets[0].particles.image_size / 2
     sums_of_sets, set_states = [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
         # The second set is put into the frame of the first.
@@ -262,7 +263,8 @@ def _conclude(
         if set_states:
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
-        determined = pose_step.determined(aligned)
+        inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
+        determined = pose_step.determined(aligned) & inside
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:

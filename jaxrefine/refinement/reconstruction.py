@@ -41,7 +41,8 @@ def reconstruct(
         effect.
     key
         Deals the particles into two halves, those of a cluster (`Particles.cluster`)
-        into one.
+        into one. If one cluster has more than two thirds of all, they are dealt singly,
+        and the maps of the halves share noise.
     subsets
         The half of each particle, 1 or 2, which is kept even where it divides a
         cluster; dealt at random without it.
@@ -60,8 +61,7 @@ def reconstruct(
         If there are fewer than 4 particles, or fewer than 4 in a given half; if the
         images have a side of less than 16 pixels; if images, poses and subsets do not
         fit each other; if poses or an image are not finite; if the rotations are not
-        rotation matrices, the subsets are not 1 and 2, or all particles are of one
-        cluster.
+        rotation matrices, or the subsets are not 1 and 2.
     """
     config = RefineConfig() if config is None else config
     n = particles.image_size

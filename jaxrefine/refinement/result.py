@@ -102,8 +102,9 @@ class Result:
         Logarithm of each particle's evidence: how much more probable the image is with
         the particle than without.
     undetermined
-        Whether each image is more probable without a particle than with it. Such
-        particles keep their given poses, and are left out of the maps.
+        Whether each image is more probable without a particle than with it, or its
+        refined position is outside of the image. Such particles keep their given poses,
+        and are left out of the maps.
     volume
         The map, of shape ``(n, n, n)``.
     half_maps, fsc

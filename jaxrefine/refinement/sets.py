@@ -13,7 +13,6 @@ from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.maps.folds import FOLDS
 from jaxrefine.maps.mask import check_mask
 from jaxrefine.operators.gridding import Insertion, default_insertion
 from jaxrefine.poses.prior import Prior, priors_about
@@ -93,18 +92,15 @@ def make_particle_set(
     ----------
     particles, poses
         All particles, and their given poses. Those of a cluster (`Particles.cluster`)
-        are dealt into one fold.
+        are dealt into one fold, unless the set `is_dominated` by one of them. Its
+        particles are then dealt singly: folds only choose the regulariser's weight,
+        and keep the noise of a particle out of the map that it is compared with.
     key
         Deals the particles of the set.
     config, mask, watch
         See `ParticleSet`.
     indices
         The particles of the set; None for all.
-
-    Raises
-    ------
-    InputError
-        If all particles of the set are of one cluster.
     """
     if indices is None:
         indices = np.arange(len(particles))
@@ -116,7 +112,8 @@ def make_particle_set(
         config.max_angle,
         config.max_shift,
     )
-    fold = _dealt(particles, key)
+    cluster = None if is_dominated(particles.cluster) else particles.cluster
+    fold = _dealt(len(particles), cluster, key)
     return ParticleSet(indices, particles, prior, fold, config, mask, watch)
 
 
@@ -153,8 +150,8 @@ def divide(
     Raises
     ------
     InputError
-        If the mask is not of the map's side or not from 0 to 1, if `halves` refuses
-        the subsets, or if all particles of a set are of one cluster.
+        If the mask is not of the map's side or not from 0 to 1, or if `halves` refuses
+        the subsets.
     """
     dealing, fold, draw = jax.random.split(key, 3)
     if mask is not None:
@@ -172,44 +169,49 @@ def divide(
 def deal(particles: Particles, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
     """Deal particles into two halves, 1 and 2, at random; a cluster into one of them.
 
-    Raises
-    ------
-    InputError
-        If all particles are of one cluster.
+    The halves are as large as each other as far as clusters allow: those of a single
+    cluster are all particles and none.
     """
-    return 1 + _dealt(particles, key)
+    return 1 + _dealt(len(particles), particles.cluster, key)
 
 
-def _dealt(particles: Particles, key: PRNGKeyArray) -> Int[np.ndarray, " particles"]:
+def _dealt(
+    count: int, cluster: Int[np.ndarray, " particles"] | None, key: PRNGKeyArray
+) -> Int[np.ndarray, " particles"]:
     """Deal particles into two parts, 0 and 1, at random; a cluster into one of them.
 
-    Larger clusters come first, those of one size in a random order, and each goes into
-    the part that has fewer particles. Without clusters the parts take turns.
+    Larger clusters come first, those of about one size in a random order, and each goes
+    into the part that has fewer particles. Without clusters the parts take turns.
     """
-    member, sizes = np.arange(len(particles)), np.ones(len(particles), int)
-    if particles.cluster is not None:
+    member, sizes = np.arange(count), np.ones(count, int)
+    if cluster is not None:
         _, first, member, sizes = np.unique(
-            particles.cluster,
-            return_index=True,
-            return_inverse=True,
-            return_counts=True,
+            cluster, return_index=True, return_inverse=True, return_counts=True
         )
         # Clusters are numbered as they appear, so that repeated rows change nothing.
         appearance = np.argsort(first)
         member, sizes = np.argsort(appearance)[member], sizes[appearance]
-    if len(sizes) < FOLDS:
-        raise InputError(
-            "the particles of a set must be of at least two clusters, such as two "
-            "images or two helical tubes, whose particles are kept together, got "
-            f"{len(particles)} particles of one cluster"
-        )
     order = np.asarray(jax.random.permutation(key, len(sizes)))
-    order = order[np.argsort(-sizes[order], stable=True)]
+    # Sizes from one power of two to the next count as one: if no two of them did, size
+    # would decide alone, and every key would deal the same.
+    _, magnitude = np.frexp(sizes[order])
+    order = order[np.argsort(-magnitude, stable=True)]
     part, filled = np.empty(len(sizes), int), [0, 0]
     for i, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         part[i] = int(filled[1] < filled[0])
         filled[part[i]] += size
     return part[member]
+
+
+def is_dominated(cluster: Int[np.ndarray, " particles"] | None) -> bool:
+    """Return whether one cluster has more than two thirds of the particles.
+
+    Two folds that keep it together would be too unequal.
+    """
+    if cluster is None:
+        return False
+    _, sizes = np.unique(cluster, return_counts=True)
+    return bool(3 * sizes.max() > 2 * sizes.sum())
 
 
 def divided(
@@ -248,13 +250,15 @@ def halves(
     Raises
     ------
     InputError
-        If there is not a 1 or a 2 for each particle, if one half has fewer than 4, or
-        if halves are to be dealt of one cluster.
+        If there is not a 1 or a 2 for each particle, or if one half has fewer than 4,
+        as halves that are dealt may have if most particles are of one cluster.
     """
-    count = len(particles)
+    count, cause = len(particles), ""
     if subsets is None:
         subsets = deal(particles, key)
-    if subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
+        if particles.cluster is not None:
+            cause = ", as the particles of a cluster are kept together"
+    elif subsets.shape != (count,) or set(np.unique(subsets)) != {1, 2}:
         raise InputError(
             f"subsets must be 1 or 2 for each of {count} particles, and not all the "
             f"same, got {sorted(set(subsets.tolist()))[:5]} for {len(subsets)}"
@@ -263,7 +267,7 @@ def halves(
     if min(len(first), len(second)) < FEWEST:
         raise InputError(
             f"each half set must have at least {FEWEST} particles, got {len(first)} "
-            f"and {len(second)}"
+            f"and {len(second)}{cause}"
         )
     return [first, second]
 

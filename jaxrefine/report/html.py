@@ -129,6 +129,8 @@ class Report:
         Estimated standard errors of the poses.
     undetermined
         Which particles have undetermined poses; the pictures leave them out.
+    left_out
+        How many of these were not refined at all.
     """
 
     title: str
@@ -151,6 +153,7 @@ class Report:
     angle_std_in_degrees: Float[np.ndarray, " particles"] | None = None
     shift_std_in_pixels: Float[np.ndarray, " particles"] | None = None
     undetermined: Bool[np.ndarray, " particles"] | None = None
+    left_out: int = 0
 
     @property
     def box_in_angstroms(self) -> float:
@@ -163,6 +166,11 @@ class Report:
         if self.undetermined is None:
             return np.ones(len(self.poses), bool)
         return ~self.undetermined
+
+    @property
+    def undetermined_count(self) -> int:
+        """How many poses were refined and are undetermined."""
+        return len(self.poses) - int(self.determined.sum()) - self.left_out
 
 
 def write(path: str | Path, report: Report) -> None:
@@ -219,8 +227,10 @@ def _headlines(report: Report) -> Element:
         "Wall time (h:min:s)": f"{timedelta(seconds=round(report.wall_s))}",
     }
     if report.undetermined is not None:
-        number = int(report.undetermined.sum())
+        number = report.undetermined_count
         figures["Undetermined particles"] = f"{number} ({100 * number / count:.3g} %)"
+    if report.left_out:
+        figures["Particles left out"] = f"{report.left_out}"
     for where, peak in (
         ("", report.peak_rss_mib),
         (", device", report.peak_device_mib),

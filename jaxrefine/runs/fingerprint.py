@@ -51,7 +51,7 @@ def stacks_digest(paths: Sequence[Path]) -> str:
     It is of the size of each stack and of blocks of 64 KiB: the first and the last one,
     and others at equal distances. Up to 256 MiB of stacks are read completely; of more
     it is a sample, in which images that were made anew differ. What it may overlook,
-    :func:`unseen_digest` tells of.
+    :func:`times_digest` tells of.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def stacks_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def unseen_digest(paths: Sequence[Path]) -> str:
+def times_digest(paths: Sequence[Path]) -> str:
     """Return a SHA-256 of the times at which stacks were last written.
 
     It is that of no stacks if :func:`stacks_digest` reads all of their content, which

@@ -65,7 +65,7 @@ class RunFolder:
     ):
         self.path, self._report = path, path / report
         self._settings = json.loads(json.dumps(settings))
-        self._details, self._kept = details or {}, {}
+        self._details, self._kept = dict(details or {}), {}
         self.finished = False
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} must be a folder, got a file")
@@ -136,6 +136,11 @@ class RunFolder:
             if not self.finished:
                 self._write(finished=False)
         return self._kept[name]
+
+    def describe(self, **details: Any) -> None:
+        """Add entries to the report that do not identify the run."""
+        self._details |= details
+        self._write(finished=False)
 
     def reopen(self) -> None:
         """Mark a finished run as not finished, since there is more to do."""

@@ -124,7 +124,7 @@ def test_half_sets_that_divide_a_filament_are_named(files, reconstruct):
     save(files.table, BLOB, POSES, half)
     save(files.passthrough, OPTICS, {"filament/filament_uid": UIDS - UIDS % 4})
     done = reconstruct("--half-sets", "--passthrough", files.passthrough)
-    assert "8 rows are of 2 helical tubes" in done.err
+    assert "the 8 rows are of 2 helical tubes" in done.err
     assert "(field alignments3D/split) divide 2 of 2 such groups" in done.err
 
 

@@ -125,11 +125,14 @@ def test_a_part_of_the_particles(tmp_path, run):
     assert "100.0 % within 5 degrees" in out
 
 
-@pytest.mark.parametrize("names", [[f"{n}x" for n in NAMES], [NAMES[0]] * COUNT])
-def test_by_order_if_names_do_not_tell(tmp_path, run, names):
-    """Other names, or one that is on several particles."""
+@pytest.mark.parametrize(
+    ("names", "true_names"),
+    [([f"{n}x" for n in NAMES], NAMES), ([NAMES[0]] * COUNT, [NAMES[0]] * COUNT)],
+)
+def test_by_order_if_names_do_not_tell(tmp_path, run, names, true_names):
+    """Other names, or one that all of the true particles have."""
     result = write(tmp_path / "r.star", names=names)
-    truth = write(tmp_path / "truth.star")
+    truth = write(tmp_path / "truth.star", names=true_names)
     code, out, _ = run("evaluate", result, truth, "--json", tmp_path / "out.json")
     assert code == 0 and "matched by order, as the image names do not match" in out
     assert "100.0 % within 5 degrees" in out
@@ -150,7 +153,8 @@ def test_rows_of_one_image_are_compared_with_its_pose(tmp_path, run, noisy, copi
     truths = write(tmp_path / "t.star", ROTATIONS[again], SHIFTS[again], true_names)
     for result, true in ((several, truth), (several, truths), (alone, truths)):
         code, out, _ = run("evaluate", result, true, "--json", tmp_path / "out.json")
-        assert code == 0 and "matched by image name\n" in out
+        nearest = f", the nearest of up to {copies} copies" if result is alone else ""
+        assert code == 0 and f"matched by image name{nearest}\n" in out
         content = json.loads((tmp_path / "out.json").read_text())
         for figure in ("angle_error_in_degrees", "shift_error_in_pixels"):
             name = f"{figure}_median"
@@ -181,6 +185,48 @@ def test_copies_with_poses_of_their_own_are_matched_by_their_poses(
     assert code == 0 and content["matched_by"] == "image name"
     assert content["angle_error_in_degrees_p95"] == pytest.approx(0, abs=1e-3)
     assert content["shift_error_in_pixels_p95"] == pytest.approx(0, abs=1e-3)
+
+
+def test_any_number_of_rows_may_be_of_one_image(tmp_path, run):
+    """All are compared with its true pose, also if they are all of the result."""
+    truth = write(tmp_path / "truth.star")
+    for rows in (np.zeros(301, int), np.append(np.zeros(301, int), 5)):
+        names = np.array(NAMES)[rows]
+        result = write(tmp_path / "r.star", ROTATIONS[rows], SHIFTS[rows], names)
+        code, out, _ = run("evaluate", result, truth)
+        assert code == 0 and f"{len(rows)} particles, matched by image name\n" in out
+        assert "100.0 % within 5 degrees" in out
+
+
+def test_copies_that_differ_by_their_shifts_are_matched_by_these(tmp_path, run):
+    """As of one image that was centred on two parts of a particle."""
+    rows, move = (
+        np.repeat(np.arange(COUNT), 2),
+        np.tile([[0.0, 0.0], [4.0, 1.0]], (30, 1)),
+    )
+    names, shifts = np.array(NAMES)[rows], SHIFTS[rows] + move
+    truth = write(tmp_path / "truth.star", ROTATIONS[rows], shifts, names)
+    for order in (RNG.permutation(len(rows)), np.arange(1, len(rows), 2)):
+        found = ROTATIONS[rows[order]], shifts[order], names[order]
+        result = write(tmp_path / "r.star", *found)
+        assert run("evaluate", result, truth, "--json", tmp_path / "o.json").code == 0
+        content = json.loads((tmp_path / "o.json").read_text())
+        assert content["shift_error_in_pixels_p95"] == pytest.approx(0, abs=1e-3)
+
+
+def test_as_many_copies_are_matched_one_to_one(tmp_path, run):
+    """If all rows of an image have the pose of one copy, the others were not found."""
+    operators = np.asarray(symmetry.operators("C2"))
+    rotations = np.einsum("pij,sjk->psik", ROTATIONS, operators)
+    names = np.repeat(NAMES, 2)
+    shifts = np.repeat(SHIFTS, 2, axis=0)
+    truth = write(tmp_path / "t.star", rotations.reshape(-1, 3, 3), shifts, names)
+    collapsed = rotations.copy()
+    collapsed[:10, 1] = collapsed[:10, 0]
+    result = write(tmp_path / "r.star", collapsed.reshape(-1, 3, 3), shifts, names)
+    code, out, _ = run("evaluate", result, truth)
+    assert code == 0 and "matched by image name\n" in out
+    assert "83.3 % within 5 degrees" in out  # 50 of 60
 
 
 def test_files_without_names(tmp_path, run):

@@ -106,7 +106,11 @@ def assert_refused(data, result, *words):
 
 @pytest.mark.parametrize(
     ("n", "voxel", "words"),
-    [(20, 2.0, "20^3 voxels"), (16, 2.25, "voxels of 2.25 A"), (18, 1.6, "18^3")],
+    [
+        (20, 2.0, "20^3 voxels"),
+        (16, 2.25, "16^3 voxels of 2.25 A"),
+        (18, 1.6, "18^3 voxels of 1.6 A"),
+    ],
 )
 @pytest.mark.parametrize("name", ["refine", "match"])
 def test_a_map_on_another_grid(data, command, engine, name, n, voxel, words):
@@ -189,7 +193,7 @@ def test_the_folder_knows_its_mask(data, command, engine):
 def masks(data):
     soft, write = ball(N, PIXEL), partial(write_mrc, data / "bad.mrc")
     yield lambda: write(ball(18, PIXEL), PIXEL), ("18^3 voxels", "--resample brings")
-    yield lambda: write(soft, 2.25), ("voxels of 2.25 A", "--resample brings")
+    yield lambda: write(soft, 2.25), ("got 16^3 voxels of 2.25 A", "--resample brings")
     yield lambda: write(1.5 * soft, PIXEL), ("bad.mrc must have values", "got 0 to 1.5")
     yield (
         lambda: write(soft - 0.5, PIXEL),
@@ -252,22 +256,105 @@ TUBES = [1, 1, 1, 2, 2, 3, 3, 4]
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("refine", []), ("refine", ["--half-sets"]), ("reconstruct", ["--half-sets"])],
+    [
+        ("refine", []),
+        ("refine", ["--half-sets"]),
+        ("reconstruct", []),
+        ("reconstruct", ["--half-sets"]),
+    ],
 )
 def test_rows_of_a_tube_are_kept_together_and_it_is_said(
     data, command, engine, name, options
 ):
     rewrite(data, rlnHelicalTubeID=TUBES)
     result = command(name, *options)
-    words = "particles.star: 8 rows are of 4 helical tubes; rows of the same one are "
-    assert result.code == 130 and f"{words}kept together" in result.err
+    where = "one half set and one fold" if options else "one fold"
+    words = "particles.star: the 8 rows are of 4 helical tubes; rows of the same one "
+    assert result.code == 130 and f"{words}are kept together, in {where}" in result.err
+    assert "the half sets have" not in result.err
     ((arguments, further),) = engine.calls
     np.testing.assert_array_equal(arguments[0].cluster, np.array(TUBES) - 1)
-    if name == "refine" and options:
+    if options:
         subsets = further["subsets"]
         for tube in set(TUBES):
             assert len(set(subsets[np.array(TUBES) == tube])) == 1
         assert sorted(subsets) == [1] * 4 + [2] * 4
+    else:
+        assert further["subsets"] is None
+
+
+def grow(data, count):
+    """Repeat the particles, with images of their own."""
+    images = np.random.default_rng(1).normal(size=(count, N, N)).astype(np.float32)
+    write_stack(data / "images.mrcs", images, PIXEL)
+    blocks = read_star(data / "particles.star")
+    table = blocks["particles"]
+    for name, values in table.items():
+        table[name] = [values[i % COUNT] for i in range(count)]
+    table["rlnImageName"] = [f"{i:06d}@images.mrcs" for i in range(1, count + 1)]
+    write_star(data / "particles.star", blocks)
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct"])
+def test_one_tube_is_dealt_into_folds_and_not_into_half_sets(
+    data, command, engine, name
+):
+    """As a column that is constant says, which numbers no tubes perhaps."""
+    rewrite(data, rlnHelicalTubeID=[1] * COUNT)
+    result = command(name)
+    assert result.code == 130 and len(engine.calls) == 1
+    assert "particles.star: the 8 rows are of 1 helical tube\n" in result.err
+    assert "more than two thirds of the rows are of one helical tube" in result.err
+    assert "remove the column rlnHelicalTubeID if it numbers no tubes" in result.err
+    words = (
+        "particles.star: the half sets must have at least 4 particles each, got 8 and "
+        "0: rows of one helical tube are kept together; remove the column "
+        "rlnHelicalTubeID if it does not number tubes, or give half sets of your own "
+        "(column rlnRandomSubset)",
+    )
+    out = ["--out", data / "half.star"]
+    command(name, "--half-sets", *out).assert_refused(*words)
+    assert not (data / "half.star").exists()
+    # Half sets of the table are used as they are, and each may be a tube.
+    halves = [1] * 4 + [2] * 4
+    rewrite(data, rlnRandomSubset=halves, rlnHelicalTubeID=halves)
+    result = command(name, "--half-sets", *out)
+    assert result.code == 130 and "divide" not in result.err
+    assert "more than two thirds of the rows of a half set are of one" in result.err
+    np.testing.assert_array_equal(engine.calls[-1][1]["subsets"], halves)
+    rewrite(data, rlnHelicalTubeID=[0] * COUNT)
+    result = command(name, "--half-sets", "--out", data / "none.star")
+    assert result.code == 130 and "helical tube" not in result.err
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct"])
+def test_half_sets_that_are_unequal_are_told_of_or_refused(data, command, engine, name):
+    grow(data, 24)
+    rewrite(data, rlnHelicalTubeID=[1] * 18 + [2] * 4 + [3, 4])
+    result = command(name, "--half-sets")
+    assert result.code == 130
+    words = "the half sets have 18 and 6 particles, as rows of one helical tube are "
+    assert f"particles.star: {words}kept together" in result.err
+    assert "more than two thirds of the rows of a half set" in result.err
+    sizes = np.bincount(engine.calls[-1][1]["subsets"])[1:]
+    assert sorted(sizes) == [6, 18]
+    rewrite(data, rlnHelicalTubeID=[1] * 21 + [2, 3, 4])
+    out = ["--out", data / "other.star"]
+    refused = command(name, "--half-sets", *out)
+    refused.assert_refused("at least 4 particles each, got 21 and 3: rows of")
+    rewrite(data, rlnRandomSubset=[1] * 21 + [2] * 3)
+    words = "the half sets of the table (column rlnRandomSubset) must have", "21 and 3"
+    command(name, "--half-sets", *out).assert_refused(*words)
+    assert not (data / "other.star").exists() and len(engine.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["refine", "reconstruct"])
+def test_a_half_set_that_is_left_out_is_refused(data, command, engine, name):
+    rewrite(data, rlnRandomSubset=[1] * 4 + [2] * 4)
+    spoil(data, i5=0.0, i6=0.0, i7=0.0, i8=0.0)
+    words = "the half sets of the table", "got 4 and 0 that can be used"
+    assert_refused(data, command(name, "--half-sets"), *words)
+    assert not engine.calls and command(name).code == 130
 
 
 @pytest.mark.parametrize("name", ["refine", "reconstruct"])
@@ -277,17 +364,16 @@ def test_half_sets_that_divide_an_image_are_kept_with_a_warning(
     subsets = np.array([1, 2] * 4)
     names = [f"{i:06d}@images.mrcs" for i in (1, 1, 2, 3, 2, 4, 5, 6)]
     rewrite(data, rlnImageName=names, rlnRandomSubset=subsets)
-    assert (
-        "half sets of the table" not in command("reconstruct").err
-    )  # without half sets
+    without = command("reconstruct")
+    assert without.code == 130 and "half sets of the table" not in without.err
     result = command(name, "--half-sets")
     words = "of the table (column rlnRandomSubset) divide 1 of 6 such groups of rows"
     assert result.code == 130 and words in result.err
-    assert "8 rows are of 6 images" in result.err
+    assert "the 8 rows show 6 images; rows of" in result.err
     np.testing.assert_array_equal(engine.calls[-1][1]["subsets"], subsets)
     rewrite(data, rlnRandomSubset=[1, 1, 2, 1, 2, 2, 1, 2])
-    out = ["--out", data / "again.mrc"]
-    assert "half sets of the table" not in command(name, "--half-sets", *out).err
+    again = command(name, "--half-sets", "--out", data / "again.mrc")
+    assert again.code == 130 and "half sets of the table" not in again.err
 
 
 def spoil(data, **values):
@@ -356,7 +442,8 @@ def test_an_image_without_a_background_is_left_out(data, command, engine):
     content = bytearray(path.read_bytes())
     content[1024 : 1024 + image.nbytes] = image.tobytes()
     path.write_bytes(content)
-    assert "cannot be used" not in command("reconstruct").err
+    kept = command("reconstruct")
+    assert kept.code == 130 and "cannot be used" not in kept.err
     result = command("reconstruct", "--normalise")
     assert "1 of 8 images cannot be used: image 0 (from 0) must vary" in result.err
     assert [len(arguments[0]) for arguments, _ in engine.calls] == [8, 7]
@@ -387,7 +474,8 @@ def test_particles_outside_of_their_images_are_left_out(data, command, engine):
         found = engine.calls[-1][0][1].shifts * -PIXEL
         kept = np.array([0, 1, 2, 6, 7])
         np.testing.assert_allclose(found[:, 0], np.array(x)[kept])
-    assert "outside of their" not in command("match").err
+    matched = command("match")
+    assert matched.code == 130 and "outside of their" not in matched.err
     rewrite(data, rlnOriginXAngst=[500] * COUNT)
     command("reconstruct").assert_refused("8 of 8 particles are outside of their")
 
@@ -395,25 +483,38 @@ def test_particles_outside_of_their_images_are_left_out(data, command, engine):
 # --- headers that are wrong
 
 
-def test_a_header_of_one_angstrom_is_doubted(data, command, engine):
+@pytest.mark.parametrize("side", [N, 20])
+def test_a_header_of_one_angstrom_is_doubted(data, command, engine, side):
     """As programs write that know no voxel size: it is not resampled by it."""
-    write_mrc(data / "map.mrc", blob(N, PIXEL), 1.0)
+    voxel = N * PIXEL / side
+    write_mrc(data / "map.mrc", blob(side, voxel), 1.0)
     for options in ([], ["--resample"]):
         for name in ("refine", "match"):
             words = (
-                "got voxels of 1 A, as headers say",
-                ": --map-voxel-size 2 overrules",
+                "got a header with voxels of 1 A, as programs write",
+                "say it with --map-voxel-size, and add --resample if it is not 2",
             )
             assert_refused(data, command(name, *options), *words)
-    assert command("match", "--map-voxel-size", 2).code == 130
-    np.testing.assert_allclose(engine.calls[0][0][1], blob(N, PIXEL), rtol=1e-6)
+    assert command("match", "--map-voxel-size", voxel, "--resample").code == 130
+    np.testing.assert_allclose(engine.calls[0][0][1], blob(N, PIXEL), atol=2e-3)
     # It may be right for all that.
-    write_mrc(data / "map.mrc", blob(N, 1.0), 1.0)
+    write_mrc(data / "map.mrc", blob(side, 1.0), 1.0)
     assert command("match", "--map-voxel-size", 1, "--resample").code == 130
     center = np.s_[6:11, 6:11, 6:11]
     np.testing.assert_allclose(
         engine.calls[1][0][1][center], blob(N, PIXEL)[center], atol=0.02
     )
+
+
+def test_a_mask_of_the_images_side_with_a_header_of_one_angstrom(data, command, engine):
+    """It is on their grid, whatever is said of a map of another side."""
+    write_mrc(data / "map.mrc", blob(20, 1.7), 1.0)
+    write_mrc(data / "mask.mrc", ball(N, PIXEL), 1.0)
+    options = ["--map-voxel-size", 1.7, "--resample", "--mask", data / "mask.mrc"]
+    assert command("refine", *options).code == 130
+    arguments, further = engine.calls[-1]
+    np.testing.assert_allclose(arguments[2], blob(N, PIXEL), atol=2e-3)
+    np.testing.assert_allclose(further["mask"], ball(N, PIXEL), rtol=1e-6, atol=1e-6)
 
 
 def test_a_header_can_be_overruled(data, command, engine):
@@ -427,7 +528,7 @@ def test_a_header_can_be_overruled(data, command, engine):
         arguments, further = engine.calls[-1]
         np.testing.assert_allclose(arguments[2], blob(N, PIXEL), atol=2e-3)
         np.testing.assert_allclose(further["mask"], ball(N, PIXEL), atol=0.02)
-    words = "got voxels of 1.7 A (--map-voxel-size 1.7); --resample brings"
+    words = "got 16^3 voxels of 1.7 A; --resample brings it to that grid"
     write_mrc(data / "map.mrc", blob(N, 1.7), PIXEL)
     assert_refused(data, command("match", "--map-voxel-size", 1.7), words)
     for bad in (0, -1, "nan"):

@@ -164,7 +164,12 @@ sys.exit(__main__.run())
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")]
+    ("number", "word"),
+    [
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGHUP, "disconnected"),
+    ],
 )
 @pytest.mark.parametrize("module", ["jax", "numpy", "scipy.ndimage", "mrcfile"])
 def test_a_signal_is_answered_while_modules_are_loaded(maps, number, word, module):
@@ -177,7 +182,11 @@ def test_a_signal_is_answered_while_modules_are_loaded(maps, number, word, modul
     assert done.stderr == f"{word}\n"
 
 
-def test_a_signal_is_answered_while_a_command_runs(maps):
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "disconnected")],
+)
+def test_a_signal_is_answered_while_a_command_runs(maps, number, word):
     """It leaves what an interrupted run leaves."""
     out = maps / "out"
     words = [*PROGRAM, "simulate", maps / "a.mrc", "--out", out, "--snr-db", 0]
@@ -185,11 +194,14 @@ def test_a_signal_is_answered_while_a_command_runs(maps):
     with subprocess.Popen(
         [*map(str, words)], stderr=subprocess.PIPE, text=True
     ) as process:
-        while not list(out.glob("*")) and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate()
-    assert process.returncode == 143 and err.endswith("terminated\n")
+        try:
+            while not list(out.glob("*")) and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number and err.endswith(f"{word}\n")
 
 
 LOST = """
@@ -210,6 +222,28 @@ except KeyboardInterrupt as stop:
 
 
 def test_a_signal_that_python_only_reports_is_repeated():
-    done = start([sys.executable, "-c", LOST], stderr=subprocess.PIPE)
-    assert "Exception ignored in" in done.stderr
-    assert done.returncode == 143 and done.stderr.endswith("\nterminated\n")
+    done = start([sys.executable, "-c", LOST], stderr=subprocess.PIPE, timeout=50)
+    assert (done.returncode, done.stderr) == (143, "terminated\n")
+
+
+CLEANING = """
+import os, signal, sys, time
+from jaxrefine.cli import _signals
+
+_signals.answer()
+try:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        time.sleep(1.5)
+        print("clean")
+except KeyboardInterrupt as stop:
+    sys.exit(_signals.end(stop))
+"""
+
+
+def test_one_signal_does_not_interrupt_what_is_done_at_the_end():
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = start([sys.executable, "-c", CLEANING], timeout=50, **both)
+    assert (done.returncode, done.stdout) == (143, "clean\n")

@@ -14,6 +14,7 @@ from jaxrefine.cli.commands.reconstruct import RECONSTRUCT
 from jaxrefine.cli.engine import Engine
 from jaxrefine.io import read_mrc
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.refinement.sets import deal
 
 COUNT, PIXEL = 8, 2.0  # of the data
 
@@ -29,9 +30,8 @@ def reconstruct(run, calls):
     """Run the command with a stand-in, whose maps are constant."""
 
     def stand_in(particles, poses, config, *, key, subsets, watch):
-        assert subsets is None
         watch("sums", 1, len(particles))
-        calls.append((particles, poses, config, key))
+        calls.append((particles, poses, config, key, subsets))
         n = particles.image_size
         halves = (np.full((n, n, n), 1.0), np.full((n, n, n), 2.0))
         return SimpleNamespace(volume=halves[0] + 2, half_maps=halves, lam=0.5, tau=2)
@@ -49,6 +49,8 @@ def test_reconstruct_writes_maps(data, reconstruct, calls):
     code, out, _ = reconstruct(*words, "--half-sets", "--tau", 2)
     assert calls[1][2].tau == 2
     assert code == 0 and "map_half2.mrc" in out and "lambda 0.5" in out
+    assert calls[0][4] is None
+    np.testing.assert_array_equal(calls[1][4], deal(calls[1][0], calls[1][3]))
     for name, value in (("map", 3), ("map_half1", 1), ("map_half2", 2)):
         volume, voxel = read_mrc(data / f"{name}.mrc")
         assert (volume == value).all() and voxel == PIXEL

@@ -68,9 +68,9 @@ def stand_in():
         covariance = np.diag([1e-4, 4e-4, 4e-4, 0.09, 0.16])
         return SimpleNamespace(
             poses=eqx.tree_at(lambda p: p.shifts, poses, state.shifts),
-            covariances=np.broadcast_to(covariance, (COUNT, 5, 5)),
-            log_likelihood=np.arange(COUNT) - 0.5,
-            undetermined=np.arange(COUNT) == 3,
+            covariances=np.broadcast_to(covariance, (len(particles), 5, 5)),
+            log_likelihood=np.arange(len(particles)) - 0.5,
+            undetermined=np.arange(len(particles)) == 3,
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
@@ -573,6 +573,35 @@ def test_bad_input_is_a_sentence(data, refine, stand_in, damage):
     refine(*command(data)).assert_refused(BAD_INPUTS[damage])
     assert not stand_in.calls
     assert before == {path: path.stat().st_size for path in sorted(data.rglob("*"))}
+
+
+def test_what_is_left_out_is_counted_apart(data, refine):
+    """From particles that show nothing; all are marked in the table."""
+    path = data / "particles.mrcs"
+    content = bytearray(path.read_bytes())
+    content[1024 : 1024 + 8 * N * N] = bytes(8 * N * N)  # two images
+    path.write_bytes(content)
+    done = refine(*command(data, "--iterations", 1))
+    words = "; 1 show no particle, and are not in the map; 2 were left out\n"
+    assert done.code == 0 and done.out.endswith(words)
+    report = json.loads((data / "out/run.json").read_text())
+    assert (report["undetermined"], report["left_out"]) == (1, 2)
+    table = read_star(data / "out/particles.star")["particles"]
+    assert table["jaxrefineUndetermined"] == list("11000100")
+
+
+def test_a_finished_run_of_a_published_preset_is_not_prepared_again(
+    data, run, monkeypatch
+):
+    words = command(data, "--preset", "released", "--iterations", 1, star="plain.star")
+    assert run(*words).code == 0
+
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("jaxrefine.cli._published.prepare", fail)
+    done = run(*words)
+    assert done.code == 0 and "holds this refinement already" in done.out
 
 
 @pytest.mark.slow

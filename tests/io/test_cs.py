@@ -674,7 +674,8 @@ def test_copies_and_segments_of_filaments_are_clusters(path):
         file = read_particles(save(path, **{name: ("<u8", uids)}))
         cluster = file.particles.cluster
         assert cluster is not None and file.shared == {word: 3}
-        assert cluster[0] == cluster[2] and cluster[1] == cluster[3]
+        assert cluster[0] == cluster[2] != cluster[1] == cluster[3]
+        assert cluster[4] not in cluster[:4]
         out = path.with_suffix(".star")
         write_particles(out, file, file.poses)
         again = read_particles(out)
@@ -685,6 +686,18 @@ def test_copies_and_segments_of_filaments_are_clusters(path):
         "filament__filament_uid": ("<u8", [0] * COUNT),
     }
     assert read_particles(save(path, **unset)).particles.cluster is None
+    # The original of copies has its own uid, which two stacks may have, too.
+    some = {"sym_expand__src_uid": ("<u8", [0, 11, 0, 11, 0])}
+    own = {"uid": ("<u8", [11, 12, 13, 14, 15])}
+    cluster = read_particles(save(path, **some, **own)).particles.cluster
+    np.testing.assert_array_equal(cluster, [0, 0, 1, 0, 2])
+    twice = {"uid": ("<u8", [11, 12, 13, 11, 12])}
+    file = read_particles(save(path, **twice))
+    np.testing.assert_array_equal(file.particles.cluster, [0, 1, 2, 0, 1])
+    for uids in (own["uid"][1], [0] * COUNT, [7] * COUNT):
+        file = read_particles(save(path, uid=("<u8", uids)))
+        assert file.particles.cluster is None
+        assert "jaxrefineSource" not in file.blocks["particles"]
     bad = {"sym_expand__src_uid": ("<f8", np.ones(COUNT))}
     with pytest.raises(InputError, match="src_uid: there must be one whole number"):
         read_particles(save(path, **bad))

@@ -604,6 +604,25 @@ def test_no_map_is_made_of_what_is_undetermined(scene, which):
     assert np.any(first) == np.any(result.volume) == (which == "a fold")
 
 
+def test_a_position_out_of_the_image_is_undetermined(scene):
+    """It keeps its given pose, as images that show nothing do."""
+    seen = []
+    scene.refine(STILL, callback=lambda state, info: seen.append(state))
+    shifts = seen[-1].set_states[0].hypotheses.shifts
+    state = eqx.tree_at(
+        lambda s: (s.set_states[0].hypotheses.shifts, s.finished),
+        seen[-1],
+        (shifts.at[0].set(N / 2 + 1), True),
+    )
+    before = scene.refine(
+        STILL, state=eqx.tree_at(lambda s: s.finished, seen[-1], True)
+    )
+    result = scene.refine(STILL, state=state)
+    assert not before.undetermined[0] and result.undetermined[0]
+    np.testing.assert_array_equal(before.undetermined[1:], result.undetermined[1:])
+    np.testing.assert_array_equal(result.poses.shifts[0], scene.initial.shifts[0])
+
+
 def test_the_band_limit_marches(scene):
     """It only grows; with the default insertion, too, runs repeat their bits."""
     config = dataclasses.replace(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrefine.runs.fingerprint import fingerprint, stacks_digest, unseen_digest
+from jaxrefine.runs.fingerprint import fingerprint, stacks_digest, times_digest
 from jaxrefine.runs.options import option
 
 
@@ -62,11 +62,11 @@ def test_small_stacks_count_by_all_of_their_content(tmp_path):
     content = bytes(10 * 2**16)
     stack = tmp_path / "a.mrcs"
     stack.write_bytes(content)
-    first, unseen = stacks_digest([stack]), unseen_digest([stack])
+    first, unseen = stacks_digest([stack]), times_digest([stack])
     for place in range(0, len(content), 40_001):
         stack.write_bytes(content[:place] + b"?" + content[place + 1 :])
         assert stacks_digest([stack]) != first
-    assert unseen_digest([stack]) == unseen == unseen_digest([])
+    assert times_digest([stack]) == unseen == times_digest([])
 
 
 def test_large_stacks_count_by_a_sample_and_tell_when_they_were_written(
@@ -77,10 +77,10 @@ def test_large_stacks_count_by_a_sample_and_tell_when_they_were_written(
     for stack in stacks:
         with open(stack, "wb") as file:
             file.truncate(13 * 2**30)
-    first, unseen = stacks_digest(stacks), unseen_digest(stacks)
+    first, unseen = stacks_digest(stacks), times_digest(stacks)
     with open(stacks[1], "r+b") as file:  # less than a hundredth of it
         file.seek(6 * 2**30)
         file.write(b"?" * 2**24)
     assert stacks_digest(stacks) != first
     os.utime(stacks[1], (1e9, 1e9))
-    assert unseen_digest(stacks) != unseen
+    assert times_digest(stacks) != unseen
