@@ -251,6 +251,7 @@ def _conclude(
 ) -> Result:
     """Make the final maps, of the particles whose poses are determined."""
     config, count = particle_sets[0].config, len(given)
+    size = particle_sets[0].particles.image_size
     rotations, shifts = np.array(given.rotations), np.array(given.shifts)
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
@@ -278,6 +279,8 @@ def _conclude(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
         sums_of_sets.append(sums)
+        if schedule.map_side(int(state.r_max), size) < size:
+            aligned = map_step.finer(particle_set, aligned, sums)
         set_states.append(map_step.choose_tau(particle_set, aligned, sums)[0])
     total, joined, half_maps, curve = sums_of_sets[0], set_states[0], None, None
     if len(particle_sets) == 2:

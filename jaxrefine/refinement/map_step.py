@@ -215,6 +215,26 @@ def _resized(coefficients: Volume, side: int) -> Float[Array, "{side} {side} {si
     return (n / side) ** 3 * resample(coefficients, 1.0, side, n / side)
 
 
+def finer(particle_set: ParticleSet, state: SetState, sums: list[Sums]) -> SetState:
+    """Make maps at the images' side of a state whose maps had larger voxels.
+
+    Parameters
+    ----------
+    particle_set, state
+        The particles, of which only the parameters are used, and the maps to start
+        from.
+    sums
+        The sums of both folds at the images' side, see `insertion.sum_up`.
+
+    Returns
+    -------
+    The state with these maps of the folds and their correlation in all shells.
+    """
+    state = update_maps(particle_set, state, folds.folds(sums))
+    correlation = fsc(*(fold.coefficients for fold in state.maps))
+    return eqx.tree_at(lambda s: s.fold_fsc, state, correlation)
+
+
 def assess(
     particle_set: ParticleSet, state: SetState, side: int | None = None
 ) -> SetState:
