@@ -554,7 +554,7 @@ def odd(data):
 
 BAD_INPUTS = {
     of_another_size: "got 18^3 voxels",
-    of_another_voxel: "got voxels of 2.02 A",
+    of_another_voxel: "voxels of 2.02 A",
     of_zeros: "init.mrc must not be zero everywhere",
     lambda data: (data / "init.mrc").unlink(): "init.mrc does not exist",
     lambda data: (data / "particles.mrcs").unlink(): "names particles.mrcs, which",
