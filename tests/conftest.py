@@ -5,6 +5,7 @@ compilation is most of the tests' time.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -22,6 +23,14 @@ for name, value in KEPT.items():
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A shell ignores these for what it runs in the background, and so would the programs
+# that tests start and stop.
+for name in ("SIGINT", "SIGHUP"):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        is_stop = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_stop else signal.SIG_DFL)
 
 DATA = ROOT.parent / "shared" / "data"
 
