@@ -240,11 +240,11 @@ def test_the_batch_is_halved_until_it_fits(error):
     assert retry_on_out_of_memory(function, 1200, said.append) == "done with 150"
     assert tried == [1200, 600, 300, 150] and len(said) == 3
     assert said[0] == "Out of memory with 1200 particles at a time; trying 600."
-    function, tried = fails(80, error)
-    assert retry_on_out_of_memory(function, 100, said.append) == "done with 64"
+    function, tried = fails(130, error)
+    assert retry_on_out_of_memory(function, 200, said.append) == "done with 128"
 
 
-@pytest.mark.parametrize("first", [100, LEAST_BATCH, 5])
+@pytest.mark.parametrize("first", [200, LEAST_BATCH, 5])
 def test_there_is_a_least_batch(first):
     function, tried = fails(0, EXHAUSTED)
     with pytest.raises(InputError, match=f"too little for {min(first, LEAST_BATCH)}$"):
@@ -268,10 +268,10 @@ def test_real_ones_are_recognised():
     much = eqx.filter_jit(lambda size: jnp.ones(2**50, jnp.int8) * size)
 
     def function(size):
-        if size == 256:
+        if size == 512:
             return int(much(jnp.int8(1))[0])
-        return len(np.empty(2**60, np.int8)) if size == 128 else size
+        return len(np.empty(2**60, np.int8)) if size == 256 else size
 
     said = []
-    assert retry_on_out_of_memory(function, 256, said.append) == 64
+    assert retry_on_out_of_memory(function, 512, said.append) == 128
     assert len(said) == 2
