@@ -69,7 +69,7 @@ def draw(runs: Sequence[CostRun]) -> Figure:
         f"Nyquist. Projection matching: steps of {settings.matching_step_in_degrees:g} "
         f"degrees (1/n: at n = {max(sizes)}), shifts up to {settings.max_shift:g} px. "
         f"Algorithm 3: three steps, with {trials} trials in a line search on average. "
-        "LM: three steps."
+        "Visit: at most three steps of Levenberg and Marquardt."
     )
     figure = plots.captioned_figure(9.6, 5.6, text)
     axes = figure.subplots()
