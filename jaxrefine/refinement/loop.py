@@ -180,6 +180,11 @@ def _iterate(
     config, iteration = particle_sets[0].config, int(state.iteration)
     r_max = int(state.r_max)
     set_states, reports = [], []
+    size = side = particle_sets[0].particles.image_size
+    # Only where another iteration follows for certain: what a run ends with, and what
+    # decides whether it does, is measured in all shells.
+    if iteration <= config.last_multi_start and iteration + 1 < config.iterations:
+        side = schedule.map_side(r_max, size)
     for i, (particle_set, known) in enumerate(
         zip(particle_sets, state.set_states, strict=True)
     ):
@@ -188,7 +193,6 @@ def _iterate(
             particle_set, known, iteration, r_max, draw
         )
         everyone = np.ones(len(particle_set), bool)
-        side = schedule.map_side(r_max, particle_set.particles.image_size)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, everyone, side
         )
@@ -227,7 +231,7 @@ def _iterate(
         state.iteration + 1,
         jnp.asarray(next_r_max, jnp.int32),
         jnp.asarray(change, dtype),
-        jnp.asarray(max(gold_score or 0.0, best), dtype),
+        jnp.asarray(best if side < size else max(gold_score or 0.0, best), dtype),
         jnp.asarray(not continues),
     )
     info = RefineInfo(
@@ -251,7 +255,6 @@ def _conclude(
 ) -> Result:
     """Make the final maps, of the particles whose poses are determined."""
     config, count = particle_sets[0].config, len(given)
-    size = particle_sets[0].particles.image_size
     rotations, shifts = np.array(given.rotations), np.array(given.shifts)
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
@@ -279,8 +282,6 @@ def _conclude(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
         sums_of_sets.append(sums)
-        if schedule.map_side(int(state.r_max), size) < size:
-            aligned = map_step.finer(particle_set, aligned, sums)
         set_states.append(map_step.choose_tau(particle_set, aligned, sums)[0])
     total, joined, half_maps, curve = sums_of_sets[0], set_states[0], None, None
     if len(particle_sets) == 2:

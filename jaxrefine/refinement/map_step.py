@@ -215,26 +215,6 @@ def _resized(coefficients: Volume, side: int) -> Float[Array, "{side} {side} {si
     return (n / side) ** 3 * resample(coefficients, 1.0, side, n / side)
 
 
-def finer(particle_set: ParticleSet, state: SetState, sums: list[Sums]) -> SetState:
-    """Make maps at the images' side of a state whose maps had larger voxels.
-
-    Parameters
-    ----------
-    particle_set, state
-        The particles, of which only the parameters are used, and the maps to start
-        from.
-    sums
-        The sums of both folds at the images' side, see `insertion.sum_up`.
-
-    Returns
-    -------
-    The state with these maps of the folds and their correlation in all shells.
-    """
-    state = update_maps(particle_set, state, folds.folds(sums))
-    correlation = fsc(*(fold.coefficients for fold in state.maps))
-    return eqx.tree_at(lambda s: s.fold_fsc, state, correlation)
-
-
 def assess(
     particle_set: ParticleSet, state: SetState, side: int | None = None
 ) -> SetState:
@@ -253,7 +233,8 @@ def assess(
     side
         Side of the sums that the maps were made from, by default that of the images.
         Scale and correlation are zero in the shells that a smaller side leaves out,
-        where a map holds nothing but what the regulariser has put there.
+        where a map holds nothing but what the regulariser has put there. The residual
+        has the signal there, so that the noise keeps its level where that is lower.
     """
     n = particle_set.particles.image_size
     last_made = n // 2 if side in (None, n) else (side - 1) // 2
@@ -292,6 +273,7 @@ def _levels(
         jnp.where(empty, jnp.nan, power)[:, inside], axis=1, keepdims=True
     )
     power = jnp.where(empty, jnp.inf, jnp.maximum(power, _LEAST_NOISE * median))
+    power = jnp.where(made, power, jnp.minimum(power, noise))
     measured = (fullest > 0) & (np.arange(data.shape[1])[None] <= last_shell)
     return gain, jnp.where(measured, power, noise)
 

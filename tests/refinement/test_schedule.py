@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import simulate
+from jaxrefine import refine, simulate
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
@@ -41,10 +41,7 @@ def test_a_smaller_map_holds_the_next_band(size):
 
 @pytest.mark.parametrize("n", [48, 49])
 def test_maps_of_fewer_voxels_are_as_good(n):
-    """In the shells that they have; in the others they are empty, and known to be.
-
-    From there, maps with all voxels are as good as if they had been made at once.
-    """
+    """In the shells that they have; in the others they are empty, and known to be."""
     side = 24
     truth = simulate.phantom(jax.random.key(0), n)
     dataset = simulate.make_dataset(
@@ -75,14 +72,62 @@ def test_maps_of_fewer_voxels_are_as_good(n):
             assert not np.any(state.gain[side // 2 :])
             level = (float(dataset.sigma) * n) ** 2
             np.testing.assert_allclose(state.noise[0, side // 2 :], level, rtol=0.2)
-            whole = insertion.sum_up(
-                particle_set, start.hypotheses, start.noise, everyone
-            )
-            state = map_step.finer(particle_set, state, whole)
-            scores["finer"] = np.asarray(fsc(state.mean_map, truth))
-            assert np.all(state.fold_fsc[1 : n // 2 - 2] > 0.05)
     low = slice(1, side // 2 - 1)
     assert np.mean(scores[side][low]) > np.mean(scores[n][low]) - 0.01
     assert np.mean(scores[n][low]) > 0.9
-    every = slice(1, (n - 1) // 2)
-    assert np.mean(scores["finer"][every]) > np.mean(scores[n][every]) - 0.01
+
+
+@pytest.mark.slow
+def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
+    """Nor does its score: both are as if all maps had had all voxels.
+
+    The band limit is held so low that every map could have been small.
+    """
+    n, count = 48, 160
+    truth = simulate.phantom(jax.random.key(0), n)
+    dataset = simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        count,
+        max_shift=1.0,
+        max_angle_error=0.2,
+        snr_db=10.0,
+        project=simulate.slice_projector(truth),
+    )
+    particles = Particles(np.asarray(dataset.images))
+    config = RefineConfig(
+        half_sets=True, max_r_max=5, first_r_max=5, iterations=5, tau=1.0
+    )
+    start = simulate.blur(truth, 3.0)
+    sides, outcomes = [], {}
+    original = schedule.map_side
+
+    def seen(*words):
+        sides.append(original(*words))
+        return sides[-1]
+
+    monkeypatch.setattr(schedule, "map_side", seen)
+    for least in (16, 96):
+        sides.clear()
+        monkeypatch.setattr(schedule, "_LEAST_TO_CROP", least)
+        rows = []
+        result = refine(
+            particles,
+            dataset.initial,
+            start,
+            config,
+            key=jax.random.key(2),
+            callback=lambda state, info, rows=rows: rows.append((state, info)),
+        )
+        assert (min(sides) < n) == (least == 16)
+        assert len(rows) > config.last_multi_start + 1
+        outcomes[least] = result, rows
+    (small, few), (whole, many) = outcomes[16], outcomes[96]
+    noise = [np.asarray(each[-1][0].set_states[0].noise) for each in (few, many)]
+    np.testing.assert_allclose(noise[0][0, 1:23], noise[1][0, 1:23], rtol=0.1)
+    scores = [each[-1][1].gold_score for each in (few, many)]
+    assert abs(scores[0] - scores[1]) < 0.02
+    best = float(few[config.last_multi_start][0].best_gold)
+    assert best == 0.0  # no small map has set a score that others must exceed
+    gap = fsc(jnp.asarray(small.volume), truth) - fsc(jnp.asarray(whole.volume), truth)
+    assert abs(float(jnp.mean(gap[1:]))) < 0.01
