@@ -4,6 +4,8 @@ Every draw is a pure function of its arguments: a test that fails fails again.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +107,46 @@ def slice_matrix(disc, poses, transfer=None):
     if transfer is not None:
         gain = gain * np.asarray(transfer)
     return gain[..., None] * waves
+
+
+def write_cs(path, columns):
+    """Write a table of cryoSPARC, from an array of each field, a row a particle."""
+    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
+    table = np.zeros(len(next(iter(columns.values()))), kinds)
+    for name, values in columns.items():
+        table[name] = values
+    with open(path, "wb") as file:
+        np.save(file, table)
+    return path
+
+
+_ON_DEVICES = """
+import hashlib, sys
+import jax
+import numpy as np
+sys.path[:0] = {paths!r}
+{program}
+data = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found))
+print(jax.device_count(), hashlib.sha256(data).hexdigest())
+"""
+
+
+def digest_on(devices, test_file, program, *words):
+    """Return a digest of the pytree ``found`` that a program makes on so many devices.
+
+    The program finds the tests beside a file, and the words in ``sys.argv[1:]``.
+    """
+    here = Path(test_file).resolve().parent
+    whole = _ON_DEVICES.format(paths=[str(here), str(here.parent)], program=program)
+    count, digest = subprocess.run(
+        [sys.executable, "-c", whole, *map(str, words)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.split()
+    assert count == str(devices)
+    return digest
 
 
 def relative_error(value, exact):

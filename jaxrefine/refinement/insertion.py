@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import equinox as eqx
@@ -38,6 +39,7 @@ _LANES = 8
 
 _Queue = tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]
 """The owners of hypotheses that are to be inserted, and their places among its."""
+_NOTHING: _Queue = (np.zeros(0, int), np.zeros(0, int))
 
 
 @eqx.filter_jit
@@ -193,20 +195,14 @@ class _Insertion:
         empty = Sums.zero(self.side, self.weights.dtype)
         blank = jax.tree.map(lambda leaf: np.tile(leaf, (len(devices), 1, 1)), empty)
         per_queue = len(devices) // len(queues)
-        lengths = [
-            -(-len(owners) // (self.size * _LANES)) for owners, _ in queues
-        ]  # of a lane, in batches
+        lanes = [_lanes(queue, self.size) for queue in queues]
         results: list[Sums | None] = [None] * len(queues)
         for first in range(0, _LANES, per_queue):
+            next_lanes = [
+                lane for each in lanes for lane in each[first : first + per_queue]
+            ]
             totals = None
-            for batch in range(max(lengths)):
-                taken = [
-                    self._cut(queue, length * lane + batch, batch < length)
-                    for queue, length in zip(queues, lengths, strict=True)
-                    for lane in range(first, first + per_queue)
-                ]
-                if not any(len(owners) for owners, _ in taken):
-                    break
+            for taken in zip_longest(*next_lanes, fillvalue=_NOTHING):
                 if totals is None:
                     totals = jax.device_put(blank, apart)
                 arrays = jax.device_put(self._read(taken), apart)
@@ -230,11 +226,6 @@ class _Insertion:
                 results[queue] = total if before is None else before + total
         return [empty if result is None else result for result in results]
 
-    def _cut(self, queue: _Queue, batch: int, is_there: bool) -> _Queue:
-        """Return a batch of a queue, or nothing."""
-        here = slice(self.size * batch, self.size * (batch + 1) if is_there else 0)
-        return queue[0][here], queue[1][here]
-
     def _read(self, taken: Sequence[_Queue]) -> tuple[Any, ...]:
         """Return what devices insert next, filled up to the same number for each.
 
@@ -245,10 +236,14 @@ class _Insertion:
         columns = np.concatenate([columns for _, columns in taken])
         counts = np.array([len(owners) for owners, _ in taken])
         places = np.cumsum(counts) - counts
-        inside = np.arange(size)[None] < counts[:, None]
-        rows = np.where(inside, places[:, None] + np.arange(size), 0).ravel()
+        inside = np.arange(size) < counts[:, None]
+        # Each device repeats an image of its own, whatever the others insert: what
+        # has no weight still decides in which order finufft adds up the rest.
+        first = np.where(counts > 0, places, 0)
+        rows = np.where(inside, places[:, None] + np.arange(size), first[:, None])
+        rows, inside = rows.ravel(), inside.ravel()
         images, ctf = jax.tree.map(np.asarray, particles.batch(owners))
-        weights = np.where(inside.ravel(), self.weights[owners, columns][rows], 0)
+        weights = np.where(inside, self.weights[owners, columns][rows], 0)
         return (
             *jax.tree.map(lambda leaf: leaf[rows], (images, ctf)),
             np.asarray(particles.group_of(owners), np.int32)[rows],
@@ -256,6 +251,15 @@ class _Insertion:
             self.shifts[owners, columns][rows],
             weights.astype(self.weights.dtype),
         )
+
+
+def _lanes(queue: _Queue, size: int) -> list[list[_Queue]]:
+    """Return the batches of each lane of a queue, of so many hypotheses at most."""
+    owners, columns = queue
+    starts = range(0, len(owners), size)
+    batches = [(owners[at : at + size], columns[at : at + size]) for at in starts]
+    length = -(-len(batches) // _LANES)
+    return [batches[length * lane : length * (lane + 1)] for lane in range(_LANES)]
 
 
 def _apart(totals: Sums) -> list[Sums]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from helpers import write_cs
 
 from jaxrefine.cli import reconstruct as implementation
 from jaxrefine.cli import refine as refining
@@ -45,13 +46,7 @@ def save(path, *groups):
     fields = {"uid": UIDS}
     for group in groups:
         fields |= group
-    kinds = [(name, each.dtype, each.shape[1:]) for name, each in fields.items()]
-    table = np.zeros(COUNT, kinds)
-    for name, values in fields.items():
-        table[name] = values
-    with open(path, "wb") as file:
-        np.save(file, table)
-    return path
+    return write_cs(path, fields)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import write_cs
 
 from jaxrefine import evaluation, symmetry
 from jaxrefine.euler import euler_to_matrix
@@ -248,12 +249,7 @@ def test_a_table_of_cryosparc(tmp_path, run):
         "alignments3D/pose": -np.asarray(matrix_to_rotvec(jnp.asarray(ROTATIONS))),
         "alignments3D/shift": -SHIFTS,
     }
-    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
-    table = np.zeros(COUNT, kinds)
-    for name, values in columns.items():
-        table[name] = values
-    with open(tmp_path / "a.cs", "wb") as file:
-        np.save(file, table)
+    write_cs(tmp_path / "a.cs", columns)
     code, out, err = run("evaluate", tmp_path / "a.cs", write(tmp_path / "b.star"))
     assert (code, err) == (0, "")
     assert "matched by image name" in out and "100.0 % within 5 degrees" in out

@@ -5,6 +5,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import write_cs
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.errors import InputError
@@ -51,14 +52,7 @@ def save(path, dropped=(), **changed):
     columns = {
         name: np.array(values).astype(kind) for name, (kind, values) in fields.items()
     }
-    rows = len(next(iter(columns.values())))
-    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
-    table = np.zeros(rows, kinds)
-    for name, values in columns.items():
-        table[name] = values
-    with open(path, "wb") as file:
-        np.save(file, table)
-    return path
+    return write_cs(path, columns)
 
 
 @pytest.fixture

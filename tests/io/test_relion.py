@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import write_cs
 
 from jaxrefine.ctf import CTF
 from jaxrefine.geometry import Poses, matrix_to_rotvec, uniform_rotations
@@ -96,13 +97,8 @@ def cryosparc_table(path, poses: Poses):
         "filament/filament_uid": np.uint64(2**63) + (rows // 10).astype("<u8"),
         "sym_expand/src_uid": np.uint64(2**63) + rows.astype("<u8"),
     }
-    kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]
-    table = np.zeros(COUNT, kinds)
-    for name, values in columns.items():
-        table[name] = values
     path.parent.mkdir(parents=True)
-    with open(path, "wb") as file:
-        np.save(file, table)
+    write_cs(path, columns)
 
 
 def test_a_table_of_cryosparc(project, data):

@@ -1,16 +1,13 @@
 """The visit of a block: its steps are those of one particle, wherever it is visited."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import blobs
+from helpers import blobs, digest_on
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.ctf import CTF
@@ -249,9 +246,6 @@ def test_no_bit_depends_on_the_batch(scene):
 
 
 ON_DEVICES = """
-import hashlib, sys
-import jax
-sys.path[:0] = [{tests!r}, {poses!r}]
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 import test_update
@@ -260,8 +254,6 @@ scene.particles = test_update.dataclasses.replace(
     scene.particles, images=test_update.np.load(sys.argv[2])
 )
 found = scene.visit(scene.steps(), batch_size=int(sys.argv[1]))
-digest = hashlib.sha256(b"".join(test_update.bits(found))).hexdigest()
-print(jax.device_count(), digest)
 """
 
 
@@ -273,15 +265,8 @@ def test_no_bit_depends_on_the_devices(scene, tmp_path):
     """
     images = tmp_path / "images.npy"
     np.save(images, scene.particles.images)
-    here = os.path.dirname(os.path.abspath(__file__))
-    program = ON_DEVICES.format(tests=os.path.dirname(here), poses=here)
-    digests = set()
-    for devices, batch_size in ((1, 64), (2, 1000), (4, 1), (8, 1000)):
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        command = [sys.executable, "-c", program, str(batch_size), str(images)]
-        output = subprocess.run(
-            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.split()
-        assert output[0] == str(devices)
-        digests.add(output[1])
+    digests = {
+        digest_on(devices, __file__, ON_DEVICES, batch_size, images)
+        for devices, batch_size in ((1, 64), (2, 1000), (4, 1), (8, 1000))
+    }
     assert len(digests) == 1

@@ -1,16 +1,12 @@
 """The sums over images: those of one call, whatever takes them up, and on what."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import draw_poses, relative_error
+from helpers import digest_on, draw_poses, relative_error
 
 from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
@@ -105,33 +101,18 @@ def test_one_fold_may_be_empty():
     assert relative_error(second.backprojection, both.backprojection) < 1e-6
 
 
-DIGEST = """
-import hashlib, sys
-import jax, numpy as np
-sys.path[:0] = {paths!r}
+ON_DEVICES = """
 import test_insertion
 from jaxrefine.refinement import insertion
-insertion._ROUND = 8
+insertion._ROUND = int(sys.argv[1])
 found = insertion.sum_up(*test_insertion.scene())
-leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found))
-print(jax.device_count(), hashlib.sha256(leaves).hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_devices_change_no_bit():
-    """Also three of them, of which two are used."""
-    here = Path(__file__).resolve().parent
-    program = DIGEST.format(paths=[str(here), str(here.parent)])
-    digests = set()
-    for devices in (1, 2, 3, 4, 8):
-        count, digest = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout.split()
-        assert count == str(devices)
-        digests.add(digest)
+@pytest.mark.parametrize("size", [8, 4096])
+def test_devices_change_no_bit(size):
+    """Also three of them, of which two are used, and batches that are not full."""
+    counts = (1, 2, 3, 4, 8)
+    digests = {digest_on(count, __file__, ON_DEVICES, size) for count in counts}
     assert len(digests) == 1

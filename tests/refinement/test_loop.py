@@ -6,10 +6,6 @@ these is in the files of the single modules.
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -17,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import digest_on
 
 from jaxrefine import evaluation, simulate
 from jaxrefine.data.particles import Particles
@@ -374,17 +371,11 @@ def test_the_batch_size_does_not_matter(scene):
 
 
 ON_DEVICES = """
-import hashlib, sys
-import jax
-sys.path[:0] = {paths!r}
 import test_loop
 scene = test_loop.Scene()
-scene.images, scene.map = (test_loop.np.load(path) for path in sys.argv[2:])
+scene.images, scene.map = (np.load(path) for path in sys.argv[2:])
 scene.map = test_loop.jnp.asarray(scene.map)
-result = test_loop.many(scene, int(sys.argv[1]))
-leaves = jax.tree.leaves(test_loop.outcome(result))
-data = b"".join(test_loop.np.asarray(leaf).tobytes() for leaf in leaves)
-print(jax.device_count(), hashlib.sha256(data).hexdigest())
+found = test_loop.outcome(test_loop.many(scene, int(sys.argv[1])))
 """
 
 
@@ -400,19 +391,10 @@ def test_the_devices_do_not_matter(scene, tmp_path):
     data = [tmp_path / "images.npy", tmp_path / "map.npy"]
     for path, array in zip(data, (scene.images, scene.map), strict=True):
         np.save(path, np.asarray(array))
-    here = Path(__file__).resolve().parent
-    program = ON_DEVICES.format(paths=[str(here), str(here.parent)])
-    digests = set()
-    for devices, batch_size in ((1, 64), (2, 1), (8, 1000)):
-        output = subprocess.run(
-            [sys.executable, "-c", program, str(batch_size), *map(str, data)],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout.split()
-        assert output[0] == str(devices)
-        digests.add(output[1])
+    digests = {
+        digest_on(devices, __file__, ON_DEVICES, batch_size, *data)
+        for devices, batch_size in ((1, 64), (2, 1), (8, 1000))
+    }
     assert len(digests) == 1
 
 
