@@ -64,8 +64,8 @@ def visit(
     common
         Its first argument, the same for all particles.
     particles, chosen
-        All particles, and which of them to visit, in this order. A particle may be
-        chosen several times.
+        All particles, and which of them to visit, in this order: one at least. A
+        particle may be chosen several times.
     own
         What belongs to each of the chosen: a pytree with this leading axis.
     batch_size
@@ -91,10 +91,15 @@ def visit(
     order = np.arange(size).reshape(-1, mesh.size, BLOCK).swapaxes(0, 1).ravel()
     back = np.argsort(order)
 
-    def in_order(values: Any) -> Any:
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[back], values)
+    results, latest = [], []
 
-    results, latest = [], None
+    def finish(values: Any, count: int) -> None:
+        """Wait for a batch, and bring its particles into their order."""
+        ordered = jax.tree.map(lambda leaf: np.asarray(leaf)[back][:count], values)
+        results.append(ordered)
+        if stage is not None:
+            stage.advance(count)
+
     for places, count in batches(np.arange(len(chosen)), size):
         exists = np.arange(size) < count
         rows = chosen[places]
@@ -109,16 +114,11 @@ def visit(
         batch = (images, ctf, group[order], exists[order], of_batch)
         batch = jax.device_put(batch, apart)
         # A batch is read while the one before is computed, and no more are waiting.
-        if latest is not None:
-            results.append(in_order(latest))
-            if stage is not None:
-                stage.advance(size)
-        latest = visit_blocks(mesh, shared, batch)
-    results.append(in_order(latest))
-    if stage is not None:
-        stage.advance(len(chosen) - size * (len(results) - 1))
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-    return jax.tree.map(lambda leaf: leaf[: len(chosen)], whole)
+        if latest:
+            finish(*latest.pop())
+        latest.append((visit_blocks(mesh, shared, batch), count))
+    finish(*latest.pop())
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
 
 @eqx.filter_jit

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Complex, Float
 
 from jaxrefine.errors import InputError
-from jaxrefine.operators.complex import power, product, scaled
+from jaxrefine.operators import slices
+from jaxrefine.operators.complex import power, product
 from jaxrefine.operators.gridding import Spectrum
-from jaxrefine.operators.slices import Disc, on_plane, phases, slice_gain
+from jaxrefine.operators.slices import Disc
 
 _MEASURED = 500  # images that white noise is measured in: its variance within 1 %
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -103,10 +104,9 @@ def shell_sums(
         Pose and contrast-transfer function of the image, the shift in pixels.
     """
     multiplicity = disc.multiplicity.astype(data.real.dtype)
-    gain = slice_gain(disc, transfer, multiplicity.dtype)
-    seen = spectrum(*on_plane(disc, rotation)[0])
-    model = scaled(gain, seen * phases(disc, shift))
-    values = [power(data), power(model), product(data, model), jnp.ones_like(gain)]
+    model = slices.project_one(spectrum, disc, rotation, shift, transfer)
+    ones = jnp.ones_like(multiplicity)
+    values = [power(data), power(model), product(data, model), ones]
     shells = disc.image_size // 2 + 1
     sums = jax.ops.segment_sum(
         jnp.stack(values, axis=-1) * multiplicity[:, None], disc.shells, shells

@@ -262,14 +262,24 @@ def project(
     """
     check_spectrum(disc, spectrum)
 
-    def project_one(particle):
-        rotation, shift, transfer = particle
-        values = spectrum(*on_plane(disc, rotation)[0])
-        gain = slice_gain(disc, transfer, values.real.dtype)
-        return scaled(gain, values * phases(disc, shift))
+    def project_particle(particle):
+        return project_one(spectrum, disc, *particle)
 
     particles = (poses.rotations, poses.shifts, transfer)
-    return map_over_particles(project_one, particles, batch_size)
+    return map_over_particles(project_particle, particles, batch_size)
+
+
+def project_one(
+    spectrum: Spectrum,
+    disc: Disc,
+    rotation: Float[Array, "3 3"],
+    shift: Float[Array, "2"],
+    transfer: Float[Array, "k"] | None,
+) -> Complex[Array, "k"]:
+    """Project a map at one pose, shift in pixels; see `project`."""
+    values = spectrum(*on_plane(disc, rotation)[0])
+    gain = slice_gain(disc, transfer, values.real.dtype)
+    return scaled(gain, values * phases(disc, shift))
 
 
 def slice_gain(disc: Disc, transfer: Float[Array, "k"] | None, dtype):

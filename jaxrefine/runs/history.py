@@ -80,13 +80,14 @@ class History:
     def _restore_log(self) -> None:
         """Bring the log into agreement with the state."""
         whole = "".join(f"{line}\n" for line in self._lines).encode()
-        found = b""
+        found = None
         if self.log.exists():
             with io.reading(self.log):
                 found = self.log.read_bytes()
-        if found == whole and self.log.exists():
+        if found == whole:
             return
-        if not found.startswith(whole):  # Newer rows than the state's are no surprise.
+        # Newer rows than the state's are no surprise.
+        if not (found or b"").startswith(whole):
             print(
                 f"{self.log} is damaged or lacks rows; it is restored from "
                 f"{self.newest}.",
