@@ -1,4 +1,4 @@
-"""The exception for bad input."""
+"""The exceptions for bad input, and for the loss of another process."""
 
 
 class InputError(ValueError):
@@ -13,3 +13,7 @@ class InputError(ValueError):
 
 class UnusableImage(InputError):
     """Raised for an image that cannot be used, while others of its source can."""
+
+
+class LostProcess(RuntimeError):
+    """Raised when another process has ended, or cannot be reached any more."""

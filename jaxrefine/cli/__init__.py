@@ -3,7 +3,8 @@
 What a command can be told is declared in :mod:`jaxrefine.cli.commands`; what it does is
 in the module of its name here, which is imported when the command runs. Bad input ends
 with one sentence on standard error and exit code 2, an interruption with exit code 130,
-a SIGTERM with exit code 143, and a SIGHUP with exit code 129.
+a SIGTERM with exit code 143, a SIGHUP with exit code 129, and the loss of another
+process of the same command with exit code 1.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from jaxrefine._version import __version__
-from jaxrefine.cli import _signals
+from jaxrefine.cli import _processes, _signals
 from jaxrefine.cli.commands import COMMANDS, Command
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, LostProcess
 from jaxrefine.runs.options import add_options, settings_from
 
 
@@ -42,9 +43,10 @@ def main(
     The exit code.
     """
     try:
-        return _run(arguments, commands, in_own_process)
+        code = _run(arguments, commands, in_own_process)
     except KeyboardInterrupt as stop:
-        return _signals.end(stop)
+        code = _signals.end(stop)
+    return _processes.leave(code) if in_own_process else code
 
 
 def _run(
@@ -57,17 +59,29 @@ def _run(
         if isinstance(stream, io.TextIOWrapper):
             # The names of files may have bytes that are no text.
             stream.reconfigure(errors="backslashreplace")
-    options = _parser(commands).parse_args(arguments)
+    options, launched = _parser(commands).parse_args(arguments), None
     (command,) = (each for each in commands if each.name == options.command)
     if in_own_process:
-        from jaxrefine.cli import _runtime
+        try:
+            launched = _processes.launch(options)
+            if launched is not None:
+                _processes.fork(launched)
+            from jaxrefine.cli import _runtime
 
-        _runtime.set_up(getattr(options, "devices", None))
+            _runtime.set_up(getattr(options, "devices", None))
+            if launched is not None:
+                _processes.connect(launched)
+        except InputError as error:
+            return _refuse(command, str(error))
     try:
-        command.run(settings_from(command.settings, vars(options)))
+        with _processes.one_speaks(launched):
+            command.run(settings_from(command.settings, vars(options)))
         sys.stdout.flush()
     except InputError as error:
         return _refuse(command, str(error))
+    except LostProcess:
+        print(f"jaxrefine {command.name}: {_processes.LOST}", file=sys.stderr)
+        return _processes.LOST_CODE
     except (MemoryError, RuntimeError) as error:
         from jaxrefine.refinement import memory
 

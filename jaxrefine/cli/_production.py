@@ -5,6 +5,7 @@ Degrees and angstroms become radians and cycles per box here.
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxrefine import io
+from jaxrefine._processes import of_first, on_this_machine
 from jaxrefine.cli._particles import (
     half_sets,
     shell_of,
@@ -33,7 +35,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.runs.folder import RunFolder
+from jaxrefine.runs.history import History, Unwritten
 from jaxrefine.runs.progress import Bars
 
 
@@ -166,7 +168,7 @@ def _run(
     inputs: Inputs,
     config: RefineConfig,
     engine: Engine,
-    folder: RunFolder,
+    history: History | Unwritten,
     bars: Bars,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
@@ -188,14 +190,14 @@ def _run(
         "subsets": None if subsets is None else subsets[chosen.indices],
         "mask": inputs.mask,
     }
-    state = folder.history.resume(lambda: engine.init(*data, config, **further))
+    state = _resumed(history, lambda: engine.init(*data, config, **further))
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
     def record(latest: Any, info: Any) -> None:
         nonlocal state
         row = info.row()
-        folder.history.record(latest, row)
+        history.record(latest, row)
         state = latest
         advance(latest, row)
 
@@ -204,7 +206,10 @@ def _run(
         progress = {"callback": record, "watch": bars.watch}
         return engine.refine(*data, chosen, **further, state=state, **progress)
 
-    result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
+    if jax.process_count() == 1:
+        result = memory.retry_on_out_of_memory(attempt, batch_size, _say)
+    else:  # The others would not know of another attempt.
+        result = attempt(batch_size)
     undetermined = chosen.of_table(result.undetermined, True)
     report: dict[str, Any] = {
         "undetermined": int(result.undetermined.sum()),
@@ -228,6 +233,15 @@ def _run(
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 
 
+def _resumed(history: History | Unwritten, init: Callable[[], Any]) -> Any:
+    """Return the last state of process 0 in all processes; None if there is none."""
+    if not of_first(np.asarray(history.has_state)):
+        return history.resume(init)
+    begun = init()
+    state = history.resume(lambda: begun)
+    return of_first(begun if state is None else state)
+
+
 def _prior_covariance(config: RefineConfig) -> np.ndarray:
     """Return what is known of a pose without its image; 0 for what is fixed."""
     angles = np.full(3, config.angle_spread if config.refines_angles else 0.0)
@@ -240,6 +254,8 @@ def _plan(
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()
+    if free is not None:
+        free //= on_this_machine()
     if settings.memory is not None:
         free = int(settings.memory * 2**30)
     return memory.plan(len(particles), particles.image_size, config, free)

@@ -15,7 +15,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.noise import white_noise
 from jaxrefine.operators import kbwf
-from jaxrefine.runs.folder import RunFolder
+from jaxrefine.runs.history import History, Unwritten
 from jaxrefine.runs.progress import Bars
 
 
@@ -64,12 +64,12 @@ def _run(
     config: paper.Algorithm1Config,
     poses: Poses,
     chosen: Usable,
-    folder: RunFolder,
+    history: History | Unwritten,
     bars: Bars,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     begin = time.perf_counter()
-    state = folder.history.resume(lambda: start) or start
+    state = history.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
     def record(state: paper.Algorithm1State, info: paper.Algorithm1Info) -> None:
@@ -81,7 +81,7 @@ def _run(
             "shift_moves": float(jnp.mean(info.pose.shift_moves)),
             "elapsed_s": time.perf_counter() - begin,
         }
-        folder.history.record(state, row)
+        history.record(state, row)
         advance(state, row)
 
     state = paper.refine(state, problem, config, record)

@@ -61,7 +61,7 @@ def check_devices(asked: int | None) -> None:
         If it has another number: there are not so many, or it was told of another
         number when this process began to use it.
     """
-    count = jax.device_count()
+    count = jax.local_device_count()
     if asked is not None and asked != count:
         kind = jax.devices()[0].device_kind
         raise InputError(f"--devices must be at most {count} ({kind}), got {asked}")

@@ -32,7 +32,7 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     written = [out]
     if settings.half_sets:
         written += [out.with_name(f"{out.stem}_half{i}{out.suffix}") for i in (1, 2)]
-    for path in written:
+    for path in written if jax.process_index() == 0 else ():
         check_can_be_written(path)
     config = RefineConfig(
         symmetry=settings.symmetry, tau=settings.tau, batch_size=settings.batch_size
@@ -56,6 +56,8 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
             subsets=None if subsets is None else subsets[chosen.indices],
             watch=bars.watch,
         )
+    if jax.process_index() > 0:
+        return  # Process 0 writes.
     pixel = source.particles.pixel_size_in_angstroms
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):

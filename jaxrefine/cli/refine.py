@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from jaxrefine import io
+from jaxrefine._processes import of_first
 from jaxrefine.cli import _maps, _particles, _production, _published
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
+from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
@@ -24,7 +26,11 @@ from jaxrefine.runs.fingerprint import (
     times_digest,
 )
 from jaxrefine.runs.folder import RunFolder
+from jaxrefine.runs.history import Unwritten
 from jaxrefine.runs.progress import Bars
+
+# What is exchanged where the processes wait for process 0.
+_DONE = np.asarray(False)
 
 
 def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
@@ -45,6 +51,14 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     """
     published = settings.preset != "default"
     check_devices(settings.devices)
+    if published and jax.process_count() > 1:
+        raise InputError(
+            "--preset must be default in several processes, got "
+            f"{settings.preset} in {jax.process_count()}"
+        )
+    if jax.process_index() > 0:
+        _assist(settings, engine)
+        return
     inputs = _read(settings, diameter_used=not published)
     details: dict[str, Any] = {
         "command": options.command_line("refine", settings),
@@ -67,7 +81,8 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
                 "and they are taken to be the same",
                 file=sys.stderr,
             )
-        if folder.finished:
+        # Process 0 tells the others whether there is anything to do.
+        if of_first(np.asarray(folder.finished)):
             print(f"{settings.out} holds this refinement already, finished")
             return
         if published:
@@ -82,7 +97,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         for flag, text in resolved.items():
             print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
-            outcome = refinement.run(folder, bars)
+            outcome = refinement.run(folder.history, bars)
         changes = _changes(inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
         _write(settings.out, inputs.source, outcome)
@@ -98,7 +113,19 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         )
         html.write(settings.out / "report.html", report)
         folder.finish({**outcome.report, **usage})
+        of_first(_DONE)
     print(_summary(settings.out, report))
+
+
+def _assist(settings: RefineSettings, engine: Engine) -> None:
+    """Do a share of what process 0 does, which alone writes."""
+    inputs = _read(settings, diameter_used=True)
+    refinement = _production.prepare(settings, inputs, engine)
+    if of_first(_DONE):
+        return
+    with Bars() as bars:
+        refinement.run(Unwritten(), bars)
+    of_first(_DONE)
 
 
 def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:

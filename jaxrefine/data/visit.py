@@ -1,9 +1,10 @@
 """Visits to particles: what is computed of each image, block by block on all devices.
 
-A visit calls a function on blocks of particles of a fixed size. The blocks of a batch
-are shared out among all devices, each of which takes its own one after the other. What
-comes out for a particle depends on its block alone, to the last bit, and neither on how
-many blocks are visited at a time nor on where.
+A visit calls a function on blocks of particles of a fixed size. The blocks are shared
+out among all processes, and those of a batch among the devices of a process, each of
+which takes its own one after the other. What comes out for a particle depends on its
+block alone, to the last bit, and neither on how many blocks are visited at a time nor
+on where.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxrefine._processes import gather, part
 from jaxrefine._types import Images
 from jaxrefine._watch import Stage
 from jaxrefine.ctf import CTF
@@ -78,14 +80,49 @@ def visit(
     -------
     The results of the chosen particles, in NumPy arrays.
     """
-    mesh = jax.make_mesh((jax.device_count(),), ("particles",))
+    processes, index = jax.process_count(), jax.process_index()
+    blocks = -(-len(chosen) // BLOCK)
+    each = BLOCK * len(part(blocks, processes, 0))
+    # A process that has none of the blocks visits one particle, which is not kept.
+    rows = np.arange(len(chosen))[each * index : each * (index + 1)]
+    rows = rows if len(rows) else np.zeros(1, int)
+    done = 0
+
+    def tell(count: int) -> None:
+        """Tell of all processes what has been done in this one."""
+        nonlocal done
+        before, done = done, done + count
+        if stage is not None:
+            whole = len(chosen)
+            stage.advance(done * whole // len(rows) - before * whole // len(rows))
+
+    # Cut on the host: JAX would compile a program for each size.
+    own = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], own)
+    here = (particles, chosen[rows], own)
+    found = _visit_here(function, common, *here, batch_size, tell)
+    if processes == 1:
+        return found
+    found = jax.tree.map(lambda leaf: np.resize(leaf, (each, *leaf.shape[1:])), found)
+    return jax.tree.map(lambda leaf: leaf[: len(chosen)], gather(found))
+
+
+def _visit_here(
+    function: Block,
+    common: PyTree,
+    particles: Particles,
+    chosen: Int[np.ndarray, " chosen"],
+    own: PyTree,
+    batch_size: int,
+    tell: Callable[[int], None],
+) -> Any:
+    """Visit particles on the devices of this process; see `visit`."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("particles",), devices=devices)
     everywhere, apart = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("particles",))
     )
     arrays, static = eqx.partition((function, common), eqx.is_array)
     shared = eqx.combine(jax.device_put(arrays, everywhere), static)
-    # Cut on the host: JAX would compile a program for each size.
-    own = jax.tree.map(np.asarray, own)
     size = whole_batch(min(batch_size, len(chosen)), mesh.size)
     # Devices take turns with the blocks, so that all have some of a last, short batch.
     order = np.arange(size).reshape(-1, mesh.size, BLOCK).swapaxes(0, 1).ravel()
@@ -97,8 +134,7 @@ def visit(
         """Wait for a batch, and bring its particles into their order."""
         ordered = jax.tree.map(lambda leaf: np.asarray(leaf)[back][:count], values)
         results.append(ordered)
-        if stage is not None:
-            stage.advance(count)
+        tell(count)
 
     for places, count in batches(np.arange(len(chosen)), size):
         exists = np.arange(size) < count

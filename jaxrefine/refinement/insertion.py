@@ -1,12 +1,13 @@
-r"""The sums over images that maps are made from, on all devices.
+r"""The sums over images that maps are made from, on all devices and in all processes.
 
-The hypotheses of each fold wait in a queue, which is cut into eight lanes. A lane is
-summed up batch by batch, and the lanes in their order. Therefore the sums have the same
-bits on 1, 2, 4, 8 or 16 devices: they take the lanes of both folds.
+The hypotheses of each fold wait in a queue, which is cut into four lanes. A lane is
+summed up batch by batch, and the lanes in pairs: the first and the second, the third
+and the fourth, then these two. Therefore the sums have the same bits on 1, 2, 4 or 8
+devices, and in as many processes: they take the lanes of both folds.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -20,42 +21,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._batching import side_by_side
-from jaxrefine._types import Images
+from jaxrefine._processes import gather, part
 from jaxrefine._watch import Stage
-from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
 from jaxrefine.data.observation import View
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.maps.sums import Sums, insert
-from jaxrefine.operators.gridding import Insertion
 from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.refinement.sets import ParticleSet
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Batches are multiples of this, so that few programs are compiled.
 _ROUND = 512
-_LANES = 8
+LANES = 4
+"""Parts that a fold's hypotheses are cut into."""
 
 _Queue = tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]
 """The owners of hypotheses that are to be inserted, and their places among its."""
 _NOTHING: _Queue = (np.zeros(0, int), np.zeros(0, int))
+_Lane = list[_Queue]
+"""A part of a queue, cut into batches."""
 
 
-@eqx.filter_jit
-def _insert(
-    mesh: Mesh,
-    totals: Sums,
-    insertion: Insertion,
-    view: View,
-    batch: tuple[Images, CTF | None, Array, Array, Array, Array],
-    operators: Float[Array, "order 3 3"],
-    side: int,
-) -> Sums:
+@eqx.filter_jit(donate="all-except-first")
+def _insert(fixed: tuple[Any, ...], totals: Sums) -> Sums:
     """Add images to a sum of each device, at all poses that symmetry makes equivalent.
 
-    The sums of the devices follow each other on the first axis.
+    Parameters
+    ----------
+    fixed
+        The mesh of devices, the method of insertion, how images are seen, the operators
+        of the symmetry, the side of the maps, and a batch of as many images for each
+        device: the images, their optics, groups, rotations, shifts and weights.
+    totals
+        The sums of the devices, which follow each other on the first axis. Their memory
+        is used again.
     """
+    mesh, insertion, view, operators, side, batch = fixed
 
     def on_device(totals, view, operators, batch):
         images, ctf, group, rotations, shifts, weights = batch
@@ -132,6 +135,9 @@ def sum_up(
     size = max(1, size // len(config.operators))
     longest = max(len(owners) for owners, _ in queues)
     size = min(max(1, -(-longest // _ROUND)) * _ROUND, size)
+    lanes = [lane for queue in queues for lane in _lanes(queue, size)]
+    processes = inserting(jax.process_count())
+    own = [lanes[i] for i in part(len(lanes), processes, jax.process_index())]
     insertion = _Insertion(
         particle_set,
         view,
@@ -140,19 +146,41 @@ def sum_up(
         weights.astype(noise.dtype),
         size,
         n,
-        Stage(particle_set.watch, "sums", sum(len(owners) for owners, _ in queues)),
+        Stage(particle_set.watch, "sums", sum(map(_length, own))),
     )
-    devices = jax.devices()[: insertion_devices(jax.device_count())]
-    if len(devices) >= FOLDS:
-        return insertion.sums(queues, devices)
-    # One device works on both folds, where two threads are faster than one.
-    each = [partial(insertion.sums, [queue], devices) for queue in queues]
-    return [sums for (sums,) in side_by_side(each)]
+    # One process makes the sums of both folds, several make parts of one fold each.
+    sums = insertion.sums(own, max(1, FOLDS // processes))
+    if jax.process_count() == 1:
+        return sums
+    parts = gather(jax.tree.map(lambda *leaves: np.stack(leaves), *sums))
+    of_fold = max(1, processes // FOLDS)
+    return [
+        pairwise_sum(
+            jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf[at]), parts)
+            for at in range(of_fold * fold, of_fold * (fold + 1))
+        )
+        for fold in range(FOLDS)
+    ]
 
 
-def insertion_devices(devices: int) -> int:
-    """Return how many of the devices insert images: a power of two, at most 16."""
-    return 2 ** int(math.log2(min(devices, FOLDS * _LANES)))
+def inserting(count: int) -> int:
+    """Return how many devices, or processes, insert images: a power of two, up to 8."""
+    return 2 ** int(math.log2(min(count, FOLDS * LANES)))
+
+
+def pairwise_sum(sums: Iterable[Sums]) -> Sums:
+    """Add up a power of two of sums: in pairs, then pairs of pairs, and so on.
+
+    Whoever adds up a half of them, or a quarter, gets the same bits. They are taken one
+    by one; no more are kept than there are levels.
+    """
+    waiting: list[Sums] = []
+    for number, total in enumerate(sums, start=1):
+        while number % 2 == 0:
+            total, number = waiting.pop() + total, number // 2
+        waiting.append(total)
+    (whole,) = waiting
+    return whole
 
 
 @dataclass(frozen=True)
@@ -182,49 +210,51 @@ class _Insertion:
     side: int
     stage: Stage
 
-    def sums(self, queues: Sequence[_Queue], devices: Sequence[Any]) -> list[Sums]:
-        """Return the sum of each queue of hypotheses.
+    def sums(self, lanes: Sequence[_Lane], parts: int) -> list[Sums]:
+        """Return the sums of equal parts of the lanes, on the devices of this process.
 
-        Each queue has as many devices. They take the next lanes of it at the same time,
-        and these are added to its sum in their order.
+        There is a power of two of lanes, or none, whose sums are empty.
         """
+        if not lanes:
+            return [Sums.zero(self.side, self.weights.dtype)] * parts
+        count = min(inserting(jax.local_device_count()), len(lanes))
+        devices = jax.local_devices()[:count]
+        if count < parts:
+            # One device works on both parts, where two threads are faster than one.
+            cut = [part(len(lanes), parts, index) for index in range(parts)]
+            each = [[lanes[i] for i in places] for places in cut]
+            todo = [partial(self._on_devices, own, devices) for own in each]
+            return [sums for (sums,) in side_by_side(todo)]
+        sums = self._on_devices(lanes, devices)
+        places = [part(count, parts, index) for index in range(parts)]
+        return [pairwise_sum(sums[i] for i in each) for each in places]
+
+    def _on_devices(self, lanes: Sequence[_Lane], devices: Sequence[Any]) -> list[Sums]:
+        """Return the sum of each device, which takes as many lanes in turn."""
         mesh = jax.make_mesh((len(devices),), ("devices",), devices=devices)
+        turns = len(lanes) // len(devices)
+        total = pairwise_sum(
+            self._turn(lanes[turn::turns], mesh) for turn in range(turns)
+        )
+        return _apart(total)
+
+    def _turn(self, lanes: Sequence[_Lane], mesh: Mesh) -> Sums:
+        """Sum up a lane on each device; the sums follow each other on one axis."""
         apart = NamedSharding(mesh, PartitionSpec("devices"))
-        config = self.particle_set.config
-        operators = jnp.asarray(config.operators, self.rotations.dtype)
+        operators = jnp.asarray(
+            self.particle_set.config.operators, self.rotations.dtype
+        )
+        fixed = (mesh, self.particle_set.insertion, self.view, operators, self.side)
         empty = Sums.zero(self.side, self.weights.dtype)
-        blank = jax.tree.map(lambda leaf: np.tile(leaf, (len(devices), 1, 1)), empty)
-        per_queue = len(devices) // len(queues)
-        lanes = [_lanes(queue, self.size) for queue in queues]
-        results: list[Sums | None] = [None] * len(queues)
-        for first in range(0, _LANES, per_queue):
-            next_lanes = [
-                lane for each in lanes for lane in each[first : first + per_queue]
-            ]
-            totals = None
-            for taken in zip_longest(*next_lanes, fillvalue=_NOTHING):
-                if totals is None:
-                    totals = jax.device_put(blank, apart)
-                arrays = jax.device_put(self._read(taken), apart)
-                # A batch is read while the one before is computed.
-                jax.block_until_ready(totals)
-                totals = _insert(
-                    mesh,
-                    totals,
-                    self.particle_set.insertion,
-                    self.view,
-                    arrays,
-                    operators,
-                    self.side,
-                )
-                self.stage.advance(sum(len(owners) for owners, _ in taken))
-            if totals is None:
-                break
-            for place, total in enumerate(_apart(totals)):
-                queue = place // per_queue
-                before = results[queue]
-                results[queue] = total if before is None else before + total
-        return [empty if result is None else result for result in results]
+        blank = jax.tree.map(lambda leaf: np.tile(leaf, (mesh.size, 1, 1)), empty)
+        totals = jax.device_put(blank, apart)
+        for taken in zip_longest(*lanes, fillvalue=_NOTHING):
+            batch = jax.device_put(self._read(taken), apart)
+            # A batch is read while the one before is computed.
+            jax.block_until_ready(totals)
+            totals = _insert((*fixed, batch), totals)
+            self.stage.advance(_length(taken))
+        return totals
 
     def _read(self, taken: Sequence[_Queue]) -> tuple[Any, ...]:
         """Return what devices insert next, filled up to the same number for each.
@@ -253,13 +283,18 @@ class _Insertion:
         )
 
 
-def _lanes(queue: _Queue, size: int) -> list[list[_Queue]]:
+def _lanes(queue: _Queue, size: int) -> list[_Lane]:
     """Return the batches of each lane of a queue, of so many hypotheses at most."""
     owners, columns = queue
     starts = range(0, len(owners), size)
     batches = [(owners[at : at + size], columns[at : at + size]) for at in starts]
-    length = -(-len(batches) // _LANES)
-    return [batches[length * lane : length * (lane + 1)] for lane in range(_LANES)]
+    length = -(-len(batches) // LANES)
+    return [batches[length * lane : length * (lane + 1)] for lane in range(LANES)]
+
+
+def _length(batches: Iterable[_Queue]) -> int:
+    """Return how many hypotheses there are in batches."""
+    return sum(len(owners) for owners, _ in batches)
 
 
 def _apart(totals: Sums) -> list[Sums]:

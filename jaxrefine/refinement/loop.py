@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxrefine._processes import of_first
 from jaxrefine._types import Volume
 from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
@@ -150,6 +151,8 @@ def refine(
         state = _start(particle_sets, volume)
     while int(state.iteration) < config.iterations and not bool(state.finished):
         state, info = _iterate(particle_sets, state, draw)
+        # What is the same on equal machines may differ in its last bits on others.
+        state = of_first(state)
         if callback is not None:
             callback(state, info)
     return _conclude(particle_sets, poses, state)

@@ -31,7 +31,7 @@ from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.insertion import insertion_devices
+from jaxrefine.refinement.insertion import LANES, inserting
 
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ _STATE = 20  # maps and multipliers of two folds, before and after
 _REFERENCE = 20  # a fold's filtered map and its oversampled spectrum, being made
 _COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
-_INSERTED = 18  # a running sum of a device or thread, before and after a batch
+_SUM = 9  # a kernel and a back-projection
 _FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
 _GRIDDING = 45  # the same, over the cube of the oversampling
 _DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
@@ -119,7 +119,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         Folder that holds the system's ``proc`` and ``sys``.
     """
     if jax.default_backend() != "cpu":
-        return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     path = root / "proc/meminfo"
     lines = path.read_text().splitlines() if path.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
@@ -171,13 +171,18 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
     on_cpu = jax.default_backend() == "cpu"
     size = whole_batch(min(config.batch_size, particles), jax.local_device_count())
-    # A CPU's devices share its memory. Two threads insert images if there is only one.
+    # A CPU's devices share its memory.
     devices = jax.local_device_count() if on_cpu else 1
-    inserting = max(FOLDS, insertion_devices(devices)) if on_cpu else 1
+    # Two threads insert images if there is only one device.
+    inserts = inserting(jax.local_device_count())
+    threads = max(FOLDS, inserts) if on_cpu or inserts < FOLDS else 1
+    # A lane's sum, that of a batch, and sums of lanes that wait for others.
+    lanes = FOLDS * LANES // max(FOLDS, inserts)
+    inserted_sums = _SUM * (2 + math.log2(lanes))
     batch = size * _PIXEL * image_size**2
     block = devices * max(_VISITED, BLOCK * _CURVATURE * points)
     pose = (_REFERENCE + _COPY * (devices - 1)) * cube + batch + block
-    insertions = (_SUMS + inserting * (_INSERTED + grid)) * cube + inserting * inserted
+    insertions = (_SUMS + threads * (inserted_sums + grid)) * cube + threads * inserted
     volume = max(_DATA_TERMS * cube, insertions)
     held = (_STATE * sets + _SUMS * (sets - 1)) * cube
     held += _HYPOTHESIS * (config.hypotheses + 1) * particles
@@ -225,7 +230,7 @@ def plan(
         image_size,
         config.half_sets,
         (slices.bucket(config.first_r_max, image_size), last),
-        jax.devices()[0].device_kind,
+        jax.local_devices()[0].device_kind,
         size,
         needed,
         available_bytes,

@@ -16,6 +16,21 @@ from jaxrefine.io.checkpoint import DamagedCheckpoint, OtherCheckpoint
 
 
 @final
+class Unwritten:
+    """The history of a process that writes nothing, because another one does."""
+
+    has_state = False
+
+    def resume(self, like: Callable[[], Any]) -> None:
+        """Know of no earlier state."""
+        del like
+
+    def record(self, state: Any, row: dict[str, Any]) -> None:
+        """Write nothing."""
+        del state, row
+
+
+@final
 class History:
     """A log with a row for each iteration, and checkpoints to carry on from.
 

@@ -16,7 +16,7 @@ def environment(
     packages: Sequence[str] = ("jaxrefine", "jax", "jaxlib", "numpy"),
 ) -> dict[str, Any]:
     """Return the versions of Python and of packages, and the default device."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "versions": {
             "python": platform.python_version(),
@@ -34,7 +34,7 @@ def usage(elapsed_s: float) -> dict[str, Any]:
     elapsed_s
         Seconds of work, see `history.History.elapsed_s`.
     """
-    memory = jax.devices()[0].memory_stats() or {}
+    memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "wall_s": elapsed_s,
         "peak_rss_mib": peak_rss_mib(),

@@ -101,6 +101,26 @@ def test_one_fold_may_be_empty():
     assert relative_error(second.backprojection, both.backprojection) < 1e-6
 
 
+def test_a_pairwise_sum_has_the_bits_of_its_halves_and_quarters():
+    """Numbers of very different size, so that the order of additions matters."""
+    random = np.random.default_rng(1)
+    sizes = 10.0 ** random.integers(-6, 6, (8, 1, 1, 1))
+    values = jnp.asarray(sizes * random.normal(size=(8, 3, 3, 3)), jnp.float32)
+    each = [sums.Sums(value, value[:2, :2, :2]) for value in values]
+    whole = insertion.pairwise_sum(each)
+    for size in (1, 2, 4):
+        parts = [insertion.pairwise_sum(each[i : i + size]) for i in range(0, 8, size)]
+        again = insertion.pairwise_sum(parts)
+        for leaf, expected in zip(
+            jax.tree.leaves(again), jax.tree.leaves(whole), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, expected)
+    exact = np.sum(np.asarray(values, float), axis=0)
+    np.testing.assert_allclose(whole.kernel, exact, rtol=1e-4, atol=1e-5)
+    in_turn = sum(values[1:], values[0])
+    assert np.any(np.asarray(in_turn) != np.asarray(whole.kernel))
+
+
 ON_DEVICES = """
 import test_insertion
 from jaxrefine.refinement import insertion

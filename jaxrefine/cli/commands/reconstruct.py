@@ -26,6 +26,9 @@ class ReconstructSettings:
     seed: int = shared.seed("dealing the particles into halves")
     batch_size: int = shared.batch_size(256)
     devices: int | None = shared.devices()
+    processes: shared.ProcessSettings = group(
+        shared.ProcessSettings, "several processes"
+    )
     cryosparc: shared.CryosparcSettings = group(
         shared.CryosparcSettings, "cryoSPARC's tables"
     )

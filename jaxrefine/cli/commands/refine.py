@@ -149,6 +149,9 @@ class RefineSettings:
         default_text="what is free",
         help="most memory to use, which sets --batch-size",
     )
+    processes: shared.ProcessSettings = group(
+        shared.ProcessSettings, "several processes"
+    )
     cryosparc: shared.CryosparcSettings = group(
         shared.CryosparcSettings, "cryoSPARC's tables"
     )

@@ -34,6 +34,33 @@ def devices() -> Any:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """Which of several processes this one is, that share the particles."""
+
+    coordinator: str | None = option(
+        None,
+        affects_results=False,
+        metavar="HOST:PORT",
+        default_text="as srun or mpirun says",
+        help="where the first process listens for the others",
+    )
+    processes: int | None = option(
+        None,
+        least=1,
+        affects_results=False,
+        default_text="as srun or mpirun says, or 1",
+        help="how many processes share the particles, on one machine or on many",
+    )
+    process: int | None = option(
+        None,
+        least=0,
+        affects_results=False,
+        default_text="as srun or mpirun says",
+        help="the number of this process, from 0; process 0 writes the results",
+    )
+
+
 def symmetry(**declaration: Any) -> Any:
     """Declare the point group of a map."""
     return option(
