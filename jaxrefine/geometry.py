@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Rotations, Scalar, Shifts
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -38,15 +39,18 @@ class Poses(eqx.Module):
         eq. (1). (RELION's ``rlnOrigin`` is ``-t``; ``io`` converts.)
     """
 
-    rotations: Rotations = eqx.field(converter=jnp.asarray)
-    shifts: Shifts = eqx.field(converter=jnp.asarray)
+    rotations: Rotations = eqx.field(converter=on_device)
+    shifts: Shifts = eqx.field(converter=on_device)
 
     def __len__(self) -> int:
         return self.shifts.shape[0]
 
     def take(self, indices: Int[np.ndarray | Array, " chosen"]) -> "Poses":
         """Return the poses of some of the particles, in this order."""
-        return Poses(self.rotations[indices], self.shifts[indices])
+        rotations, shifts, indices = map(
+            np.asarray, (self.rotations, self.shifts, indices)
+        )
+        return Poses(rotations[indices], shifts[indices])
 
 
 @eqx.filter_jit

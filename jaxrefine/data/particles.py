@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Images
 from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.ctf import CTF
@@ -199,8 +199,8 @@ class Particles:
         """
         chosen = self._checked(indices)
         values = self._read(chosen)
-        optics = jax.tree.map(lambda x: x.astype(jnp.float32), self._optics(chosen))
-        return jnp.asarray(values), optics
+        optics = jax.tree.map(lambda x: x.astype(np.float32), self._optics(chosen))
+        return on_device(values), optics
 
     def unusable(self, watch: Watch = unwatched) -> dict[int, str]:
         """Read all images; return which of them cannot be used, and why.
@@ -259,7 +259,8 @@ class Particles:
         return chosen
 
     def _optics(self, chosen: Int[np.ndarray, " chosen"]) -> CTF | None:
-        return jax.tree.map(lambda leaf: leaf[chosen], self.ctf)
+        # Chosen on the host: JAX would compile programs for each number of them.
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.ctf)
 
 
 @dataclass(frozen=True)

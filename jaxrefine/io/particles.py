@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import final
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -474,11 +473,11 @@ def _ctf(blocks: dict[str, Table], table: Table, path: Path) -> CTF | None:
         if isinstance(default, str) and name not in table:
             name = default
         if name in table:
-            leaves[leaf] = jnp.asarray(unit * numbers(table, name, path))
+            leaves[leaf] = unit * numbers(table, name, path)
         else:
             leaves[leaf] = default
     for name, leaf in _GROUP_OPTICS.items():
-        leaves[leaf] = jnp.asarray(of_each(blocks, table, name, path))
+        leaves[leaf] = of_each(blocks, table, name, path)
     contrast = leaves["amplitude_contrast"]
     if not bool(((contrast >= 0) & (contrast <= 1)).all()):
         raise InputError(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrefine._arrays import on_device
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler
 from jaxrefine.geometry import Poses
@@ -68,7 +69,7 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
             "number beyond it"
         )
     with jax.enable_x64(True):
-        in_radians = jnp.deg2rad(jnp.asarray(np.stack(angles, axis=-1)))
+        in_radians = on_device(np.deg2rad(np.stack(angles, axis=-1)))
         rotations = np.asarray(euler_to_matrix(in_radians))
     return Poses(rotations, -np.stack(origins, axis=-1))
 

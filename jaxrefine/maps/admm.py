@@ -176,6 +176,7 @@ class ADMMInfo(eqx.Module):
     cg_residual: Float[Array, "..."]
 
 
+@jax.jit
 def init(coefficients: Volume) -> ADMMState:
     """Start from given coefficients, with zero multipliers."""
     zero = jnp.zeros_like(coefficients)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Complex, Float
 
+from jaxrefine._arrays import on_device
 from jaxrefine.errors import InputError
 from jaxrefine.operators import slices
 from jaxrefine.operators.complex import power, product
@@ -51,12 +52,12 @@ class ShellSums(eqx.Module):
     def of_groups(self, included: Bool[np.ndarray, "groups images"]) -> "ShellSums":
         """Return the sums over the images that each group includes.
 
-        They are summed up in double precision on the host, in the images' order.
+        They are summed up in double precision on the host, as NumPy does.
         """
 
         def total(leaf: Float[Array | np.ndarray, "images shells"]):
             sums = included.astype(np.float64) @ np.asarray(leaf, np.float64)
-            return jnp.asarray(sums, leaf.dtype)
+            return on_device(sums.astype(leaf.dtype))
 
         return jax.tree.map(total, self)
 

@@ -25,9 +25,11 @@ from typing import final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Complex, Float
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, tv
@@ -76,16 +78,27 @@ class Sums(eqx.Module):
     @staticmethod
     def zero(n: int, dtype) -> "Sums":
         """Return the sums over no images."""
-        return Sums(jnp.zeros((2 * n - 1,) * 3, dtype), jnp.zeros((n,) * 3, dtype))
+        sides = (2 * n - 1, n)
+        return Sums(*(on_device(np.zeros((side,) * 3, dtype)) for side in sides))
 
     def __add__(self, other: "Sums") -> "Sums":
-        return jax.tree.map(jnp.add, self, other)
+        return _added(self, other)
 
     @property
     def peak(self) -> Scalar:
         """Variance of the noise in a voxel of the back-projection, ``w[0]``."""
-        middle = self.kernel.shape[0] // 2
-        return self.kernel[middle, middle, middle]
+        return _middle(self.kernel)
+
+
+@eqx.filter_jit
+def _added(first: Sums, second: Sums) -> Sums:
+    return jax.tree.map(jnp.add, first, second)
+
+
+@eqx.filter_jit
+def _middle(kernel: Float[Array, "k k k"]) -> Scalar:
+    middle = kernel.shape[0] // 2
+    return kernel[middle, middle, middle]
 
 
 def insert(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Rotations, Scalar, Shifts
 from jaxrefine.geometry import (
     Poses,
@@ -115,5 +116,5 @@ def priors_about(
     """
     count, dtype = len(poses), poses.rotations.dtype
     numbers = (angle_spread, shift_spread, max_angle, max_shift)
-    each = [jnp.asarray(np.full(count, number, dtype)) for number in numbers]
+    each = [on_device(np.full(count, number, dtype)) for number in numbers]
     return Prior(poses.rotations, poses.shifts, *each)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxrefine._arrays import on_device
 from jaxrefine._processes import of_first
 from jaxrefine._types import Volume
 from jaxrefine._watch import Watch, unwatched
@@ -40,6 +41,7 @@ from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
+from jaxrefine.poses.prior import Prior
 from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
@@ -165,14 +167,14 @@ def _start(particle_sets: list[ParticleSet], volume: Volume) -> RefineState:
     return RefineState(
         tuple(map_step.start(particle_set, volume) for particle_set in particle_sets),
         tuple(
-            jnp.asarray(particle_set.indices, jnp.int32)
+            on_device(particle_set.indices.astype(np.int32))
             for particle_set in particle_sets
         ),
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(slices.bucket(config.first_r_max, size), jnp.int32),
-        jnp.asarray(jnp.inf, dtype),
-        jnp.zeros((), dtype),
-        jnp.zeros((), bool),
+        on_device(np.int32(0)),
+        on_device(np.int32(slices.bucket(config.first_r_max, size))),
+        on_device(np.asarray(np.inf, dtype)),
+        on_device(np.zeros((), dtype)),
+        on_device(np.bool_(False)),
     )
 
 
@@ -204,13 +206,15 @@ def _iterate(
         reports.append(report)
 
     last = particle_sets[0].last_shell
-    curves = [known.fold_fsc[: last + 1] for known in set_states]
+    curves = [np.asarray(known.fold_fsc)[: last + 1] for known in set_states]
     threshold = config.tuning.supported_fsc
-    supported = float(np.mean([float(crossing(curve, threshold)) for curve in curves]))
+    supported = float(
+        np.mean([float(crossing(on_device(curve), threshold)) for curve in curves])
+    )
     gold_score, best = None, float(state.best_gold)
     if len(set_states) == 2:
         curve = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
-        gold_score = float(jnp.mean(curve[1 : last + 1]))
+        gold_score = float(np.mean(np.asarray(curve)[1 : last + 1]))
     next_r_max = schedule.next_band_limit(r_max, supported, particle_sets[0])
     if iteration + 1 == config.iterations:
         next_r_max = r_max  # error bars are measured where the poses were polished
@@ -231,11 +235,13 @@ def _iterate(
     state = RefineState(
         tuple(set_states),
         state.indices,
-        state.iteration + 1,
-        jnp.asarray(next_r_max, jnp.int32),
-        jnp.asarray(change, dtype),
-        jnp.asarray(best if side < size else max(gold_score or 0.0, best), dtype),
-        jnp.asarray(not continues),
+        on_device(np.int32(iteration + 1)),
+        on_device(np.int32(next_r_max)),
+        on_device(np.asarray(change, dtype)),
+        on_device(
+            np.asarray(best if side < size else max(gold_score or 0.0, best), dtype)
+        ),
+        on_device(np.bool_(not continues)),
     )
     info = RefineInfo(
         iteration=iteration + 1,
@@ -247,10 +253,16 @@ def _iterate(
         angle_change_in_degrees=float(np.rad2deg(angle_change)),
         shift_change_in_pixels=shift_change,
         tau=[float(known.tau) for known in set_states],
-        fold_score=float(np.mean([float(jnp.mean(curve[1:])) for curve in curves])),
+        fold_score=float(np.mean([np.mean(curve[1:]) for curve in curves])),
         gold_score=gold_score,
     )
     return state, info
+
+
+@eqx.filter_jit
+def _given_information(prior: Prior) -> Float[Array, "particles 5 5"]:
+    """Return what is known of every pose beforehand."""
+    return jax.vmap(lambda each: each.information())(prior)
 
 
 def _conclude(
@@ -277,7 +289,7 @@ def _conclude(
         if config.refines_shifts:
             shifts[indices[determined]] = np.asarray(best.shifts)[determined]
         refined = pose_step.measure_information(particle_set, known, int(state.r_max))
-        unrefined = np.asarray(jax.vmap(lambda p: p.information())(particle_set.prior))
+        unrefined = np.asarray(_given_information(particle_set.prior))
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = aligned.evidence
         undetermined[indices] = ~determined

@@ -5,6 +5,7 @@ images (:mod:`jaxrefine.refinement.insertion`); `assess` measures their scale, n
 correlation, and `choose_tau` and `final_map` make one map of all particles.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Scalar, Volume
 from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.data import observation
@@ -62,26 +64,27 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
     hypotheses = certain(given, config.hypotheses)
     shells = particle_set.particles.image_size // 2 + 1
-    ones = jnp.asarray(np.ones(shells), volume.dtype)
+    ones = on_device(np.ones(shells, volume.dtype))
     volume = _up_to(volume, config.first_r_max)
     sums = _measure(particle_set, hypotheses, [volume] * FOLDS)
-    scale, noise = _first_levels(sums, particle_set.last_shell)
-    share = jnp.asarray(particle_set.particles.noise_share, volume.dtype)
+    share = on_device(np.asarray(particle_set.particles.noise_share, volume.dtype))
+    scale, noise = _first_levels(sums, share, particle_set.last_shell)
+    first = admm.init(scale * volume)
     return SetState(
         hypotheses,
-        information=jnp.asarray(np.zeros((count, 5, 5)), volume.dtype),
-        evidence=jnp.asarray(np.zeros(count), volume.dtype),
-        maps=tuple(admm.init(scale * volume) for _ in range(FOLDS)),
+        information=on_device(np.zeros((count, 5, 5), volume.dtype)),
+        evidence=on_device(np.zeros(count, volume.dtype)),
+        maps=(first,) * FOLDS,
         gain=ones,
-        noise=noise / share,
-        tau=jnp.asarray(config.tau or 1.0, volume.dtype),
+        noise=noise,
+        tau=on_device(np.asarray(config.tau or 1.0, volume.dtype)),
         fold_fsc=ones,
     )
 
 
 @eqx.filter_jit
 def _first_levels(
-    sums: ShellSums, last_shell: int
+    sums: ShellSums, noise_share: Scalar, last_shell: int
 ) -> tuple[Scalar, Float[Array, "groups shells"]]:
     """Return the scale of the first map, and the noise of each group; see `start`."""
     power = sums.data / jnp.maximum(sums.count, 1.0)
@@ -94,7 +97,7 @@ def _first_levels(
     signal = jnp.sum((sums.data - noise * sums.count)[:, first])
     model = jnp.sum(sums.model[:, first])
     model = jnp.where(model > 0, model, jnp.inf)  # an empty map stays empty
-    return jnp.sqrt(jnp.maximum(signal, 0.0) / model), noise
+    return jnp.sqrt(jnp.maximum(signal, 0.0) / model), noise / noise_share
 
 
 @eqx.filter_jit
@@ -130,7 +133,7 @@ def _measure(
     """Compare a sample of images with the masked maps of the other fold, by groups."""
     particles, dtype = particle_set.particles, maps[0].dtype
     tuning = particle_set.config.tuning
-    ones = jnp.ones(particles.image_size // 2 + 1, dtype)
+    ones = on_device(np.ones(particles.image_size // 2 + 1, dtype))
     view = observation.view(particles, particle_set.last_shell, ones)
     groups = np.arange(particles.groups)[:, None]
     rotations, shifts = (
@@ -238,12 +241,12 @@ def assess(
     """
     n = particle_set.particles.image_size
     last_made = n // 2 if side in (None, n) else (side - 1) // 2
-    made = jnp.arange(n // 2 + 1) <= last_made
+    made = on_device(np.arange(n // 2 + 1) <= last_made)
     volumes = [fold.coefficients for fold in state.maps]
     sums = _measure(particle_set, state.hypotheses, volumes)
-    share = jnp.asarray(particle_set.particles.noise_share, state.noise.dtype)
+    share = on_device(np.asarray(particle_set.particles.noise_share, state.noise.dtype))
     gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
-    correlation = jnp.where(made, fsc(*volumes), 0.0)
+    correlation = on_device(np.where(made, fsc(*volumes), 0).astype(gain.dtype))
     return eqx.tree_at(
         lambda s: (s.gain, s.noise, s.fold_fsc), state, (gain, noise, correlation)
     )
@@ -347,7 +350,7 @@ def final_map(
     """
     total = sums[0] + sums[1]
     data = data_term(total)
-    solution = jax.tree.map(lambda a, b: (a + b) / 2, *state.maps)
+    solution = _mean(*state.maps)
     stage = Stage(watch, "final map", config.tuning.final_rounds)
     for _ in range(config.tuning.final_rounds):
         solution = solve(
@@ -360,5 +363,10 @@ def final_map(
         )
         jax.block_until_ready(solution)
         stage.advance()
-    lam = float(state.tau * jnp.sqrt(total.peak))
+    lam = float(state.tau) * math.sqrt(float(total.peak))
     return FinalMap(solution.coefficients, lam, float(state.tau))
+
+
+@eqx.filter_jit
+def _mean(first: admm.ADMMState, second: admm.ADMMState) -> admm.ADMMState:
+    return jax.tree.map(lambda a, b: (a + b) / 2, first, second)

@@ -10,10 +10,10 @@ from typing import final
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Volume
 from jaxrefine._watch import Stage
 from jaxrefine.data import observation
@@ -83,7 +83,7 @@ def update_poses(
     """
     config, tuning = particle_set.config, particle_set.config.tuning
     size = particle_set.particles.image_size
-    weights = np.asarray(state.hypotheses.weights)
+    weights = np.exp(np.asarray(state.hypotheses.log_weights))
     after_multi_start = iteration > config.last_multi_start
     undecided = weights[:, 0] < tuning.decided
     searched = undecided if after_multi_start else np.ones(len(particle_set), bool)
@@ -137,7 +137,7 @@ def update_poses(
 
     back = np.argsort(np.concatenate(members))
     found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
-    updated = jax.tree.map(jnp.asarray, found)
+    updated = jax.tree.map(on_device, found)
     angle_change, shift_change = _median_changes(state.hypotheses, found.hypotheses)
     best = np.exp(found.hypotheses.log_weights[:, 0])
     report = PoseReport(
@@ -190,24 +190,28 @@ def visit_steps(
     )
     return update.Steps(
         key,
-        jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *searches),
-        jnp.asarray([first, search_r_max], jnp.int32),
-        jnp.asarray(0 if is_wide else 1, jnp.int32),
-        jnp.asarray([search_r_max, r_max], jnp.int32),
-        jnp.asarray(0 if search_r_max < r_max else 1, jnp.int32),
-        jnp.asarray(compared),
-        jnp.asarray(config.tuning.negligible, jnp.float32),
-        jnp.asarray(config.search_cell(r_max), jnp.float32),
-        jnp.asarray(config.operators, jnp.float32),
+        jax.tree.map(lambda *leaves: on_device(np.stack(leaves)), *searches),
+        on_device(np.array([first, search_r_max], np.int32)),
+        on_device(np.int32(0 if is_wide else 1)),
+        on_device(np.array([search_r_max, r_max], np.int32)),
+        on_device(np.int32(0 if search_r_max < r_max else 1)),
+        on_device(np.bool_(compared)),
+        on_device(np.float32(config.tuning.negligible)),
+        on_device(np.float32(config.search_cell(r_max))),
+        on_device(np.asarray(config.operators, np.float32)),
         Polish(config.update),
     )
 
 
 def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float]:
     """Return the median changes of the best poses, radians and pixels."""
-    trace = np.einsum("pij,pij->p", before.rotations[:, 0], after.rotations[:, 0])
+    (turns, moves), (new_turns, new_moves) = (
+        [np.asarray(each)[:, 0] for each in (known.rotations, known.shifts)]
+        for known in (before, after)
+    )
+    trace = np.einsum("pij,pij->p", turns, new_turns)
     turned = np.arccos(np.clip((trace - 1) / 2, -1, 1))
-    moved = np.linalg.norm(after.shifts[:, 0] - before.shifts[:, 0], axis=-1)
+    moved = np.linalg.norm(new_moves - moves, axis=-1)
     return float(np.median(turned)), float(np.median(moved))
 
 
@@ -293,12 +297,12 @@ def _search(
     tried = len(shift_grid(steps))
     step = _shift_step(config, image_size, r_max)
     return Search(
-        jnp.asarray(spread, jnp.float32),
-        jnp.asarray(grid * step, jnp.float32),
-        jnp.asarray(np.arange(len(grid)) < tried),
-        jnp.asarray(config.half_period_turn(r_max), jnp.float32),
-        jnp.asarray(count, jnp.int32),
-        jnp.asarray(centres, jnp.int32),
+        on_device(np.float32(spread)),
+        on_device(np.asarray(grid * step, np.float32)),
+        on_device(np.arange(len(grid)) < tried),
+        on_device(np.float32(config.half_period_turn(r_max))),
+        on_device(np.int32(count)),
+        on_device(np.int32(centres)),
         most,
         config.hypotheses,
     )

@@ -202,6 +202,7 @@ def test_when_one_is_killed_the_others_end(data, tmp_path, expected, victim, num
     finally:
         for process in started:
             process.kill()
+            process.wait()
     assert code == _processes.LOST_CODE
     assert killed == (-number if number == signal.SIGKILL else 128 + number)
     said = error_of(out, 1 - victim).read_text()
@@ -224,5 +225,5 @@ def test_bad_input_ends_all(data, tmp_path):
     assert "absent.mrc" in error_of(out, 0).read_text()
     assert not out.exists()
     paper = start_all(2, refine(data, out, "--preset", "paper"), out)
-    assert paper[0].wait(timeout=300) == 2
+    assert [process.wait(timeout=300) for process in paper][0] == 2
     assert "must be default in several processes" in error_of(out, 0).read_text()
