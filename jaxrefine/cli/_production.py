@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxrefine import io
+from jaxrefine._limits import memory_limits
 from jaxrefine.cli._particles import (
     half_sets,
     shell_of,
@@ -240,6 +241,8 @@ def _plan(
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()
+    for limit in memory_limits():
+        _say(f"`{limit.command}` leaves {limit.left / 2**30:.1f} GiB of memory")
     if settings.memory is not None:
         free = int(settings.memory * 2**30)
     return memory.plan(len(particles), particles.image_size, config, free)
