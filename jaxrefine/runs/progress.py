@@ -143,7 +143,7 @@ class _Line:
         self._said, self._last = self.n, time.monotonic()
         line = tqdm.format_meter(
             self.n,
-            self._total,
+            self._total or 0,
             self._last - self._begin,
             prefix=self._name,
             postfix=self._shown,

@@ -64,15 +64,15 @@ def resample() -> Any:
     )
 
 
-def map_voxel_size() -> Any:
-    """Declare what overrules the header of a map."""
+def map_voxel_size(what: str = "the map") -> Any:
+    """Declare what overrules the headers of a map, or of several."""
     return option(
         None,
         unit="angstroms",
         least=0,
         above=True,
         default_text="what the header says",
-        help="voxel size of the map, whatever its header says, and of a mask with as "
+        help=f"voxel size of {what}, whatever is in a header, and of a mask with as "
         "many voxels",
     )
 
