@@ -28,9 +28,11 @@ def devices() -> Any:
     return option(
         None,
         least=1,
+        most=1024,
         affects_results=False,
         default_text="all; of a CPU its cores, at most 8",
-        help="devices that share the particles: GPUs, or cores of a CPU",
+        help="devices that share the particles, the first ones: GPUs, or cores of a "
+        "CPU",
     )
 
 
