@@ -14,6 +14,7 @@ from jaxrefine.operators.resample import resample
 
 _DEFAULT_VOXEL = 1.0  # angstroms, in headers that nobody has set
 _SAME_VOXEL = 1e-3  # relative difference of sizes, as headers round them
+_LEAST_SIDE = 4  # voxels: two shells
 _OVERRULED = "; --map-voxel-size overrules the header"
 
 
@@ -35,13 +36,18 @@ def read_pair(
     Raises
     ------
     InputError
-        If they are not on one grid.
+        If they are not on one grid, or have fewer than two shells.
     """
     a, b = io.read_densities(first), io.read_densities(second)
     if a.shape != b.shape:
         raise InputError(
             f"the maps must have the same size, got {a.shape[0]}^3 ({first}) and "
             f"{b.shape[0]}^3 ({second})"
+        )
+    if len(a) < _LEAST_SIDE:
+        raise InputError(
+            f"the maps must have at least {_LEAST_SIDE}^3 voxels to be compared, got "
+            f"{len(a)}^3 ({first})"
         )
     if voxel_size is not None:
         return a, b, voxel_size
