@@ -219,7 +219,7 @@ def plan(
             raise InputError(
                 f"the memory must be at least {needed / _GIB:.1f} GiB for {particles} "
                 f"images of side {image_size}, {size} at a time, got "
-                f"{limit / _GIB:.1f} GiB"
+                f"{limit / _GIB:.3g} GiB"
             )
         size = 2 ** ((size - 1).bit_length() - 1)
         config = replace(config, batch_size=size)

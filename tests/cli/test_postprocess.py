@@ -178,18 +178,17 @@ def test_wrong_headers_can_be_overruled(maps, tmp_path, run):
         for name, voxel in zip(names, (1.0, (3.0, 3.0, 4.0), 5.5), strict=True)
     ]
     overruled = ["--map-voxel-size", VOXEL]
-    exact = run("fsc", *right[:2], "--mask", right[2])
-    assert exact.code == 0
-    assert run("fsc", *wrong[:2], "--mask", wrong[2], *overruled) == exact
+    known = run("fsc", *right[:2], "--mask", right[2])
+    assert known.code == 0
+    assert run("fsc", *wrong[:2], "--mask", wrong[2], *overruled) == known
     for folder, words in (("exact", right), ("found", [*wrong, *overruled])):
         words[2:2] = ["--mask"]
         done = run("postprocess", *words, "--out", tmp_path / folder)
         assert (done.code, done.err) == (0, "")
-    maps_found = [
-        read_mrc(tmp_path / f"{x}/postprocess.mrc") for x in ("exact", "found")
-    ]
-    np.testing.assert_array_equal(*(volume for volume, _ in maps_found))
-    assert maps_found[0][1] == maps_found[1][1] == VOXEL
+    exact, voxel = read_mrc(tmp_path / "exact/postprocess.mrc")
+    found, same = read_mrc(tmp_path / "found/postprocess.mrc")
+    np.testing.assert_array_equal(found, exact)
+    assert voxel == same == VOXEL
     write_wrong(right[1], wrong[1], 3.0)
     run("fsc", *wrong[:2]).assert_refused("same voxel size", "--map-voxel-size")
     write_wrong(right[1], wrong[1], 1.0)
