@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
-    {"errors", "_types", "_version", "_watch"},
+    {"errors", "_types", "_version", "_watch", "_limits"},
     {"_batching", "geometry", "ctf", "symmetry"},
     {"euler"},
     {"operators"},

@@ -13,11 +13,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxrefine._limits import ADDRESS_SPACE, DATA, memory_limits
 from jaxrefine._version import __version__
 from jaxrefine.cli import _processes, _signals
 from jaxrefine.cli.commands import COMMANDS, Command
 from jaxrefine.errors import InputError, LostProcess
 from jaxrefine.runs.options import add_options, settings_from
+
+# What commands that compute little take in the end (measured, 2 cores).
+_LEAST = {ADDRESS_SPACE: 2 * 2**30, DATA: 2**29}
 
 
 def main(
@@ -61,8 +65,9 @@ def _run(
             stream.reconfigure(errors="backslashreplace")
     options, launched = _parser(commands).parse_args(arguments), None
     (command,) = (each for each in commands if each.name == options.command)
-    if in_own_process:
-        try:
+    try:
+        if in_own_process:
+            _check_limits()
             launched = _processes.launch(options)
             if launched is not None:
                 _processes.fork(launched)
@@ -71,9 +76,6 @@ def _run(
             _runtime.set_up(getattr(options, "devices", None))
             if launched is not None:
                 _processes.connect(launched)
-        except InputError as error:
-            return _refuse(command, str(error))
-    try:
         with _processes.one_speaks(launched):
             command.run(settings_from(command.settings, vars(options)))
         sys.stdout.flush()
@@ -97,6 +99,23 @@ def _run(
     except OSError as error:
         return _refuse(command, f"the operating system reports: {error}")
     return 0
+
+
+def _check_limits() -> None:
+    """Refuse limits of memory within which JAX would end the process by itself.
+
+    Raises
+    ------
+    InputError
+        If there is one.
+    """
+    for limit in memory_limits():
+        least = _LEAST[limit.command]
+        if limit.total < least:
+            raise InputError(
+                f"`{limit.command}` must leave at least {least >> 20} MiB, got a limit "
+                f"of {limit.total >> 20} MiB, within which JAX cannot work"
+            )
 
 
 def _refuse(command: Command, sentence: str) -> int:

@@ -14,42 +14,63 @@ from jaxrefine.operators.resample import resample
 
 _DEFAULT_VOXEL = 1.0  # angstroms, in headers that nobody has set
 _SAME_VOXEL = 1e-3  # relative difference of sizes, as headers round them
+_LEAST_SIDE = 4  # voxels: two shells
+_OVERRULED = "; --map-voxel-size overrules the header"
 
 
-def read_pair(first: Path, second: Path) -> tuple[np.ndarray, np.ndarray, float]:
+def read_pair(
+    first: Path, second: Path, voxel_size: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Read two maps on one grid, and its voxel size in angstroms.
 
     A voxel size that is not given is the other's; if neither is, it is 1. A header that
     says 1 A, which may have been set by nobody, is told of.
 
+    Parameters
+    ----------
+    first, second
+        The maps.
+    voxel_size
+        Their voxel size in angstroms, if their headers are to be overruled.
+
     Raises
     ------
     InputError
-        If they are not on one grid.
+        If they are not on one grid, or have fewer than two shells.
     """
-    a, b = io.read_mrc(first)[0], io.read_mrc(second)[0]
+    a, b = io.read_densities(first), io.read_densities(second)
     if a.shape != b.shape:
         raise InputError(
             f"the maps must have the same size, got {a.shape[0]}^3 ({first}) and "
             f"{b.shape[0]}^3 ({second})"
         )
+    if len(a) < _LEAST_SIDE:
+        raise InputError(
+            f"the maps must have at least {_LEAST_SIDE}^3 voxels to be compared, got "
+            f"{len(a)}^3 ({first})"
+        )
+    if voxel_size is not None:
+        return a, b, voxel_size
     voxel, other = io.voxel_size_in_angstroms(first), io.voxel_size_in_angstroms(second)
     if voxel and other and not _same(voxel, other):
         raise InputError(
             f"the maps must have the same voxel size, got {voxel:g} A ({first}) and "
-            f"{other:g} A ({second})"
+            f"{other:g} A ({second}){_OVERRULED}"
         )
     if _DEFAULT_VOXEL in (voxel, other):
         path = first if voxel == _DEFAULT_VOXEL else second
         print(
             f"{path}: the header says voxels of 1 A, as programs write that know no "
-            "voxel size; if they are not, resolutions are wrong by their ratio",
+            "voxel size; if they are not, resolutions are wrong by their ratio"
+            f"{_OVERRULED}",
             file=sys.stderr,
         )
     return a, b, voxel or other or _DEFAULT_VOXEL
 
 
-def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
+def read_mask_of(
+    map_path: Path, side: int, path: Path, voxel_size: float | None
+) -> np.ndarray:
     """Read the mask of a map; voxel sizes that are not given are taken to fit.
 
     Parameters
@@ -58,24 +79,28 @@ def read_mask_of(map_path: Path, side: int, path: Path) -> np.ndarray:
         The map and its side in voxels.
     path
         The mask.
+    voxel_size
+        The voxel size of both, if their headers are to be overruled.
 
     Raises
     ------
     InputError
         If it is on another grid, not from 0 to 1, or zero.
     """
-    mask, _ = io.read_mrc(path)
+    mask = io.read_densities(path)
     if len(mask) != side:
         raise InputError(
             f"the mask must have the size of the maps, {side}^3, got {len(mask)}^3 "
             f"({path})"
         )
-    own, voxel = io.voxel_size_in_angstroms(path), io.voxel_size_in_angstroms(map_path)
-    if own and voxel and not _same(own, voxel):
-        raise InputError(
-            f"the mask must have the voxel size of the maps, {voxel:g} A, got {own:g} "
-            f"A ({path})"
-        )
+    if voxel_size is None:
+        own = io.voxel_size_in_angstroms(path)
+        voxel = io.voxel_size_in_angstroms(map_path)
+        if own and voxel and not _same(own, voxel):
+            raise InputError(
+                f"the mask must have the voxel size of the maps, {voxel:g} A, got "
+                f"{own:g} A ({path}){_OVERRULED}"
+            )
     check_mask(mask, path)
     return mask
 
@@ -131,11 +156,11 @@ def read_map_and_mask_for(
         another grid and may not be resampled.
     """
     pixel = source.particles.pixel_size_in_angstroms
-    values, _ = io.read_mrc(path)
+    values = io.read_densities(path)
     voxel, hint = voxel_size, ""
     if voxel is None:
         voxel = io.voxel_size_in_angstroms(path)
-        hint = "; --map-voxel-size overrules the header"
+        hint = _OVERRULED
         if voxel == _DEFAULT_VOXEL and not _same(_DEFAULT_VOXEL, pixel):
             raise InputError(
                 f"{path} must have voxels of {pixel:g} A, as the images of "
@@ -148,7 +173,7 @@ def read_map_and_mask_for(
         raise InputError(f"{path} must not be zero everywhere, got zeros only")
     if mask_path is None:
         return volume, None
-    mask_values, _ = io.read_mrc(mask_path)
+    mask_values = io.read_densities(mask_path)
     check_mask(mask_values, mask_path)
     voxel = voxel_size
     if voxel is None or mask_values.shape != values.shape:

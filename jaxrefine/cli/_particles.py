@@ -128,6 +128,9 @@ def tell_where_from(path: Path, table: io.TableFile | io.ParticleFile) -> None:
                 f"{path}: {', '.join(groups)} by uid from {passthrough}",
                 file=sys.stderr,
             )
+    for sentence in table.passed_over:
+        done = f"it is passed over, since {path} has all that is needed"
+        print(f"{sentence}; {done}", file=sys.stderr)
     if len(table.classes) > 1:
         sizes = ", ".join(f"{size} of {k}" for k, size in table.classes.items())
         kept = len(particle_table(table.blocks, path)["rlnImageName"])

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxrefine import io
+from jaxrefine._limits import memory_limits
 from jaxrefine._processes import of_first, on_this_machine
 from jaxrefine.cli._particles import (
     half_sets,
@@ -256,6 +257,8 @@ def _plan(
     free = memory.available_bytes()
     if free is not None:
         free //= on_this_machine()
+    for limit in memory_limits():
+        _say(f"`{limit.command}` leaves {limit.left / 2**30:.1f} GiB of memory")
     if settings.memory is not None:
         free = int(settings.memory * 2**30)
     return memory.plan(len(particles), particles.image_size, config, free)

@@ -4,8 +4,10 @@
   compile them again. ``JAXREFINE_CACHE`` names another folder, or turns this off (0).
   ``JAX_COMPILATION_CACHE_DIR``, which is JAX's own, is left as it is.
 - The cores of a CPU are JAX's devices, up to eight, which particles are shared out
-  among, or as many as ``--devices`` says. ``JAX_NUM_CPU_DEVICES``, which is JAX's own,
-  is left as it is without that option.
+  among, or as many of them as ``--devices`` says. ``JAX_NUM_CPU_DEVICES``, which is
+  JAX's own, says how many there are instead.
+- ``--devices`` takes the first of the GPUs, or the first of those that
+  ``JAX_CUDA_VISIBLE_DEVICES`` or ``JAX_ROCM_VISIBLE_DEVICES`` name.
 """
 
 import hashlib
@@ -18,9 +20,11 @@ import jax
 from jaxlib import version
 
 from jaxrefine.errors import InputError
+from jaxrefine.runs.provenance import available_cores
 
 _MOST_DEVICES = 8
 _OFF = "0"
+_VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 def set_up(devices: int | None = None) -> None:
@@ -31,17 +35,16 @@ def set_up(devices: int | None = None) -> None:
     devices
         How many devices to use; None for all.
     """
+    there = int(os.environ.get("JAX_NUM_CPU_DEVICES", "-1"))  # negative for unknown
     if devices is not None:
-        jax.config.update("jax_num_cpu_devices", devices)
-        visible = ",".join(map(str, range(devices)))
-        jax.config.update("jax_cuda_visible_devices", visible)
-        jax.config.update("jax_rocm_visible_devices", visible)
-    elif "JAX_NUM_CPU_DEVICES" not in os.environ:
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        else:
-            cores = os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(cores, _MOST_DEVICES))
+        cores = available_cores() if there < 0 else there
+        jax.config.update("jax_num_cpu_devices", min(devices, cores))
+        for name in _VISIBLE:
+            visible = os.environ.get(name.upper(), "all")
+            named = range(devices) if visible == "all" else visible.split(",")
+            jax.config.update(name, ",".join(map(str, named[:devices])))
+    elif there < 0:
+        jax.config.update("jax_num_cpu_devices", min(available_cores(), _MOST_DEVICES))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache_folder()
         if folder is not None and _can_be_written(folder):
@@ -58,13 +61,19 @@ def check_devices(asked: int | None) -> None:
     Raises
     ------
     InputError
-        If it has another number: there are not so many, or it was told of another
-        number when this process began to use it.
+        If there are not so many; or if there are more, since this process has begun to
+        use them all before, or they cannot be taken apart.
     """
     count = jax.local_device_count()
-    if asked is not None and asked != count:
-        kind = jax.devices()[0].device_kind
+    if asked is None or asked == count:
+        return
+    kind = jax.local_devices()[0].device_kind
+    if asked > count:
         raise InputError(f"--devices must be at most {count} ({kind}), got {asked}")
+    raise InputError(
+        f"--devices must be {count}, as many as JAX uses in this process already "
+        f"({kind}), got {asked}"
+    )
 
 
 def cache_folder() -> Path | None:

@@ -21,10 +21,10 @@ def run(settings: FscSettings) -> None:
         If the maps cannot be compared, or a file cannot be written.
     """
     _check_outputs(settings)
-    a, b, voxel = read_pair(settings.a, settings.b)
+    a, b, voxel = read_pair(settings.a, settings.b, settings.map_voxel_size)
     mask = None
     if settings.mask is not None:
-        mask = read_mask_of(settings.a, len(a), settings.mask)
+        mask = read_mask_of(settings.a, len(a), settings.mask, settings.map_voxel_size)
     for path, volume in ((settings.a, a), (settings.b, b)):
         if not (volume if mask is None else volume * mask).any():
             where = "everywhere" if mask is None else f"within {settings.mask}"

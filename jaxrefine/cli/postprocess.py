@@ -23,12 +23,18 @@ def run(settings: PostprocessSettings) -> None:
     InputError
         If the maps cannot be used, or the folder is not that of this run.
     """
-    half1, half2, voxel = read_pair(settings.half1, settings.half2)
+    half1, half2, voxel = read_pair(
+        settings.half1, settings.half2, settings.map_voxel_size
+    )
     maps = jnp.asarray(half1), jnp.asarray(half2)
     if settings.mask is None:
         mask = soft_mask((maps[0] + maps[1]) / 2, voxel)
     else:
-        mask = jnp.asarray(read_mask_of(settings.half1, len(half1), settings.mask))
+        mask = jnp.asarray(
+            read_mask_of(
+                settings.half1, len(half1), settings.mask, settings.map_voxel_size
+            )
+        )
     result = postprocess(
         *maps,
         mask,

@@ -21,6 +21,7 @@ from jaxrefine.io.json import write_lines as write_lines
 from jaxrefine.io.mrc import Stack as Stack
 from jaxrefine.io.mrc import new_stack as new_stack
 from jaxrefine.io.mrc import open_stack as open_stack
+from jaxrefine.io.mrc import read_densities as read_densities
 from jaxrefine.io.mrc import read_mrc as read_mrc
 from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms

@@ -76,11 +76,15 @@ class TableFile:
     classes
         The number of particles in each class of the file, if there are several or one
         was chosen; else empty.
+    passed_over
+        What is wrong with each passthrough file that could not be read, and that was
+        not needed.
     """
 
     blocks: dict[str, Table] = field(repr=False)
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
 
 def read_cs(
@@ -139,9 +143,9 @@ def read_cs(
     path = existing_file(path)
     table = _Fields(path, _load(path))
     if passthrough is None:
-        others = _beside(table)
+        others, passed_over = _beside(table)
     else:
-        others = [_given(table, existing_file(passthrough))]
+        others, passed_over = [_given(table, existing_file(passthrough))], ()
     table = _join(table, others)
     table.require_group("blob")
     if not with_ctf:
@@ -177,7 +181,8 @@ def read_cs(
         tubes = _filaments(table)
         number = {tube: str(i) for i, tube in enumerate(dict.fromkeys(tubes), start=1)}
         particles["rlnHelicalTubeID"] = [number[tube] for tube in tubes]
-    return TableFile({"optics": optics, "particles": particles}, table.joined, classes)
+    blocks = {"optics": optics, "particles": particles}
+    return TableFile(blocks, table.joined, classes, passed_over)
 
 
 def refuse_group_file(path: str | Path) -> NoReturn:
@@ -369,14 +374,15 @@ def _given(table: _Fields, path: Path) -> _Fields:
     return other.take(rows)
 
 
-def _beside(table: _Fields) -> list[_Fields]:
+def _beside(table: _Fields) -> tuple[list[_Fields], tuple[str, ...]]:
     """Read the passthrough files beside a table that hold all of its particles.
 
-    A file that cannot be read is passed over if the table has what is needed by itself.
+    A file that cannot be read is passed over if the table has what is needed by itself;
+    what is wrong with it is returned, too.
     """
-    found, job = [], _job(table.path)
+    found, passed_over, job = [], [], _job(table.path)
     if "uid" not in table:
-        return found
+        return found, ()
     for path in sorted(table.path.parent.glob("*passthrough*.cs")):
         is_other_job = job and _job(path) and _job(path) != job
         if is_other_job or os.path.realpath(path) == os.path.realpath(table.path):
@@ -384,13 +390,14 @@ def _beside(table: _Fields) -> list[_Fields]:
         try:
             other = _Fields(path, _load(existing_file(path)))
             rows = _places(table, other)
-        except InputError:
+        except InputError as error:
             if table.groups >= {"blob", "ctf", _POSES}:
+                passed_over.append(str(error))
                 continue
             raise
         if (rows >= 0).all():
             found.append(other.take(rows))
-    return found
+    return found, tuple(passed_over)
 
 
 def _job(path: Path) -> str | None:

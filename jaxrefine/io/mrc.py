@@ -132,6 +132,18 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
         map is not cubic, is not finite, or has anisotropic voxels.
     """
     header = _open(path)
+    return _volume(header), _isotropic(header.voxel, header.path)
+
+
+def read_densities(path: str | Path) -> Float32[np.ndarray, "n n n"]:
+    """Read a cubic density map whose voxel size is known, whatever its header says.
+
+    Raises as `read_mrc` does, except for anisotropic voxels.
+    """
+    return _volume(_open(path))
+
+
+def _volume(header: Stack) -> Float32[np.ndarray, "n n n"]:
     path, axes = header.path, header.axes
     if len(set(header.shape)) != 1:
         raise InputError(
@@ -144,8 +156,7 @@ def read_mrc(path: str | Path) -> tuple[Float32[np.ndarray, "n n n"], float]:
         )
     sections_rows_columns = axes[::-1]
     order = [sections_rows_columns.index(axis) for axis in (3, 2, 1)]
-    volume = _values(header).transpose(order)
-    return _finite(volume, path), _isotropic(header.voxel, path)
+    return _finite(_values(header).transpose(order), path)
 
 
 def voxel_size_in_angstroms(path: str | Path) -> float | None:

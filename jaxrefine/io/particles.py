@@ -84,9 +84,9 @@ class ParticleFile:
     shared
         How many different images, particles and helical tubes the rows are of, by these
         words, where several rows are of one; these are clusters of `particles`.
-    joined, classes
-        Of a cryoSPARC table: where its fields were found, and the number of particles
-        in its classes, see `cs.TableFile`.
+    joined, classes, passed_over
+        Of a cryoSPARC table: where its fields were found, the number of particles in
+        its classes, and what is wrong with files beside it, see `cs.TableFile`.
     """
 
     path: Path
@@ -100,6 +100,7 @@ class ParticleFile:
     shared: dict[str, int] = field(repr=False)
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -283,6 +284,7 @@ def read_particles(
         shared,
         file.joined,
         file.classes,
+        file.passed_over,
     )
 
 

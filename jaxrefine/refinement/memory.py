@@ -25,6 +25,7 @@ from typing import TypeVar, final
 
 import jax
 
+from jaxrefine._limits import memory_limits
 from jaxrefine.data.visit import BLOCK, whole_batch
 from jaxrefine.errors import InputError
 from jaxrefine.maps.folds import FOLDS
@@ -110,8 +111,10 @@ class Plan:
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Return the memory available on the default device; None if it is not known.
 
-    On a CPU it is what the system has available (Linux), but no more than the limit of
-    the job or container leaves (cgroup v2). On other devices it is what JAX may take.
+    On a CPU it is what the system has available (Linux), but no more than the limits of
+    the job or container (cgroup v2) and of the process (``ulimit``) leave. JAX's
+    threads map memory that they never use, 1 GiB or more, before it asks for any: call
+    this after JAX's first use. On other devices it is what JAX may take.
 
     Parameters
     ----------
@@ -123,8 +126,9 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     path = root / "proc/meminfo"
     lines = path.read_text().splitlines() if path.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    limits = [int(size) * 1024 for size in sizes] + _left_by_groups(root)
-    return min(limits, default=None)
+    left = [int(size) * 1024 for size in sizes] + _left_by_groups(root)
+    left += [limit.left for limit in memory_limits(root)]
+    return min(left, default=None)
 
 
 def _left_by_groups(root: Path) -> list[int]:
@@ -220,7 +224,7 @@ def plan(
             raise InputError(
                 f"the memory must be at least {needed / _GIB:.1f} GiB for {particles} "
                 f"images of side {image_size}, {size} at a time, got "
-                f"{limit / _GIB:.1f} GiB"
+                f"{limit / _GIB:.3g} GiB"
             )
         size = 2 ** ((size - 1).bit_length() - 1)
         config = replace(config, batch_size=size)

@@ -21,8 +21,8 @@ class RunFolder:
     can write to the folder meanwhile (network file systems may not tell).
 
     Used in a ``with`` statement, the folder is freed at its end for other processes;
-    and if an :class:`InputError` ends it, what the run has made is removed unless there
-    is something in it to carry on from.
+    and if an error ends it, be it bad input or too little memory, what the run has made
+    is removed unless there is something in it to carry on from.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None and issubclass(kind, InputError):
+        if kind is not None and issubclass(kind, Exception):
             self.give_back()
         self._lock = None
 

@@ -123,6 +123,18 @@ def test_half_sets_that_divide_a_filament_are_named(files, reconstruct):
     assert "(field alignments3D/split) divide 2 of 2 such groups" in done.err
 
 
+def test_a_damaged_passthrough_file_beside_is_told_of(files, reconstruct, run):
+    """It may hold what is not missed, such as which rows are of one filament."""
+    damaged = files.folder / "J3_passthrough_particles.cs"
+    damaged.write_bytes(files.passthrough.read_bytes()[:-9])
+    reconstruct().assert_refused(f"{damaged} must be a cryoSPARC table")
+    save(files.table, BLOB, OPTICS, POSES)
+    words = f"{damaged} must be a cryoSPARC table in NumPy's format, got a damaged one"
+    for done in (reconstruct(), run("evaluate", files.table, files.table)):
+        assert done.code == 0 and f"{words}; it is passed over" in done.err
+    assert words not in reconstruct("--passthrough", files.passthrough).err
+
+
 def test_a_passthrough_file_is_not_written_over(files, reconstruct):
     words = ["--passthrough", files.passthrough, "--out", files.passthrough]
     reconstruct(*words).assert_refused("it is an input")

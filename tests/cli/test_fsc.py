@@ -184,6 +184,15 @@ def test_a_bad_map_is_refused(maps, run, bad, place):
     assert snapshot(maps) == before
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_maps_of_less_than_two_shells_are_refused(tmp_path, run, n):
+    path = tmp_path / "tiny.mrc"
+    write_mrc(path, noise(n), VOXEL)
+    run("fsc", path, path).assert_refused("at least 4^3 voxels", f"got {n}^3 ({path})")
+    write_mrc(path, noise(4), VOXEL)
+    assert run("fsc", path, path).code == 0
+
+
 @pytest.mark.parametrize("bad", [bad for bad in BAD_MAPS if "voxel" not in bad])
 def test_a_bad_mask_is_refused(maps, run, bad):
     BAD_MAPS[bad](maps / "bad.mrc")

@@ -128,6 +128,17 @@ def test_a_process_of_its_own(maps):
     assert bad.stderr.count("\n") == 1 and "absent.mrc" in bad.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of limits")
+@pytest.mark.parametrize(("flag", "mib"), [("-v", 1200), ("-v", 200), ("-d", 150)])
+def test_a_limit_within_which_jax_would_abort_is_refused(maps, flag, mib):
+    command = f'ulimit {flag} {mib * 1024}; exec "$@"'
+    words = ["sh", "-c", command, "sh", *PROGRAM, "fsc", maps / "a.mrc", maps / "b.mrc"]
+    done = start(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and f"`ulimit {flag}`" in done.stderr
+    assert f"a limit of {mib} MiB" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(maps):
     reading, writing = os.pipe()

@@ -161,6 +161,42 @@ def test_an_unset_voxel_size_is_the_other_maps(maps, tmp_path, run):
     assert run("fsc", given[0], unset[1]).out == run("fsc", *given).out
 
 
+def write_wrong(source, target, voxel):
+    """Copy a map, with another voxel size in its header: a number, or three."""
+    write_mrc(target, read_mrc(source)[0], VOXEL)
+    with mrcfile.open(target, "r+") as mrc:
+        mrc.voxel_size = voxel
+    return target
+
+
+def test_wrong_headers_can_be_overruled(maps, tmp_path, run):
+    """Of maps and mask, here and for ``fsc``, even where they differ."""
+    names = ("half1.mrc", "half2.mrc", "mask.mrc")
+    right = [maps / name for name in names]
+    wrong = [
+        write_wrong(maps / name, tmp_path / name, voxel)
+        for name, voxel in zip(names, (1.0, (3.0, 3.0, 4.0), 5.5), strict=True)
+    ]
+    overruled = ["--map-voxel-size", VOXEL]
+    known = run("fsc", *right[:2], "--mask", right[2])
+    assert known.code == 0
+    assert run("fsc", *wrong[:2], "--mask", wrong[2], *overruled) == known
+    for folder, words in (("exact", right), ("found", [*wrong, *overruled])):
+        words[2:2] = ["--mask"]
+        done = run("postprocess", *words, "--out", tmp_path / folder)
+        assert (done.code, done.err) == (0, "")
+    exact, voxel = read_mrc(tmp_path / "exact/postprocess.mrc")
+    found, same = read_mrc(tmp_path / "found/postprocess.mrc")
+    np.testing.assert_array_equal(found, exact)
+    assert voxel == same == VOXEL
+    write_wrong(right[1], wrong[1], 3.0)
+    run("fsc", *wrong[:2]).assert_refused("same voxel size", "--map-voxel-size")
+    write_wrong(right[1], wrong[1], 1.0)
+    assert "--map-voxel-size" in run("fsc", *wrong[:2]).err
+    refused = run("fsc", *wrong[:2], "--mask", wrong[2])
+    refused.assert_refused("the mask must have the voxel size", "--map-voxel-size")
+
+
 def test_bad_input_is_a_sentence(maps, tmp_path, run):
     one, two = maps / "half1.mrc", maps / "half2.mrc"
     small, coarse, nan = (tmp_path / f"{x}.mrc" for x in ("small", "coarse", "nan"))

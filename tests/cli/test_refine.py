@@ -4,11 +4,13 @@ The refinement itself is mostly a stand-in, which moves every particle by as muc
 every iteration; at the end come runs of the real ones.
 """
 
+import errno
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -358,6 +360,52 @@ def test_a_run_that_stopped_at_once_begins_again(data, refine, stand_in):
     stand_in.stop_after = None
     assert refine(*command(data, "--iterations", 2)).code == 0
     assert stand_in.iterations == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells names")
+def test_a_disk_that_fills_at_the_end_leaves_whole_files(
+    data, refine, stand_in, monkeypatch
+):
+    """Whichever result does not fit: the others are whole, and the run carries on."""
+    finals = ("map.mrc", "half1.mrc", "half2.mrc", "particles.star", "report.html")
+    words = command(data, "--iterations", 2, "--half-sets")
+    out = data / "out"
+    assert refine(*words).code == 0
+
+    def content(name):
+        """Of a file; a map's header has the time in it, and a report, too."""
+        path = out / name
+        if path.suffix == ".html":
+            return path.read_text().rstrip().endswith("</html>")
+        return (
+            path.read_bytes() if path.suffix == ".star" else read_mrc(path)[0].tobytes()
+        )
+
+    exact = {name: content(name) for name in finals}
+    shutil.rmtree(out)
+    fsync, written = os.fsync, []
+
+    def full(descriptor):
+        """Keep half of a file, and say so, as a full disk does."""
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        if name.startswith(f".{last}."):
+            written.append(name)
+            os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for count, last in enumerate(finals):
+        refine(*words).assert_refused(f"cannot write {out / last}: No space left")
+        assert len(written) == count + 1
+        assert not json.loads((out / "run.json").read_text())["finished"]
+        present = {path.name for path in out.iterdir()}
+        assert present == {"run.json", "metrics.jsonl", "state", *finals[:count]}
+        assert all(content(name) == exact[name] for name in finals[:count])
+    monkeypatch.undo()
+    done = refine(*words)
+    assert done.code == 0 and stand_in.iterations == [1, 2, 1, 2]
+    assert all(content(name) == exact[name] for name in finals)
 
 
 def test_a_finished_run_is_left_alone(data, refine, stand_in):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrefine.cli import _runtime
 from jaxrefine.errors import InputError
+from jaxrefine.runs import provenance
 
 TELL = """
 import jax
@@ -22,6 +23,7 @@ print(jax.device_count(), jax.config.jax_compilation_cache_dir)
 def told(home, program=TELL, **environment):
     """Run a program with a home folder of its own; return what it prints."""
     names = ("XDG_CACHE_HOME", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+    names += ("JAX_CUDA_VISIBLE_DEVICES",)
     kept = {k: v for k, v in os.environ.items() if k not in (*names, "JAXREFINE_CACHE")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -74,19 +76,59 @@ def test_the_folder_and_the_devices_can_be_chosen(tmp_path):
     assert told(tmp_path, JAX_COMPILATION_CACHE_DIR=str(cache))[1] == str(cache)
 
 
-def test_fewer_devices_can_be_asked_for(tmp_path):
-    """Whatever the environment says; the command's own check agrees."""
-    program = TELL.replace("set_up()", "set_up(2)\n_runtime.check_devices(2)")
-    devices, _ = told(tmp_path, program, JAX_NUM_CPU_DEVICES="3")
-    assert devices == "2"
+ASK = """
+import sys
+import jax
+from jaxrefine.cli import _runtime
+from jaxrefine.errors import InputError
+_runtime.set_up(int(sys.argv[1]))
+try:
+    _runtime.check_devices(int(sys.argv[1]))
+    said = "taken"
+except InputError as error:
+    said = error
+print(jax.device_count(), jax.config.values["jax_cuda_visible_devices"], said)
+"""
 
 
-def test_devices_that_are_not_there_are_refused():
+def asked(home, count, **environment):
+    """Return the devices that there are, the GPUs that may be used, and what is said.
+
+    Without a GPU, only their numbers can be looked at.
+    """
+    program = f"import sys; sys.argv[1:] = ['{count}']\n{ASK}"
+    devices, visible, *said = told(home, program, **environment)
+    return int(devices), visible, " ".join(said)
+
+
+CORES = provenance.available_cores()
+
+
+def test_the_first_of_the_devices_can_be_asked_for(tmp_path):
+    assert asked(tmp_path, 1) == (1, "0", "taken")
+    assert asked(tmp_path, CORES)[::2] == (CORES, "taken")
+    given = {"JAX_NUM_CPU_DEVICES": "3", "JAX_CUDA_VISIBLE_DEVICES": "5,2,7"}
+    assert asked(tmp_path, 2, **given) == (2, "5,2", "taken")
+
+
+def test_more_devices_than_there_are_are_refused(tmp_path):
+    """Cores, or what JAX's own variable says."""
+    count, _, said = asked(tmp_path, CORES + 1)
+    assert count == CORES
+    assert said == f"--devices must be at most {CORES} (cpu), got {CORES + 1}"
+    given = {"JAX_NUM_CPU_DEVICES": "3", "JAX_CUDA_VISIBLE_DEVICES": "5"}
+    said = "--devices must be at most 3 (cpu), got 4"
+    assert asked(tmp_path, 4, **given) == (3, "5", said)
+
+
+def test_devices_that_are_in_use_already_are_counted():
     count = jax.device_count()
     _runtime.check_devices(None)
     _runtime.check_devices(count)
     with pytest.raises(InputError, match=f"at most {count} .*, got {count + 1}"):
         _runtime.check_devices(count + 1)
+    with pytest.raises(InputError, match=f"must be {count}, as many .*, got 0"):
+        _runtime.check_devices(0)
 
 
 def test_a_folder_that_cannot_be_made_is_done_without(tmp_path):

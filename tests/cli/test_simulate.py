@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from jaxrefine import cli
 from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
 from jaxrefine.runs.options import declared
+from jaxrefine.runs.progress import Bars
 
 N, VOXEL, COUNT = 20, 2.0, 7
 SIZE, PIXEL = 16, 2.5
@@ -189,7 +189,7 @@ def test_an_interruption_leaves_nothing_half_written(folder, run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tqdm, "update", stop)
+    monkeypatch.setattr(Bars, "next", lambda *_: stop)
     out = folder / "stopped"
     command = ["simulate", folder / "map.mrc", "--out", out, "--particles", COUNT]
     code, _, err = run(*command, "--sigma", 1)

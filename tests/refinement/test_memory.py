@@ -214,6 +214,33 @@ def test_available_is_no_more_than_a_jobs_limits_leave(meminfo, tmp_path, limits
     assert available_bytes(tmp_path) == left
 
 
+@pytest.mark.parametrize(
+    ("address_space", "data", "left"),
+    [
+        ("unlimited", "unlimited", 9),
+        (f"{8 * 1024}", "unlimited", 3),
+        ("unlimited", f"{6 * 1024}", 4),
+        (f"{6 * 1024}", f"{6 * 1024}", 1),
+        (f"{3 * 1024}", "unlimited", 0),
+        (f"{99 * 1024}", f"{99 * 1024}", 9),
+    ],
+)
+def test_available_is_no_more_than_the_process_may_map(
+    meminfo, tmp_path, address_space, data, left
+):
+    """What it has mapped already counts, used or not."""
+    meminfo.write_text("MemAvailable: 9 kB\n")
+    (tmp_path / "proc/self/limits").write_text(
+        "Limit                     Soft Limit           Hard Limit           Units\n"
+        f"Max data size             {data:20} unlimited            bytes\n"
+        f"Max address space         {address_space:20} unlimited            bytes\n"
+    )
+    (tmp_path / "proc/self/status").write_text(
+        "Name:\tpython 3\nVmPeak:\t 7 kB\nVmSize:\t 5 kB\nVmData:\t 2 kB\n"
+    )
+    assert available_bytes(tmp_path) == left * 1024
+
+
 # --- trying again
 
 

@@ -248,15 +248,16 @@ def refuse(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("error", [InputError("bad"), MemoryError("bad")])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_refused_run_leaves_nothing(tmp_path, existed):
+def test_a_refused_run_leaves_nothing(tmp_path, existed, error):
     """Not even folders that were made above its own; those that were there stay."""
     base = tmp_path / "new/folder"
     if existed:
         (base / "out").mkdir(parents=True)
-    with pytest.raises(InputError, match="bad"), a_folder(base) as folder:
+    with pytest.raises(type(error), match="bad"), a_folder(base) as folder:
         folder.history.resume(lambda: state(0))
-        raise InputError("bad input")
+        raise error
     assert (base / "out").exists() == (tmp_path / "new").exists() == existed
     assert not names(tmp_path)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxrefine.cli.commands import shared
 from jaxrefine.cli.commands.command import Command
 from jaxrefine.runs.options import option
 
@@ -16,6 +17,7 @@ class FscSettings:
     mask: Path | None = option(
         None, metavar="MASK.mrc", help="multiply both maps by this one"
     )
+    map_voxel_size: float | None = shared.map_voxel_size("the maps")
     json: Path | None = option(
         None, affects_results=False, metavar="FILE", help="write the curve as JSON"
     )

@@ -21,6 +21,7 @@ class PostprocessSettings:
         default_text="made from the mean of the maps",
         help="1 in the particle, 0 in the solvent, soft edge",
     )
+    map_voxel_size: float | None = shared.map_voxel_size("the maps")
     b_factor: float | None = option(
         None,
         unit="square angstroms",

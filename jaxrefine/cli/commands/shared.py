@@ -28,9 +28,11 @@ def devices() -> Any:
     return option(
         None,
         least=1,
+        most=1024,
         affects_results=False,
         default_text="all; of a CPU its cores, at most 8",
-        help="devices that share the particles: GPUs, or cores of a CPU",
+        help="devices that share the particles, the first ones: GPUs, or cores of a "
+        "CPU",
     )
 
 
@@ -91,15 +93,15 @@ def resample() -> Any:
     )
 
 
-def map_voxel_size() -> Any:
-    """Declare what overrules the header of a map."""
+def map_voxel_size(what: str = "the map") -> Any:
+    """Declare what overrules the headers of a map, or of several."""
     return option(
         None,
         unit="angstroms",
         least=0,
         above=True,
         default_text="what the header says",
-        help="voxel size of the map, whatever its header says, and of a mask with as "
+        help=f"voxel size of {what}, whatever is in a header, and of a mask with as "
         "many voxels",
     )
 
