@@ -14,13 +14,9 @@ import jax
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.cli._particles import (
-    half_sets,
-    shell_of,
-    tell_what_is_shared,
-    usable,
-)
+from jaxrefine.cli._particles import half_sets, shell_of, tell_what_is_shared
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
+from jaxrefine.cli._usable import usable
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
     SHIFT_LIMIT_OF_SPREAD,
@@ -31,8 +27,10 @@ from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.contrast import contrast
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -175,20 +173,25 @@ def _run(
     if config.half_sets:
         subsets = half_sets(source, jax.random.key(settings.seed))
     tell_what_is_shared(source, subsets)
-    chosen = usable(source, with_poses=True, subsets=subsets)
-    particles = chosen.of(source.particles)
+    chosen = usable(
+        source, settings.images, with_poses=True, subsets=subsets, folder=folder
+    )
+    particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     plan = _plan(settings, particles, config)
     batch_size = min(settings.batch_size or plan.batch_size, len(particles))
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
 
-    data = (particles, chosen.of(source.poses), inputs.volume)
+    data = (particles, poses, inputs.volume)
     further = {
         "key": jax.random.key(settings.seed),
         "subsets": None if subsets is None else subsets[chosen.indices],
         "mask": inputs.mask,
     }
     state = folder.history.resume(lambda: engine.init(*data, config, **further))
+    if state is None and not settings.images.trust_contrast:
+        used = replace(config, batch_size=batch_size)
+        _check_contrast(settings, inputs, particles, poses, used, bars)
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
@@ -224,8 +227,43 @@ def _run(
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
         report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
-    poses = _refined(settings, source.poses, chosen.poses(source.poses, result.poses))
+    refined = chosen.poses(source.poses, result.poses)
+    poses = _refined(settings, source.poses, refined)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
+
+
+def _check_contrast(
+    settings: RefineSettings,
+    inputs: Inputs,
+    particles: Particles,
+    poses: Poses,
+    config: RefineConfig,
+    bars: Bars,
+) -> None:
+    """Refuse images that look like the negative of the map.
+
+    Raises
+    ------
+    InputError
+        If they do; it names the one of which the particle seems to be dark.
+    """
+    volume = inputs.volume
+    masked = volume if inputs.mask is None else volume * inputs.mask
+    found = contrast(particles, poses, masked, config, bars.watch)
+    if not found.is_opposite:
+        return
+    got = f"correlation {found.correlation:.2f} over {found.count} particles"
+    if is_negative(volume):
+        raise InputError(
+            f"{settings.map} seems to have dark protein, unlike {settings.particles} "
+            f"({got}): multiply it by -1, or --trust-contrast"
+        )
+    inverted = settings.images.invert
+    raise InputError(
+        f"{settings.particles} seems to have dark protein"
+        f"{' after --invert' if inverted else ''} ({got}): "
+        f"{'leave out ' if inverted else ''}--invert, or --trust-contrast"
+    )
 
 
 def _prior_covariance(config: RefineConfig) -> np.ndarray:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import paper
-from jaxrefine.cli._particles import Usable, usable
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
+from jaxrefine.cli._usable import Usable, usable
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -19,8 +19,8 @@ from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 
-def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
-    """Return what the published algorithm is to do.
+def prepare(settings: RefineSettings, inputs: Inputs, folder: RunFolder) -> Refinement:
+    """Return what the published algorithm is to do in a folder.
 
     Raises
     ------
@@ -35,8 +35,8 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
             f"--preset must be default for particles with contrast-transfer functions, "
             f"as {source.path} has, got {settings.preset}"
         )
-    chosen = usable(source, with_poses=True)
-    particles, poses = chosen.of(source.particles), chosen.of(source.poses)
+    chosen = usable(source, settings.images, with_poses=True, folder=folder)
+    particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     images, _ = particles.batch(np.arange(len(particles)))
     problem = paper.Problem.of(images, basis)
     given = paper.init(poses, kbwf.expand(basis, inputs.volume))

@@ -61,6 +61,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         written = times_digest(stacks)
         if folder.keep("stacks_written", written) != written:
+            folder.forget("images")
             print(
                 f"the stacks of {settings.particles} have been written since this run "
                 "began; their sizes and a sample of their content have not changed, "
@@ -71,7 +72,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             print(f"{settings.out} holds this refinement already, finished")
             return
         if published:
-            refinement = _published.prepare(settings, inputs)
+            refinement = _published.prepare(settings, inputs, folder)
         else:
             refinement = _production.prepare(settings, inputs, engine)
         config, resolved = refinement.config, _resolved_texts(refinement.resolved)
@@ -116,6 +117,7 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
         settings.mask,
         settings.map_voxel_size,
         settings.resample,
+        settings.images.trust_contrast,
     )
     return Inputs(source, volume, mask)
 

@@ -137,6 +137,14 @@ class RunFolder:
                 self._write(finished=False)
         return self._kept[name]
 
+    def kept(self, name: str) -> Any:
+        """Return what was kept by this name since the run began; None if nothing."""
+        return self._kept.get(name)
+
+    def forget(self, name: str) -> None:
+        """Keep nothing by this name any more."""
+        self._kept.pop(name, None)
+
     def describe(self, **details: Any) -> None:
         """Add entries to the report that do not identify the run."""
         self._details |= details
