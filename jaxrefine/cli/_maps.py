@@ -152,8 +152,8 @@ def read_map_and_mask_for(
                 "that know no voxel size; say it with --map-voxel-size, and add "
                 f"--resample if it is not {pixel:g}"
             )
-    _check_plausible(path, values, trusted)
     volume = _on_grid_of(source, path, values, voxel, resampled, hint)
+    _check_plausible(path, values, trusted)
     if not volume.any():
         raise InputError(f"{path} must not be zero everywhere, got zeros only")
     if mask_path is None:

@@ -23,6 +23,7 @@ _HOT = 4.0
 _SAMPLE = 4096  # pixels of an image that percentiles are taken from, at least
 _TILES = 4  # along each axis
 _LEAST = 1e-4  # ratio of deviations that is as good as none
+_TINY = float(np.finfo(np.float32).tiny)
 
 # A figure is unlike the others if it is this many of their standard deviations from
 # their median, and as far as the least distance below, at which an image does harm.
@@ -34,6 +35,9 @@ _SHARE = 0.05  # of its pixels
 # RELION's limits of what is normalised (relion_refine 3.1): the background has a mean
 # of at most 0.5 standard deviations, and a standard deviation from 1/2 to 2.
 _NORMAL_MEAN, _NORMAL_FACTOR = 0.5, 2.0
+# Standard deviations of images whose squares and sums single precision holds: results
+# are the same, to all digits shown, from 1e-10 to 1e10.
+_SCALES = 1e-9, 1e9
 # Share of images beyond each limit that is a property of the set, not of these images.
 # The halos of an optics without noise reach beyond the mean's in some images.
 _MOST, _MANY = 0.5, 0.1
@@ -111,9 +115,8 @@ def look(
     centred = values - mean[:, None, None].astype(np.float32)
     spread = np.sqrt(np.mean(centred**2, axis=(1, 2), dtype=np.float64))
     centre, percentile = _middle(values)
-    tiny = np.finfo(np.float32).tiny
     distance = np.abs(values - centre).max(axis=(1, 2))
-    peak = distance / np.maximum(percentile[:, 0, 0], tiny)
+    peak = distance / np.maximum(percentile[:, 0, 0], _TINY)
     tile = values.shape[1] // _TILES
     cut = values[:, : _TILES * tile, : _TILES * tile]
     tiles = cut.reshape(-1, _TILES, tile, _TILES, tile)
@@ -121,7 +124,7 @@ def look(
     edge[1:-1, 1:-1] = False
     means = tiles.mean(axis=(2, 4), dtype=np.float64)[:, edge]
     deviations = tiles.std(axis=(2, 4), dtype=np.float64)[:, edge]
-    typical = np.maximum(np.median(deviations, axis=1), tiny)
+    typical = np.maximum(np.median(deviations, axis=1), _TINY)
     low, high = (
         getattr(values, name)(axis=(1, 2), keepdims=True) for name in ("min", "max")
     )
@@ -230,7 +233,7 @@ def _unlike(seen: Look, grey_scale: bool) -> dict[int, str]:
     """Return the images of a group that are unlike the others."""
     unit = np.median(seen.spread)
     factor, contrast = np.log(_FACTOR), np.log(_NORMAL_FACTOR)
-    mean = (seen.mean - np.median(seen.mean)) / unit
+    mean = (seen.mean - np.median(seen.mean)) / np.maximum(unit, _TINY)
     figures = [
         (_logarithm(seen.unevenness), factor, +1, "is uneven along its edge"),
         (_logarithm(seen.least), factor, -1, "is empty in a part"),
@@ -257,12 +260,14 @@ def _unlike(seen: Look, grey_scale: bool) -> dict[int, str]:
 
 def _logarithm(values: Float[np.ndarray, " images"]) -> Float[np.ndarray, " images"]:
     """Return logarithms; those of values that are as good as zero are the same."""
-    least = max(_LEAST * float(np.median(values)), np.finfo(np.float64).tiny)
+    least = max(_LEAST * float(np.median(values)), _TINY)
     return np.log(np.maximum(values, least))
 
 
 def not_normalised(seen: Look, group: Int[np.ndarray, " images"]) -> str | None:
     """Return in words why images are not normalised to their background; None if so.
+
+    Of fewer than 16 images only the scale is looked at.
 
     The limits are RELION's, but what a standard deviation is compared with is the
     median of the image's group, since any common scale is as good as another. Standard
@@ -276,7 +281,12 @@ def not_normalised(seen: Look, group: Int[np.ndarray, " images"]) -> str | None:
     group
         The group of each image.
     """
-    shift = seen.mean / seen.spread
+    scale = float(np.median(seen.spread))
+    if not _SCALES[0] <= scale <= _SCALES[1]:
+        return f"they have a standard deviation of {scale:.2g}"
+    if len(seen) < _FEWEST:
+        return None
+    shift = seen.mean / np.maximum(seen.spread, _TINY)
     if np.mean(np.abs(shift) > _NORMAL_MEAN) > _MOST:
         return (
             "their background has a mean of "
@@ -288,7 +298,7 @@ def not_normalised(seen: Look, group: Int[np.ndarray, " images"]) -> str | None:
         for number in np.unique(group):
             members = group == number
             typical[members] = np.median(values[members])
-        factors.append(np.abs(_logarithm(values / np.maximum(typical, 1e-300))))
+        factors.append(np.abs(_logarithm(values / np.maximum(typical, _TINY))))
     beyond = np.min(factors, axis=0) > np.log(_NORMAL_FACTOR)
     if np.mean(beyond) > _MANY:
         return (

@@ -88,8 +88,11 @@ def contrast(
     last = (particles.image_size - 1) // 2
     ones = jnp.ones(particles.image_size // 2 + 1, jnp.float32)
     view = observation.view(particles, last, ones)
-    spectrum = config.interpolation.spectrum(at_unit_scale(volume), last)
-    rotations, shifts = (np.asarray(each) for each in (poses.rotations, poses.shifts))
+    unit = at_unit_scale(jnp.asarray(volume, jnp.float32))
+    spectrum = config.interpolation.spectrum(unit, last)
+    rotations, shifts = (
+        np.asarray(each, np.float32) for each in (poses.rotations, poses.shifts)
+    )
     sums = visit(
         Comparison(compare_shells),
         (spectrum, view),
