@@ -35,9 +35,6 @@ _SHARE = 0.05  # of its pixels
 # RELION's limits of what is normalised (relion_refine 3.1): the background has a mean
 # of at most 0.5 standard deviations, and a standard deviation from 1/2 to 2.
 _NORMAL_MEAN, _NORMAL_FACTOR = 0.5, 2.0
-# Standard deviations of images whose squares and sums single precision holds: results
-# are the same, to all digits shown, from 1e-10 to 1e10.
-_SCALES = 1e-9, 1e9
 # Share of images beyond each limit that is a property of the set, not of these images.
 # The halos of an optics without noise reach beyond the mean's in some images.
 _MOST, _MANY = 0.5, 0.1
@@ -265,9 +262,9 @@ def _logarithm(values: Float[np.ndarray, " images"]) -> Float[np.ndarray, " imag
 
 
 def not_normalised(seen: Look, group: Int[np.ndarray, " images"]) -> str | None:
-    """Return in words why images are not normalised to their background; None if so.
+    """Return in words why images are not normalised to their background.
 
-    Of fewer than 16 images only the scale is looked at.
+    None is returned if they are, or if there are fewer than 16.
 
     The limits are RELION's, but what a standard deviation is compared with is the
     median of the image's group, since any common scale is as good as another. Standard
@@ -281,9 +278,6 @@ def not_normalised(seen: Look, group: Int[np.ndarray, " images"]) -> str | None:
     group
         The group of each image.
     """
-    scale = float(np.median(seen.spread))
-    if not _SCALES[0] <= scale <= _SCALES[1]:
-        return f"they have a standard deviation of {scale:.2g}"
     if len(seen) < _FEWEST:
         return None
     shift = seen.mean / np.maximum(seen.spread, _TINY)

@@ -23,9 +23,9 @@ from jaxrefine.refinement.map_step import compare_shells
 
 _SAMPLE = 256  # images that are compared
 # Standard errors below zero from which a correlation is negative without a doubt, and
-# the least correlation that counts: what all images share that is not the particle,
-# such as a shade, correlates a little with any map.
-_DOUBTLESS, _LEAST = 6.0, 0.02
+# the least correlation that counts: what all images share correlates by up to 0.05 with
+# any map, and by more than 0.15 with a map of the particle, even at -20 dB.
+_DOUBTLESS, _LEAST = 6.0, 0.06
 
 
 @final
