@@ -258,11 +258,14 @@ def _check_contrast(
             f"{settings.map} seems to have dark protein, unlike {settings.particles} "
             f"({got}): multiply it by -1, or --trust-contrast"
         )
-    inverted = settings.images.invert
+    seems, remedy = "have dark protein", "--invert"
+    if settings.images.invert:
+        seems, remedy = "have bright protein before --invert", "leave out --invert"
+    elif inputs.source.protein_is_dark:
+        seems = "have bright protein, and says that it is dark"
+        remedy = "change the sign (rlnCtfScalefactor, or blob/sign)"
     raise InputError(
-        f"{settings.particles} seems to have dark protein"
-        f"{' after --invert' if inverted else ''} ({got}): "
-        f"{'leave out ' if inverted else ''}--invert, or --trust-contrast"
+        f"{settings.particles} seems to {seems} ({got}): {remedy}, or --trust-contrast"
     )
 
 
