@@ -14,6 +14,7 @@ from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.noise import white_noise
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators import kbwf
 from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
@@ -39,7 +40,7 @@ def prepare(settings: RefineSettings, inputs: Inputs, folder: RunFolder) -> Refi
     particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     images, _ = particles.batch(np.arange(len(particles)))
     problem = paper.Problem.of(images, basis)
-    given = paper.init(poses, kbwf.expand(basis, inputs.volume))
+    given = paper.init(poses, kbwf.expand(basis, at_unit_scale(inputs.volume)))
     start = paper.match_contrast(problem, given)
     config = _configure(settings, problem, start)
     resolved = {"iterations": config.iterations, "batch_size": config.batch_size}
