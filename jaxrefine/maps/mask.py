@@ -54,8 +54,8 @@ def soft_mask(
     Raises
     ------
     InputError
-        If the map is constant, not finite or a single voxel, if no voxel is above the threshold, or if
-        a number is out of range.
+        If the map is constant, not finite or a single voxel, if no voxel is above the
+        threshold, or if a number is out of range.
     """
     from scipy import ndimage  # slow to import
 

@@ -345,3 +345,12 @@ def test_the_filtered_map_is_relions(case: Case, b_factor):
         ours = np.asarray(ours)
         assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99999
         assert np.vdot(theirs, ours) / np.vdot(ours, ours) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_half_map_of_one_hot_voxel_is_refused(which):
+    halves = [jnp.asarray(white(seed)).astype(jnp.float32) for seed in (1, 2)]
+    halves[which] = halves[which].at[3, 4, 5].set(3e38)
+    name = ("first", "second")[which]
+    with pytest.raises(InputError, match=f"the {name} half map .* voxel of 3e.38"):
+        postprocess(*halves, ONES, VOXEL, key=KEY)

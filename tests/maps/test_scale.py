@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw
 
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.scale import at_unit_scale, hot_voxel, is_negative, offset
-from tests.helpers import draw
 
 N = 16
 AXIS = np.arange(N) - N // 2

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw
 
 from jaxrefine import simulate
 from jaxrefine.data.particles import Particles
@@ -12,7 +13,6 @@ from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
-from tests.helpers import draw
 
 N, P, CONFIG = 16, 300, RefineConfig(first_r_max=5)
 DISC = slices.disc(N, 7)
