@@ -353,4 +353,4 @@ def test_a_half_map_of_one_hot_voxel_is_refused(which):
     halves[which] = halves[which].at[3, 4, 5].set(3e38)
     name = ("first", "second")[which]
     with pytest.raises(InputError, match=f"the {name} half map .* voxel of 3e.38"):
-        postprocess(*halves, ONES, VOXEL, key=KEY)
+        postprocess(*halves, ONES.astype(jnp.float32), VOXEL, key=KEY)
