@@ -38,8 +38,10 @@ def test_a_correlation_does_not_depend_on_scales(scales):
     b = a + b
     mask = jnp.asarray(RADIUS < 36, jnp.float32)
     for given in (None, mask):
-        scaled = [x * np.float32(2.0**e) for x, e in zip((a, b), scales, strict=True)]
-        np.testing.assert_array_equal(fsc(*scaled, given), fsc(a, b, given))
+        first, second = (
+            x * np.float32(2.0**e) for x, e in zip((a, b), scales, strict=True)
+        )
+        np.testing.assert_array_equal(fsc(first, second, given), fsc(a, b, given))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
