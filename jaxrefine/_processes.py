@@ -95,6 +95,17 @@ def of_first(tree: _T) -> _T:
     return jax.tree.unflatten(structure, map(jax.numpy.asarray, first))
 
 
+def text_of_first(text: str) -> str:
+    """Return the text that the first process has."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(of_first(np.asarray(len(content), np.int32)))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(content)] = content[:size]
+    return np.asarray(of_first(padded)).tobytes().decode()
+
+
 def on_this_machine() -> int:
     """Return how many of the processes are on the machine of this one."""
     name = np.array([zlib.crc32(platform.node().encode())], np.uint32)

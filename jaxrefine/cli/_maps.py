@@ -10,6 +10,7 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.maps.mask import check_mask
+from jaxrefine.maps.scale import hot_voxel, offset
 from jaxrefine.operators.resample import resample
 
 _DEFAULT_VOXEL = 1.0  # angstroms, in headers that nobody has set
@@ -106,7 +107,11 @@ def read_mask_of(
 
 
 def read_map_for(
-    source: io.ParticleFile, path: Path, voxel_size: float | None, resampled: bool
+    source: io.ParticleFile,
+    path: Path,
+    voxel_size: float | None,
+    resampled: bool,
+    trusted: bool,
 ) -> jax.Array:
     """Read the map that particles are compared with, on the grid of their images.
 
@@ -120,14 +125,17 @@ def read_map_for(
         Its voxel size in angstroms, if its header is to be overruled.
     resampled
         Whether a map on another grid may be resampled.
+    trusted
+        Whether its values may be any, as long as they are not all the same.
 
     Raises
     ------
     InputError
-        If it is zero, or on another grid and may not be resampled; or if its header
-        says 1 A, unlike the images, and is not overruled.
+        If its values are all the same, or cannot be those of a particle and are not
+        trusted (see `maps.scale`); if it is on another grid and may not be resampled;
+        or if its header says 1 A, unlike the images, and is not overruled.
     """
-    return read_map_and_mask_for(source, path, None, voxel_size, resampled)[0]
+    return read_map_and_mask_for(source, path, None, voxel_size, resampled, trusted)[0]
 
 
 def read_map_and_mask_for(
@@ -136,12 +144,13 @@ def read_map_and_mask_for(
     mask_path: Path | None,
     voxel_size: float | None,
     resampled: bool,
+    trusted: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Read such a map and its mask, if there is one.
 
     Parameters
     ----------
-    source, path, resampled
+    source, path, resampled, trusted
         As for :func:`read_map_for`.
     mask_path
         The mask.
@@ -169,6 +178,7 @@ def read_map_and_mask_for(
                 f"--resample if it is not {pixel:g}"
             )
     volume = _on_grid_of(source, path, values, voxel, resampled, hint)
+    _check_plausible(path, values, trusted)
     if not volume.any():
         raise InputError(f"{path} must not be zero everywhere, got zeros only")
     if mask_path is None:
@@ -184,6 +194,37 @@ def read_map_and_mask_for(
     mask = jnp.clip(mask, 0, 1)
     check_mask(mask, mask_path)
     return volume, mask
+
+
+def _check_plausible(path: Path, values: np.ndarray, trusted: bool) -> None:
+    """Refuse a map that no refinement can start from.
+
+    Raises
+    ------
+    InputError
+        If its values are all the same or, unless it is trusted, if most of its power is
+        in one voxel, or its solvent is not near zero.
+    """
+    if not values.any():
+        raise InputError(f"{path} must not be zero everywhere, got zeros only")
+    if values.min() == values.max():
+        raise InputError(
+            f"{path} must not be constant, got {values.flat[0]:g} everywhere"
+        )
+    if trusted:
+        return
+    hot, solvent = hot_voxel(values), offset(values)
+    if hot is not None:
+        raise InputError(
+            f"{path} must be the map of a particle, got one with most of its power in "
+            f"a single voxel of {hot:g}; --trust-contrast takes it as it is"
+        )
+    if solvent is not None:
+        raise InputError(
+            f"{path} must have a solvent near 0, got one of {solvent:g} with values "
+            f"from {values.min():g} to {values.max():g}; --trust-contrast takes it as "
+            "it is"
+        )
 
 
 def _on_grid_of(

@@ -2,34 +2,27 @@
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, final
 
 import numpy as np
-from jaxtyping import Bool, Int, PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray
 
 from jaxrefine import io
 from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses
 from jaxrefine.io.columns import particle_table
 from jaxrefine.io.fields import called, is_cs, lack_of
 from jaxrefine.refinement.sets import FEWEST, deal, divided, is_dominated
-from jaxrefine.runs.progress import Bars
 
 _IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
 _IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
 _TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
-_TOLD = 3  # images that cannot be used and are named
 _UNEQUAL = 1.1  # ratio of the sizes of half sets from which it is told
 _TUBES, _TUBE = "helical tubes", "rlnHelicalTubeID"  # what rows may share; its column
 _CIRCLE = 0.75  # of the side of the images: what is not background, by default
-
-
-_Data = TypeVar("_Data", Particles, Poses)
 
 
 def read(
@@ -95,8 +88,7 @@ def read(
             "--particle-diameter must be given with --normalise, --invert or "
             "--mask-images, without which it has no effect here, got none of them"
         )
-    circle = _CIRCLE * box if diameter is None else diameter
-    return _prepared(source, settings, circle, with_poses)
+    return _prepared(source, settings, with_poses)
 
 
 def _check_sign(source: io.ParticleFile, settings: ImageSettings) -> None:
@@ -142,12 +134,20 @@ def tell_where_from(path: Path, table: io.TableFile | io.ParticleFile) -> None:
         )
 
 
+def circle_in_pixels(particles: Particles, settings: ImageSettings) -> float:
+    """Return the diameter of the circle outside of which an image is background."""
+    circle = settings.particle_diameter
+    if circle is None:
+        circle = _CIRCLE * particles.box_in_angstroms
+    return circle / particles.pixel_size_in_angstroms
+
+
 def _prepared(
-    source: io.ParticleFile, settings: ImageSettings, circle: float, with_poses: bool
+    source: io.ParticleFile, settings: ImageSettings, with_poses: bool
 ) -> io.ParticleFile:
-    """Normalise and mask the images, outside of a circle given in angstroms."""
+    """Normalise and mask the images, outside of the circle."""
     particles = source.particles
-    pixels = circle / particles.pixel_size_in_angstroms
+    pixels = circle_in_pixels(particles, settings)
     images = particles.images
     if settings.invert or settings.normalise:
         images = Normalised(images, pixels, settings.invert)
@@ -186,112 +186,6 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
         )
 
 
-@final
-@dataclass(frozen=True)
-class Usable:
-    """Which particles of a table are used.
-
-    Attributes
-    ----------
-    count
-        Number of particles in the table.
-    indices
-        Where those that are used are in the table.
-    """
-
-    count: int
-    indices: Int[np.ndarray, " chosen"]
-
-    @property
-    def left_out(self) -> Bool[np.ndarray, " particles"]:
-        """Whether each particle of the table is left out."""
-        return ~np.isin(np.arange(self.count), self.indices)
-
-    def of(self, data: _Data) -> _Data:
-        """Return the particles or poses that are used, of those of the table."""
-        return data if len(self.indices) == self.count else data.take(self.indices)
-
-    def of_table(self, values: Any, elsewhere: Any) -> np.ndarray:
-        """Return values of the particles that are used, among those of all others.
-
-        Parameters
-        ----------
-        values
-            A value for each particle that is used.
-        elsewhere
-            The value of all others, or a value for each particle of the table.
-        """
-        values, elsewhere = np.asarray(values), np.asarray(elsewhere)
-        shape = (self.count, *values.shape[1:])
-        kind = np.result_type(values, elsewhere)
-        everywhere = np.array(np.broadcast_to(elsewhere, shape), kind)
-        everywhere[self.indices] = values
-        return everywhere
-
-    def poses(self, given: Poses, found: Poses) -> Poses:
-        """Return poses that were found, among those given of what is left out."""
-        if not self.left_out.any():
-            return found
-        rotations = self.of_table(found.rotations, given.rotations)
-        return Poses(rotations, self.of_table(found.shifts, given.shifts))
-
-
-def usable(
-    source: io.ParticleFile,
-    *,
-    with_poses: bool,
-    subsets: Int[np.ndarray, " particles"] | None = None,
-) -> Usable:
-    """Look at all images; tell of those that cannot be used, which are then left out.
-
-    These are images that are constant or not finite and, where poses are used,
-    particles whose given position is outside of their image.
-
-    Parameters
-    ----------
-    source
-        The particles, whose images are prepared.
-    with_poses
-        Whether the poses of the particles are used.
-    subsets
-        The half set of each particle, if there are half sets.
-
-    Raises
-    ------
-    InputError
-        If none can be used, or fewer than 4 of a half set.
-    """
-    count, m = len(source), source.particles.image_size
-    with Bars() as bars:
-        bad = source.particles.unusable(bars.watch)
-    offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
-    outside = with_poses & (offset > m / 2)
-    left_out = outside | np.isin(np.arange(count), list(bad))
-    sentences = []
-    if bad:
-        told = list(bad.values())[: 1 if left_out.all() else _TOLD]
-        if len(bad) > len(told):
-            told.append(f"and {len(bad) - len(told)} more")
-        sentences.append(
-            f"{len(bad)} of {count} images cannot be used: {'; '.join(told)}"
-        )
-    if outside.any():
-        sentences.append(
-            f"{outside.sum()} of {count} particles are outside of their images: they "
-            f"must be at most {m / 2:g} pixels from the centre along x and y, got "
-            f"{offset[outside][0]:.1f} pixels for particle {np.argmax(outside) + 1}"
-        )
-    if left_out.all():
-        raise InputError(f"{source.path}: {sentences[0]}")
-    for sentence in sentences:
-        print(
-            f"{source.path}: {sentence}; these particles are left out", file=sys.stderr
-        )
-    if subsets is not None:
-        _check_sizes(source, subsets[~left_out], " that can be used")
-    return Usable(count, np.flatnonzero(~left_out))
-
-
 def half_sets(
     source: io.ParticleFile, key: PRNGKeyArray
 ) -> Int[np.ndarray, " particles"]:
@@ -306,7 +200,7 @@ def half_sets(
     subsets = source.random_subset
     if subsets is None:
         subsets = deal(source.particles, key)
-    _check_sizes(source, subsets)
+    check_sizes(source, subsets)
     return subsets
 
 
@@ -314,10 +208,25 @@ def _sizes(subsets: Int[np.ndarray, " particles"]) -> tuple[int, int]:
     return int((subsets == 1).sum()), int((subsets == 2).sum())
 
 
-def _check_sizes(
+def check_sizes(
     source: io.ParticleFile, subsets: Int[np.ndarray, " particles"], which: str = ""
 ) -> None:
-    """Refuse half sets of too few particles, with the cause and a way out."""
+    """Refuse half sets of too few particles, with the cause and a way out.
+
+    Parameters
+    ----------
+    source
+        The particles.
+    subsets
+        The half set of each particle that counts.
+    which
+        Which these are, in words.
+
+    Raises
+    ------
+    InputError
+        If a half set has fewer than 4.
+    """
     first, second = _sizes(subsets)
     if min(first, second) >= FEWEST:
         return

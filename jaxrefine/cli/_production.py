@@ -17,13 +17,9 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine._limits import memory_limits
 from jaxrefine._processes import of_first, on_this_machine
-from jaxrefine.cli._particles import (
-    half_sets,
-    shell_of,
-    tell_what_is_shared,
-    usable,
-)
+from jaxrefine.cli._particles import half_sets, shell_of, tell_what_is_shared
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
+from jaxrefine.cli._usable import usable
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
     SHIFT_LIMIT_OF_SPREAD,
@@ -34,8 +30,11 @@ from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.contrast import contrast
+from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.history import History, Unwritten
 from jaxrefine.runs.progress import Bars
 
@@ -169,7 +168,7 @@ def _run(
     inputs: Inputs,
     config: RefineConfig,
     engine: Engine,
-    history: History | Unwritten,
+    folder: RunFolder | NoFolder,
     bars: Bars,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
@@ -178,27 +177,32 @@ def _run(
     if config.half_sets:
         subsets = half_sets(source, jax.random.key(settings.seed))
     tell_what_is_shared(source, subsets)
-    chosen = usable(source, with_poses=True, subsets=subsets)
-    particles = chosen.of(source.particles)
+    chosen = usable(
+        source, settings.images, with_poses=True, subsets=subsets, folder=folder
+    )
+    particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     plan = _plan(settings, particles, config)
     batch_size = min(settings.batch_size or plan.batch_size, len(particles))
     plan = memory.with_batch(plan, config, batch_size)
     print(plan.describe(), file=sys.stderr)
 
-    data = (particles, chosen.of(source.poses), inputs.volume)
+    data = (particles, poses, inputs.volume)
     further = {
         "key": jax.random.key(settings.seed),
         "subsets": None if subsets is None else subsets[chosen.indices],
         "mask": inputs.mask,
     }
-    state = _resumed(history, lambda: engine.init(*data, config, **further))
+    state = _resumed(folder.history, lambda: engine.init(*data, config, **further))
+    if state is None and not settings.images.trust_contrast:
+        used = replace(config, batch_size=batch_size)
+        _check_contrast(settings, inputs, particles, poses, used, bars)
     done = 0 if state is None else int(state.iteration)
     advance = bars.next("refining", config.iterations, done)
 
     def record(latest: Any, info: Any) -> None:
         nonlocal state
         row = info.row()
-        history.record(latest, row)
+        folder.history.record(latest, row)
         state = latest
         advance(latest, row)
 
@@ -230,7 +234,8 @@ def _run(
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
     else:
         report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
-    poses = _refined(settings, source.poses, chosen.poses(source.poses, result.poses))
+    refined = chosen.poses(source.poses, result.poses)
+    poses = _refined(settings, source.poses, refined)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
 
 
@@ -241,6 +246,43 @@ def _resumed(history: History | Unwritten, init: Callable[[], Any]) -> Any:
     begun = init()
     state = history.resume(lambda: begun)
     return of_first(begun if state is None else state)
+
+
+def _check_contrast(
+    settings: RefineSettings,
+    inputs: Inputs,
+    particles: Particles,
+    poses: Poses,
+    config: RefineConfig,
+    bars: Bars,
+) -> None:
+    """Refuse images that look like the negative of the map.
+
+    Raises
+    ------
+    InputError
+        If they do; it names the one of which the particle seems to be dark.
+    """
+    volume = inputs.volume
+    masked = volume if inputs.mask is None else volume * inputs.mask
+    found = contrast(particles, poses, masked, config, bars.watch)
+    if not found.is_opposite:
+        return
+    got = f"correlation {found.correlation:.2f} over {found.count} particles"
+    if is_negative(volume):
+        raise InputError(
+            f"{settings.map} seems to have dark protein, unlike {settings.particles} "
+            f"({got}): multiply it by -1, or --trust-contrast"
+        )
+    seems, remedy = "have dark protein", "--invert"
+    if settings.images.invert:
+        seems, remedy = "have bright protein before --invert", "leave out --invert"
+    elif inputs.source.protein_is_dark:
+        seems = "have bright protein, and says that it is dark"
+        remedy = "change the sign (rlnCtfScalefactor, or blob/sign)"
+    raise InputError(
+        f"{settings.particles} seems to {seems} ({got}): {remedy}, or --trust-contrast"
+    )
 
 
 def _prior_covariance(config: RefineConfig) -> np.ndarray:

@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import paper
-from jaxrefine.cli._particles import Usable, usable
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
+from jaxrefine.cli._usable import Usable, usable
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.noise import white_noise
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators import kbwf
-from jaxrefine.runs.history import History, Unwritten
+from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
 
 
-def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
-    """Return what the published algorithm is to do.
+def prepare(settings: RefineSettings, inputs: Inputs, folder: RunFolder) -> Refinement:
+    """Return what the published algorithm is to do in a folder.
 
     Raises
     ------
@@ -35,11 +36,11 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
             f"--preset must be default for particles with contrast-transfer functions, "
             f"as {source.path} has, got {settings.preset}"
         )
-    chosen = usable(source, with_poses=True)
-    particles, poses = chosen.of(source.particles), chosen.of(source.poses)
+    chosen = usable(source, settings.images, with_poses=True, folder=folder)
+    particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     images, _ = particles.batch(np.arange(len(particles)))
     problem = paper.Problem.of(images, basis)
-    given = paper.init(poses, kbwf.expand(basis, inputs.volume))
+    given = paper.init(poses, kbwf.expand(basis, at_unit_scale(inputs.volume)))
     start = paper.match_contrast(problem, given)
     config = _configure(settings, problem, start)
     resolved = {"iterations": config.iterations, "batch_size": config.batch_size}
@@ -64,12 +65,12 @@ def _run(
     config: paper.Algorithm1Config,
     poses: Poses,
     chosen: Usable,
-    history: History | Unwritten,
+    folder: RunFolder | NoFolder,
     bars: Bars,
 ) -> Outcome:
     """Refine from the last checkpoint, or from the given poses and map."""
     begin = time.perf_counter()
-    state = history.resume(lambda: start) or start
+    state = folder.history.resume(lambda: start) or start
     advance = bars.next("refining", config.iterations, int(state.iteration))
 
     def record(state: paper.Algorithm1State, info: paper.Algorithm1Info) -> None:
@@ -81,7 +82,7 @@ def _run(
             "shift_moves": float(jnp.mean(info.pose.shift_moves)),
             "elapsed_s": time.perf_counter() - begin,
         }
-        history.record(state, row)
+        folder.history.record(state, row)
         advance(state, row)
 
     state = paper.refine(state, problem, config, record)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrefine import io
 from jaxrefine.geometry import Poses
-from jaxrefine.runs.history import History, Unwritten
+from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
 
 
@@ -69,10 +69,10 @@ class Refinement:
         stands for what the refinement chooses by itself; options of what is fixed are
         left out.
     run
-        Refines from the last state of a history, if it has one, adds to it, and shows
-        how far it is.
+        Refines in a folder, from its last checkpoint if it has one, and shows how far
+        it is.
     """
 
     config: Any
     resolved: dict[str, Any]
-    run: Callable[[History | Unwritten, Bars], Outcome]
+    run: Callable[[RunFolder | NoFolder, Bars], Outcome]

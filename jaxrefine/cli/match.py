@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.cli import _maps, _particles
+from jaxrefine.cli import _maps, _particles, _usable
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.match import MatchSettings
 from jaxrefine.poses import matching
@@ -39,7 +39,11 @@ def run(
         out, source.path, settings.map, *source.joined, *source.stacks.values()
     )
     volume = _maps.read_map_for(
-        source, settings.map, settings.map_voxel_size, settings.resample
+        source,
+        settings.map,
+        settings.map_voxel_size,
+        settings.resample,
+        settings.images.trust_contrast,
     )
     r_max = None
     if settings.resolution is not None:
@@ -53,8 +57,8 @@ def run(
         r_max=r_max,
         batch_size=settings.batch_size,
     )
-    chosen = _particles.usable(source, with_poses=False)
-    particles = chosen.of(source.particles)
+    chosen = _usable.usable(source, settings.images, with_poses=False)
+    particles = chosen.particles(source.particles)
     with Bars() as bars:
         advance = bars.next("matching", math.ceil(len(particles) / config.batch_size))
         result = match(

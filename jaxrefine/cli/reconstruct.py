@@ -3,7 +3,7 @@
 import jax
 
 from jaxrefine import io
-from jaxrefine.cli import _particles
+from jaxrefine.cli import _particles, _usable
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
@@ -46,11 +46,11 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     key = jax.random.key(settings.seed)
     subsets = _particles.half_sets(source, key) if settings.half_sets else None
     _particles.tell_what_is_shared(source, subsets)
-    chosen = _particles.usable(source, with_poses=True, subsets=subsets)
+    chosen = _usable.usable(source, settings.images, with_poses=True, subsets=subsets)
     with Bars() as bars:
         result = engine.reconstruct(
-            chosen.of(source.particles),
-            chosen.of(source.poses),
+            chosen.particles(source.particles),
+            chosen.given(source.poses),
             config,
             key=key,
             subsets=None if subsets is None else subsets[chosen.indices],

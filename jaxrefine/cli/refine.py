@@ -25,8 +25,7 @@ from jaxrefine.runs.fingerprint import (
     stacks_digest,
     times_digest,
 )
-from jaxrefine.runs.folder import RunFolder
-from jaxrefine.runs.history import Unwritten
+from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
 
 # What is exchanged where the processes wait for process 0.
@@ -75,6 +74,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         written = times_digest(stacks)
         if folder.keep("stacks_written", written) != written:
+            folder.forget("images")
             print(
                 f"the stacks of {settings.particles} have been written since this run "
                 "began; their sizes and a sample of their content have not changed, "
@@ -86,7 +86,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             print(f"{settings.out} holds this refinement already, finished")
             return
         if published:
-            refinement = _published.prepare(settings, inputs)
+            refinement = _published.prepare(settings, inputs, folder)
         else:
             refinement = _production.prepare(settings, inputs, engine)
         config, resolved = refinement.config, _resolved_texts(refinement.resolved)
@@ -97,7 +97,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         for flag, text in resolved.items():
             print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
-            outcome = refinement.run(folder.history, bars)
+            outcome = refinement.run(folder, bars)
         changes = _changes(inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
         _write(settings.out, inputs.source, outcome)
@@ -124,7 +124,7 @@ def _assist(settings: RefineSettings, engine: Engine) -> None:
     if of_first(_DONE):
         return
     with Bars() as bars:
-        refinement.run(Unwritten(), bars)
+        refinement.run(NoFolder(), bars)
     of_first(_DONE)
 
 
@@ -143,6 +143,7 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
         settings.mask,
         settings.map_voxel_size,
         settings.resample,
+        settings.images.trust_contrast,
     )
     return Inputs(source, volume, mask)
 

@@ -6,6 +6,7 @@ more images than were requested.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -202,13 +203,19 @@ class Particles:
         optics = jax.tree.map(lambda x: x.astype(np.float32), self._optics(chosen))
         return on_device(values), optics
 
-    def unusable(self, watch: Watch = unwatched) -> dict[int, str]:
+    def unusable(
+        self,
+        watch: Watch = unwatched,
+        visit: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    ) -> dict[int, str]:
         """Read all images; return which of them cannot be used, and why.
 
         Parameters
         ----------
         watch
             Told how many images have been read.
+        visit
+            Given the indices of images that can be used, and these images, in turn.
 
         Returns
         -------
@@ -225,14 +232,19 @@ class Particles:
         for chosen in np.array_split(
             np.arange(len(self)), math.ceil(len(self) / _AT_ONCE)
         ):
+            good = chosen
             try:
-                self._read(chosen)
+                images = self._read(chosen)
             except UnusableImage:
                 for index in chosen.tolist():
                     try:
                         self._read(np.array([index]))
                     except UnusableImage as error:
                         reasons[index] = str(error)
+                good = np.array([i for i in chosen.tolist() if i not in reasons], int)
+                images = self._read(good) if len(good) else None
+            if visit is not None and images is not None:
+                visit(good, images)
             stage.advance(len(chosen))
         return reasons
 

@@ -1,17 +1,18 @@
-"""Preprocessing of images as they are read: resampling, normalisation, masking.
+"""Preprocessing of images as they are read: resampled, cleaned, normalised, masked.
 
 Micrographs differ in thickness and dose, so particles are brought to a common scale by
 their background, the pixels outside a circle, as in RELION's preprocessing. Protein is
 bright afterwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, final
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from jaxrefine.data.outliers import without_hot_pixels
 from jaxrefine.data.particles import ImageSource
 from jaxrefine.errors import InputError, UnusableImage
 from jaxrefine.operators.resample import interpolation_matrix
@@ -91,6 +92,38 @@ class Resampled(_Derived):
             matrix = _interpolation(m, float(step))
             chosen = steps == step
             images[chosen] = step * (matrix @ images[chosen] @ matrix.T)
+        return images
+
+
+@final
+@dataclass(frozen=True)
+class Cleaned(_Derived):
+    """Images without hot pixels, which are replaced when they are read.
+
+    Parameters
+    ----------
+    source
+        Images of shape ``(P, m, m)``.
+    hot
+        Which images have hot pixels. The others are not changed.
+    limit
+        How far from the median a pixel is hot, see `outliers.without_hot_pixels`.
+    """
+
+    source: ImageSource
+    hot: Bool[np.ndarray, " P"]
+    limit: float
+
+    @property
+    def noise_share(self) -> float:
+        """Fraction of the noise's power that the source's masks leave."""
+        return getattr(self.source, "noise_share", 1.0)
+
+    def __getitem__(self, indices: Any, /) -> Float32[np.ndarray, "batch m m"]:
+        images, hot = np.asarray(self.source[indices], np.float32), self.hot[indices]
+        if hot.any():
+            images = images.copy()
+            images[hot] = without_hot_pixels(images[hot], self.limit)
         return images
 
 
@@ -211,6 +244,30 @@ class Masked(_Derived):
         radius = np.hypot(x[:, None], y[:, :, None])
         position_in_edge = np.clip((radius - self.diameter / 2) / _EDGE, 0, 1)
         return 0.5 + 0.5 * np.cos(np.pi * position_in_edge)
+
+
+def unprepared(images: ImageSource) -> ImageSource:
+    """Return the images before they are normalised and masked."""
+    while isinstance(images, Normalised | Masked):
+        images = images.source
+    return images
+
+
+def cleaned(
+    images: ImageSource, hot: Bool[np.ndarray, " P"], limit: float
+) -> ImageSource:
+    """Return images whose hot pixels are replaced before anything else is done.
+
+    Parameters
+    ----------
+    images
+        Images, which may be normalised and masked.
+    hot, limit
+        See `Cleaned`.
+    """
+    if isinstance(images, Normalised | Masked):
+        return replace(images, source=cleaned(images.source, hot, limit))
+    return Cleaned(images, hot, limit)
 
 
 @lru_cache(64)

@@ -469,7 +469,12 @@ def _write(
             "NaN or infinity"
         )
     with atomic_path(path) as temporary, mrcfile.new(temporary) as mrc:
-        mrc.set_data(values)
+        with np.errstate(over="ignore"):
+            mrc.set_data(values)
+        header: Any = mrc.header
+        if not np.isfinite([header.dmean, header.rms]).all():
+            header.dmean = np.mean(values, dtype=np.float64)
+            header.rms = np.std(values, dtype=np.float64)
         if is_stack:
             mrc.set_image_stack()
         mrc.voxel_size = voxel_size_in_angstroms

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrefine._types import Scalar, Volume
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.fourier import multiplicity, radii
 
 
@@ -34,6 +35,7 @@ def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shel
     """
     if mask is not None:
         a, b = a * mask, b * mask
+    a, b = at_unit_scale(a), at_unit_scale(b)
     n = a.shape[0]
     shell, weight = _half_space(n)
 

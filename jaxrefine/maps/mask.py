@@ -9,6 +9,7 @@ from jaxtyping import Array
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import low_pass
+from jaxrefine.maps.scale import hot_voxel
 
 _BINS = 256  # of the histogram of densities; the threshold's accuracy is one bin.
 
@@ -53,8 +54,8 @@ def soft_mask(
     Raises
     ------
     InputError
-        If the map is constant or not finite, if no voxel is above the threshold, or if
-        a number is out of range.
+        If the map is constant, not finite or a single voxel, if no voxel is above the
+        threshold, or if a number is out of range.
     """
     from scipy import ndimage  # slow to import
 
@@ -66,6 +67,12 @@ def soft_mask(
         raise InputError(
             "the map that a mask is made from must be finite and not constant, got "
             f"values from {volume.min():g} to {volume.max():g}"
+        )
+    hot = hot_voxel(np.asarray(volume))
+    if hot is not None:
+        raise InputError(
+            "the map that a mask is made from must be that of a particle, got one with "
+            f"most of its power in a single voxel of {hot:g}"
         )
     smooth = np.asarray(
         low_pass(volume, voxel_size_in_angstroms, low_pass_in_angstroms)

@@ -24,6 +24,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.mask import check_mask
+from jaxrefine.maps.scale import hot_voxel
 from jaxrefine.operators.fourier import radii
 
 # Phases are randomised from where the unmasked correlation falls below this: RELION's
@@ -148,9 +149,9 @@ def postprocess(
     Raises
     ------
     InputError
-        If shapes differ, values are not finite, the half maps are equal or zero within
-        the mask, the mask has values beyond 0 and 1 or is empty, or a number is out of
-        range.
+        If shapes differ, values are not finite, the half maps are equal, zero within
+        the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, or a
+        number is out of range.
     """
     _check(half1, half2, mask)
     check_positive("the voxel size", voxel_size_in_angstroms)
@@ -209,6 +210,12 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
         )
     check_mask(mask)
     for name, half in (("first", half1), ("second", half2)):
+        hot = hot_voxel(np.asarray(half))
+        if hot is not None:
+            raise InputError(
+                f"the {name} half map must be that of a particle, got one with most of "
+                f"its power in a single voxel of {hot:g}"
+            )
         if not jnp.any(half * mask):
             raise InputError(
                 f"the {name} half map must not be zero within the mask, got zeros only"

@@ -39,6 +39,7 @@ from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, projection_matrix
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses.search import PARTICLE_DIAMETER, search_cell
 
@@ -205,7 +206,10 @@ def match(
     most = max(_SCORES_AT_ONCE // (2 * half_turn * size * len(shifts)), 1)
     chunks = -(-len(views) // most)
     templates = _templates(
-        volume.astype(jnp.float32), points, jnp.asarray(views, jnp.float32), chunks
+        at_unit_scale(volume.astype(jnp.float32)),
+        points,
+        jnp.asarray(views, jnp.float32),
+        chunks,
     )
     results, done = [], 0
     for places, count in batches(np.arange(len(particles)), size):

@@ -28,6 +28,7 @@ from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.maps.sums import Sums, data_term, solve
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.resample import resample
@@ -65,7 +66,7 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     hypotheses = certain(given, config.hypotheses)
     shells = particle_set.particles.image_size // 2 + 1
     ones = on_device(np.ones(shells, volume.dtype))
-    volume = _up_to(volume, config.first_r_max)
+    volume = _up_to(at_unit_scale(volume), config.first_r_max)
     sums = _measure(particle_set, hypotheses, [volume] * FOLDS)
     share = on_device(np.asarray(particle_set.particles.noise_share, volume.dtype))
     scale, noise = _first_levels(sums, share, particle_set.last_shell)

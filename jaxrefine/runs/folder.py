@@ -9,7 +9,23 @@ from typing import Any, final
 from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.io.atomic import Lock, leftovers, lock
-from jaxrefine.runs.history import History
+from jaxrefine.runs.history import History, Unwritten
+
+
+@final
+class NoFolder:
+    """What a process has that writes nothing, because another one does."""
+
+    history = Unwritten()
+
+    def kept(self, name: str) -> None:
+        """Know of nothing that was kept."""
+        del name
+
+    def keep(self, name: str, value: Any) -> Any:
+        """Keep nothing."""
+        del name
+        return value
 
 
 @final
@@ -136,6 +152,14 @@ class RunFolder:
             if not self.finished:
                 self._write(finished=False)
         return self._kept[name]
+
+    def kept(self, name: str) -> Any:
+        """Return what was kept by this name since the run began; None if nothing."""
+        return self._kept.get(name)
+
+    def forget(self, name: str) -> None:
+        """Keep nothing by this name any more."""
+        self._kept.pop(name, None)
 
     def describe(self, **details: Any) -> None:
         """Add entries to the report that do not identify the run."""

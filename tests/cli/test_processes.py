@@ -94,6 +94,8 @@ assert whole["b"].tolist() == [False, True, True], whole
 odd = np.array([-0.0, np.nan, 1e-45, np.inf, 3.0], np.float32)
 first = _processes.of_first((odd * (1 - index), np.int32(7 + index)))
 assert np.asarray(first[0]).tobytes() == odd.tobytes(), first
+word = "Größe" if index == 0 else "something longer" * index
+assert _processes.text_of_first(word) == "Größe"
 assert int(first[1]) == 7 and _processes.on_this_machine() == 3
 print("good")
 """

@@ -437,7 +437,7 @@ def test_other_settings_and_inputs_are_refused(data, refine, stand_in, finished)
     for name, options in OTHERS.items():
         refine(*first, *options).assert_refused(f"other settings ({name}); ")
     initial = (data / "init.mrc").read_bytes()
-    write_mrc(data / "init.mrc", np.ones((N, N, N)), PIXEL)
+    write_mrc(data / "init.mrc", 2 * read_mrc(data / "init.mrc")[0], PIXEL)
     refine(*first).assert_refused("other settings (map)")
     (data / "init.mrc").write_bytes(initial)
     other = command(data, "--iterations", 2, star="plain.star")

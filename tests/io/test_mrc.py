@@ -341,6 +341,18 @@ def test_impossible_axes_are_refused(path):
     assert_one_sentence(read_stack, path, r"\(2, 1, 3\)")
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 1e38])
+def test_the_header_has_the_statistics_of_values_of_any_scale(path, scale):
+    """Whose squares are beyond single precision."""
+    volume = scale * np.random.default_rng(5).uniform(-1, 2, (8, 8, 8))
+    write_mrc(path, volume, 1.0)
+    with mrcfile.open(path, header_only=True) as mrc:
+        header = mrc.header
+        assert header is not None
+        assert header.rms == pytest.approx(volume.std(), rel=1e-5)
+        assert header.dmean == pytest.approx(volume.mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("volume", "voxel", "words"),
     [

@@ -111,3 +111,13 @@ def test_a_mask_that_cannot_be_made(phantom):
             soft_mask(volume, VOXEL)
     with pytest.raises(InputError, match="voxel size must be positive, got nan A"):
         soft_mask(phantom, float("nan"))
+
+
+def test_a_mask_is_not_made_from_a_hot_voxel():
+    """Its square is beyond single precision."""
+    axis = np.arange(16) - 8
+    squares = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2
+    volume = np.exp(-squares / 8).astype(np.float32)
+    volume[2, 3, 4] = 3e38
+    with pytest.raises(InputError, match="single voxel of 3e.38"):
+        soft_mask(jnp.asarray(volume), 2.0)

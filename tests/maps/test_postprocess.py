@@ -345,3 +345,13 @@ def test_the_filtered_map_is_relions(case: Case, b_factor):
         ours = np.asarray(ours)
         assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99999
         assert np.vdot(theirs, ours) / np.vdot(ours, ours) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_half_map_of_one_hot_voxel_is_refused(which):
+    first, second = (jnp.asarray(white(seed)).astype(jnp.float32) for seed in (1, 2))
+    first = first.at[3, 4, 5].set(3e38 if which == 0 else first[3, 4, 5])
+    second = second.at[3, 4, 5].set(3e38 if which == 1 else second[3, 4, 5])
+    name = ("first", "second")[which]
+    with pytest.raises(InputError, match=f"the {name} half map .* voxel of 3e.38"):
+        postprocess(first, second, ONES.astype(jnp.float32), VOXEL, key=KEY)

@@ -146,6 +146,11 @@ class ImageSettings:
         "about the given position of the particle (about the centre of the image where "
         "poses are not used); images should be normalised",
     )
+    trust_contrast: bool = option(
+        False,
+        help="take contrast and grey scale of images and map as they are, and keep "
+        "images that are unlike the others: none of this is checked",
+    )
     particle_diameter: float | None = option(
         None,
         unit="angstroms",
