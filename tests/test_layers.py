@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
     {"errors", "_types", "_version", "_watch"},
-    {"_batching", "geometry", "ctf", "symmetry"},
-    {"euler"},
+    {"_batching", "aberrations", "geometry", "symmetry"},
+    {"ctf", "euler"},
     {"operators"},
     {"data"},
     {"maps"},

@@ -60,14 +60,9 @@ def _insert(
     def on_device(totals, view, operators, batch):
         images, ctf, group, rotations, shifts, weights = batch
         turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
-        spectra, shifts, transfer, weights = jax.tree.map(
+        (spectra, transfer, magnification), shifts, weights = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
-            (
-                view.spectra(images, group),
-                shifts,
-                view.transfer(ctf, group),
-                weights,
-            ),
+            (view.seen(images, ctf, group), shifts, weights),
         )
         sums = insert(
             insertion,
@@ -77,6 +72,7 @@ def _insert(
             transfer,
             weights[:, None] * view.inverse_noise[None],
             side,
+            magnification,
         )
         return totals + sums
 

@@ -121,6 +121,7 @@ def compare_shells(
         rotation,
         shift,
         observation.transfer,
+        observation.magnification,
     )
 
 
