@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from jaxrefine._types import Images, Scalar, Volume
-from jaxrefine.aberrations import Aberrations
+from jaxrefine.aberrations import Aberrations, magnified
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler
@@ -292,7 +293,10 @@ def slice_projector(
             slices.project(spectrum, disc, poses), disc
         )
     matrix = jnp.asarray(magnification)[None]
-    disc = slices.disc(n, int(last / Aberrations(magnification=matrix).stretch), basis)
+    disc = slices.disc(n, int(last / Aberrations(magnification=matrix).stretch))
+    mapped = jnp.linalg.norm(magnified(matrix[0], disc.frequencies), axis=-1)
+    envelope = kbwf.fourier_transform(basis, 2 * math.pi / n * mapped)
+    disc = replace(disc, envelope=envelope)
 
     def project(poses: Poses) -> Images:
         matrices = jnp.repeat(matrix.astype(poses.rotations.dtype), len(poses), axis=0)

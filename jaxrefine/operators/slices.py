@@ -265,7 +265,7 @@ def project(
         Number of particles that are processed at a time.
     magnification
         The matrix ``M`` of every particle; the identity if not given. The spectrum must
-        extend to all :math:`M \omega`.
+        extend to all :math:`M \omega`, and the disc's envelope be that there.
 
     Raises
     ------
