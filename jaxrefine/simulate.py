@@ -260,7 +260,7 @@ def clean_images(
 def slice_projector(
     volume: Volume,
     basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
-    magnification: Float[np.ndarray, "2 2"] | None = None,
+    magnification: Float[np.ndarray | Array, "2 2"] | None = None,
 ) -> Callable[[Poses], Images]:
     """Return a function of poses that makes images of a map without noise.
 

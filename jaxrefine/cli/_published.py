@@ -30,11 +30,14 @@ def prepare(settings: RefineSettings, inputs: Inputs) -> Refinement:
         images show no noise.
     """
     source, basis = inputs.source, kbwf.KBWF()
-    if source.particles.ctf is not None:
-        raise InputError(
-            f"--preset must be default for particles with contrast-transfer functions, "
-            f"as {source.path} has, got {settings.preset}"
-        )
+    optics = source.particles.ctf, source.particles.aberrations
+    words = "contrast-transfer functions", "an anisotropic magnification"
+    for kind, what in zip(optics, words, strict=True):
+        if kind is not None:
+            raise InputError(
+                f"--preset must be default for particles with {what}, as {source.path} "
+                f"has, got {settings.preset}"
+            )
     chosen = usable(source, with_poses=True)
     particles, poses = chosen.of(source.particles), chosen.of(source.poses)
     images, _ = particles.batch(np.arange(len(particles)))

@@ -203,7 +203,7 @@ class View(eqx.Module):
         """Return the images' spectra on the disc, at the common noise."""
         spectra = slices.image_spectra(images, self.disc)
         if self.phase is not None:
-            spectra = spectra * jnp.conj(self.phase)[group]
+            spectra = spectra * jnp.conj(self.phase)[group].astype(spectra.dtype)
         if self.factor is None:
             return spectra
         return spectra * self.factor[group].astype(spectra.dtype)

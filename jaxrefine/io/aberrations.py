@@ -8,6 +8,7 @@ magnification matrix (``rlnMagMat00``, ...) are columns of the optics table from
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int
@@ -91,7 +92,7 @@ def read_aberrations(
             of_each(blocks, particles, name, path)[first]
             for name in ("rlnVoltage", "rlnSphericalAberration")
         )
-        wavelength = np.asarray(electron_wavelength(jnp.asarray(voltage)))
+        wavelength = np.asarray(jax.vmap(electron_wavelength)(jnp.asarray(voltage)))
         odd = with_beam_tilt(odd, np.stack(tilt, axis=1), aberration, wavelength)
     matrix = _matrices(optics, path)[rows]
     aberrations = Aberrations(
