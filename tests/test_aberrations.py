@@ -90,10 +90,10 @@ def test_each_coefficient_multiplies_its_polynomial(kind):
         one = jnp.zeros((1, len(ORDERS[kind]))).at[0, place].set(0.7)
         aberrations = Aberrations(**{kind: one})
         if kind == "odd":
-            phase = aberrations.phase(jnp.asarray(points))
+            phase = np.array(aberrations.phase(jnp.asarray(points)))
             np.testing.assert_allclose(phase, np.exp(0.7j * exact)[None], atol=1e-13)
         else:
-            gamma = aberrations.gamma(jnp.asarray(points))
+            gamma = np.array(aberrations.gamma(jnp.asarray(points)))
             np.testing.assert_allclose(gamma, 0.7 * exact[None], atol=1e-13)
 
 
@@ -106,7 +106,8 @@ def test_a_tilted_beam_has_coma():
     coma = coma * (points @ tilt[0]) * 1e-3
     for odd in (np.zeros((1, 0)), np.array([[0, 0, 0, 50.0, -70.0]])):
         found = with_beam_tilt(odd, tilt, length, wave)
-        phase = Aberrations(odd=jnp.asarray(found)).phase(jnp.asarray(points))
+        aberrations = Aberrations(odd=jnp.asarray(found))
+        phase = np.array(aberrations.phase(jnp.asarray(points)))
         np.testing.assert_allclose(phase, np.exp(1j * coma)[None], atol=1e-12)
     kept = with_beam_tilt(np.array([[0.1, 0.2, 3.0, 0, 0, 4.0]]), tilt, length, wave)
     rest = kept - with_beam_tilt(np.zeros((1, 6)), tilt, length, wave)
@@ -115,7 +116,9 @@ def test_a_tilted_beam_has_coma():
 
 def test_derivatives_are_finite_at_the_origin():
     def value(points):
-        return jnp.sum(jnp.abs(KINDS["all"].gamma(points)) ** 2)
+        gamma = KINDS["all"].gamma(points)
+        assert gamma is not None
+        return jnp.sum(gamma**2)
 
     assert np.isfinite(jax.grad(value)(jnp.zeros((1, 2)))).all()
 
@@ -263,12 +266,14 @@ def test_gradient_and_normal_equations_with_a_magnification():
     reference = Gridding(2, 1.5).spectrum(draw(16, 16, 16), 7)
     poses = draw_poses(1)
     rotation, shift = poses.rotations[0], poses.shifts[0]
+    transfer = jnp.cos(draw(K, seed=5))
+    matrix = jnp.array([[1.08, 0.05], [-0.03, 0.95]])
     seen = Observation(
         DISC,
         DISC.quadrature * (1 + draw(K, seed=6) ** 2),
         8 * draw_complex(K, seed=7),
-        jnp.cos(draw(K, seed=5)),
-        magnification=jnp.array([[1.08, 0.05], [-0.03, 0.95]]),
+        transfer,
+        magnification=matrix,
     )
 
     def moved(step):
@@ -277,11 +282,11 @@ def test_gradient_and_normal_equations_with_a_magnification():
     def residual(step):
         turned, at = moved(step)
         omega = DISC.frequencies
-        points = (omega @ seen.magnification.T) @ turned[:2]
+        points = (omega @ matrix.T) @ turned[:2]
         values = reference(points[:, 0], points[:, 1], points[:, 2])
         angle = -2 * np.pi / 16 * (omega @ at)
         phase = jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
-        return values * phase * seen.transfer - seen.spectrum
+        return values * phase * transfer.astype(phase.dtype) - seen.spectrum
 
     zero, w = jnp.zeros(5), np.asarray(seen.weights)
     functions = jax.jit(residual), jax.jit(jax.jacfwd(residual))
@@ -309,7 +314,7 @@ def test_sums_with_a_magnification_are_those_of_the_dense_matrix():
     spectra, transfer = draw_complex(count, K), jnp.cos(draw(count, K, seed=4))
     weights = 1 + draw(count, K, seed=5) ** 2
     sums = eqx.filter_jit(insert)(
-        FINE, DISC, spectra, poses, transfer, weights, None, matrices
+        Gridding(6, 2.0), DISC, spectra, poses, transfer, weights, None, matrices
     )
     z, y, x = np.meshgrid(*[centred(n)] * 3, indexing="ij")
     voxels = np.stack([x.ravel(), y.ravel(), z.ravel()])
@@ -318,7 +323,7 @@ def test_sums_with_a_magnification_are_those_of_the_dense_matrix():
     points = np.einsum("pki,pij->pkj", mapped, np.asarray(poses.rotations)[:, :2])
     h = np.exp(-2j * np.pi / n * points @ voxels) * np.asarray(transfer)[..., None]
     h *= np.exp(-2j * np.pi / n * np.asarray(poses.shifts) @ omega.T)[..., None]
-    w = np.asarray(weights * DISC.quadrature)
+    w = np.asarray(weights) * np.asarray(DISC.quadrature)
     exact = np.einsum("pkv,pk->v", h.conj(), w * np.asarray(spectra)).real
     assert relative_error(sums.backprojection.ravel(), exact) < 1e-4
     probe = np.asarray(draw(n**3, seed=8))

@@ -56,12 +56,18 @@ def table(tmp_path):
     return write
 
 
+def there(value):
+    """A value that may be None, but is not."""
+    assert value is not None
+    return value
+
+
 def test_groups_have_the_aberrations_of_their_rows(table):
     """By number, whatever the order of the rows; the unused row is not read."""
     particles = read_particles(table(ABERRATIONS)).particles
-    found = particles.aberrations
-    assert found is not None and found.groups == particles.groups == 2
-    assert particles.group.tolist() == [1, 0, 1, 1, 0]
+    found = there(particles.aberrations)
+    assert found.groups == particles.groups == 2
+    assert there(particles.group).tolist() == [1, 0, 1, 1, 0]
     wave = 12.2643247 / np.sqrt(1e3 * 300 * (1 + 0.978466e-3 * 300))
     first = with_beam_tilt(
         np.array([[1.0, 2, 3, 4, 5, 6]]),
@@ -69,13 +75,13 @@ def test_groups_have_the_aberrations_of_their_rows(table):
         np.array([2.7]),
         np.array([wave]),
     )
-    np.testing.assert_allclose(found.odd[1], first[0], rtol=1e-6)
+    np.testing.assert_allclose(there(found.odd)[1], first[0], rtol=1e-6)
     wave = 12.2643247 / np.sqrt(1e3 * 200 * (1 + 0.978466e-3 * 200))
     z = -2e4 * np.pi * 2.0 * wave**2 * 0.125 / 3
-    np.testing.assert_allclose(found.odd[0], [2 * z, 0, 0, z, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(found.even, [[1, 0, 0], [0.5, 0, -20]])
+    np.testing.assert_allclose(there(found.odd)[0], [2 * z, 0, 0, z, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(there(found.even), [[1, 0, 0], [0.5, 0, -20]])
     matrices = [[[1, 0], [0, 1]], [[1.01, 0.02], [-0.03, 0.99]]]
-    np.testing.assert_allclose(found.magnification, matrices)
+    np.testing.assert_allclose(there(found.magnification), matrices)
 
 
 def test_tables_are_written_back_as_they_were(table, tmp_path):
@@ -105,7 +111,9 @@ def test_without_a_ctf_only_the_magnification_is_used(table):
     file = read_particles(path, with_ctf=False)
     found = file.particles.aberrations
     assert found is not None and found.odd is None and found.even is None
-    np.testing.assert_allclose(found.magnification[1], [[1.01, 0.02], [-0.03, 0.99]])
+    np.testing.assert_allclose(
+        there(found.magnification)[1], [[1.01, 0.02], [-0.03, 0.99]]
+    )
     assert file.ignored == (
         "rlnBeamTiltX",
         "rlnBeamTiltY",
@@ -177,17 +185,19 @@ def cs(table, tmp_path):
 def test_fields_of_cryosparc_become_relions(cs, tmp_path):
     """``tilt_A`` is the sine of the tilt times ``C_s``, ``anisomag`` is ``M - 1``."""
     file = read_particles(cs(tilt_A=TILT, anisomag=STRETCH))
-    assert file.particles.group.tolist() == [0, 1, 1, 0, 1] and file.ignored == ()
+    assert (
+        there(file.particles.group).tolist() == [0, 1, 1, 0, 1] and file.ignored == ()
+    )
     optics = file.blocks["optics"]
     angles = 1e3 * np.arcsin(np.array([5000, -2500]) / 2.7e7)
     for name, angle in zip(("rlnBeamTiltX", "rlnBeamTiltY"), angles, strict=True):
         np.testing.assert_allclose(np.array(optics[name], float), [0, angle], atol=1e-6)
-    found = file.particles.aberrations
+    found = there(file.particles.aberrations)
     matrices = [np.eye(2), [[1.01, 0.02], [-0.03, 0.99]]]
-    np.testing.assert_allclose(found.magnification, matrices, atol=1e-6)
+    np.testing.assert_allclose(there(found.magnification), matrices, atol=1e-6)
     out = tmp_path / "out.star"
     write_particles(out, file, file.poses)
-    again = read_particles(out).particles.aberrations
+    again = there(read_particles(out).particles.aberrations)
     np.testing.assert_array_equal(again.odd, found.odd)
     np.testing.assert_array_equal(again.magnification, found.magnification)
 

@@ -35,7 +35,7 @@ def scene():
     )
     defocus = jnp.asarray(rng.uniform(8e3, 1.6e4, COUNT), SINGLE)
     ctf = CTF(defocus, defocus - 300)
-    wave = np.asarray(electron_wavelength(jnp.asarray(300.0)))[None]
+    wave = np.full(2, electron_wavelength(jnp.asarray(300.0)))
     odd = with_beam_tilt(
         np.zeros((2, 0)), np.array([[1.0, -0.6], [-0.3, 0.8]]), np.full(2, 2.7), wave
     )
