@@ -4,9 +4,10 @@ Three functions do the work, on data that fit together:
 
 - :func:`refine` refines poses and map jointly, :func:`reconstruct` makes a map of
   particles at given poses, and :func:`match` finds poses by projection matching;
-- :class:`Particles` are images with their optics (:class:`CTF`), :class:`Poses` their
-  orientations and shifts, :class:`RefineConfig` the parameters, :class:`Result` what a
-  refinement returns, and :class:`InputError` what is raised for bad input.
+- :class:`Particles` are images with their optics (:class:`CTF`, and
+  :class:`Aberrations` of groups), :class:`Poses` their orientations and shifts,
+  :class:`RefineConfig` the parameters, :class:`Result` what a refinement returns, and
+  :class:`InputError` what is raised for bad input.
 
 The packages are named after what they hold: ``operators`` (the basis, H, its adjoint,
 H^T H), ``data`` (images), ``maps`` (the map at fixed poses), ``poses`` (the poses at a

@@ -1,4 +1,5 @@
 from . import (
+    aberrations,
     ctf,
     data,
     errors,
@@ -15,6 +16,7 @@ from . import (
     symmetry,
 )
 from ._version import __version__
+from .aberrations import Aberrations
 from .ctf import CTF
 from .data.particles import Particles
 from .errors import InputError
@@ -29,6 +31,7 @@ from .refinement.result import Reconstruction, Result
 __all__ = [
     "CTF",
     "KBWF",
+    "Aberrations",
     "InputError",
     "Match",
     "MatchConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "Result",
     "Tuning",
     "__version__",
+    "aberrations",
     "ctf",
     "data",
     "errors",

@@ -13,9 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxrefine._types import Images, Scalar
+from jaxrefine.aberrations import Aberrations, magnified
 from jaxrefine.errors import InputError
 
 
@@ -63,12 +64,13 @@ class CTF(eqx.Module):
 
     .. math:: \mathrm{CTF}(u) = s\, e^{-B |u|^2 / 4} \sin\bigl(
        \pi \lambda\, \delta(u) |u|^2 - \tfrac\pi2 C_s \lambda^3 |u|^4 + \phi
-       + \arctan\tfrac{A}{\sqrt{1 - A^2}}\bigr),
+       + \arctan\tfrac{A}{\sqrt{1 - A^2}} - \gamma(u)\bigr),
 
     with the defocus :math:`\delta(u) = \tfrac12 (\delta_U + \delta_V)
     + \tfrac12 (\delta_U - \delta_V) \cos 2(\angle u - \alpha)` and the wavelength
-    :math:`\lambda` of the electrons. Beam tilt, higher aberrations and anisotropic
-    magnification are not modelled. (Source: RELION 3.1, ``ctf.h`` and ``ctf.cpp``.)
+    :math:`\lambda` of the electrons. The offset :math:`\gamma` of an optics group, beam
+    tilt and anisotropic magnification are in :mod:`jaxrefine.aberrations`. (Source:
+    RELION 3.1, ``ctf.h`` and ``ctf.cpp``.)
 
     Every attribute is a scalar, for one particle, or has one leading axis of particles.
     A scalar that is given with arrays is repeated for all particles.
@@ -133,11 +135,14 @@ class CTF(eqx.Module):
 
     @eqx.filter_jit
     def __call__(
-        self, frequencies: Float[Array, "frequencies 2"]
+        self,
+        frequencies: Float[Array, "frequencies 2"],
+        gamma: Float[Array, " frequencies"] | None = None,
     ) -> Float[Array, " frequencies"]:
         """Evaluate the CTF of one particle; use ``vmap`` for many.
 
-        ``frequencies`` are ``(x, y)`` in cycles per angstrom.
+        ``frequencies`` are ``(x, y)`` in cycles per angstrom, and ``gamma`` is the
+        offset there in radians (`Aberrations.gamma`), 0 by default.
         """
         x, y = frequencies[:, 0], frequencies[:, 1]
         squared = x**2 + y**2
@@ -154,6 +159,8 @@ class CTF(eqx.Module):
             + self.phase_shift
             + jnp.arcsin(self.amplitude_contrast)
         )
+        if gamma is not None:
+            phase = phase - gamma
         envelope = self.scale * jnp.exp(-self.b_factor / 4 * squared)
         return envelope * jnp.sin(phase)
 
@@ -183,21 +190,54 @@ def is_finite(
 
 
 @eqx.filter_jit
-def apply_ctf(ctf: CTF, images: Images, pixel_size_in_angstroms: float) -> Images:
-    """Multiply the Fourier transform of each image by its CTF.
+def apply_ctf(
+    ctf: CTF,
+    images: Images,
+    pixel_size_in_angstroms: float,
+    aberrations: Aberrations | None = None,
+    group: Int[Array, " particles"] | None = None,
+) -> Images:
+    """Multiply the Fourier transform of each image by its CTF and its aberrations.
 
-    Images of shape ``(P, m, m)`` are treated as periodic, as in RELION: the CTF spreads
-    the signal over an edge to the opposite one.
+    Images are treated as periodic, as in RELION: the CTF spreads the signal over an
+    edge to the opposite one.
+
+    Parameters
+    ----------
+    ctf
+        The CTF of each particle.
+    images
+        Images of shape ``(P, m, m)``. Those of a group with a magnification must have
+        it: it is applied to the frequencies of the CTF and the aberrations alone.
+    pixel_size_in_angstroms
+        Edge of a pixel.
+    aberrations
+        Those of optics groups, if any.
+    group
+        Group of each particle, from 0; by default all are in the first.
     """
     m = images.shape[-1]
     step = 1 / pixel_size_in_angstroms
     x = jnp.fft.rfftfreq(m, dtype=images.dtype) * step
     y = jnp.fft.fftfreq(m, dtype=images.dtype) * step
-    frequencies = jnp.stack(jnp.meshgrid(x, y), axis=-1)
+    shape = (m, m // 2 + 1)
+    frequencies = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    if group is None:
+        group = jnp.zeros(len(images), jnp.int32)
+    aberrations = Aberrations() if aberrations is None else aberrations
+    of_groups = (
+        aberrations.phase(frequencies),
+        aberrations.gamma(frequencies),
+        aberrations.magnification,
+    )
+    phase, gamma, magnification = jax.tree.map(lambda table: table[group], of_groups)
 
-    def apply_to_image(ctf, image):
-        transfer = ctf(frequencies.reshape(-1, 2)).reshape(frequencies.shape[:2])
+    def apply_to_image(ctf, image, phase, gamma, magnification):
         spectrum = jnp.fft.rfft2(image)
-        return jnp.fft.irfft2(spectrum * transfer.astype(spectrum.dtype), s=(m, m))
+        factor = ctf(magnified(magnification, frequencies), gamma)
+        factor = factor.astype(spectrum.dtype)
+        if phase is not None:
+            factor = factor * phase
+        return jnp.fft.irfft2(spectrum * factor.reshape(shape), s=(m, m))
 
-    return jax.vmap(apply_to_image)(ctf, images)
+    return jax.vmap(apply_to_image)(ctf, images, phase, gamma, magnification)

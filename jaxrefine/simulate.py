@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from jaxrefine._types import Images, Scalar, Volume
+from jaxrefine.aberrations import Aberrations, magnified
 from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, matrix_to_euler
@@ -255,7 +258,9 @@ def clean_images(
 
 
 def slice_projector(
-    volume: Volume, basis: kbwf.KBWF = kbwf.SIMULATION_BASIS
+    volume: Volume,
+    basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
+    magnification: Float[np.ndarray | Array, "2 2"] | None = None,
 ) -> Callable[[Poses], Images]:
     """Return a function of poses that makes images of a map without noise.
 
@@ -269,6 +274,10 @@ def slice_projector(
         Voxel values of the map, of shape ``(n, n, n)``; the images have its side.
     basis
         The window in which the map is expanded.
+    magnification
+        Matrix by which the images' frequencies are mapped to those of the slices, see
+        :mod:`jaxrefine.aberrations`; frequencies that the longest is mapped beyond
+        Nyquist are zero. By default it is the identity.
 
     Returns
     -------
@@ -277,9 +286,24 @@ def slice_projector(
     """
     n = volume.shape[0]
     last = (n - 1) // 2
-    disc = slices.disc(n, last, basis)
     spectrum = _ACCURATE.spectrum(kbwf.expand(basis, volume), last)
-    return lambda poses: slices.to_images(slices.project(spectrum, disc, poses), disc)
+    if magnification is None:
+        disc = slices.disc(n, last, basis)
+        return lambda poses: slices.to_images(
+            slices.project(spectrum, disc, poses), disc
+        )
+    matrix = jnp.asarray(magnification)[None]
+    disc = slices.disc(n, int(last / Aberrations(magnification=matrix).stretch))
+    mapped = jnp.linalg.norm(magnified(matrix[0], disc.frequencies), axis=-1)
+    envelope = kbwf.fourier_transform(basis, 2 * math.pi / n * mapped)
+    disc = replace(disc, envelope=envelope)
+
+    def project(poses: Poses) -> Images:
+        matrices = jnp.repeat(matrix.astype(poses.rotations.dtype), len(poses), axis=0)
+        spectra = slices.project(spectrum, disc, poses, magnification=matrices)
+        return slices.to_images(spectra, disc)
+
+    return project
 
 
 def noise_std(images: Images, snr_db: float | Scalar) -> Scalar:

@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "jaxrefine"
 
 LAYERS = [
-    {"errors", "_types", "_version", "_watch", "_limits"},
-    {"_batching", "geometry", "ctf", "symmetry"},
-    {"euler"},
+    {"errors", "_arrays", "_types", "_version", "_watch", "_limits"},
+    {"_batching", "_processes", "aberrations", "geometry", "symmetry"},
+    {"ctf", "euler"},
     {"operators"},
     {"data"},
     {"maps"},

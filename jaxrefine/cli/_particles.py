@@ -17,9 +17,6 @@ from jaxrefine.io.columns import particle_table
 from jaxrefine.io.fields import called, is_cs, lack_of
 from jaxrefine.refinement.sets import FEWEST, deal, divided, is_dominated
 
-_IGNORED = {"rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"}
-_IGNORED |= {f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)}
-_TRIVIAL = {"0", "0.0", "0.000000", "1", "1.0", "1.000000"}
 _UNEQUAL = 1.1  # ratio of the sizes of half sets from which it is told
 _TUBES, _TUBE = "helical tubes", "rlnHelicalTubeID"  # what rows may share; its column
 _CIRCLE = 0.75  # of the side of the images: what is not background, by default
@@ -172,16 +169,10 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
             "contrast-transfer function",
             file=sys.stderr,
         )
-    ignored = [
-        name
-        for block in source.blocks.values()
-        for name, values in block.items()
-        if name in _IGNORED and set(values) - _TRIVIAL
-    ]
-    if ignored:
+    if source.ignored:
+        verb = "are" if len(source.ignored) > 1 else "is"
         print(
-            f"{source.path}: {', '.join(ignored)} are ignored; the optics that count "
-            "here are defocus, spherical aberration and amplitude contrast",
+            f"{source.path}: {', '.join(source.ignored)} {verb} ignored",
             file=sys.stderr,
         )
 

@@ -31,11 +31,14 @@ def prepare(settings: RefineSettings, inputs: Inputs, folder: RunFolder) -> Refi
         images show no noise.
     """
     source, basis = inputs.source, kbwf.KBWF()
-    if source.particles.ctf is not None:
-        raise InputError(
-            f"--preset must be default for particles with contrast-transfer functions, "
-            f"as {source.path} has, got {settings.preset}"
-        )
+    optics = source.particles.ctf, source.particles.aberrations
+    words = "contrast-transfer functions", "an anisotropic magnification"
+    for kind, what in zip(optics, words, strict=True):
+        if kind is not None:
+            raise InputError(
+                f"--preset must be default for particles with {what}, as {source.path} "
+                f"has, got {settings.preset}"
+            )
     chosen = usable(source, settings.images, with_poses=True, folder=folder)
     particles, poses = chosen.particles(source.particles), chosen.given(source.poses)
     images, _ = particles.batch(np.arange(len(particles)))

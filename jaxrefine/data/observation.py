@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from jaxrefine._types import Images, Scalar
+from jaxrefine.aberrations import Aberrations, magnified
 from jaxrefine.ctf import CTF
 from jaxrefine.data.particles import Particles
 from jaxrefine.operators import slices
@@ -48,6 +49,9 @@ class Observation(eqx.Module):
     length
         How many of the frequencies count, the weights of all others being 0; None for
         all.
+    magnification
+        Matrix that maps the frequencies to those of the slice and the transfer
+        function, see :mod:`jaxrefine.aberrations`; None for the identity.
     """
 
     disc: Disc
@@ -55,6 +59,7 @@ class Observation(eqx.Module):
     spectrum: Complex[Array, "k"]
     transfer: Float[Array, "k"] | None
     length: Int[Array, ""] | None = None
+    magnification: Float[Array, "2 2"] | None = None
 
     def sum_over_parts(self, function: Callable[["Observation"], Any]) -> Any:
         """Sum a function of the image's frequencies, `PART` of them at a time.
@@ -70,7 +75,8 @@ class Observation(eqx.Module):
                 return jax.lax.dynamic_slice_in_dim(leaf, index * PART, PART)
 
             arrays = (self.disc, self.weights, self.spectrum, self.transfer)
-            return Observation(*jax.tree.map(cut, arrays))
+            cut_out = jax.tree.map(cut, arrays)
+            return Observation(*cut_out, magnification=self.magnification)
 
         def add(index, carry):
             total, seen = carry
@@ -97,7 +103,8 @@ class View(eqx.Module):
     All groups of particles are seen with one noise, of the least power :math:`N` of
     all in each shell: the spectra of a group whose noise has the power :math:`N_g` and
     its transfer functions are multiplied by :math:`\sqrt{N / N_g}`, which leaves the
-    likelihood as it is.
+    likelihood as it is. The phases of a group's aberrations are taken from its spectra,
+    which changes no noise.
 
     Attributes
     ----------
@@ -117,6 +124,14 @@ class View(eqx.Module):
     length
         How many of the frequencies are compared, the weights of all others being 0;
         None for all.
+    phase, gamma, magnification
+        The factor :math:`e^{i\chi}` of each group's spectra, the offset of its CTFs and
+        the matrix that maps its frequencies, see :mod:`jaxrefine.aberrations`. None for
+        what no group has.
+    stretch
+        What no frequency is lengthened by more than, at least 1; None without a
+        magnification. Frequencies that the longest is mapped beyond the band limit are
+        not compared.
     """
 
     disc: Disc
@@ -125,6 +140,10 @@ class View(eqx.Module):
     factor: Float[Array, "groups k"] | None
     frequencies_in_inverse_angstroms: Float[Array, "k 2"]
     length: Int[Array, ""] | None = None
+    phase: Complex[Array, "groups k"] | None = None
+    gamma: Float[Array, "groups k"] | None = None
+    magnification: Float[Array, "groups 2 2"] | None = None
+    stretch: Float[Array, ""] | None = None
 
     def up_to(self, r_max: Int[Array, ""]) -> "View":
         """Return the view up to a lower band limit, cycles per box.
@@ -144,6 +163,8 @@ class View(eqx.Module):
                 f"{len(disc.shells)}"
             )
         squares = jnp.sum(disc.frequencies**2, axis=-1)
+        if self.stretch is not None:
+            squares = squares * self.stretch.astype(squares.dtype) ** 2
         limit = (r_max * r_max).astype(squares.dtype)
         inside = (squares <= limit) & (disc.multiplicity > 0)
         frequencies = jnp.where(inside[:, None], disc.frequencies, 0.0)
@@ -155,16 +176,34 @@ class View(eqx.Module):
         )
 
     def observation(
-        self, spectrum: Complex[Array, "k"], transfer: Float[Array, "k"] | None
+        self,
+        spectrum: Complex[Array, "k"],
+        transfer: Float[Array, "k"] | None,
+        magnification: Float[Array, "2 2"] | None = None,
     ) -> Observation:
-        """Return one of the images whose `spectra` and `transfer` were computed."""
-        return Observation(self.disc, self.weights, spectrum, transfer, self.length)
+        """Return one of the images that were `seen`: of each array, its row."""
+        return Observation(
+            self.disc, self.weights, spectrum, transfer, self.length, magnification
+        )
+
+    def seen(
+        self, images: Images, ctf: CTF | None, group: Int[Array, "particles"] | None
+    ) -> tuple[
+        Complex[Array, "particles k"],
+        Float[Array, "particles k"] | None,
+        Float[Array, "particles 2 2"] | None,
+    ]:
+        """Return `spectra`, `transfer` and `magnifications` of particles."""
+        spectra, transfer = self.spectra(images, group), self.transfer(ctf, group)
+        return spectra, transfer, self.magnifications(group)
 
     def spectra(
         self, images: Images, group: Int[Array, "particles"] | None
     ) -> Complex[Array, "particles k"]:
         """Return the images' spectra on the disc, at the common noise."""
         spectra = slices.image_spectra(images, self.disc)
+        if self.phase is not None:
+            spectra = spectra * jnp.conj(self.phase)[group].astype(spectra.dtype)
         if self.factor is None:
             return spectra
         return spectra * self.factor[group].astype(spectra.dtype)
@@ -177,8 +216,19 @@ class View(eqx.Module):
         if ctf is None:
             return factor
         frequencies = self.frequencies_in_inverse_angstroms
-        values = jax.vmap(lambda optics: optics(frequencies))(ctf)
+        gamma = None if self.gamma is None else self.gamma[group]
+
+        def of_particle(optics, gamma, magnification):
+            return optics(magnified(magnification, frequencies), gamma)
+
+        values = jax.vmap(of_particle)(ctf, gamma, self.magnifications(group))
         return values if factor is None else values * factor
+
+    def magnifications(
+        self, group: Int[Array, "particles"] | None
+    ) -> Float[Array, "particles 2 2"] | None:
+        """Return the matrices that map the particles' frequencies; None without any."""
+        return None if self.magnification is None else self.magnification[group]
 
 
 def relative_precision(
@@ -214,7 +264,10 @@ def view(
     m = particles.image_size
     disc = slices.disc(m, r_max, multiple=multiple)
     side = m * particles.pixel_size_in_angstroms
-    return _view(disc, jnp.asarray(side, noise.dtype), noise)
+    seen = _view(disc, jnp.asarray(side, noise.dtype), noise)
+    if particles.aberrations is None:
+        return seen
+    return _aberrated(seen, particles.aberrations, particles.aberrations.stretch)
 
 
 @eqx.filter_jit
@@ -235,6 +288,36 @@ def _view(
     frequencies = disc.frequencies.astype(noise.dtype)
     physical = frequencies / side_in_angstroms
     return View(disc, weights, inverse, factor, physical)
+
+
+@eqx.filter_jit
+def _aberrated(view: View, aberrations: Aberrations, stretch: float) -> View:
+    """Return a view of images that have aberrations; see `Aberrations.stretch`."""
+    frequencies = view.frequencies_in_inverse_angstroms
+    view = replace(
+        view, phase=aberrations.phase(frequencies), gamma=aberrations.gamma(frequencies)
+    )
+    if aberrations.magnification is None:
+        return view
+    disc, dtype = view.disc, view.weights.dtype
+    squares = jnp.sum(disc.frequencies**2, axis=-1)
+    inside = squares * stretch**2 <= disc.r_max**2
+
+    def within(values):
+        return jnp.where(inside, values, jnp.zeros_like(values))
+
+    return replace(
+        view,
+        disc=replace(
+            disc,
+            frequencies=jnp.where(inside[:, None], disc.frequencies, 0.0),
+            multiplicity=within(disc.multiplicity),
+        ),
+        weights=within(view.weights),
+        inverse_noise=within(view.inverse_noise),
+        magnification=aberrations.magnification.astype(dtype),
+        stretch=jnp.asarray(stretch, dtype),
+    )
 
 
 def batches(

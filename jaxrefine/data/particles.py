@@ -17,6 +17,7 @@ from jaxtyping import Float32, Int
 from jaxrefine._arrays import on_device
 from jaxrefine._types import Images
 from jaxrefine._watch import Stage, Watch, unwatched
+from jaxrefine.aberrations import Aberrations
 from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError, UnusableImage
 
@@ -67,13 +68,16 @@ class Particles:
         of one helical tube. They are dealt together into one half set and one fold:
         noise that two maps share would be taken for their agreement. None if each
         particle is independent of all others.
+    aberrations
+        The aberrations of each ``group``; None if there are none.
 
     Raises
     ------
     InputError
         If there are no images, if they are not square, if the pixel size is not
-        positive, or not given though there is a CTF, or if the optics, the groups or
-        the clusters do not belong to ``P`` particles.
+        positive, or not given though there is a CTF or an aberration, or if the optics,
+        the groups or the clusters do not belong to ``P`` particles, or if a group has
+        no aberrations where others have.
     """
 
     images: ImageSource
@@ -81,6 +85,7 @@ class Particles:
     pixel_size_in_angstroms: float = None  # pyright: ignore[reportAssignmentType]
     group: Int[np.ndarray, " P"] | None = None
     cluster: Int[np.ndarray, " P"] | None = None
+    aberrations: Aberrations | None = None
 
     def __post_init__(self):
         shape = tuple(self.images.shape)
@@ -92,10 +97,14 @@ class Particles:
         if not shape[0]:
             raise InputError("images must hold at least one particle, got none")
         if self.pixel_size_in_angstroms is None:
-            if self.ctf is not None:
-                raise InputError(
-                    "pixel_size_in_angstroms must be given with a ctf, got none"
-                )
+            for optics, words in (
+                (self.ctf, "a ctf"),
+                (self.aberrations, "aberrations"),
+            ):
+                if optics is not None:
+                    raise InputError(
+                        f"pixel_size_in_angstroms must be given with {words}, got none"
+                    )
             # Nothing but a CTF depends on it: it is a number from here on.
             object.__setattr__(self, "pixel_size_in_angstroms", 1.0)
         if not 0 < self.pixel_size_in_angstroms < math.inf:
@@ -113,6 +122,11 @@ class Particles:
             raise InputError(
                 f"group must hold a number from 0 for each of {shape[0]} images, got "
                 f"the shape {group.shape} and a minimum of {group.min(initial=0)}"
+            )
+        if self.aberrations is not None and self.aberrations.groups < self.groups:
+            raise InputError(
+                f"aberrations must be those of {self.groups} groups, got those of "
+                f"{self.aberrations.groups}"
             )
         if self.cluster is not None and self.cluster.shape != shape[:1]:
             raise InputError(

@@ -228,9 +228,7 @@ class Comparison(eqx.Module):
         del exists
         reference, view = common
 
-        def compare_one(spectrum, transfer, candidate):
-            observation = view.observation(spectrum, transfer)
-            return self.compare(reference, observation, *candidate)
+        def compare_one(seen, candidate):
+            return self.compare(reference, view.observation(*seen), *candidate)
 
-        spectra, transfer = view.spectra(images, group), view.transfer(ctf, group)
-        return jax.vmap(compare_one)(spectra, transfer, candidates)
+        return jax.vmap(compare_one)(view.seen(images, ctf, group), candidates)

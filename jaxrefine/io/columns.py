@@ -144,11 +144,24 @@ def of_optics_group(
             f"{path}: the table of particles must have the column rlnOpticsGroup, got "
             "none"
         )
-    values = numbers(optics, name, path)
-    groups, rows = np.unique(
-        whole_numbers(optics, "rlnOpticsGroup", path), return_index=True
-    )
-    if len(groups) < len(values):
+    return numbers(optics, name, path)[optics_rows(blocks, particles, path)]
+
+
+def optics_rows(
+    blocks: dict[str, Table], particles: Table, path: str | Path
+) -> Int64[np.ndarray, " particles"]:
+    """Return the row of each particle's group in the table of optics groups.
+
+    Both tables have the column ``rlnOpticsGroup``.
+
+    Raises
+    ------
+    InputError
+        If a particle's group is missing, or if two groups have the same number.
+    """
+    numbered = whole_numbers(blocks["optics"], "rlnOpticsGroup", path)
+    groups, rows = np.unique(numbered, return_index=True)
+    if len(groups) < len(numbered):
         raise InputError(
             f"{path}: optics groups must have numbers of their own, got two with the "
             "same number"
@@ -160,7 +173,7 @@ def of_optics_group(
             f"{path} must have an optics group for each particle, got particles of "
             f"group {', '.join(map(str, unknown))}, which is missing"
         )
-    return values[rows[np.searchsorted(groups, membership)]]
+    return rows[np.searchsorted(groups, membership)]
 
 
 def numbers(table: Table, name: str, path: str | Path) -> Float64[np.ndarray, " rows"]:

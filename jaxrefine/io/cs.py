@@ -30,7 +30,13 @@ from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file, reading
 from jaxrefine.io.clusters import SOURCE, UNKNOWN
 from jaxrefine.io.columns import fixed, is_single
-from jaxrefine.io.fields import GROUP_OPTICS, PARTICLE_OPTICS, lack_of
+from jaxrefine.io.fields import (
+    GROUP_OPTICS,
+    MAGNIFICATION,
+    PARTICLE_OPTICS,
+    TILT,
+    lack_of,
+)
 from jaxrefine.io.poses import pose_columns
 from jaxrefine.io.star import Table
 
@@ -52,6 +58,10 @@ _DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.
 _OPTICS = {*GROUP_OPTICS.values(), *PARTICLE_OPTICS.values()}
 _REQUIRED_OPTICS = _OPTICS - {PARTICLE_OPTICS[column] for column in _DEFAULTS}
 _EXPOSURE_GROUP = "ctf/exp_group_id"
+_ABERRATION = GROUP_OPTICS["rlnSphericalAberration"]
+_ANGSTROMS_PER_MILLIMETRE = 1e7
+# cryoSPARC does not say in public what their numbers multiply.
+_NO_COLUMN = ("ctf/trefoil_A", "ctf/tetra_A", "ctf/shift_A")
 _POSES, _OF_CLASSES = "alignments3D", "alignments3D_multi"
 _OF_CLASS = re.compile(r"alignments_class_(\d{1,9})/")
 # Fields of a pose, and the shape of each; the last two may be missing.
@@ -79,12 +89,15 @@ class TableFile:
     passed_over
         What is wrong with each passthrough file that could not be read, and that was
         not needed.
+    ignored
+        Fields of optics that RELION's columns do not have, and that are not zero.
     """
 
     blocks: dict[str, Table] = field(repr=False)
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def read_cs(
@@ -103,12 +116,16 @@ def read_cs(
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing, as may the optics of ``ctf``.
     Particles that share ``ctf/exp_group_id``, voltage, spherical aberration, amplitude
-    contrast, pixel size and box size form an optics group. ``filament/filament_uid``
+    contrast, beam tilt, magnification, pixel size and box size form an optics group.
+    The beam tilt is the angle whose sine is ``ctf/tilt_A`` over the spherical
+    aberration, and RELION's magnification matrix the identity plus ``ctf/anisomag``, as
+    in pyem and in specter. ``filament/filament_uid``
     becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or ``uid``
     where that is not known, becomes the column ``jaxrefineSource`` if rows have one in
     common or are copies. Images in which protein is dark (``blob/sign`` of -1) get a
-    negative ``rlnCtfScalefactor``. Beam tilt, higher aberrations and 2-D alignments are
-    ignored.
+    negative ``rlnCtfScalefactor``. ``ctf/trefoil_A``, ``ctf/tetra_A``, ``ctf/shift_A``
+    and 2-D alignments are ignored; what there is of the first three is named in
+    `TableFile.ignored`.
 
     Without ``alignments3D``, each particle has the pose of its most probable class
     (``alignments3D_multi``, or ``alignments_class_0``, ``alignments_class_1``, ...),
@@ -182,7 +199,8 @@ def read_cs(
         number = {tube: str(i) for i, tube in enumerate(dict.fromkeys(tubes), start=1)}
         particles["rlnHelicalTubeID"] = [number[tube] for tube in tubes]
     blocks = {"optics": optics, "particles": particles}
-    return TableFile(blocks, table.joined, classes, passed_over)
+    ignored = _not_converted(table)
+    return TableFile(blocks, table.joined, classes, passed_over, ignored)
 
 
 def refuse_group_file(path: str | Path) -> NoReturn:
@@ -601,6 +619,8 @@ def _optics_groups(table: _Fields, pixels: np.ndarray) -> tuple[Table, np.ndarra
     optics = {}
     if _has_optics(table):
         optics = {column: table.numbers(name) for column, name in GROUP_OPTICS.items()}
+        optics |= _beam_tilt(table)
+    optics |= _magnification(table)
     box = table.numbers("blob/shape", 2)[:, 0]
     keys = [*optics.values(), pixels, box]
     if _EXPOSURE_GROUP in table:
@@ -618,6 +638,51 @@ def _optics_groups(table: _Fields, pixels: np.ndarray) -> tuple[Table, np.ndarra
         "rlnImageDimensionality": ["2"] * count,
     }
     return optics_table, member.ravel()
+
+
+def _beam_tilt(table: _Fields) -> dict[str, np.ndarray]:
+    """Return the columns of the beam's tilt, in milliradians; none if it is zero.
+
+    There is none either where the spherical aberration is too small for one.
+    """
+    sine = _sine_of_tilt(table)
+    if sine is None or not sine.any() or np.abs(sine).max() >= 1:
+        return {}
+    tilt = 1e3 * np.arcsin(sine)
+    return {"rlnBeamTiltX": tilt[:, 0], "rlnBeamTiltY": tilt[:, 1]}
+
+
+def _sine_of_tilt(table: _Fields) -> np.ndarray | None:
+    """Return the sines of the beam's tilt, infinite without spherical aberration."""
+    if TILT not in table:
+        return None
+    length = table.numbers(TILT, 2)
+    aberration = _ANGSTROMS_PER_MILLIMETRE * table.numbers(_ABERRATION)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(length == 0, 0.0, length / aberration)
+
+
+def _magnification(table: _Fields) -> dict[str, np.ndarray]:
+    """Return the columns of the magnification matrix; none if it is the identity."""
+    if MAGNIFICATION not in table:
+        return {}
+    difference = table.numbers(MAGNIFICATION, 4)
+    if not difference.any():
+        return {}
+    matrix = difference + np.eye(2).ravel()
+    return {f"rlnMagMat{i}{j}": matrix[:, 2 * i + j] for i in (0, 1) for j in (0, 1)}
+
+
+def _not_converted(table: _Fields) -> tuple[str, ...]:
+    """Return the fields of optics that have an effect, and no column of RELION's."""
+    names = [
+        name for name in _NO_COLUMN if name in table and np.any(table.arrays[name])
+    ]
+    if _has_optics(table) and _ABERRATION in table:
+        sine = _sine_of_tilt(table)
+        if sine is not None and sine.any() and not _beam_tilt(table):
+            names.insert(0, TILT)
+    return tuple(names)
 
 
 def _poses(table: _Fields, pixels: np.ndarray) -> Table:

@@ -20,8 +20,18 @@ PARTICLE_OPTICS = {
 }
 """cryoSPARC's field by RELION's column, of a particle."""
 
+TILT = "ctf/tilt_A"
+"""cryoSPARC's field of a coma: the sine of a beam's tilt times the aberration, in A."""
+
+MAGNIFICATION = "ctf/anisomag"
+"""cryoSPARC's field of RELION's magnification matrix, minus the identity."""
+
 _FIELDS = {
     **GROUP_OPTICS,
+    **dict.fromkeys(("rlnBeamTiltX", "rlnBeamTiltY"), TILT),
+    **dict.fromkeys(
+        (f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)), MAGNIFICATION
+    ),
     **PARTICLE_OPTICS,
     "rlnImageName": "blob/path",
     "rlnImagePixelSize": "blob/psize_A",

@@ -22,6 +22,7 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.aberrations import ignored, read_aberrations
 from jaxrefine.io.clusters import clusters
 from jaxrefine.io.columns import (
     fixed,
@@ -87,6 +88,8 @@ class ParticleFile:
     joined, classes, passed_over
         Of a cryoSPARC table: where its fields were found, the number of particles in
         its classes, and what is wrong with files beside it, see `cs.TableFile`.
+    ignored
+        Columns, or fields of a cryoSPARC table, of optics that are not used.
     """
 
     path: Path
@@ -101,6 +104,7 @@ class ParticleFile:
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -190,9 +194,9 @@ def read_particles(
     divided by ``rlnMagnification``, or that of the first stack. Where pixel sizes
     differ, images are resampled to the largest as they are read. The optics are read if
     there is a column ``rlnDefocusU``; columns of the particles take precedence over
-    those of their optics group. Beam tilt and higher aberrations are ignored. Each
-    optics group has its own noise spectrum (`particles.Particles`); without optics
-    groups there is a single one.
+    those of their optics group. Each optics group has its own noise spectrum
+    (`particles.Particles`) and its own aberrations (`aberrations.read_aberrations`);
+    without optics groups there is a single one, and there are no aberrations.
 
     Rows that are not independent form a cluster: those of one image; those of one
     particle, which have the same ``rlnImageOriginalName`` (if they were expanded, and
@@ -212,17 +216,18 @@ def read_particles(
     passthrough, class_number
         Of a cryoSPARC table, see `read_cs`.
     with_ctf
-        Whether optics are read. If not, `particles` has none, whatever the file says.
+        Whether optics are read. If not, `particles` has none but a magnification,
+        whatever the file says.
 
     Raises
     ------
     InputError
         If the file is not a table of particles with images, if a stack is missing,
-        damaged or too short, if images differ in size, or pixel sizes by more than
-        25 %, if only some of the columns of poses or of optics are there, if a value is
-        not a number in single precision, if the particles are from tomograms, if the
-        images were multiplied by their CTF or its sign, or if optics are to be read and
-        those of a cryoSPARC table are in none of its files.
+        damaged or too short, if images differ in size, or pixel sizes or magnifications
+        by more than 25 %, if only some of the columns of poses or of optics are there,
+        if a value is not a number in single precision, if the particles are from
+        tomograms, if the images were multiplied by their CTF or its sign, or if optics
+        are to be read and those of a cryoSPARC table are in none of its files.
     """
     path = Path(path)
     file = read_table(path, passthrough, class_number, with_ctf=with_ctf)
@@ -263,11 +268,15 @@ def read_particles(
     source = images
     if sizes.min() < pixel_size * (1 - _SAME_PIXEL):
         source = Resampled(images, pixel_size / sizes)
-    if ctf is not None:
-        _require_finite(ctf, pixel_size, path)
     optics_group = None
     if "rlnOpticsGroup" in table:
         optics_group = whole_numbers(table, "rlnOpticsGroup", path)
+    has_ctf = ctf is not None
+    if ctf is not None:
+        _require_finite(ctf, pixel_size, path)
+    aberrations = read_aberrations(
+        blocks, path, optics_group, with_ctf=has_ctf, pixel_size=pixel_size
+    )
     noise_group = None
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
@@ -275,7 +284,7 @@ def read_particles(
     return ParticleFile(
         path,
         blocks,
-        Particles(source, ctf, pixel_size, noise_group, cluster),
+        Particles(source, ctf, pixel_size, noise_group, cluster, aberrations),
         poses,
         sizes,
         has_poses,
@@ -285,6 +294,7 @@ def read_particles(
         file.joined,
         file.classes,
         file.passed_over,
+        (*file.ignored, *ignored(blocks, path, with_ctf=has_ctf)),
     )
 
 

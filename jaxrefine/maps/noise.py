@@ -90,6 +90,7 @@ def shell_sums(
     rotation: Float[Array, "3 3"],
     shift: Float[Array, "2"],
     transfer: Float[Array, "k"] | None,
+    magnification: Float[Array, "2 2"] | None = None,
 ) -> ShellSums:
     """Compare one image with its projection in each shell.
 
@@ -103,9 +104,11 @@ def shell_sums(
         Spectrum of the image at these frequencies.
     rotation, shift, transfer
         Pose and contrast-transfer function of the image, the shift in pixels.
+    magnification
+        Matrix that maps its frequencies to those of the slice, by default the identity.
     """
     multiplicity = disc.multiplicity.astype(data.real.dtype)
-    model = slices.project_one(spectrum, disc, rotation, shift, transfer)
+    model = slices.project_one(spectrum, disc, rotation, shift, transfer, magnification)
     ones = jnp.ones_like(multiplicity)
     values = [power(data), power(model), product(data, model), ones]
     shells = disc.image_size // 2 + 1

@@ -109,6 +109,7 @@ def insert(
     transfer: Float[Array, "particles k"] | None,
     weights: Float[Array, "particles k"],
     side: int | None = None,
+    magnification: Float[Array, "particles 2 2"] | None = None,
 ) -> Sums:
     """Return the sums over images, each at one pose.
 
@@ -116,7 +117,7 @@ def insert(
     ----------
     insertion
         The method of inserting slices.
-    disc, spectra, poses, transfer
+    disc, spectra, poses, transfer, magnification
         The images, as for :func:`jaxrefine.operators.slices.backproject`.
     weights
         Inverse power of the noise at each frequency, times the weight of the pose.
@@ -127,8 +128,12 @@ def insert(
     image_weights = weights if transfer is None else weights * transfer
     count = len(spectra)
     return Sums(
-        slices.normal_kernel(insertion, disc, poses, kernel_weights, count, side),
-        slices.backproject(insertion, spectra, disc, poses, image_weights, count, side),
+        slices.normal_kernel(
+            insertion, disc, poses, kernel_weights, count, side, magnification
+        ),
+        slices.backproject(
+            insertion, spectra, disc, poses, image_weights, count, side, magnification
+        ),
     )
 
 

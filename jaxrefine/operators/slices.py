@@ -1,14 +1,16 @@
 r"""The slice projector: images by the central-slice theorem, for production use.
 
 .. math:: \hat g_p(\omega) = h_p(\omega)\, \hat\varphi(\omega)\,
-   \hat c(R_p^T (\omega, 0))\, e^{-2\pi i\, \omega\cdot t_p / m}
+   \hat c(R_p^T (M_p \omega, 0))\, e^{-2\pi i\, \omega\cdot t_p / m}
 
 Images are represented by their Fourier coefficients on a :class:`Disc` of the half
 plane: frequencies ``omega = (x, y)`` in cycles per box of side ``m``, with
 ``|omega| <= r_max``. Phases are relative to the image's origin, the pixel ``m // 2``.
 The volume has the side of the images. Unlike in images and in the spatial projector,
 there are no frequencies beyond ``r_max`` or Nyquist, and a particle that is shifted
-over the image's edge reappears on the other side.
+over the image's edge reappears on the other side. The matrix ``M`` is the image's
+magnification, where that depends on the direction (:mod:`jaxrefine.aberrations`), and
+otherwise the identity.
 
 The derivatives of the interpolated spectrum are exact, and therefore the gradients
 here. Functions of one particle take its data, rotation and shift; use
@@ -27,6 +29,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxrefine._batching import map_over_particles, sum_over_batches
 from jaxrefine._types import Images, Volume
+from jaxrefine.aberrations import magnified
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import kbwf
@@ -187,21 +190,27 @@ def to_images(spectra: Complex[Array, "particles k"], disc: Disc) -> Images:
     return jnp.fft.fftshift(images, axes=(-2, -1))
 
 
-def disc_axes(disc: Disc, dtype) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
-    """Return the x and y coordinates of the disc's frequencies."""
-    return disc.frequencies[:, 0].astype(dtype), disc.frequencies[:, 1].astype(dtype)
+def disc_axes(
+    disc: Disc, dtype, magnification: Float[Array, "2 2"] | None = None
+) -> tuple[Float[Array, "k"], Float[Array, "k"]]:
+    r"""Return the coordinates of the disc's frequencies :math:`M \omega`."""
+    frequencies = magnified(magnification, disc.frequencies)
+    return frequencies[:, 0].astype(dtype), frequencies[:, 1].astype(dtype)
 
 
 def on_plane(
-    disc: Disc, rotation: Float[Array, "3 3"]
+    disc: Disc,
+    rotation: Float[Array, "3 3"],
+    magnification: Float[Array, "2 2"] | None = None,
 ) -> tuple[Frequencies, Frequencies, Frequencies]:
     r"""Return the disc's points in the volume's spectrum, :math:`R^T (\omega, 0)`.
 
     Also return the plane's normal :math:`R^T (0, 0, 1)`, and the derivative of the
     points with respect to an in-plane rotation of the particle,
-    :math:`R^T (\omega_y, -\omega_x, 0)`.
+    :math:`R^T (\omega_y, -\omega_x, 0)`. With a magnification ``M``, the frequencies
+    are :math:`M \omega`.
     """
-    x, y = disc_axes(disc, rotation.dtype)
+    x, y = disc_axes(disc, rotation.dtype, magnification)
     right, down, beam = rotation
     points = tuple(right[i] * x + down[i] * y for i in range(3))
     normal = tuple(jnp.full_like(x, 1) * beam[i] for i in range(3))
@@ -240,8 +249,9 @@ def project(
     poses: Poses,
     transfer: Float[Array, "particles k"] | None = None,
     batch_size: int = 1024,
+    magnification: Float[Array, "particles 2 2"] | None = None,
 ) -> Complex[Array, "particles k"]:
-    """Project a map: the spectra of ``H(Theta, T) c`` on the disc.
+    r"""Project a map: the spectra of ``H(Theta, T) c`` on the disc.
 
     Parameters
     ----------
@@ -253,6 +263,9 @@ def project(
         Contrast-transfer function of every particle on the disc; 1 if not given.
     batch_size
         Number of particles that are processed at a time.
+    magnification
+        The matrix ``M`` of every particle; the identity if not given. The spectrum must
+        extend to all :math:`M \omega`, and the disc's envelope be that there.
 
     Raises
     ------
@@ -265,7 +278,7 @@ def project(
     def project_particle(particle):
         return project_one(spectrum, disc, *particle)
 
-    particles = (poses.rotations, poses.shifts, transfer)
+    particles = (poses.rotations, poses.shifts, transfer, magnification)
     return map_over_particles(project_particle, particles, batch_size)
 
 
@@ -275,9 +288,10 @@ def project_one(
     rotation: Float[Array, "3 3"],
     shift: Float[Array, "2"],
     transfer: Float[Array, "k"] | None,
+    magnification: Float[Array, "2 2"] | None = None,
 ) -> Complex[Array, "k"]:
     """Project a map at one pose, shift in pixels; see `project`."""
-    values = spectrum(*on_plane(disc, rotation)[0])
+    values = spectrum(*on_plane(disc, rotation, magnification)[0])
     gain = slice_gain(disc, transfer, values.real.dtype)
     return scaled(gain, values * phases(disc, shift))
 
@@ -297,6 +311,7 @@ def backproject(
     weights: Float[Array, "particles k"] | None = None,
     batch_size: int = 512,
     side: int | None = None,
+    magnification: Float[Array, "particles 2 2"] | None = None,
 ) -> Volume:
     r"""Back-project images given by their spectra: ``H(Theta, T)^T g``.
 
@@ -317,6 +332,9 @@ def backproject(
     side
         Side of the volume, by default that of the images. A volume of fewer voxels,
         in a box of the same length, holds the frequencies up to half its side.
+    magnification
+        The matrix ``M`` of every particle, as for :func:`project`. No :math:`M \omega`
+        that has a weight may be beyond the radius of the disc.
 
     Returns
     -------
@@ -336,12 +354,12 @@ def backproject(
     dtype = spectra.real.dtype
 
     def slice_of(particle):
-        rotation, shift, spectrum, weights = particle
+        rotation, shift, spectrum, weights, magnification = particle
         factor = slice_gain(disc, weights, dtype) * disc.quadrature.astype(dtype)
         values = scaled(factor, spectrum * jnp.conj(phases(disc, shift)))
-        return on_plane(disc, rotation)[0], values
+        return on_plane(disc, rotation, magnification)[0], values
 
-    particles = (poses.rotations, poses.shifts, spectra, weights)
+    particles = (poses.rotations, poses.shifts, spectra, weights, magnification)
     size = (_volume_side(disc, side), disc.r_max)
     return _insert(insertion, slice_of, particles, size, batch_size)
 
@@ -366,6 +384,7 @@ def normal_kernel(
     weights: Float[Array, "particles k"] | None = None,
     batch_size: int = 512,
     side: int | None = None,
+    magnification: Float[Array, "particles 2 2"] | None = None,
 ) -> Float[Array, "side side side"]:
     r"""Return the convolution kernel of the normal operator, like `normal.kernel`.
 
@@ -379,7 +398,7 @@ def normal_kernel(
 
     Parameters
     ----------
-    insertion, disc, poses, batch_size, side
+    insertion, disc, poses, batch_size, side, magnification
         As for :func:`backproject`, which also tells the errors raised.
     weights
         Squared transfer functions, divided by the variance of the noise for a weighted
@@ -393,15 +412,15 @@ def normal_kernel(
     dtype = poses.rotations.dtype
 
     def slice_of(particle):
-        rotation, weights = particle
+        rotation, weights, magnification = particle
         envelope = disc.envelope.astype(dtype)
         density = slice_gain(disc, weights, dtype) * envelope
         density = density * disc.quadrature.astype(dtype)
-        x, y, z = on_plane(disc, rotation)[0]
+        x, y, z = on_plane(disc, rotation, magnification)[0]
         return (2 * x, 2 * y, 2 * z), jax.lax.complex(density, jnp.zeros_like(density))
 
     size = (2 * _volume_side(disc, side), 2 * disc.r_max)
-    particles = (poses.rotations, weights)
+    particles = (poses.rotations, weights, magnification)
     return _insert(insertion, slice_of, particles, size, batch_size)[1:, 1:, 1:]
 
 

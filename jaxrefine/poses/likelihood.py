@@ -56,7 +56,7 @@ def _residual(
     """Return the residual ``S - y``, its pull ``w h (S - y)``, and the cost."""
     disc, weights = observation.disc, observation.weights
     check_spectrum(disc, reference)
-    points, *directions = on_plane(disc, rotation)
+    points, *directions = on_plane(disc, rotation, observation.magnification)
     along = tuple(directions) if sloping else ()
     slices = reference.value_and_slopes(points, along)
     gain = slice_gain(disc, observation.transfer, weights.dtype)
@@ -108,19 +108,25 @@ def cost_and_gradient(
     with the slice's derivatives ``dn`` along the plane's normal and ``da`` about the
     beam, the model's are ``-omega_y dn``, ``omega_x dn``, ``da``, and by the shift
     ``-2 pi i omega / m`` times itself. Parameters and errors as for :func:`cost`.
+
+    With a magnification ``M``, all of this is so at :math:`M \omega` in the place of
+    ``omega``, with the shift :math:`M^{-T} t`, as :math:`\omega\cdot t = M\omega \cdot
+    M^{-T} t`.
     """
     residual = _residual(reference, observation, rotation, shift)
     disc = observation.disc
-    points, normal, turning = on_plane(disc, rotation)
+    magnification = observation.magnification
+    points, normal, turning = on_plane(disc, rotation, magnification)
     out, about = reference.slopes_along(residual.pull, points, (normal, turning))
     through = crossed(residual.pull, residual.slices[0]) * (
         2 * math.pi / disc.image_size
     )
-    first, _ = _moments(disc, out.dtype)
+    first, _ = _moments(disc, out.dtype, magnification)
     tilt, move = _dot(out, first), _dot(through, first)
-    return residual.cost, jnp.stack(
-        [-tilt[1], tilt[0], jnp.sum(about), move[0], move[1]]
-    )
+    gradient = jnp.stack([-tilt[1], tilt[0], jnp.sum(about), move[0], move[1]])
+    if magnification is not None:
+        gradient = _dot(_moved(magnification), gradient)
+    return residual.cost, gradient
 
 
 def normal_equations(
@@ -155,7 +161,7 @@ def _normal_equations(
     still, out, about = residual.slices
     pull = residual.pull
     step = 2 * math.pi / disc.image_size
-    first, second = _moments(disc, weights.dtype)
+    first, second = _moments(disc, weights.dtype, observation.magnification)
     weight = weights * residual.gain**2
     moments = jnp.concatenate([jnp.ones_like(first[:, :1]), first, second], axis=1)
     # One product of matrices makes all sums, most of which are of use.
@@ -184,14 +190,28 @@ def _normal_equations(
         [move_move[2]],
     ]
     rows = [[upper[min(i, j)][abs(i - j)] for j in range(5)] for i in range(5)]
-    return residual.cost, gradient, jnp.stack([jnp.stack(row) for row in rows])
+    information = jnp.stack([jnp.stack(row) for row in rows])
+    if observation.magnification is not None:
+        moved = _moved(observation.magnification)
+        gradient = _dot(moved, gradient)
+        information = _dot(_dot(moved, information), moved.T)
+    return residual.cost, gradient, information
 
 
-def _moments(disc: Disc, dtype) -> tuple[Float[Array, "k 2"], Float[Array, "k 3"]]:
+def _moved(magnification: Float[Array, "2 2"]) -> Float[Array, "5 5"]:
+    """Return what takes derivatives by the shift ``M^{-T} t`` to those by ``t``."""
+    (a, b), (c, d) = magnification
+    inverse = jnp.stack([jnp.stack([d, -b]), jnp.stack([-c, a])]) / (a * d - b * c)
+    return jnp.eye(5, dtype=inverse.dtype).at[3:, 3:].set(inverse)
+
+
+def _moments(
+    disc: Disc, dtype, magnification: Float[Array, "2 2"] | None
+) -> tuple[Float[Array, "k 2"], Float[Array, "k 3"]]:
     """Return the monomials ``x, y`` and ``x**2, x y, y**2`` of the frequencies."""
-    x, y = disc_axes(disc, dtype)
+    x, y = disc_axes(disc, dtype, magnification)
     return jnp.stack([x, y], axis=-1), jnp.stack([x * x, x * y, y * y], axis=-1)
 
 
-def _dot(values: Float[Array, "k"], monomials: Float[Array, "k j"]):
-    return jnp.dot(values, monomials, precision=_HIGHEST)
+def _dot(first: Float[Array, "*i k"], second: Float[Array, "k *j"]):
+    return jnp.dot(first, second, precision=_HIGHEST)

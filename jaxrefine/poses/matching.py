@@ -13,6 +13,10 @@ is a product of matrices over the rings for each angular frequency, and a Fourie
 transform (Joyeux and Penczek, Ultramicroscopy 92, 2002, compare such methods). The
 score is ``C`` divided by the norms of the image and of the template times ``h``.
 
+The phases of aberrations are taken from an image's spectrum first. Where the
+magnification depends on the direction, the rings are those of the map, and an image is
+read at the frequencies that are mapped to them (:mod:`jaxrefine.aberrations`).
+
 A spectrum at :math:`\phi + \pi` is the conjugate of that at :math:`\phi`. The sum of
 its real part, all of whose angular frequencies are even, and its imaginary part, whose
 are odd, is a real function on the circle with the same inner products (the Hartley
@@ -28,10 +32,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Int
 
 from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Images, Volume
+from jaxrefine.aberrations import Aberrations
 from jaxrefine.ctf import CTF
 from jaxrefine.data.observation import batches
 from jaxrefine.data.particles import Particles
@@ -200,6 +205,8 @@ def match(
     views = directions(config.angle_step)
     half_turn = _steps(math.pi, config.angle_step)
     r_max = _band_limit(config.r_max, config.angle_step, m)
+    if particles.aberrations is not None:
+        r_max = min(r_max, _farthest_ring(particles.aberrations, m))
     points = _rings(r_max, half_turn)
     shifts = jnp.asarray(_shifts(config.max_shift, config.shift_step), jnp.float32)
     size = min(config.batch_size, len(particles))
@@ -215,7 +222,14 @@ def match(
     for places, count in batches(np.arange(len(particles)), size):
         images, ctf = particles.batch(places)
         best = _best(
-            images, ctf, templates, points, shifts, particles.pixel_size_in_angstroms
+            images,
+            ctf,
+            templates,
+            points,
+            shifts,
+            particles.pixel_size_in_angstroms,
+            particles.aberrations,
+            jnp.asarray(particles.group_of(places), jnp.int32),
         )
         results.append([np.asarray(values)[:count] for values in best])
         done += count
@@ -244,6 +258,15 @@ def _band_limit(r_max: int | None, step: float, image_size: int) -> int:
             f"cycles per box, got {r_max}"
         )
     return r_max
+
+
+def _farthest_ring(aberrations: Aberrations, image_size: int) -> int:
+    """Return the last ring that images with a magnification have below Nyquist."""
+    last = (image_size - 1) // 2
+    if aberrations.magnification is None:
+        return last
+    least = np.linalg.norm(np.asarray(aberrations.magnification), -2, axis=(1, 2)).min()
+    return max(1, min(last, int(last * least)))
 
 
 def _shifts(radius: float, step: float) -> Float[np.ndarray, "t 2"]:
@@ -334,6 +357,30 @@ def _image_spectra(
     return jnp.moveaxis(jax.lax.map(ring, points), 0, 1)
 
 
+def _moves(
+    shifts: Float[Array, "t 2"], points: Float[Array, "r h 2"], m: int
+) -> Complex[Array, "t r h"]:
+    """Return the phases that undo shifts of an image of side ``m``."""
+    phase = jnp.einsum("ti,rhi->trh", shifts, points, precision=_HIGHEST)
+    return _unit(2 * math.pi / m * phase)
+
+
+def _read(
+    images: Images,
+    points: Float[Array, "r h 2"],
+    shifts: Float[Array, "t 2"],
+    magnification: Float[Array, "particles 2 2"] | None,
+) -> tuple[Complex[Array, "particles r h"], Complex[Array, "_ t r h"]]:
+    """Return the spectra of images on rings, and the phases that undo shifts there."""
+    m = images.shape[-1]
+    if magnification is None:
+        return _image_spectra(images, points), _moves(shifts, points, m)[None]
+    back = jnp.linalg.inv(magnification.astype(points.dtype))
+    own = jnp.einsum("pij,rhj->prhi", back, points, precision=_HIGHEST)
+    spectra = jax.vmap(lambda image, at: _image_spectra(image[None], at)[0])
+    return spectra(images, own), jax.vmap(lambda at: _moves(shifts, at, m))(own)
+
+
 @eqx.filter_jit
 def _best(
     images: Images,
@@ -342,23 +389,34 @@ def _best(
     points: Float[Array, "r h 2"],
     shifts: Float[Array, "t 2"],
     pixel_size_in_angstroms: float,
+    aberrations: Aberrations | None,
+    group: Int[Array, "particles"],
 ) -> tuple[
     Float[Array, "particles"], Float[Array, "particles 3"], Float[Array, "particles 2"]
 ]:
     """Return the scores, angles and shifts of the best templates."""
     m = images.shape[-1]
-    spectra = _image_spectra(images, points)
+    physical = points.reshape(-1, 2) / (m * pixel_size_in_angstroms)
+    aberrations = Aberrations() if aberrations is None else aberrations
+    # The rings are frequencies of the map, which are not mapped once more.
+    on_rings = Aberrations(aberrations.odd, aberrations.even)
+    tables = (on_rings.phase(physical), on_rings.gamma(physical))
+    phases, gamma, magnification = jax.tree.map(
+        lambda table: table[group], (*tables, aberrations.magnification)
+    )
+    spectra, moves = _read(images, points, shifts, magnification)
+    if phases is not None:
+        spectra = spectra * jnp.conj(phases).reshape(spectra.shape)
     count, rings, half_turn = spectra.shape
     radii = jnp.arange(1, rings + 1, dtype=images.dtype)
     transfer = jnp.ones_like(spectra.real)
     if ctf is not None:
-        physical = points.reshape(-1, 2) / (m * pixel_size_in_angstroms)
-        transfer = jax.vmap(lambda optics: optics(physical))(ctf).reshape(spectra.shape)
+        values = jax.vmap(lambda optics, gamma: optics(physical, gamma))(ctf, gamma)
+        transfer = values.reshape(spectra.shape)
     energy = jnp.matmul(_ring_power(spectra), radii, precision=_HIGHEST)
     gain = radii[None] * jnp.mean(transfer**2, axis=-1)
     pull = (radii[None, :, None] * transfer).astype(spectra.dtype) * spectra
-    phase = jnp.einsum("ti,rhi->trh", shifts, points, precision=_HIGHEST)
-    moved = pull[:, None] * _unit(2 * math.pi / m * phase)[None]
+    moved = pull[:, None] * moves
     series = jnp.moveaxis(jnp.conj(_series(moved)), -1, 0)
     series = series.reshape(half_turn + 1, -1, rings)
     everyone = jnp.arange(count)

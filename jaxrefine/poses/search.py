@@ -140,9 +140,9 @@ def log_likelihoods(
     def part(seen: Observation) -> Float[Array, "r t"]:
         disc, weights = seen.disc, seen.weights
         gain = slice_gain(disc, seen.transfer, weights.dtype)
-        slices = jax.vmap(lambda rotation: reference(*on_plane(disc, rotation)[0]))(
-            rotations
-        )
+        slices = jax.vmap(
+            lambda rotation: reference(*on_plane(disc, rotation, seen.magnification)[0])
+        )(rotations)
         energy = jnp.matmul(
             slices.real**2 + slices.imag**2, weights * gain**2 / 2, precision=_HIGHEST
         )

@@ -172,12 +172,11 @@ def update_block(
         (log_weights, known.searched & exists),
     )
     current = known.hypotheses
-    spectra, transfer = view.spectra(images, group), view.transfer(ctf, group)
+    seen = view.seen(images, ctf, group)
     rows, keep = current.log_weights.shape
 
-    def search(spectrum, transfer, known):
-        observe = (spectrum, transfer)
-        return _search_one(steps, reference, observe, known)
+    def search(seen, known):
+        return _search_one(steps, reference, seen, known)
 
     start = (current.rotations, current.shifts)
     scores = steps.searches.most * steps.searches.offsets.shape[1]
@@ -185,7 +184,7 @@ def update_block(
         search,
         jnp.asarray(known.searched),
         max(1, min(_SEARCHED, _SCORES // scores)),
-        (spectra, transfer, known),
+        (seen, known),
         start,
     )
     # The last place keeps the best pose so far, which a search may not find again.
@@ -202,17 +201,14 @@ def update_block(
     def polish_round(number, carry):
         candidates, active = carry
         full = number == 1
-        seen = view.up_to(steps.r_max[number])
+        limited = view.up_to(steps.r_max[number])
         now = active & (full | searched)
 
         def polish(owner, candidate):
-            of_owner = jax.tree.map(
-                lambda leaf: leaf[owner], (spectra, transfer, known.prior)
-            )
-            spectrum, transfer_, prior = of_owner
+            observe, prior = jax.tree.map(lambda leaf: leaf[owner], (seen, known.prior))
             return steps.polish(
                 reference.fine,
-                seen.observation(spectrum, transfer_),
+                limited.observation(*observe),
                 prior,
                 candidate.rotations,
                 candidate.shifts,

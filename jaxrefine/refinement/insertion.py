@@ -63,14 +63,9 @@ def _insert(fixed: tuple[Any, ...], totals: Sums) -> Sums:
     def on_device(totals, view, operators, batch):
         images, ctf, group, rotations, shifts, weights = batch
         turned = jnp.einsum("pij,sjk->psik", rotations, operators, precision=_HIGHEST)
-        spectra, shifts, transfer, weights = jax.tree.map(
+        (spectra, transfer, magnification), shifts, weights = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, len(operators), axis=0),
-            (
-                view.spectra(images, group),
-                shifts,
-                view.transfer(ctf, group),
-                weights,
-            ),
+            (view.seen(images, ctf, group), shifts, weights),
         )
         sums = insert(
             insertion,
@@ -80,6 +75,7 @@ def _insert(fixed: tuple[Any, ...], totals: Sums) -> Sums:
             transfer,
             weights[:, None] * view.inverse_noise[None],
             side,
+            magnification,
         )
         return totals + sums
 

@@ -125,6 +125,7 @@ def compare_shells(
         rotation,
         shift,
         observation.transfer,
+        observation.magnification,
     )
 
 

@@ -161,8 +161,8 @@ class ImageSettings:
     )
     no_ctf: bool = option(
         False,
-        help="take the images to have no contrast-transfer function, whatever the "
-        "table says",
+        help="take the images to have no contrast-transfer function, beam tilt or "
+        "Zernike terms, whatever the table says",
     )
     datadir: Path | None = option(
         None,
