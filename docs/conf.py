@@ -9,8 +9,13 @@ import equinox
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent / "benchmarks")]
 
-# The reference shows functions with their signatures, not what compiles them.
-equinox.filter_jit = lambda function: function
+
+def uncompiled(function=None, **settings):
+    """Leave functions as they are: the reference shows their own signatures."""
+    return uncompiled if function is None else function
+
+
+equinox.filter_jit = uncompiled
 
 project = "jaxrefine"
 author = "The jaxrefine developers"
