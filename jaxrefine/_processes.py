@@ -6,16 +6,21 @@ results are then brought to all; everything else each of them computes by itself
 one process, nothing here does anything.
 """
 
+import json
 import platform
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxrefine.errors import LostProcess
+from jaxrefine._arrays import on_device
+from jaxrefine.errors import InputError, LostProcess
 
 _T = TypeVar("_T")
 
@@ -50,49 +55,64 @@ def gather(tree: PyTree) -> Any:
     count = jax.process_count()
     if count == 1:
         return tree
-    # One device of each process takes part, so that nothing is copied to the others.
-    firsts = [
-        next(device for device in jax.devices() if device.process_index == index)
-        for index in range(count)
-    ]
-    mesh = Mesh(np.array(firsts), ("processes",))
-    apart, everywhere = (
-        NamedSharding(mesh, spec)
-        for spec in (PartitionSpec("processes"), PartitionSpec())
-    )
+    apart, everywhere = _shardings()
 
     def joined(leaf: np.ndarray) -> np.ndarray:
         whole = jax.make_array_from_process_local_data(
             apart, leaf, (count * leaf.shape[0], *leaf.shape[1:])
         )
-        return np.asarray(_copied(whole, everywhere).addressable_data(0))
+        copy = jax.jit(_same, out_shardings=everywhere)(whole)
+        return np.asarray(copy.addressable_data(0))
 
-    try:
+    with _losses():
         return jax.tree.map(joined, tree)
-    except jax.errors.JaxRuntimeError as error:
-        raise LostProcess(
-            "another process has ended, or cannot be reached any more"
-        ) from error
 
 
-def of_first(tree: _T) -> _T:
-    """Return what the first process has, bit for bit.
+def of_process(tree: _T, source: int) -> _T:
+    """Return what one of the processes has, bit for bit.
 
     Parameters
     ----------
     tree
         A pytree of arrays, of the same shapes and types in every process.
+    source
+        The number of the process.
 
     Raises
     ------
     LostProcess
         If another process has ended.
     """
-    if jax.process_count() == 1:
+    count = jax.process_count()
+    if count == 1:
         return tree
-    leaves, structure = jax.tree.flatten(tree)
-    first = [gather(np.asarray(leaf)[None])[0] for leaf in leaves]
-    return jax.tree.unflatten(structure, map(jax.numpy.asarray, first))
+    apart, everywhere = _shardings()
+
+    def sent(leaf: Any) -> jax.Array:
+        values = np.ascontiguousarray(leaf)
+        # Whole numbers, whose sum with zeros keeps every bit.
+        bits = values.view(f"u{values.dtype.itemsize}").reshape(1, *values.shape)
+        if jax.process_index() != source:
+            bits = np.zeros_like(bits)
+        each = jax.make_array_from_process_local_data(
+            apart, bits, (count, *values.shape)
+        )
+        total = jax.jit(_total, out_shardings=everywhere)(each)
+        found = np.asarray(total.addressable_data(0)).view(values.dtype)
+        return on_device(found.reshape(np.shape(leaf)))
+
+    with _losses():
+        return jax.tree.map(sent, tree)
+
+
+def of_first(tree: _T) -> _T:
+    """Return what the first process has, bit for bit; see `of_process`."""
+    return of_process(tree, 0)
+
+
+def wait_for_first() -> None:
+    """Wait until the first process calls this function, too."""
+    of_first(np.zeros((), bool))
 
 
 def text_of_first(text: str) -> str:
@@ -106,16 +126,69 @@ def text_of_first(text: str) -> str:
     return np.asarray(of_first(padded)).tobytes().decode()
 
 
+def check_same(settings: dict[str, Any]) -> None:
+    """Check that all processes do the same.
+
+    Parameters
+    ----------
+    settings
+        All that the results depend on, as JSON can hold it.
+
+    Raises
+    ------
+    InputError
+        If settings of this process differ from those of the first one.
+    """
+    own = json.loads(json.dumps(settings))
+    first = json.loads(text_of_first(json.dumps(settings)))
+    changed = [
+        name for name in sorted(own.keys() | first) if own.get(name) != first.get(name)
+    ]
+    if changed:
+        raise InputError(
+            f"process {jax.process_index()} must have the options, files and versions "
+            f"of process 0, got others ({', '.join(changed)})"
+        )
+
+
 def on_this_machine() -> int:
     """Return how many of the processes are on the machine of this one."""
     name = np.array([zlib.crc32(platform.node().encode())], np.uint32)
     return int(np.sum(gather(name) == name))
 
 
-def _copied(whole: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return a copy of an array on other devices, of other processes, too."""
-    return jax.jit(_same, out_shardings=sharding)(whole)
+def _shardings() -> tuple[NamedSharding, NamedSharding]:
+    """Return how an array is shared out among processes, and how all have all of it.
+
+    One device of each process takes part, so that nothing is copied to the others.
+    """
+    firsts = [
+        next(device for device in jax.devices() if device.process_index == index)
+        for index in range(jax.process_count())
+    ]
+    mesh = Mesh(np.array(firsts), ("processes",))
+    return (
+        NamedSharding(mesh, PartitionSpec("processes")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    """Turn what the loss of another process raises into `LostProcess`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise LostProcess(
+            "another process has ended, or cannot be reached any more"
+        ) from error
 
 
 def _same(leaf: jax.Array) -> jax.Array:
     return leaf
+
+
+def _total(each: jax.Array) -> jax.Array:
+    return jnp.sum(each, axis=0, dtype=each.dtype)

@@ -47,10 +47,7 @@ class Poses(eqx.Module):
 
     def take(self, indices: Int[np.ndarray | Array, " chosen"]) -> "Poses":
         """Return the poses of some of the particles, in this order."""
-        rotations, shifts, indices = map(
-            np.asarray, (self.rotations, self.shifts, indices)
-        )
-        return Poses(rotations[indices], shifts[indices])
+        return Poses(self.rotations[indices], self.shifts[indices])
 
 
 @eqx.filter_jit

@@ -11,6 +11,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jaxrefine._limits import ADDRESS_SPACE, DATA, memory_limits
@@ -50,6 +51,11 @@ def main(
         code = _run(arguments, commands, in_own_process)
     except KeyboardInterrupt as stop:
         code = _signals.end(stop)
+    except Exception:
+        if in_own_process and _processes.is_connected():
+            traceback.print_exc()
+            _processes.leave(1)
+        raise
     return _processes.leave(code) if in_own_process else code
 
 

@@ -15,8 +15,9 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import final
 
 from jaxrefine.errors import InputError
@@ -26,18 +27,22 @@ LOST_S = 60
 
 LOST = (
     "another process has ended, or cannot be reached; start all of them again to carry "
-    "on from the last iteration"
+    "on"
 )
 LOST_CODE = 1
-_SHUTDOWN_S = 10
+_SHUTDOWN_S = 60
+_PATIENCE_S = 86400
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# What launchers call the number of processes and that of each: those of a step of
-# Slurm (srun), Open MPI, and MPICH and its relatives.
+# What launchers call the number of processes and that of each: those of Open MPI,
+# MPICH and its relatives, and of a step of Slurm (srun), which comes last since others
+# may have been started by it.
 _LAUNCHERS = (
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+_INTERACTIVE = "SLURM_PTY_PORT"  # of a shell that srun has started
 
 
 @final
@@ -79,7 +84,7 @@ def launch(options: Namespace) -> Launch | None:
         options.processes,
         options.process,
     )
-    for names in _LAUNCHERS:
+    for names in () if _INTERACTIVE in os.environ else _LAUNCHERS:
         known = [os.environ.get(name, "") for name in names]
         if all(text.isdecimal() for text in known) and int(known[0]) > 1:
             count = int(known[0]) if count is None else count
@@ -94,8 +99,11 @@ def launch(options: Namespace) -> Launch | None:
             )
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise InputError(f"--coordinator must be HOST:PORT, got {coordinator}")
+        bare = ":" in host and not host.startswith("[")  # of IPv6
+        if not host or bare or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError(
+                f"--coordinator must be HOST:PORT or [HOST]:PORT, got {coordinator}"
+            )
     if count is None or index is None:
         return None
     if not 0 <= index < count:
@@ -115,17 +123,27 @@ def fork(launched: Launch) -> None:
     child = os.fork()
     if child == 0:
         os.close(held)
+        os.setpgid(0, 0)  # so that a terminal's signals come from the parent alone
         threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
         return
     os.close(alive)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: os.kill(child, number))
+            signal.signal(number, hand_on)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGABRT:
         code = LOST_CODE
-        _say(f"process {launched.index} of {launched.count} was stopped: {LOST}")
+        _say(
+            f"process {launched.index} of {launched.count} was aborted, as JAX does "
+            f"when it loses another (its own words are above): {LOST}"
+        )
     elif code < 0:
         name = signal.Signals(-code).name
         code = 128 - code
@@ -143,6 +161,18 @@ def connect(launched: Launch) -> None:
     """
     import jax
 
+    # The others wait while process 0 reads all images, which may take an hour.
+    patience = f"--xla_cpu_collective_timeout_seconds={_PATIENCE_S}"
+    os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}".strip()
+    where = launched.coordinator or "the address that the launcher gives"
+    _say(
+        f"process {launched.index} of {launched.count} waits for the others at {where}"
+    )
+    # JAX waits without Python, which could not answer signals.
+    answers = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, answer in answers.items():
+        if answer != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             launched.coordinator,
@@ -157,6 +187,9 @@ def connect(launched: Launch) -> None:
             f"process {launched.index} of {launched.count} must reach the others; "
             f"--coordinator HOST:PORT says where the first one listens: {reason}"
         ) from error
+    finally:
+        for number, answer in answers.items():
+            signal.signal(number, answer)
 
 
 @contextmanager
@@ -175,14 +208,20 @@ def leave(code: int) -> int:
 
     JAX would have them wait for each other when Python ends.
     """
-    if code and "jax" in sys.modules:
-        import jax
-
-        if jax.distributed.is_initialized():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    if code and is_connected():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
+
+
+def is_connected() -> bool:
+    """Return whether this process has joined others."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _end_with(pipe: int) -> None:

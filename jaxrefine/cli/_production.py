@@ -297,8 +297,9 @@ def _plan(
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
     free = memory.available_bytes()
-    if free is not None:
-        free //= on_this_machine()
+    sharing = on_this_machine()
+    if free is not None and jax.default_backend() == "cpu":
+        free //= sharing
     for limit in memory_limits():
         _say(f"`{limit.command}` leaves {limit.left / 2**30:.1f} GiB of memory")
     if settings.memory is not None:

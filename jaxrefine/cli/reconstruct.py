@@ -3,12 +3,15 @@
 import jax
 
 from jaxrefine import io
+from jaxrefine._processes import check_same, wait_for_first
 from jaxrefine.cli import _particles, _usable
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.runs import provenance
+from jaxrefine.runs.fingerprint import fingerprint, stacks_digest
 from jaxrefine.runs.progress import Bars
 
 
@@ -43,6 +46,12 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     for path in written:
         check_is_no_input(path, source.path, *source.joined, *source.stacks.values())
 
+    stacks = list(source.stacks.values())
+    check_same(
+        fingerprint(settings)
+        | {"stacks": stacks_digest(stacks)}
+        | provenance.environment()["versions"]
+    )
     key = jax.random.key(settings.seed)
     subsets = _particles.half_sets(source, key) if settings.half_sets else None
     _particles.tell_what_is_shared(source, subsets)
@@ -57,7 +66,8 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
             watch=bars.watch,
         )
     if jax.process_index() > 0:
-        return  # Process 0 writes.
+        wait_for_first()
+        return
     pixel = source.particles.pixel_size_in_angstroms
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):
@@ -67,3 +77,4 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
         f"{len(chosen.indices)} particles, tau {result.tau:.4g}, lambda "
         f"{result.lam:.4g}: {names}"
     )
+    wait_for_first()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine._processes import of_first
+from jaxrefine._processes import check_same, of_first, wait_for_first
 from jaxrefine.cli import _maps, _particles, _production, _published
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli._runtime import check_devices
@@ -27,9 +27,6 @@ from jaxrefine.runs.fingerprint import (
 )
 from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
-
-# What is exchanged where the processes wait for process 0.
-_DONE = np.asarray(False)
 
 
 def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
@@ -55,22 +52,18 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             "--preset must be default in several processes, got "
             f"{settings.preset} in {jax.process_count()}"
         )
-    if jax.process_index() > 0:
-        _assist(settings, engine)
-        return
     inputs = _read(settings, diameter_used=not published)
+    identity = _identity(settings, inputs)
+    check_same(identity | provenance.environment()["versions"])
+    if jax.process_index() > 0:
+        _assist(settings, inputs, engine)
+        return
     details: dict[str, Any] = {
         "command": options.command_line("refine", settings),
         "options": options.as_json(settings),
         **provenance.environment(),
     }
     stacks = list(inputs.source.stacks.values())
-    identity = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
-    used = [path for path, groups in inputs.source.joined.items() if groups]
-    if settings.cryosparc.passthrough is None and used:
-        # One that was found counts as if it was given.
-        digests = [file_digest(path) for path in used]
-        identity["passthrough"] = digests[0] if len(digests) == 1 else digests
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
         written = times_digest(stacks)
         if folder.keep("stacks_written", written) != written:
@@ -113,19 +106,30 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         )
         html.write(settings.out / "report.html", report)
         folder.finish({**outcome.report, **usage})
-        of_first(_DONE)
+        wait_for_first()
     print(_summary(settings.out, report))
 
 
-def _assist(settings: RefineSettings, engine: Engine) -> None:
+def _identity(settings: RefineSettings, inputs: Inputs) -> dict[str, Any]:
+    """Return all that the results depend on, as JSON can hold it."""
+    stacks = list(inputs.source.stacks.values())
+    identity = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
+    used = [path for path, groups in inputs.source.joined.items() if groups]
+    if settings.cryosparc.passthrough is None and used:
+        # One that was found counts as if it was given.
+        digests = [file_digest(path) for path in used]
+        identity["passthrough"] = digests[0] if len(digests) == 1 else digests
+    return identity
+
+
+def _assist(settings: RefineSettings, inputs: Inputs, engine: Engine) -> None:
     """Do a share of what process 0 does, which alone writes."""
-    inputs = _read(settings, diameter_used=True)
     refinement = _production.prepare(settings, inputs, engine)
-    if of_first(_DONE):
+    if of_first(np.asarray(False)):  # it has been done before
         return
     with Bars() as bars:
         refinement.run(NoFolder(), bars)
-    of_first(_DONE)
+    wait_for_first()
 
 
 def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:

@@ -214,7 +214,9 @@ class Particles:
         """
         chosen = self._checked(indices)
         values = self._read(chosen)
-        optics = jax.tree.map(lambda x: x.astype(np.float32), self._optics(chosen))
+        optics = jax.tree.map(
+            lambda x: on_device(x.astype(np.float32)), self._optics(chosen)
+        )
         return on_device(values), optics
 
     def unusable(

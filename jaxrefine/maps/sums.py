@@ -78,8 +78,14 @@ class Sums(eqx.Module):
     @staticmethod
     def zero(n: int, dtype) -> "Sums":
         """Return the sums over no images."""
-        sides = (2 * n - 1, n)
-        return Sums(*(on_device(np.zeros((side,) * 3, dtype)) for side in sides))
+        return Sums(
+            *(on_device(np.zeros((side,) * 3, dtype)) for side in Sums.sides(n))
+        )
+
+    @staticmethod
+    def sides(n: int) -> tuple[int, int]:
+        """Return the sides of kernel and back-projection, of maps of side ``n``."""
+        return 2 * n - 1, n
 
     def __add__(self, other: "Sums") -> "Sums":
         return _added(self, other)

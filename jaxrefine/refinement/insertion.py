@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._batching import side_by_side
-from jaxrefine._processes import gather, part
+from jaxrefine._processes import of_process, part
 from jaxrefine._watch import Stage
 from jaxrefine.data import observation
 from jaxrefine.data.observation import View
@@ -148,14 +148,12 @@ def sum_up(
     sums = insertion.sums(own, max(1, FOLDS // processes))
     if jax.process_count() == 1:
         return sums
-    parts = gather(jax.tree.map(lambda *leaves: np.stack(leaves), *sums))
-    of_fold = max(1, processes // FOLDS)
+    if processes == 1:
+        return [of_process(each, 0) for each in sums]
+    of_fold = [part(processes, FOLDS, fold) for fold in range(FOLDS)]
     return [
-        pairwise_sum(
-            jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf[at]), parts)
-            for at in range(of_fold * fold, of_fold * (fold + 1))
-        )
-        for fold in range(FOLDS)
+        pairwise_sum(of_process(sums[0], source) for source in sources)
+        for sources in of_fold
     ]
 
 
@@ -241,9 +239,11 @@ class _Insertion:
             self.particle_set.config.operators, self.rotations.dtype
         )
         fixed = (mesh, self.particle_set.insertion, self.view, operators, self.side)
-        empty = Sums.zero(self.side, self.weights.dtype)
-        blank = jax.tree.map(lambda leaf: np.tile(leaf, (mesh.size, 1, 1)), empty)
-        totals = jax.device_put(blank, apart)
+        blank = (
+            np.zeros((mesh.size * side, side, side), self.weights.dtype)
+            for side in Sums.sides(self.side)
+        )
+        totals = Sums(*(jax.device_put(each, apart) for each in blank))
         for taken in zip_longest(*lanes, fillvalue=_NOTHING):
             batch = jax.device_put(self._read(taken), apart)
             # A batch is read while the one before is computed.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxrefine._arrays import on_device
 from jaxrefine._types import Volume
 from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
@@ -104,7 +105,9 @@ def make_particle_set(
     """
     if indices is None:
         indices = np.arange(len(particles))
-    particles, poses = particles.take(indices), poses.take(indices)
+    particles = particles.take(indices)
+    # Chosen on the host: JAX would compile programs for it.
+    poses = jax.tree.map(lambda leaf: on_device(np.asarray(leaf)[indices]), poses)
     prior = priors_about(
         poses,
         config.angle_spread,
