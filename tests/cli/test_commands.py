@@ -17,6 +17,7 @@ from jaxrefine.runs.fingerprint import fingerprint
 # Where files are written or looked for, and how much is computed at once. An option
 # that joins these must not change the results.
 NO_INFLUENCE = {"out", "json", "png", "datadir", "batch_size", "devices", "memory"}
+NO_INFLUENCE |= {"coordinator", "processes", "process"}
 
 EVERY = [
     pytest.param(command, option, id=f"{command.name} {option.flag}")

@@ -363,7 +363,7 @@ def test_many_columns_are_read_in_linear_time(path):
     path.write_text(f"data_\nloop_\n{labels}\n{row}\n{row}\n")
     begin = time.process_time()
     (table,) = read_star(path).values()
-    assert time.process_time() - begin < 10
+    assert time.process_time() - begin < 25
     assert len(table) == count and set(map(tuple, table.values())) == {("1", "1")}
 
 
