@@ -4,11 +4,14 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
 from jaxrefine import io
+from jaxrefine.cli.commands.reconstruct import ReconstructSettings
+from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.cli.commands.shared import CryosparcSettings, ImageSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import Masked, Normalised, Resampled
@@ -16,6 +19,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.columns import particle_table
 from jaxrefine.io.fields import called, is_cs, lack_of
 from jaxrefine.refinement.sets import FEWEST, deal, divided, is_dominated
+from jaxrefine.runs.fingerprint import file_digest, fingerprint, stacks_digest
 
 _UNEQUAL = 1.1  # ratio of the sizes of half sets from which it is told
 _TUBES, _TUBE = "helical tubes", "rlnHelicalTubeID"  # what rows may share; its column
@@ -175,6 +179,28 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
             f"{source.path}: {', '.join(source.ignored)} {verb} ignored",
             file=sys.stderr,
         )
+
+
+def identity(
+    settings: RefineSettings | ReconstructSettings, source: io.ParticleFile
+) -> dict[str, Any]:
+    """Return all that the results of a command depend on, as JSON can hold it.
+
+    Parameters
+    ----------
+    settings
+        The options of the command.
+    source
+        The particles that they name.
+    """
+    stacks = list(source.stacks.values())
+    found = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
+    used = [path for path, groups in source.joined.items() if groups]
+    if settings.cryosparc.passthrough is None and used:
+        # One that was found counts as if it was given.
+        digests = [file_digest(path) for path in used]
+        found["passthrough"] = digests[0] if len(digests) == 1 else digests
+    return found
 
 
 def half_sets(

@@ -185,7 +185,9 @@ def usable(
     # Process 0 looks at the images, and tells the others what it has found.
     words = ""
     if jax.process_index() == 0:
-        found = None if folder is None else _kept(folder, count)
+        found = None
+        if folder is not None:
+            found = Findings.of_json(folder.kept(_KEPT_AS), count)
         if found is None:
             found = _examine(source, settings)
             if folder is not None:
@@ -230,11 +232,6 @@ def usable(
         check_sizes(source, subsets[~left_out], " that can be used")
     hot = np.array(found.hot, int)
     return Usable(count, np.flatnonzero(~left_out), hot, found.hot_limit)
-
-
-def _kept(folder: RunFolder | NoFolder, count: int) -> Findings | None:
-    """Return what was found before, if a run remembers it."""
-    return Findings.of_json(folder.kept(_KEPT_AS), count)
 
 
 def _some(reasons: list[str], most: int) -> str:

@@ -19,12 +19,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
-from jaxrefine.runs.fingerprint import (
-    file_digest,
-    fingerprint,
-    stacks_digest,
-    times_digest,
-)
+from jaxrefine.runs.fingerprint import times_digest
 from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
 
@@ -53,15 +48,16 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             f"{settings.preset} in {jax.process_count()}"
         )
     inputs = _read(settings, diameter_used=not published)
-    identity = _identity(settings, inputs)
-    check_same(identity | provenance.environment()["versions"])
+    identity = _particles.identity(settings, inputs.source)
+    environment = provenance.environment()
+    check_same(identity | environment["versions"])
     if jax.process_index() > 0:
         _assist(settings, inputs, engine)
         return
     details: dict[str, Any] = {
         "command": options.command_line("refine", settings),
         "options": options.as_json(settings),
-        **provenance.environment(),
+        **environment,
     }
     stacks = list(inputs.source.stacks.values())
     with RunFolder(settings.out, "run.json", identity, details=details) as folder:
@@ -108,18 +104,6 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         folder.finish({**outcome.report, **usage})
         wait_for_first()
     print(_summary(settings.out, report))
-
-
-def _identity(settings: RefineSettings, inputs: Inputs) -> dict[str, Any]:
-    """Return all that the results depend on, as JSON can hold it."""
-    stacks = list(inputs.source.stacks.values())
-    identity = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
-    used = [path for path, groups in inputs.source.joined.items() if groups]
-    if settings.cryosparc.passthrough is None and used:
-        # One that was found counts as if it was given.
-        digests = [file_digest(path) for path in used]
-        identity["passthrough"] = digests[0] if len(digests) == 1 else digests
-    return identity
 
 
 def _assist(settings: RefineSettings, inputs: Inputs, engine: Engine) -> None:

@@ -146,10 +146,8 @@ def sum_up(
     )
     # One process makes the sums of both folds, several make parts of one fold each.
     sums = insertion.sums(own, max(1, FOLDS // processes))
-    if jax.process_count() == 1:
-        return sums
     if processes == 1:
-        return [of_process(each, 0) for each in sums]
+        return sums
     of_fold = [part(processes, FOLDS, fold) for fold in range(FOLDS)]
     return [
         pairwise_sum(of_process(sums[0], source) for source in sources)

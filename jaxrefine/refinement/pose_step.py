@@ -83,7 +83,7 @@ def update_poses(
     """
     config, tuning = particle_set.config, particle_set.config.tuning
     size = particle_set.particles.image_size
-    weights = np.exp(np.asarray(state.hypotheses.log_weights))
+    weights = np.asarray(state.hypotheses.weights)
     after_multi_start = iteration > config.last_multi_start
     undecided = weights[:, 0] < tuning.decided
     searched = undecided if after_multi_start else np.ones(len(particle_set), bool)
