@@ -19,7 +19,7 @@ from jaxrefine.io import (
 )
 
 ROUNDS, M, COUNT = 120, 6, 4
-MANY = int(os.environ.get("JAXREFINE_FUZZ_ROUNDS", "2000"))  # of the slow test
+MANY = int(os.environ.get("JAXREFINE_FUZZ_ROUNDS", "400"))  # of the slow test
 
 STAR = """
 # version 30001
