@@ -12,15 +12,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import resolution_in_angstroms
+from jaxrefine.maps.postprocess import Curve, Postprocessed
+from jaxrefine.operators.resample import resample
 
 Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
 """Maps by name."""
@@ -44,6 +48,12 @@ TEXT_SIZE = 11
 _DPI = 120
 _CHARACTERS_PER_INCH = 12
 _BINS = 50
+_LEVELS = 256  # of the histogram that the level of a surface is chosen in
+_SPECK = 0.02  # of the largest component of a surface: smaller ones are not shown
+_SIDE = 200  # rays of a surface along either side
+_SURFACE = LinearSegmentedColormap.from_list(
+    "surface", [(0, "#0b1a2b"), (0.45, "#3f6f9f"), (0.9, "#dce9f5"), (1, "white")]
+)
 
 
 def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
@@ -101,6 +111,16 @@ def fsc_curves(
     draw_fsc(axes, curves, _styles(), n, voxel_size_in_angstroms)
     _add_legend(axes)
     save(figure, path)
+
+
+def half_map_curves(result: Postprocessed) -> dict[str, Curve]:
+    """Return the correlations of post-processed half maps, by the names in pictures."""
+    return {
+        "corrected": result.fsc_true,
+        "masked": result.fsc_masked,
+        "phases randomised": result.fsc_randomised,
+        "unmasked": result.fsc_unmasked,
+    }
 
 
 def draw_fsc(
@@ -303,14 +323,96 @@ def show_picture(
     return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)
 
 
+def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
+    """Draw the surfaces of maps from three sides, one row for each map.
+
+    The first map's surface is at `surface_level`, and the others' hold as many voxels.
+    Specks, of less than a fiftieth of the largest component, are left out. The viewer
+    looks along y, x and z.
+    """
+    maps = {name: np.asarray(volume) for name, volume in volumes.items()}
+    first = next(iter(maps.values()))
+    share = float(np.mean(first >= surface_level(first)))
+    figure = captioned_figure(7.6, 2.6 * len(maps) + 0.5, caption)
+    grid = figure.subplots(len(maps), 3, squeeze=False)
+    for place, axes in enumerate(grid[0]):
+        right, up = "xzy"[place], "zyx"[place]
+        axes.set_title(f"{right} →, {up} ↑", size=TEXT_SIZE)
+    for axes_row, (name, volume) in zip(grid, maps.items(), strict=True):
+        level = float(np.quantile(volume, 1 - share))
+        fine = _around(volume, level)
+        for place, axes in enumerate(axes_row):
+            # A cyclic permutation of the axes is a rotation: it keeps the hand.
+            turned = np.transpose(fine, [(place + axis) % 3 for axis in range(3)])
+            axes.imshow(
+                isosurface(turned, level, 1),
+                cmap=_SURFACE,
+                origin="lower",
+                vmin=0,
+                vmax=1,
+                interpolation="antialiased",
+            )
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        axes_row[0].set_ylabel(
+            _drawable(name), size=TEXT_SIZE, fontweight="bold", parse_math=False
+        )
+    save(figure, path)
+
+
+def surface_level(volume: Float[np.ndarray, "n n n"]) -> float:
+    """Return the density that best divides a map's voxels into two classes.
+
+    The variance between the classes is the largest (Otsu, IEEE Trans. Syst. Man Cybern.
+    9, 1979).
+    """
+    count, edges = np.histogram(volume, _LEVELS)
+    middle = (edges[1:] + edges[:-1]) / 2
+    below, sums = np.cumsum(count)[:-1], np.cumsum(count * middle)[:-1]
+    total = float(count @ middle)
+    above = volume.size - below
+    between = (volume.size * sums - below * total) ** 2 / (below * above)
+    return float(edges[1 + np.argmax(between)])
+
+
+def _around(
+    volume: Float[np.ndarray, "n n n"], level: float
+) -> Float[np.ndarray, "m m m"]:
+    """Sample the cube about the origin that holds the particle, finely.
+
+    What reaches the level apart from the particle is removed.
+    """
+    n = len(volume)
+    places = np.argwhere(_is_particle(volume, level)) - n // 2
+    half = min(int(np.abs(places).max(initial=1)) + 2, n // 2)
+    fine = resample(jnp.asarray(volume), 1.0, _SIDE, 2 * half / _SIDE)
+    fine = np.asarray(fine)
+    is_shown = (fine < level) | _is_particle(fine, level)
+    return np.where(is_shown, fine, fine.min())
+
+
+def _is_particle(
+    volume: Float[np.ndarray, "n n n"], level: float
+) -> Bool[np.ndarray, "n n n"]:
+    """Return which voxels reach a level, but for small components of these."""
+    from scipy import ndimage  # slow to import
+
+    labelled: Any = ndimage.label(volume >= level)
+    sizes = np.bincount(labelled[0].ravel())
+    is_large = sizes >= _SPECK * sizes[1:].max(initial=0)
+    is_large[0] = False
+    return is_large[labelled[0]]
+
+
 def isosurface(
-    volume: Float[Array | np.ndarray, "n n n"], level: float
+    volume: Float[Array | np.ndarray, "n n n"], level: float, upsampling: int = 3
 ) -> Float[np.ndarray, "m m"]:
     """Render the isosurface of a map, as seen along +y.
 
-    The map is upsampled three times by cubic splines, so ``m = 3 n - 2``. The surface
-    scatters the light of a lamp at the upper left behind the viewer, and a soft light
-    from the front; points that are farther away are darker.
+    The map is upsampled by cubic splines, three times by default, so
+    ``m = upsampling (n - 1) + 1``. The surface scatters the light of a lamp at the
+    upper left behind the viewer, and a soft light from the front; points that are
+    farther away are darker.
 
     Returns
     -------
@@ -318,7 +420,7 @@ def isosurface(
         Brightness indexed ``[z, x]``: up to 0.9 on the surface, and 1 in the
         background.
     """
-    hit, depth, normals = find_surface(volume, level)
+    hit, depth, normals = find_surface(volume, level, upsampling)
     lamp = np.clip(_TOWARDS_LAMP @ normals, 0, None)
     front = np.clip(-normals[1], 0, None)
     fog = 1 - 0.5 * depth / len(volume)
@@ -327,12 +429,11 @@ def isosurface(
     return image
 
 
-_UPSAMPLING = 3
 _TOWARDS_LAMP = np.array([-1.0, -2.0, 1.5]) / 7.25**0.5  # (x, y, z), a unit vector
 
 
 def find_surface(
-    volume: Float[Array | np.ndarray, "n n n"], level: float
+    volume: Float[Array | np.ndarray, "n n n"], level: float, upsampling: int = 3
 ) -> tuple[
     Bool[np.ndarray, "m m"],
     Float[np.ndarray, " points"],
@@ -343,7 +444,8 @@ def find_surface(
     Returns
     -------
     hit
-        Which rays, indexed ``[z, x]``, reach it; there are three rays per voxel.
+        Which rays, indexed ``[z, x]``, reach it; there are `upsampling` of them per
+        voxel.
     depth
         Coordinate y of each point in voxels, interpolated linearly between samples.
     normals
@@ -353,8 +455,9 @@ def find_surface(
     from scipy import ndimage  # slow to import
 
     n = len(volume)
-    factor = (_UPSAMPLING * (n - 1) + 1) / n
-    fine = np.asarray(ndimage.zoom(np.moveaxis(np.asarray(volume), 1, 0), factor))
+    fine = np.moveaxis(np.asarray(volume), 1, 0)
+    if upsampling > 1:
+        fine = np.asarray(ndimage.zoom(fine, (upsampling * (n - 1) + 1) / n))
     inside = fine >= level
     hit = np.asarray(inside.any(axis=0))
     z, x = np.nonzero(hit)
@@ -363,11 +466,13 @@ def find_surface(
     rise = density - fine[np.maximum(first - 1, 0), z, x]
     back = np.divide(density - level, rise, out=np.zeros_like(rise), where=rise > 0)
     points = np.stack([first - back, z, x])
-    slopes = np.stack(
+    ahead, behind = (
         [
-            ndimage.map_coordinates(np.gradient(fine, axis=axis), points, order=1)
-            for axis in (2, 0, 1)
+            ndimage.map_coordinates(fine, moved, order=1, mode="nearest")
+            for moved in points + sign * np.eye(3)[[2, 0, 1], :, None]
         ]
+        for sign in (0.5, -0.5)
     )
+    slopes = np.subtract(ahead, behind)
     steepness = np.linalg.norm(slopes, axis=0)
-    return hit, points[0] / _UPSAMPLING, -slopes / np.where(steepness, steepness, 1)
+    return hit, points[0] / upsampling, -slopes / np.where(steepness, steepness, 1)
