@@ -15,11 +15,7 @@ from xml.etree.ElementTree import Element, indent, tostring
 
 import numpy as np
 from jaxtyping import Bool, Float
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.geometry import Poses
@@ -31,10 +27,8 @@ from jaxrefine.report import plots
 Row = Mapping[str, Any]
 """Numbers, lists of numbers or None, by name."""
 
-_PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
 _CYCLES = "cycles per box"
 _INCHES, _DPI = (5.4, 3.6), 160
-_ROT_TICKS, _TILT_TICKS = range(-120, 121, 60), range(30, 180, 30)
 
 _HEADINGS = {
     "r_max": f"band limit ({_CYCLES})",
@@ -258,12 +252,11 @@ def _resolutions(report: Report) -> dict[str, str]:
     name, processed = f"Resolution, FSC {HALF_MAP_THRESHOLD}", report.postprocessed
     if report.half_set_fsc is None:
         return {name: "not measured (no half sets)"}
-    unmasked = _resolution(report, report.half_set_fsc)
     if processed is None:
-        return {name: unmasked}
+        return {name: _resolution(report, report.half_set_fsc)}
     figures = {
         name: _resolution(report, processed.fsc_true),
-        "Resolution without a mask": unmasked,
+        "Resolution without a mask": _resolution(report, processed.fsc_unmasked),
     }
     if processed.b_factor_in_square_angstroms is not None:
         figures["B factor"] = f"{processed.b_factor_in_square_angstroms:.1f} Å²"
@@ -376,8 +369,9 @@ def _pose_pictures(report: Report) -> Iterator[Element]:
         "angle.",
         f"Map of the viewing directions (rot, tilt) of {determined.sum()} particles: "
         "their density relative to a uniform distribution.",
-        _draw_views,
+        plots.view_directions,
         np.asarray(report.poses.rotations)[determined, 2],
+        "",
     )
     for values, quantity, unit in (
         (report.angle_change_in_degrees, "change of orientation", "degrees"),
@@ -455,75 +449,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return str(value)
-
-
-def _draw_views(path: Path, directions: Float[np.ndarray, "particles 3"]) -> None:
-    """Draw the density of unit vectors over the sphere, in Mollweide's projection."""
-    rows, longitudes, density = _view_density(directions)
-    figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot(projection="mollweide")
-    shades = colormaps["viridis"]
-    scale = Normalize(0, density.max())
-    for (low, high), (left, right), value in zip(
-        rows, longitudes, density, strict=True
-    ):
-        outline = _outline((low, high), (left, right))
-        axes.fill(*outline, color=shades(scale(value)), lw=0.2)
-    axes.set_xticks(np.deg2rad(_ROT_TICKS), [f"{rot}°" for rot in _ROT_TICKS])
-    axes.set_yticks(
-        np.deg2rad([90 - tilt for tilt in _TILT_TICKS]),
-        [f"{tilt}°" for tilt in _TILT_TICKS],
-    )
-    axes.tick_params(labelsize=plots.TEXT_SIZE - 2)
-    for label in axes.get_xticklabels():  # These are within the map.
-        label.set(color="white", path_effects=[withStroke(linewidth=2.5)])
-    axes.grid(color="white", alpha=0.3, lw=0.6)
-    axes.set(xlabel="rot", ylabel="tilt")
-    bar = figure.colorbar(ScalarMappable(scale, shades), ax=axes, shrink=0.75)
-    bar.set_label("density relative to uniform")
-    plots.save(figure, path)
-
-
-def _outline(
-    heights: tuple[float, float], longitudes: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the longitudes and latitudes along the border of a cell."""
-    low, high = np.arcsin(heights)
-    along, upwards = np.linspace(*longitudes, 20), np.linspace(low, high, 20)
-    longitude = [along, 0 * upwards + along[-1], along[::-1], 0 * upwards + along[0]]
-    latitude = [0 * along + low, upwards, 0 * along + high, upwards[::-1]]
-    return np.concatenate(longitude), np.concatenate(latitude)
-
-
-def _view_density(
-    directions: Float[np.ndarray, "particles 3"],
-) -> tuple[
-    Float[np.ndarray, "cells 2"],
-    Float[np.ndarray, "cells 2"],
-    Float[np.ndarray, " cells"],
-]:
-    """Return the density of directions in cells of equal area, and the cells.
-
-    A cell is an interval of heights z and one of longitudes; the mean density is 1. The
-    cells lie in rows of nearly equal height on the sphere, with as many cells in each
-    as make them nearly square. Their areas are equal if the heights are divided as the
-    numbers of cells are (Archimedes).
-    """
-    x, y, z = np.asarray(directions, np.float64).T
-    count = int(np.clip(np.sqrt(np.pi / 4 * len(x) / _PER_CELL), 4, 24))
-    tilts = (np.arange(count) + 0.5) * np.pi / count
-    sizes = np.maximum(np.rint(2 * count * np.sin(tilts)).astype(int), 3)
-    first = np.append(0, np.cumsum(sizes))  # cell of each row
-    edges = 1 - 2 * first / first[-1]
-    row = np.searchsorted(-edges[1:-1], -z)
-    turn = (np.arctan2(y, x) + np.pi) / (2 * np.pi)
-    column = np.minimum((turn * sizes[row]).astype(int), sizes[row] - 1)
-    counts = np.bincount(first[row] + column, minlength=first[-1])
-    heights = np.repeat(np.stack([edges[1:], edges[:-1]], axis=1), sizes, axis=0)
-    starts = np.concatenate([np.arange(size) / size for size in sizes])
-    ends = starts + np.repeat(1 / sizes, sizes)
-    longitudes = 2 * np.pi * np.stack([starts, ends], axis=1) - np.pi
-    return heights, longitudes, counts / counts.mean()
 
 
 def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> None:

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.io.atomic import atomic_path
@@ -48,6 +50,7 @@ TEXT_SIZE = 11
 _DPI = 120
 _CHARACTERS_PER_INCH = 12
 _BINS = 50
+_PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
 _LEVELS = 256  # of the histogram that the level of a surface is chosen in
 _SPECK = 0.02  # of the largest component of a surface: smaller ones are not shown
 _SIDE = 200  # rays of a surface along either side
@@ -205,6 +208,91 @@ def error_histograms(
     label_axes(axes, unit_label + beyond, "density of particles")
     _add_legend(axes)
     save(figure, path)
+
+
+def view_directions(
+    path: str | Path, directions: Float[np.ndarray, "particles 3"], caption: str
+) -> None:
+    """Draw the density of directions (unit vectors), in Mollweide's projection.
+
+    Areas on the map are in proportion to solid angles. The density is `view_density`.
+    """
+    density, heights, longitudes = view_density(directions)
+    cells = zip(heights, longitudes, strict=True)
+    figure = captioned_figure(7.2, 4.2, caption)
+    axes: Any = figure.add_subplot(projection="mollweide")
+    mesh = PolyCollection(
+        [_outline(*cell) for cell in cells], array=density, edgecolors="face", lw=0.3
+    )
+    mesh.set_clim(0, density.max())
+    axes.add_collection(mesh, autolim=False)
+    rots, tilts = range(-120, 121, 60), range(30, 180, 30)
+    axes.set_xticks(np.deg2rad(rots), [f"{rot}°" for rot in rots])
+    axes.set_yticks(np.pi / 2 - np.deg2rad(tilts), [f"{tilt}°" for tilt in tilts])
+    axes.tick_params(labelsize=TEXT_SIZE - 2)
+    for label in axes.get_xticklabels():  # These are within the map.
+        label.set(color="white", path_effects=[withStroke(linewidth=2, foreground="k")])
+    axes.grid(color="white", alpha=0.3, lw=0.6)
+    axes.set_xlabel("rot", size=TEXT_SIZE)
+    axes.set_ylabel("tilt", size=TEXT_SIZE)
+    bar = figure.colorbar(mesh, shrink=0.8)
+    bar.set_label("density relative to uniform", size=TEXT_SIZE)
+    bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
+    save(figure, path)
+
+
+def _outline(
+    heights: Float[np.ndarray, "2"], longitudes: Float[np.ndarray, "2"]
+) -> Float[np.ndarray, "points 2"]:
+    """Return the longitudes and latitudes along the border of a cell."""
+    along, up = np.linspace(*longitudes, 20), np.linspace(*np.arcsin(heights), 20)
+    low, left = np.full_like(along, up[0]), np.full_like(up, along[0])
+    high, right = np.full_like(along, up[-1]), np.full_like(up, along[-1])
+    longitude = np.concatenate([along, right, along[::-1], left])
+    return np.stack([longitude, np.concatenate([low, up, high, up[::-1]])], axis=1)
+
+
+def view_density(
+    directions: Float[np.ndarray, "particles 3"],
+) -> tuple[
+    Float[np.ndarray, " cells"],
+    Float[np.ndarray, "cells 2"],
+    Float[np.ndarray, "cells 2"],
+]:
+    """Count directions in cells of equal area, with at least 4 in each on average.
+
+    The cells lie in rows, which are nearly equally high on the sphere, with as many
+    cells in each as make them nearly square. As areas are in proportion to differences
+    of z (Archimedes), the rows divide the axis z as the numbers of their cells are.
+
+    Parameters
+    ----------
+    directions
+        Unit vectors ``(x, y, z)``.
+
+    Returns
+    -------
+    density
+        The number of directions in each cell, over the mean.
+    heights, longitudes
+        The interval of z, and that of the angle about z from x in radians, of each
+        cell.
+    """
+    x, y, z = np.asarray(directions, np.float64).T
+    count = int(np.clip(np.sqrt(np.pi / 4 * len(x) / _PER_CELL), 4, 24))
+    tilts = (np.arange(count) + 0.5) * np.pi / count
+    sizes = np.maximum(np.rint(2 * count * np.sin(tilts)).astype(int), 3)
+    first = np.append(0, np.cumsum(sizes))  # cell of each row
+    edges = 1 - 2 * first / first[-1]
+    row = np.searchsorted(-edges[1:-1], -z)
+    turn = (np.arctan2(y, x) + np.pi) / (2 * np.pi)
+    column = np.minimum((turn * sizes[row]).astype(int), sizes[row] - 1)
+    counts = np.bincount(first[row] + column, minlength=first[-1])
+    heights = np.repeat(np.stack([edges[1:], edges[:-1]], axis=1), sizes, axis=0)
+    starts = np.concatenate([np.arange(size) / size for size in sizes])
+    ends = starts + np.repeat(1 / sizes, sizes)
+    longitudes = 2 * np.pi * np.stack([starts, ends], axis=1) - np.pi
+    return counts / counts.mean(), heights, longitudes
 
 
 def convergence(
