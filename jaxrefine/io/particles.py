@@ -406,7 +406,7 @@ def _with_rows(
     """Return a table of these rows of another one, to be written."""
     blocks = dict(particle_file.blocks)
     name = particle_block(blocks, particle_file.path)
-    places = rows.tolist()
+    places, group = rows.tolist(), particle_file.optics_group
     blocks[name] = {
         column: [texts[row] for row in places] for column, texts in blocks[name].items()
     }
@@ -416,6 +416,7 @@ def _with_rows(
         particles=particle_file.particles.take(rows),
         poses=particle_file.poses.take(rows),
         pixel_sizes=particle_file.pixel_sizes[rows],
+        optics_group=None if group is None else group[rows],
     )
 
 

@@ -38,8 +38,8 @@ def test_whole_voxels_are_moved_without_an_error(n):
 
 @pytest.mark.parametrize("n", [N, N + 1])
 def test_parts_of_voxels_are_moved_as_smooth_maps_are_known_to(n):
-    moved = centre.translated(gaussian(n, (0.2, 0, -1), 1.5), jnp.asarray(PLACE))
-    expected = gaussian(n, PLACE + (0.2, 0, -1), 1.5)
+    moved = centre.translated(gaussian(n, (0.2, 0, -1), 1.8), jnp.asarray(PLACE))
+    expected = gaussian(n, PLACE + (0.2, 0, -1), 1.8)
     np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_the_centre_stays_on_the_axes_of_the_symmetry(group, kept):
     operators = symmetry.operators(group)
     found = centre.particle_centre(mask, 2.0, mask, operators)
     np.testing.assert_allclose(found, PLACE * kept, atol=1e-6)
-    np.testing.assert_allclose(operators @ found, found[None].repeat(len(operators), 0))
+    np.testing.assert_allclose(operators @ found - found, 0, atol=1e-12)
 
 
 def test_a_mask_that_has_moved_is_a_mask():

@@ -115,10 +115,18 @@ def processed(rng):
     report = default(rng)
     volume, curve = jnp.asarray(report.volume), np.linspace(1, 0, N // 2 + 1)
     result = Postprocessed(
-        volume, volume, jnp.ones_like(volume), curve, curve**0.8, curve**4, curve**0.5,
-        **{"randomised_from": 5, "resolution_in_angstroms": 9.0},
-        **{"b_factor_in_square_angstroms": -87.0, "not_sharpened_because": None},
-    )  # fmt: skip
+        volume=volume,
+        masked_volume=volume,
+        mask=jnp.ones_like(volume),
+        fsc_unmasked=curve**2,
+        fsc_masked=curve**0.9,
+        fsc_randomised=curve**4,
+        fsc_true=curve,
+        randomised_from=5,
+        resolution_in_angstroms=9.0,
+        b_factor_in_square_angstroms=-87.0,
+        not_sharpened_because=None,
+    )
     return replace(report, postprocessed=result, mask_is_given=True)
 
 
@@ -203,7 +211,7 @@ def test_headline_figures(pages):
 
 
 def test_the_resolution_is_that_with_the_mask_and_each_curve_is_named(pages):
-    """The line from 1 to 0 is the corrected curve, and its root the unmasked one."""
+    """The line from 1 to 0 is the corrected curve, and its square the unmasked one."""
     figures, page = pages["processed"].figures(), pages["processed"]
     corrected, unmasked = (160 / (32 * (1 - x)) for x in (0.143, 0.143**2))
     assert figures["Resolution, FSC 0.143"] == f"{corrected:.2f} Å"
