@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import resolution_in_angstroms
 from jaxrefine.maps.postprocess import Curve, Postprocessed
+from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.resample import resample
 
 Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
@@ -245,7 +246,9 @@ def _outline(
     heights: Float[np.ndarray, "2"], longitudes: Float[np.ndarray, "2"]
 ) -> Float[np.ndarray, "points 2"]:
     """Return the longitudes and latitudes along the border of a cell."""
-    along, up = np.linspace(*longitudes, 20), np.linspace(*np.arcsin(heights), 20)
+    latitudes = np.arcsin(heights)
+    along = np.linspace(longitudes[0], longitudes[1], 20)
+    up = np.linspace(latitudes[0], latitudes[1], 20)
     low, left = np.full_like(along, up[0]), np.full_like(up, along[0])
     high, right = np.full_like(along, up[-1]), np.full_like(up, along[-1])
     longitude = np.concatenate([along, right, along[::-1], left])
@@ -418,7 +421,10 @@ def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
     Specks, of less than a fiftieth of the largest component, are left out. The viewer
     looks along y, x and z.
     """
-    maps = {name: np.asarray(volume) for name, volume in volumes.items()}
+    maps = {
+        name: np.asarray(at_unit_scale(jnp.asarray(volume)))
+        for name, volume in volumes.items()
+    }
     first = next(iter(maps.values()))
     share = float(np.mean(first >= surface_level(first)))
     figure = captioned_figure(7.6, 2.6 * len(maps) + 0.5, caption)
