@@ -23,8 +23,10 @@ def check_recentring(settings: RefineSettings) -> None:
     InputError
         If two axes of the group meet in it.
     """
+    if not settings.recentre:
+        return
     kept = operators(settings.symmetry).mean(axis=0)  # projects on the common axis
-    if settings.recentre and np.allclose(kept, 0, atol=1e-6):
+    if np.allclose(kept, 0, atol=1e-6):
         raise InputError(
             "--recentre must be given with a symmetry that leaves the origin free "
             f"along an axis, such as C1 or C4, got {settings.symmetry}"
@@ -39,18 +41,18 @@ def recentred(
     Returns
     -------
     The inputs, with a mask that has moved, and the outcome, whose report says by how
-    much the origin has moved: ``recentred_by_in_voxels``.
-
-    Raises
-    ------
-    InputError
-        If the map has no centre of mass.
+    much the origin has moved (``recentred_by_in_voxels``). If the map has no centre of
+    mass both are as they were, and the report says why (``not_recentred_because``).
     """
     particles, mask = inputs.source.particles, inputs.mask
     pixel = particles.pixel_size_in_angstroms
-    place = centre.particle_centre(
-        jnp.asarray(outcome.volume), pixel, mask, operators(settings.symmetry)
-    )
+    try:
+        place = centre.particle_centre(
+            jnp.asarray(outcome.volume), pixel, mask, operators(settings.symmetry)
+        )
+    except InputError as error:
+        told = outcome.report | {"not_recentred_because": str(error)}
+        return inputs, replace(outcome, report=told)
 
     def moved(volume: np.ndarray) -> np.ndarray:
         array = jnp.asarray(volume)

@@ -243,10 +243,12 @@ def _summary(
     if report.left_out:
         text += f"; {report.left_out} were left out"
     lines = [text]
-    centre = outcome.report.get("recentred_by_in_voxels")
-    if centre is not None:
-        place = ", ".join(f"{each:.2f}" for each in centre)
+    told = outcome.report
+    if "recentred_by_in_voxels" in told:
+        place = ", ".join(f"{each:.2f}" for each in told["recentred_by_in_voxels"])
         lines.append(f"the origin has moved to ({place}), x, y, z in voxels")
+    if "not_recentred_because" in told:
+        lines.append(f"the origin was not moved: {told['not_recentred_because']}")
     if isinstance(processed, Postprocessed):
         lines += _postprocessed.lines(processed, report.pixel_size_in_angstroms)
     elif processed is not None:

@@ -414,7 +414,7 @@ def test_a_refinement_that_is_recentred_gives_the_same_images(
 
     The tables differ by the same motion, also of a particle that is undetermined.
     """
-    place = np.array([1.5, -1.0, 2.2])
+    place = np.array([1.5, -1.0, 0.4])  # the stand-in turns half2.mrc upside down
     z, y, x = np.mgrid[-8:8, -8:8, -8:8]
     away = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2
     write_mrc(data / "init.mrc", np.exp(-away / 4), PIXEL)
@@ -471,6 +471,27 @@ def test_a_refinement_that_is_recentred_gives_the_same_images(
 def test_an_origin_that_cannot_move_is_a_sentence(data, refine, options, words):
     refine(*command(data, "--recentre", *options)).assert_refused(words)
     assert not (data / "out").exists()
+
+
+def test_a_map_without_a_centre_stays_where_it_is(data, run, stand_in):
+    """Poses and map are written, and a sentence says why the origin has not moved."""
+    engine = stand_in.refine
+
+    def empty(*words, **further):
+        result = engine(*words, **further)
+        result.volume = 0 * result.volume
+        return result
+
+    implementation = partial(cli_refine.run, engine=Engine(stand_in.init, empty))
+    words = command(data, "--recentre", "--iterations", 1)
+    done = run(*words, commands=[replace(REFINE, run=implementation)])
+    assert done.code == 0
+    assert "the origin was not moved: the map that a mask is made from" in done.out
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["finished"] and "not_recentred_because" in report
+    given, written = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + STEP
+    np.testing.assert_allclose(written.poses.shifts, expected, atol=1e-5)
 
 
 # --- resuming

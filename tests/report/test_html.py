@@ -213,13 +213,12 @@ def test_headline_figures(pages):
 def test_the_resolution_is_that_with_the_mask_and_each_curve_is_named(pages):
     """The line from 1 to 0 is the corrected curve, and its square the unmasked one."""
     figures, page = pages["processed"].figures(), pages["processed"]
-    corrected, unmasked = (160 / (32 * (1 - x)) for x in (0.143, 0.143**2))
+    corrected = 160 / (32 * (1 - 0.143))
     assert figures["Resolution, FSC 0.143"] == f"{corrected:.2f} Å"
-    assert (
-        figures["Resolution without a mask"] == f"{160 / (N // 2 - 1):.2f} Å or better"
-    )
-    assert figures["B factor"] == "-87.6 Å²"
-    assert unmasked < 160 / (N // 2 - 1)
+    before, after = (13 / 32) ** 2, (12 / 32) ** 2  # at the shells 19 and 20
+    unmasked = 160 / (19 + (before - 0.143) / (before - after))
+    assert figures["Resolution without a mask"] == f"{unmasked:.2f} Å"
+    assert figures["B factor"] == "-87.0 Å²"
     (caption,) = (text for text in page.all("figcaption") if "Chen et al." in text)
     for words in (
         "Unmasked: of these maps as they are.",
