@@ -427,7 +427,7 @@ def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
     }
     first = next(iter(maps.values()))
     share = float(np.mean(first >= surface_level(first)))
-    figure = captioned_figure(7.6, 2.6 * len(maps) + 0.5, caption)
+    figure = captioned_figure(7.6, 2.45 * len(maps) + 0.4, caption)
     grid = figure.subplots(len(maps), 3, squeeze=False)
     for place, axes in enumerate(grid[0]):
         right, up = "xzy"[place], "zyx"[place]
