@@ -458,7 +458,7 @@ def surface_level(volume: Float[np.ndarray, "n n n"]) -> float:
     """Return the density that best divides a map's voxels into two classes.
 
     The variance between the classes is the largest (Otsu, IEEE Trans. Syst. Man Cybern.
-    9, 1979).
+    9, 1979); in the middle of a gap, if there is one.
     """
     count, edges = np.histogram(volume, _LEVELS)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -466,7 +466,8 @@ def surface_level(volume: Float[np.ndarray, "n n n"]) -> float:
     total = float(count @ middle)
     above = volume.size - below
     between = (volume.size * sums - below * total) ** 2 / (below * above)
-    return float(edges[1 + np.argmax(between)])
+    best = 1 + np.flatnonzero(np.isclose(between, between.max(), rtol=1e-9, atol=0))
+    return float(edges[best[0]] + edges[best[-1]]) / 2
 
 
 def _around(

@@ -250,28 +250,45 @@ def test_the_level_of_a_surface_divides_the_voxels():
     ]
     best = 1 + int(np.argmax(between))
     assert ranked[best - 1] < level < ranked[best]
+    assert plots.surface_level(np.where(values > 2, 3.0, 1.0)) == pytest.approx(2, 0.01)
 
 
-def test_specks_are_not_drawn(tmp_path, monkeypatch):
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """Where the three views of a map show something; indices grow right and upwards."""
+
+    def render(volume):
+        shown, isosurface = [], plots.isosurface
+
+        def record(*words):
+            shown.append(isosurface(*words))
+            return shown[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "isosurface", record)
+            plots.surfaces(tmp_path / "a.png", {"map": volume}, "")
+        return [image < 1 for image in shown]
+
+    return render
+
+
+def test_surfaces_are_seen_as_their_titles_say(rendered):
+    """x, z; z, y; y, x: to the right and upwards, each of them right-handed."""
+    place = np.array([5, -3, 1])  # (x, y, z)
+    views = rendered(np.exp(ball(0.0, shift=place) / 4))
+    for view, axes in zip(views, ([0, 2], [2, 1], [1, 0]), strict=True):
+        middle = np.argwhere(view).mean(axis=0)[::-1] - len(view) // 2
+        scale = np.abs(middle).max() / np.abs(place[axes]).max()
+        np.testing.assert_allclose(middle / scale, place[axes], atol=0.2)
+
+
+def test_specks_are_not_drawn(rendered):
     """A second, small ball is, which is more than a fiftieth of the first."""
-    shown, isosurface = [], plots.isosurface
-
-    def record(volume, level, upsampling):
-        shown.append(isosurface(volume, level, upsampling))
-        return shown[-1]
-
-    monkeypatch.setattr(plots, "isosurface", record)
     large = np.where(ball(5.0, shift=(-3, 0, 0)) > 0, 1.0, 0.0)
     small = np.where(ball(2.0, shift=(6, 0, 0)) > 0, 1.0, 0.0)
-    for others in (0 * small, small):
-        volume = large + others
-        volume[14, 15, 16] = 1.0
-        plots.surfaces(tmp_path / "a.png", {"map": volume}, "")
-    # As seen along y, with x to the right and z upwards.
-    alone, both = (image < 1 for image in (shown[0], shown[3]))
     counts = []
-    for image in (alone, both):
-        labelled: Any = ndimage.label(image)
+    for volume in (large, large + small):
+        volume[14, 15, 16] = 1.0
+        labelled: Any = ndimage.label(rendered(volume)[0])
         counts.append(labelled[1])
     assert counts == [1, 2]
-    assert np.argwhere(both)[:, 1].mean() > np.argwhere(both)[:, 1].min()
