@@ -63,11 +63,8 @@ def read(
         with_ctf=not settings.no_ctf,
     )
     particles = source.particles
-    if with_poses and not source.has_poses:
-        lack = f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
-        if is_cs(path):
-            lack = lack_of("alignments3D", path, source.joined)
-        raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
+    if with_poses:
+        require_poses(source)
     _check_sign(source, settings)
     m = particles.image_size
     if m % 2:
@@ -90,6 +87,22 @@ def read(
             "--mask-images, without which it has no effect here, got none of them"
         )
     return _prepared(source, settings, with_poses)
+
+
+def require_poses(source: io.ParticleFile) -> None:
+    """Refuse particles without poses.
+
+    Raises
+    ------
+    InputError
+        If they have none.
+    """
+    if source.has_poses:
+        return
+    lack = f"{source.path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
+    if is_cs(source.path):
+        lack = lack_of("alignments3D", source.path, source.joined)
+    raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
 
 
 def _check_sign(source: io.ParticleFile, settings: ImageSettings) -> None:

@@ -10,13 +10,21 @@ import numpy as np
 
 from jaxrefine import io
 from jaxrefine._processes import check_same, of_first, wait_for_first
-from jaxrefine.cli import _maps, _particles, _production, _published
+from jaxrefine.cli import (
+    _ending,
+    _maps,
+    _particles,
+    _postprocessed,
+    _production,
+    _published,
+)
 from jaxrefine.cli._refinement import Inputs, Outcome
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
 from jaxrefine.runs.fingerprint import times_digest
@@ -47,6 +55,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             "--preset must be default in several processes, got "
             f"{settings.preset} in {jax.process_count()}"
         )
+    _ending.check_recentring(settings)
     inputs = _read(settings, diameter_used=not published)
     identity = _particles.identity(settings, inputs.source)
     environment = provenance.environment()
@@ -89,21 +98,27 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             outcome = refinement.run(folder, bars)
         changes = _changes(inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
+        if settings.recentre:
+            inputs, outcome = _ending.recentred(settings, inputs, outcome)
         _write(settings.out, inputs.source, outcome)
+        processed = _ending.postprocessed(settings, inputs, outcome)
+        if isinstance(processed, Postprocessed):
+            _write_processed(settings, inputs, processed)
         usage = provenance.usage(folder.history.elapsed_s)
         origin = {name: details[name] for name in ("command", "versions", "device")}
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
             settings=resolved,
             rows=folder.history.rows(),
-            **_results(inputs, outcome),
+            **_results(inputs, outcome, processed),
             **origin,
             **usage,
         )
         html.write(settings.out / "report.html", report)
-        folder.finish({**outcome.report, **usage})
+        told = _told_of(settings, processed)
+        folder.finish({**outcome.report, **told, **usage})
         wait_for_first()
-    print(_summary(settings.out, report))
+    print(_summary(settings.out, report, outcome, processed))
 
 
 def _assist(settings: RefineSettings, inputs: Inputs, engine: Engine) -> None:
@@ -167,7 +182,31 @@ def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
     io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
 
 
-def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+def _write_processed(
+    settings: RefineSettings, inputs: Inputs, processed: Postprocessed
+) -> None:
+    """Write what was made of the half maps."""
+    pixel = inputs.source.particles.pixel_size_in_angstroms
+    caption = f"Half maps of {settings.out}, "
+    caption += _postprocessed.mask_in_words(settings.mask)
+    _postprocessed.write(settings.out, processed, pixel, caption)
+
+
+def _told_of(
+    settings: RefineSettings, processed: Postprocessed | str | None
+) -> dict[str, Any]:
+    """Return what ``run.json`` says of the half maps."""
+    if processed is None:
+        return {}
+    if isinstance(processed, str):
+        return {"not_postprocessed_because": processed}
+    mask = str(settings.mask) if settings.mask else None
+    return {"postprocess": {"mask": mask, **processed.row()}}
+
+
+def _results(
+    inputs: Inputs, outcome: Outcome, processed: Postprocessed | str | None
+) -> dict[str, Any]:
     """Return what the HTML report says of the results."""
     columns, curve = outcome.columns, outcome.report.get("half_set_fsc")
     folds = outcome.report.get("fold_fsc")
@@ -180,6 +219,8 @@ def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
         "initial_map": np.asarray(inputs.volume),
         "volume": outcome.volume,
         "half_set_fsc": None if curve is None else np.asarray(curve),
+        "postprocessed": processed if isinstance(processed, Postprocessed) else None,
+        "mask_is_given": inputs.mask is not None,
         "fold_fsc": None if folds is None else np.asarray(folds),
         "angle_std_in_degrees": columns.get("jaxrefineAngleStd"),
         "shift_std_in_pixels": columns.get("jaxrefineShiftStd"),
@@ -188,14 +229,28 @@ def _results(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _summary(out: Path, report: html.Report) -> str:
-    """Return the result in a sentence."""
+def _summary(
+    out: Path,
+    report: html.Report,
+    outcome: Outcome,
+    processed: Postprocessed | str | None,
+) -> str:
+    """Return the result in a sentence, and the figures of the half maps below it."""
     text = f"{len(report.poses)} particles and a map are in {out}"
-    if report.half_set_fsc is not None:
-        text += f"; the half maps agree to {html.resolution(report, 'A')}, FSC 0.143"
     if report.undetermined_count:
         count = report.undetermined_count
         text += f"; {count} show no particle, and are not in the map"
     if report.left_out:
         text += f"; {report.left_out} were left out"
-    return text
+    lines = [text]
+    told = outcome.report
+    if "recentred_by_in_voxels" in told:
+        place = ", ".join(f"{each:.2f}" for each in told["recentred_by_in_voxels"])
+        lines.append(f"the origin has moved to ({place}), x, y, z in voxels")
+    if "not_recentred_because" in told:
+        lines.append(f"the origin was not moved: {told['not_recentred_because']}")
+    if isinstance(processed, Postprocessed):
+        lines += _postprocessed.lines(processed, report.pixel_size_in_angstroms)
+    elif processed is not None:
+        lines.append(f"the half maps were not post-processed: {processed}")
+    return "\n".join(lines)

@@ -31,6 +31,7 @@ from jaxrefine.io.particles import ParticleFile as ParticleFile
 from jaxrefine.io.particles import image_identities as image_identities
 from jaxrefine.io.particles import read_particles as read_particles
 from jaxrefine.io.particles import read_table as read_table
+from jaxrefine.io.particles import write_expanded as write_expanded
 from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles
 from jaxrefine.io.poses import poses_on_one_grid as poses_on_one_grid

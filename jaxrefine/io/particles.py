@@ -9,7 +9,7 @@ the package's shifts, and their units.
 import os
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -365,6 +365,59 @@ def write_particles(
     ]
     blocks[name] = table
     write_star(path, blocks)
+
+
+def write_expanded(
+    path: str | Path,
+    particle_file: ParticleFile,
+    operators: Float[np.ndarray, "order 3 3"],
+) -> None:
+    """Write a table that was read, with every particle once for each operator.
+
+    The particle's rows follow each other, in the order of the operators: that of ``S``
+    has the rotation ``R S``, which gives the same image of a map with this symmetry,
+    and all else is that of the particle. Of the row of the identity, angles keep their
+    text, too. Otherwise, the file is as `write_particles` writes it.
+
+    Parameters
+    ----------
+    path
+        The file, which appears complete or not at all.
+    particle_file
+        The table, from `read_particles`, with poses.
+    operators
+        Rotation matrices, such as those of `jaxrefine.symmetry.operators`.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    rows = np.repeat(np.arange(len(particle_file)), len(operators))
+    rotations = np.asarray(particle_file.poses.rotations, np.float64)
+    turned = (rotations[:, None] @ operators).reshape(-1, 3, 3)
+    repeated = _with_rows(particle_file, rows)
+    write_particles(path, repeated, Poses(turned, repeated.poses.shifts))
+
+
+def _with_rows(
+    particle_file: ParticleFile, rows: Int[np.ndarray, " rows"]
+) -> ParticleFile:
+    """Return a table of these rows of another one, to be written."""
+    blocks = dict(particle_file.blocks)
+    name = particle_block(blocks, particle_file.path)
+    places, group = rows.tolist(), particle_file.optics_group
+    blocks[name] = {
+        column: [texts[row] for row in places] for column, texts in blocks[name].items()
+    }
+    return replace(
+        particle_file,
+        blocks=blocks,
+        particles=particle_file.particles.take(rows),
+        poses=particle_file.poses.take(rows),
+        pixel_sizes=particle_file.pixel_sizes[rows],
+        optics_group=None if group is None else group[rows],
+    )
 
 
 def write_new_particles(

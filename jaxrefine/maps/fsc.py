@@ -10,6 +10,9 @@ from jaxrefine._types import Scalar, Volume
 from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.fourier import multiplicity, radii
 
+HALF_MAP_THRESHOLD = 0.143
+"""Correlation of half maps at their resolution (Rosenthal and Henderson, 2003)."""
+
 
 @eqx.filter_jit
 def fsc(a: Volume, b: Volume, mask: Volume | None = None) -> Float[Array, " shells"]:
@@ -103,6 +106,39 @@ def resolution_in_angstroms(
         Edge of a voxel.
     """
     return n * voxel_size_in_angstroms / radius
+
+
+def resolution_text(
+    curve: Float[Array | np.ndarray, " shells"],
+    n: int,
+    voxel_size_in_angstroms: float,
+    unit: str = "A",
+    threshold: float = HALF_MAP_THRESHOLD,
+) -> str:
+    """Return the resolution at which a correlation falls below a threshold, as text.
+
+    Parameters
+    ----------
+    curve
+        The correlation at r = 0, ..., n // 2.
+    n, voxel_size_in_angstroms
+        Side of the box in voxels, and edge of a voxel.
+    unit
+        How angstroms are written.
+    threshold
+        The threshold.
+
+    Returns
+    -------
+    Text such as "3.52 A". If the curve stays above the threshold up to the last
+    complete shell, ``(n - 1) // 2``, the text is the period of this shell and says "or
+    better".
+    """
+    last = (n - 1) // 2
+    radius = float(crossing(jnp.asarray(curve)[: last + 1], threshold))
+    better = " or better" if radius >= last else ""
+    period = resolution_in_angstroms(radius, n, voxel_size_in_angstroms)
+    return f"{period:.2f} {unit}{better}"
 
 
 def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:

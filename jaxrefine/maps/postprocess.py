@@ -12,7 +12,7 @@ The rules are those of RELION's ``relion_postprocess``, so that results are comp
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
-from jaxrefine.maps.fsc import crossing, fsc
-from jaxrefine.maps.mask import check_mask
+from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, crossing, fsc
+from jaxrefine.maps.mask import check_mask, soft_mask
 from jaxrefine.maps.scale import hot_voxel
 from jaxrefine.operators.fourier import radii
 
@@ -34,9 +34,6 @@ _RANDOMISE_BELOW = 0.8
 # Shells from there on in which the masked correlation is not yet corrected: RELION's
 # rule.
 _TRUSTED_SHELLS = 2
-
-# Correlation of half maps that defines the resolution (Rosenthal and Henderson, 2003).
-_RESOLUTION_AT = 0.143
 
 # Fewest shells of a Guinier fit: a straight line through two has no residual.
 _LEAST_SHELLS = 3
@@ -72,6 +69,8 @@ class Postprocessed:
     volume, masked_volume
         The mean of the half maps, weighted, sharpened and low-pass filtered, without
         and with the mask.
+    mask
+        The mask, as it was given or made.
     fsc_unmasked, fsc_masked, fsc_randomised, fsc_true
         Fourier shell correlations of the half maps: as they are, masked, masked after
         their phases were randomised, and corrected for the mask.
@@ -88,6 +87,7 @@ class Postprocessed:
 
     volume: Volume
     masked_volume: Volume
+    mask: Volume
     fsc_unmasked: Curve
     fsc_masked: Curve
     fsc_randomised: Curve
@@ -97,11 +97,22 @@ class Postprocessed:
     b_factor_in_square_angstroms: float | None
     not_sharpened_because: str | None
 
+    def row(self) -> dict[str, Any]:
+        """Return the figures and the curves by name, as JSON can hold them."""
+        curves = ("fsc_true", "fsc_masked", "fsc_randomised", "fsc_unmasked")
+        return {
+            "resolution_in_angstroms": self.resolution_in_angstroms,
+            "b_factor_in_square_angstroms": self.b_factor_in_square_angstroms,
+            "not_sharpened_because": self.not_sharpened_because,
+            "randomised_from_shell": self.randomised_from,
+            **{name: getattr(self, name).tolist() for name in curves},
+        }
+
 
 def postprocess(
     half1: Volume,
     half2: Float[Array, "_ _ _"],
-    mask: Float[Array, "_ _ _"],
+    mask: Float[Array, "_ _ _"] | None,
     voxel_size_in_angstroms: float,
     *,
     key: PRNGKeyArray,
@@ -132,8 +143,8 @@ def postprocess(
         Maps of two independent halves of the particles, of shape ``(n, n, n)``, neither
         filtered nor masked.
     mask
-        Mask with values from 0 in the solvent to 1 in the particle and a soft edge, see
-        `mask.soft_mask`.
+        Mask with values from 0 in the solvent to 1 in the particle and a soft edge.
+        None for the one that `mask.soft_mask` makes of the mean of the half maps.
     voxel_size_in_angstroms
         Edge of a voxel.
     key
@@ -150,11 +161,15 @@ def postprocess(
     ------
     InputError
         If shapes differ, values are not finite, the half maps are equal, zero within
-        the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, or a
-        number is out of range.
+        the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, none
+        can be made, or a number is out of range.
     """
-    _check(half1, half2, mask)
+    _check(half1, half2)
     check_positive("the voxel size", voxel_size_in_angstroms)
+    mean = (half1 + half2) / 2
+    if mask is None:
+        mask = soft_mask(mean, voxel_size_in_angstroms)
+    _check_mask(mask, half1, half2)
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
@@ -171,9 +186,9 @@ def postprocess(
     randomised = np.asarray(fsc(random1, random2, mask))
     corrected = (masked - randomised) / np.maximum(1 - randomised, 1e-6)
     true = np.where(shells < first + _TRUSTED_SHELLS, masked, corrected)
-    radius = float(crossing(jnp.asarray(true), _RESOLUTION_AT))
+    radius = float(crossing(jnp.asarray(true), HALF_MAP_THRESHOLD))
 
-    mean, weight = (half1 + half2) / 2, _weights(true)
+    weight = _weights(true)
     b_factor, reason = b_factor_in_square_angstroms, None
     if isinstance(b_factor, GuinierFit):
         b_factor, reason = _fit(mean, weight, box, b_factor, radius)
@@ -182,6 +197,7 @@ def postprocess(
     return Postprocessed(
         volume,
         volume * mask,
+        mask,
         unmasked,
         masked,
         randomised,
@@ -193,14 +209,9 @@ def postprocess(
     )
 
 
-def _check(half1: Array, half2: Array, mask: Array) -> None:
-    for name, other in (("the second half map", half2), ("the mask", mask)):
-        if other.shape != half1.shape:
-            sizes = [" x ".join(map(str, a.shape)) for a in (other, half1)]
-            raise InputError(
-                f"{name} must have the size of the first half map, {sizes[1]}, got "
-                f"{sizes[0]}"
-            )
+def _check(half1: Array, half2: Array) -> None:
+    """Refuse half maps that are not those of two sets of particles."""
+    _check_size("the second half map", half2, half1)
     if not (jnp.isfinite(half1).all() and jnp.isfinite(half2).all()):
         raise InputError("the half maps must be finite, got NaN or infinite values")
     if jnp.array_equal(half1, half2):
@@ -208,7 +219,6 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
             "the half maps must be made from two sets of particles, got the same map "
             "twice"
         )
-    check_mask(mask)
     for name, half in (("first", half1), ("second", half2)):
         hot = hot_voxel(np.asarray(half))
         if hot is not None:
@@ -216,10 +226,26 @@ def _check(half1: Array, half2: Array, mask: Array) -> None:
                 f"the {name} half map must be that of a particle, got one with most of "
                 f"its power in a single voxel of {hot:g}"
             )
+
+
+def _check_mask(mask: Array, half1: Array, half2: Array) -> None:
+    """Refuse a mask that is none, or that leaves nothing of a half map."""
+    _check_size("the mask", mask, half1)
+    check_mask(mask)
+    for name, half in (("first", half1), ("second", half2)):
         if not jnp.any(half * mask):
             raise InputError(
                 f"the {name} half map must not be zero within the mask, got zeros only"
             )
+
+
+def _check_size(name: str, other: Array, half1: Array) -> None:
+    if other.shape != half1.shape:
+        sizes = [" x ".join(map(str, a.shape)) for a in (other, half1)]
+        raise InputError(
+            f"{name} must have the size of the first half map, {sizes[1]}, got "
+            f"{sizes[0]}"
+        )
 
 
 def _transfer(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, final
 from xml.etree.ElementTree import Element, indent, tostring
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
@@ -21,17 +20,15 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.geometry import Poses
 from jaxrefine.io.atomic import atomic_path
-from jaxrefine.maps.fsc import crossing
+from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution_text
+from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import plots
 
 Row = Mapping[str, Any]
 """Numbers, lists of numbers or None, by name."""
 
-_THRESHOLD = 0.143
-_PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
 _CYCLES = "cycles per box"
 _INCHES, _DPI = (5.4, 3.6), 160
-_ROT_TICKS, _TILT_TICKS = range(-180, 181, 60), (0, 30, 60, 90, 120, 150, 180)
 
 _HEADINGS = {
     "r_max": f"band limit ({_CYCLES})",
@@ -123,6 +120,10 @@ class Report:
         Peak memory in MiB on the host and on the device.
     half_set_fsc
         Correlation of the maps of the half sets at the shells 0, ..., n // 2.
+    postprocessed
+        What was made of these maps.
+    mask_is_given
+        Whether the mask of that is the user's.
     fold_fsc
         Without half sets, the correlation of the maps of the two folds.
     angle_std_in_degrees, shift_std_in_pixels
@@ -149,6 +150,8 @@ class Report:
     peak_rss_mib: float | None = None
     peak_device_mib: float | None = None
     half_set_fsc: Float[np.ndarray, " shells"] | None = None
+    postprocessed: Postprocessed | None = None
+    mask_is_given: bool = False
     fold_fsc: Float[np.ndarray, " shells"] | None = None
     angle_std_in_degrees: Float[np.ndarray, " particles"] | None = None
     shift_std_in_pixels: Float[np.ndarray, " particles"] | None = None
@@ -222,7 +225,7 @@ def _headlines(report: Report) -> Element:
         "Particles": f"{count}",
         "Box": f"{n} px, {report.box_in_angstroms:.4g} Å",
         "Pixel size": f"{report.pixel_size_in_angstroms:.4g} Å",
-        f"Resolution, FSC {_THRESHOLD}": _resolution(report),
+        **_resolutions(report),
         "Outer iterations": f"{len(report.rows)}",
         "Wall time (h:min:s)": f"{timedelta(seconds=round(report.wall_s))}",
     }
@@ -244,33 +247,37 @@ def _headlines(report: Report) -> Element:
     return _element("dl", cards)
 
 
-def resolution(report: Report, unit: str) -> str:
-    """Return the resolution at which the half maps' correlation falls below 0.143.
-
-    It is text, in angstroms with the given unit. If the correlation stays above 0.143
-    up to the last shell that the images cover, the text says "or better".
-    """
-    last = (len(report.volume) - 1) // 2
-    curve = jnp.asarray(report.half_set_fsc)[: last + 1]
-    radius = float(crossing(curve, _THRESHOLD))
-    better = " or better" if radius >= last else ""
-    return f"{report.box_in_angstroms / radius:.2f} {unit}{better}"
-
-
-def _resolution(report: Report) -> str:
+def _resolutions(report: Report) -> dict[str, str]:
+    """Return the resolutions that the half maps have, by their names."""
+    name, processed = f"Resolution, FSC {HALF_MAP_THRESHOLD}", report.postprocessed
     if report.half_set_fsc is None:
-        return "not measured (no half sets)"
-    return resolution(report, "Å")
+        return {name: "not measured (no half sets)"}
+    if processed is None:
+        return {name: _resolution(report, report.half_set_fsc)}
+    figures = {
+        name: _resolution(report, processed.fsc_true),
+        "Resolution without a mask": _resolution(report, processed.fsc_unmasked),
+    }
+    if processed.b_factor_in_square_angstroms is not None:
+        figures["B factor"] = f"{processed.b_factor_in_square_angstroms:.1f} Å²"
+    return figures
+
+
+def _resolution(report: Report, curve: Float[np.ndarray, " shells"]) -> str:
+    size = report.pixel_size_in_angstroms
+    return resolution_text(curve, len(report.volume), size, "Å")
 
 
 def _resolution_pictures(report: Report) -> Iterator[Element]:
-    if report.half_set_fsc is not None:
-        resolution = _resolution(report)
+    if report.postprocessed is not None:
+        yield _processed_curves(report, report.postprocessed)
+    elif report.half_set_fsc is not None:
         yield _figure(
             "Fourier shell correlation of the unmasked, unregularised maps of the two "
             "half sets, which were refined independently.",
             "Curve of the Fourier shell correlation of the half maps against the "
-            f"Fourier shell. Resolution at {_THRESHOLD}: {resolution}.",
+            f"Fourier shell. Resolution at {HALF_MAP_THRESHOLD}: "
+            f"{_resolution(report, report.half_set_fsc)}.",
             plots.fsc_curves,
             {"half maps": report.half_set_fsc},
             len(report.volume),
@@ -293,8 +300,56 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
         )
 
 
+def _processed_curves(report: Report, result: Postprocessed) -> Element:
+    """Return the curves of the half maps, and say which is which."""
+    n, size = len(report.volume), report.pixel_size_in_angstroms
+    mask = "the given mask" if report.mask_is_given else "an automatic mask"
+    randomised = "None have random phases, as the unmasked curve stays above 0.8."
+    if result.randomised_from <= n // 2:
+        period = report.box_in_angstroms / result.randomised_from
+        randomised = (
+            f"Phases randomised: of the masked maps with random phases from "
+            f"{period:.3g} Å on, which agree there by the mask alone."
+        )
+    return _figure(
+        "Fourier shell correlations of the unregularised maps of the two half sets, "
+        "which were refined independently. Unmasked: of these maps as they are. "
+        f"Masked: within {mask}. {randomised} Corrected: the masked curve without "
+        "what the mask adds (Chen et al., 2013); where it falls below "
+        f"{HALF_MAP_THRESHOLD} is the resolution.",
+        "Curves of the Fourier shell correlation of the half maps against the Fourier "
+        "shell: corrected, masked, with randomised phases, and unmasked. Resolution at "
+        f"{HALF_MAP_THRESHOLD}: {_resolution(report, result.fsc_true)}, without a mask "
+        f"{_resolution(report, result.fsc_unmasked)}.",
+        plots.fsc_curves,
+        plots.half_map_curves(result),
+        n,
+        size,
+        "",
+    )
+
+
 def _map_pictures(report: Report) -> Iterator[Element]:
-    for name, volume in (("refined", report.volume), ("initial", report.initial_map)):
+    volumes, result = {"refined": report.volume}, report.postprocessed
+    told = "Surface of the refined map"
+    if result is not None:
+        sharpened = result.b_factor_in_square_angstroms is not None
+        name = "sharpened" if sharpened else "filtered"
+        volumes[name] = np.asarray(result.masked_volume)
+        told = (
+            "Surfaces of the refined map, which is regularised, and of the mean of the "
+            f"half maps, {name} and masked, around as many voxels"
+        )
+    if np.ptp(report.volume) > 0:
+        yield _figure(
+            f"{told}, from three sides. Specks apart from the particle are left out.",
+            f"{told}, as seen along y, x and z.",
+            plots.surfaces,
+            volumes,
+            "",
+        )
+    volumes["initial"] = report.initial_map
+    for name, volume in volumes.items():
         yield _figure(
             f"Central slices of the {name} map, with its own grey scale.",
             f"Central xy, xz and yz slices of the {name} map.",
@@ -309,12 +364,14 @@ def _pose_pictures(report: Report) -> Iterator[Element]:
     if not determined.any():
         return
     yield _figure(
-        f"Distribution of the viewing directions of {determined.sum()} particles. All "
-        "cells have the same solid angle.",
+        f"Distribution of the viewing directions of {determined.sum()} particles, on "
+        "an equal-area map of the sphere (Mollweide's). All cells have the same solid "
+        "angle.",
         f"Map of the viewing directions (rot, tilt) of {determined.sum()} particles: "
         "their density relative to a uniform distribution.",
-        _draw_views,
+        plots.view_directions,
         np.asarray(report.poses.rotations)[determined, 2],
+        "",
     )
     for values, quantity, unit in (
         (report.angle_change_in_degrees, "change of orientation", "degrees"),
@@ -392,44 +449,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return str(value)
-
-
-def _draw_views(path: Path, directions: Float[np.ndarray, "particles 3"]) -> None:
-    """Draw the density of unit vectors over the sphere."""
-    density, heights, longitudes = _view_density(directions)
-    figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
-    mesh = axes.pcolormesh(longitudes, heights, density, vmin=0)
-    axes.set_xticks(np.deg2rad(_ROT_TICKS), [f"{rot}°" for rot in _ROT_TICKS])
-    axes.set_yticks(
-        np.cos(np.deg2rad(_TILT_TICKS)), [f"{tilt}°" for tilt in _TILT_TICKS]
-    )
-    axes.set(xlabel="rot", ylabel="tilt")
-    bar = figure.colorbar(mesh)
-    bar.set_label("density relative to uniform")
-    plots.save(figure, path)
-
-
-def _view_density(
-    directions: Float[np.ndarray, "particles 3"],
-) -> tuple[
-    Float[np.ndarray, "rows columns"],
-    Float[np.ndarray, " rows+1"],
-    Float[np.ndarray, " columns+1"],
-]:
-    """Return the density of directions in cells of equal area, and the cells' edges.
-
-    The mean density is 1. The cells have equal steps of the longitude and of the height
-    z, which gives them equal areas (Archimedes).
-    """
-    x, y, z = np.asarray(directions, np.float64).T
-    rows = int(np.clip(np.sqrt(len(x) / _PER_CELL / 2), 4, 18))
-    longitudes = np.linspace(-np.pi, np.pi, 2 * rows + 1)
-    heights = np.linspace(-1, 1, rows + 1)
-    count, *_ = np.histogram2d(
-        np.clip(z, -1, 1), np.arctan2(y, x), (heights, longitudes)
-    )
-    return count / count.mean(), heights, longitudes
 
 
 def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> None:

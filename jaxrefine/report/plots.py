@@ -12,15 +12,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.io.atomic import atomic_path
 from jaxrefine.maps.fsc import resolution_in_angstroms
+from jaxrefine.maps.postprocess import Curve, Postprocessed
+from jaxrefine.maps.scale import at_unit_scale
+from jaxrefine.operators.resample import resample
 
 Volumes = Mapping[str, Float[Array | np.ndarray, "n n n"]]
 """Maps by name."""
@@ -44,6 +51,13 @@ TEXT_SIZE = 11
 _DPI = 120
 _CHARACTERS_PER_INCH = 12
 _BINS = 50
+_PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
+_LEVELS = 256  # of the histogram that the level of a surface is chosen in
+_SPECK = 0.02  # of the largest component of a surface: smaller ones are not shown
+_SIDE = 200  # rays of a surface along either side
+_SURFACE = LinearSegmentedColormap.from_list(
+    "surface", [(0, "#0b1a2b"), (0.45, "#3f6f9f"), (0.9, "#dce9f5"), (1, "white")]
+)
 
 
 def orthogonal_slices(path: str | Path, volumes: Volumes, caption: str) -> None:
@@ -101,6 +115,16 @@ def fsc_curves(
     draw_fsc(axes, curves, _styles(), n, voxel_size_in_angstroms)
     _add_legend(axes)
     save(figure, path)
+
+
+def half_map_curves(result: Postprocessed) -> dict[str, Curve]:
+    """Return the correlations of post-processed half maps, by the names in pictures."""
+    return {
+        "corrected": result.fsc_true,
+        "masked": result.fsc_masked,
+        "phases randomised": result.fsc_randomised,
+        "unmasked": result.fsc_unmasked,
+    }
 
 
 def draw_fsc(
@@ -185,6 +209,93 @@ def error_histograms(
     label_axes(axes, unit_label + beyond, "density of particles")
     _add_legend(axes)
     save(figure, path)
+
+
+def view_directions(
+    path: str | Path, directions: Float[np.ndarray, "particles 3"], caption: str
+) -> None:
+    """Draw the density of directions (unit vectors), in Mollweide's projection.
+
+    Areas on the map are in proportion to solid angles. The density is `view_density`.
+    """
+    density, heights, longitudes = view_density(directions)
+    cells = zip(heights, longitudes, strict=True)
+    figure = captioned_figure(7.2, 4.2, caption)
+    axes: Any = figure.add_subplot(projection="mollweide")
+    mesh = PolyCollection(
+        [_outline(*cell) for cell in cells], array=density, edgecolors="face", lw=0.3
+    )
+    mesh.set_clim(0, density.max())
+    axes.add_collection(mesh, autolim=False)
+    rots, tilts = range(-120, 121, 60), range(30, 180, 30)
+    axes.set_xticks(np.deg2rad(rots), [f"{rot}°" for rot in rots])
+    axes.set_yticks(np.pi / 2 - np.deg2rad(tilts), [f"{tilt}°" for tilt in tilts])
+    axes.tick_params(labelsize=TEXT_SIZE - 2)
+    for label in axes.get_xticklabels():  # These are within the map.
+        label.set(color="white", path_effects=[withStroke(linewidth=2, foreground="k")])
+    axes.grid(color="white", alpha=0.3, lw=0.6)
+    axes.set_xlabel("rot", size=TEXT_SIZE)
+    axes.set_ylabel("tilt", size=TEXT_SIZE)
+    bar = figure.colorbar(mesh, shrink=0.8)
+    bar.set_label("density relative to uniform", size=TEXT_SIZE)
+    bar.ax.tick_params(labelsize=TEXT_SIZE - 2)
+    save(figure, path)
+
+
+def _outline(
+    heights: Float[np.ndarray, "2"], longitudes: Float[np.ndarray, "2"]
+) -> Float[np.ndarray, "points 2"]:
+    """Return the longitudes and latitudes along the border of a cell."""
+    latitudes = np.arcsin(heights)
+    along = np.linspace(longitudes[0], longitudes[1], 20)
+    up = np.linspace(latitudes[0], latitudes[1], 20)
+    low, left = np.full_like(along, up[0]), np.full_like(up, along[0])
+    high, right = np.full_like(along, up[-1]), np.full_like(up, along[-1])
+    longitude = np.concatenate([along, right, along[::-1], left])
+    return np.stack([longitude, np.concatenate([low, up, high, up[::-1]])], axis=1)
+
+
+def view_density(
+    directions: Float[np.ndarray, "particles 3"],
+) -> tuple[
+    Float[np.ndarray, " cells"],
+    Float[np.ndarray, "cells 2"],
+    Float[np.ndarray, "cells 2"],
+]:
+    """Count directions in cells of equal area, with at least 4 in each on average.
+
+    The cells lie in rows, which are nearly equally high on the sphere, with as many
+    cells in each as make them nearly square. As areas are in proportion to differences
+    of z (Archimedes), the rows divide the axis z as the numbers of their cells are.
+
+    Parameters
+    ----------
+    directions
+        Unit vectors ``(x, y, z)``.
+
+    Returns
+    -------
+    density
+        The number of directions in each cell, over the mean.
+    heights, longitudes
+        The interval of z, and that of the angle about z from x in radians, of each
+        cell.
+    """
+    x, y, z = np.asarray(directions, np.float64).T
+    count = int(np.clip(np.sqrt(np.pi / 4 * len(x) / _PER_CELL), 4, 24))
+    tilts = (np.arange(count) + 0.5) * np.pi / count
+    sizes = np.maximum(np.rint(2 * count * np.sin(tilts)).astype(int), 3)
+    first = np.append(0, np.cumsum(sizes))  # cell of each row
+    edges = 1 - 2 * first / first[-1]
+    row = np.searchsorted(-edges[1:-1], -z)
+    turn = (np.arctan2(y, x) + np.pi) / (2 * np.pi)
+    column = np.minimum((turn * sizes[row]).astype(int), sizes[row] - 1)
+    counts = np.bincount(first[row] + column, minlength=first[-1])
+    heights = np.repeat(np.stack([edges[1:], edges[:-1]], axis=1), sizes, axis=0)
+    starts = np.concatenate([np.arange(size) / size for size in sizes])
+    ends = starts + np.repeat(1 / sizes, sizes)
+    longitudes = 2 * np.pi * np.stack([starts, ends], axis=1) - np.pi
+    return counts / counts.mean(), heights, longitudes
 
 
 def convergence(
@@ -303,14 +414,100 @@ def show_picture(
     return axes.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high)
 
 
+def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
+    """Draw the surfaces of maps from three sides, one row for each map.
+
+    The first map's surface is at `surface_level`, and the others' hold as many voxels.
+    Specks, of less than a fiftieth of the largest component, are left out. The viewer
+    looks along y, x and z.
+    """
+    maps = {
+        name: np.asarray(at_unit_scale(jnp.asarray(volume)))
+        for name, volume in volumes.items()
+    }
+    first = next(iter(maps.values()))
+    share = float(np.mean(first >= surface_level(first)))
+    figure = captioned_figure(7.6, 2.45 * len(maps) + 0.4, caption)
+    grid = figure.subplots(len(maps), 3, squeeze=False)
+    for place, axes in enumerate(grid[0]):
+        right, up = "xzy"[place], "zyx"[place]
+        axes.set_title(f"{right} →, {up} ↑", size=TEXT_SIZE)
+    for axes_row, (name, volume) in zip(grid, maps.items(), strict=True):
+        level = float(np.quantile(volume, 1 - share))
+        fine = _around(volume, level)
+        for place, axes in enumerate(axes_row):
+            # A cyclic permutation of the axes is a rotation: it keeps the hand.
+            turned = np.transpose(fine, [(place + axis) % 3 for axis in range(3)])
+            axes.imshow(
+                isosurface(turned, level, 1),
+                cmap=_SURFACE,
+                origin="lower",
+                vmin=0,
+                vmax=1,
+                interpolation="antialiased",
+            )
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        axes_row[0].set_ylabel(
+            _drawable(name), size=TEXT_SIZE, fontweight="bold", parse_math=False
+        )
+    save(figure, path)
+
+
+def surface_level(volume: Float[np.ndarray, "n n n"]) -> float:
+    """Return the density that best divides a map's voxels into two classes.
+
+    The variance between the classes is the largest (Otsu, IEEE Trans. Syst. Man Cybern.
+    9, 1979); in the middle of a gap, if there is one.
+    """
+    count, edges = np.histogram(volume, _LEVELS)
+    middle = (edges[1:] + edges[:-1]) / 2
+    below, sums = np.cumsum(count)[:-1], np.cumsum(count * middle)[:-1]
+    total = float(count @ middle)
+    above = volume.size - below
+    between = (volume.size * sums - below * total) ** 2 / (below * above)
+    best = 1 + np.flatnonzero(np.isclose(between, between.max(), rtol=1e-9, atol=0))
+    return float(edges[best[0]] + edges[best[-1]]) / 2
+
+
+def _around(
+    volume: Float[np.ndarray, "n n n"], level: float
+) -> Float[np.ndarray, "m m m"]:
+    """Sample the cube about the origin that holds the particle, finely.
+
+    What reaches the level apart from the particle is removed.
+    """
+    n = len(volume)
+    places = np.argwhere(_is_particle(volume, level)) - n // 2
+    half = min(int(np.abs(places).max(initial=1)) + 2, n // 2)
+    fine = resample(jnp.asarray(volume), 1.0, _SIDE, 2 * half / _SIDE)
+    fine = np.asarray(fine)
+    is_shown = (fine < level) | _is_particle(fine, level)
+    return np.where(is_shown, fine, fine.min())
+
+
+def _is_particle(
+    volume: Float[np.ndarray, "n n n"], level: float
+) -> Bool[np.ndarray, "n n n"]:
+    """Return which voxels reach a level, but for small components of these."""
+    from scipy import ndimage  # slow to import
+
+    labelled: Any = ndimage.label(volume >= level)
+    sizes = np.bincount(labelled[0].ravel())
+    is_large = sizes >= _SPECK * sizes[1:].max(initial=0)
+    is_large[0] = False
+    return is_large[labelled[0]]
+
+
 def isosurface(
-    volume: Float[Array | np.ndarray, "n n n"], level: float
+    volume: Float[Array | np.ndarray, "n n n"], level: float, upsampling: int = 3
 ) -> Float[np.ndarray, "m m"]:
     """Render the isosurface of a map, as seen along +y.
 
-    The map is upsampled three times by cubic splines, so ``m = 3 n - 2``. The surface
-    scatters the light of a lamp at the upper left behind the viewer, and a soft light
-    from the front; points that are farther away are darker.
+    The map is upsampled by cubic splines, three times by default, so
+    ``m = upsampling (n - 1) + 1``. The surface scatters the light of a lamp at the
+    upper left behind the viewer, and a soft light from the front; points that are
+    farther away are darker.
 
     Returns
     -------
@@ -318,7 +515,7 @@ def isosurface(
         Brightness indexed ``[z, x]``: up to 0.9 on the surface, and 1 in the
         background.
     """
-    hit, depth, normals = find_surface(volume, level)
+    hit, depth, normals = find_surface(volume, level, upsampling)
     lamp = np.clip(_TOWARDS_LAMP @ normals, 0, None)
     front = np.clip(-normals[1], 0, None)
     fog = 1 - 0.5 * depth / len(volume)
@@ -327,12 +524,11 @@ def isosurface(
     return image
 
 
-_UPSAMPLING = 3
 _TOWARDS_LAMP = np.array([-1.0, -2.0, 1.5]) / 7.25**0.5  # (x, y, z), a unit vector
 
 
 def find_surface(
-    volume: Float[Array | np.ndarray, "n n n"], level: float
+    volume: Float[Array | np.ndarray, "n n n"], level: float, upsampling: int = 3
 ) -> tuple[
     Bool[np.ndarray, "m m"],
     Float[np.ndarray, " points"],
@@ -343,7 +539,8 @@ def find_surface(
     Returns
     -------
     hit
-        Which rays, indexed ``[z, x]``, reach it; there are three rays per voxel.
+        Which rays, indexed ``[z, x]``, reach it; there are `upsampling` of them per
+        voxel.
     depth
         Coordinate y of each point in voxels, interpolated linearly between samples.
     normals
@@ -353,8 +550,9 @@ def find_surface(
     from scipy import ndimage  # slow to import
 
     n = len(volume)
-    factor = (_UPSAMPLING * (n - 1) + 1) / n
-    fine = np.asarray(ndimage.zoom(np.moveaxis(np.asarray(volume), 1, 0), factor))
+    fine = np.moveaxis(np.asarray(volume), 1, 0)
+    if upsampling > 1:
+        fine = np.asarray(ndimage.zoom(fine, (upsampling * (n - 1) + 1) / n))
     inside = fine >= level
     hit = np.asarray(inside.any(axis=0))
     z, x = np.nonzero(hit)
@@ -363,11 +561,13 @@ def find_surface(
     rise = density - fine[np.maximum(first - 1, 0), z, x]
     back = np.divide(density - level, rise, out=np.zeros_like(rise), where=rise > 0)
     points = np.stack([first - back, z, x])
-    slopes = np.stack(
+    ahead, behind = (
         [
-            ndimage.map_coordinates(np.gradient(fine, axis=axis), points, order=1)
-            for axis in (2, 0, 1)
+            ndimage.map_coordinates(fine, moved, order=1, mode="nearest")
+            for moved in points + sign * np.eye(3)[[2, 0, 1], :, None]
         ]
+        for sign in (0.5, -0.5)
     )
+    slopes = np.subtract(ahead, behind)
     steepness = np.linalg.norm(slopes, axis=0)
-    return hit, points[0] / _UPSAMPLING, -slopes / np.where(steepness, steepness, 1)
+    return hit, points[0] / upsampling, -slopes / np.where(steepness, steepness, 1)

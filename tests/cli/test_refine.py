@@ -23,7 +23,9 @@ import numpy as np
 import pytest
 from helpers import interrupted_after
 
+from jaxrefine import simulate
 from jaxrefine.cli import refine as cli_refine
+from jaxrefine.cli.commands.postprocess import POSTPROCESS
 from jaxrefine.cli.commands.refine import REFINE, RefineSettings
 from jaxrefine.cli.engine import Engine
 from jaxrefine.io import (
@@ -34,6 +36,7 @@ from jaxrefine.io import (
     write_stack,
     write_star,
 )
+from jaxrefine.maps import centre
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import declared
 
@@ -94,7 +97,7 @@ def refine(run, stand_in):
     """Run the command with the stand-in."""
     engine = Engine(stand_in.init, stand_in.refine)
     implementation = partial(cli_refine.run, engine=engine)
-    commands = [replace(REFINE, run=implementation)]
+    commands = [replace(REFINE, run=implementation), POSTPROCESS]
     return lambda *words: run(*words, commands=commands)
 
 
@@ -311,7 +314,7 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
 @pytest.mark.slow
 def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
     code, out, _ = refine(*command(data, "--half-sets", "--iterations", 1))
-    assert code == 0 and "half maps agree" in out
+    assert code == 0 and "resolution at FSC 0.143: " in out
     dealt = stand_in.calls[0].subsets
     assert sorted(dealt) == [1] * (COUNT // 2) + [2] * (COUNT // 2)
     result = data / "out/particles.star"
@@ -331,6 +334,164 @@ def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
     np.testing.assert_array_equal(stand_in.calls[1].subsets, [1, 2] * 4)
     table = read_star(data / "again/particles.star")["particles"]
     assert list(table)[-7:-5] == ["rlnRandomSubset", "rlnLogLikeliContribution"]
+
+
+def processed_files(folder):
+    """Names of the files that are made of half maps, and of the picture of these."""
+    names = ("postprocess.mrc", "postprocess_masked.mrc", "mask.mrc")
+    return [folder / name for name in names], folder / "fsc.png"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_sets_end_with_what_postprocess_does(simulated, tmp_path, refine, masked):
+    """To the bit: files, figures and curves, with a mask of the user's or without."""
+    given = []
+    if masked:
+        ball = np.linalg.norm(np.mgrid[-8:8, -8:8, -8:8], axis=0) < 6
+        write_mrc(tmp_path / "given.mrc", ball.astype(float), 4.0)
+        given = ["--mask", tmp_path / "given.mrc"]
+    out, again = tmp_path / "out", tmp_path / "again"
+    words = [simulated / "particles.star", "--map", simulated / "init.mrc", *given]
+    words += ["--half-sets", "--iterations", 1, "--seed", 3]
+    done = refine("refine", *words, "--out", out)
+    assert done.code == 0
+    words = [out / "half1.mrc", out / "half2.mrc", "--auto-b-factor", "--seed", 3]
+    one_by_one = refine("postprocess", *words, *given, "--out", again)
+    assert one_by_one.code == 0
+    assert done.out.splitlines()[1:] == one_by_one.out.splitlines()
+    (maps, picture), (expected, _) = processed_files(out), processed_files(again)
+    for found, other in zip(maps, expected, strict=True):
+        (volume, voxel), (same, same_voxel) = read_mrc(found), read_mrc(other)
+        np.testing.assert_array_equal(volume, same)
+        assert voxel == same_voxel == 4.0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "run.json").read_text())["postprocess"]
+    alone = json.loads((again / "postprocess.json").read_text())
+    assert report.items() <= alone.items() and "resolution_in_angstroms" in report
+    assert (report["mask"] is not None) == masked
+    page = (out / "report.html").read_text()
+    mask = "the given mask" if masked else "an automatic mask"
+    assert f"Masked: within {mask}." in page and "Resolution without a mask" in page
+
+
+def test_half_maps_that_cannot_be_processed_end_no_refinement(
+    data, run, stand_in, refine
+):
+    """Poses and map are written, and a sentence says why there is no more."""
+    engine = stand_in.refine
+
+    def with_one_half(*words, **further):
+        result = engine(*words, **further)
+        result.half_maps = (result.half_maps[0],) * 2
+        return result
+
+    implementation = partial(
+        cli_refine.run, engine=Engine(stand_in.init, with_one_half)
+    )
+    words = command(data, "--half-sets", "--iterations", 1)
+    done = run(*words, commands=[replace(REFINE, run=implementation)])
+    reason = "the half maps must be made from two sets of particles"
+    assert done.code == 0
+    assert f"the half maps were not post-processed: {reason}" in done.out
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["finished"] and reason in report["not_postprocessed_because"]
+    assert "postprocess" not in report
+    maps, picture = processed_files(data / "out")
+    assert not any(path.exists() for path in [*maps, picture])
+    assert (data / "out/half2.mrc").exists() and (data / "out/report.html").exists()
+
+
+# --- the origin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_refinement_that_is_recentred_gives_the_same_images(
+    data, tmp_path, refine, masked
+):
+    """But for its origin, which is at the centre of mass: of the map, or of the mask.
+
+    The tables differ by the same motion, also of a particle that is undetermined.
+    """
+    place = np.array([1.5, -1.0, 0.4])  # the stand-in turns half2.mrc upside down
+    z, y, x = np.mgrid[-8:8, -8:8, -8:8]
+    away = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2
+    write_mrc(data / "init.mrc", np.exp(-away / 4), PIXEL)
+    options = ["--iterations", 1, "--half-sets", "--trust-contrast"]
+    if masked:
+        write_mrc(data / "mask.mrc", (away < 9).astype(float), PIXEL)
+        places = np.argwhere(away < 9).mean(axis=0)[::-1]
+        options, place = [*options, "--mask", data / "mask.mrc"], places - 8
+    plain = command(data, *options)
+    assert refine(*plain).code == 0
+    moved = command(data, *options, "--recentre")
+    moved[moved.index(data / "out")] = data / "moved"
+    done = refine(*moved)
+    assert done.code == 0 and "the origin has moved to (" in done.out
+    report = json.loads((data / "moved/run.json").read_text())
+    np.testing.assert_allclose(report["recentred_by_in_voxels"], place, atol=0.05)
+
+    first, second = (
+        read_particles(data / f"{x}/particles.star") for x in ("out", "moved")
+    )
+    change = np.asarray(second.poses.shifts) - np.asarray(first.poses.shifts)
+    expected = (
+        np.asarray(first.poses.rotations)[:, :2] @ report["recentred_by_in_voxels"]
+    )
+    np.testing.assert_allclose(change, expected, atol=1e-5)
+    for name in ("map", "half1", "half2"):
+        images = [
+            simulate.slice_projector(
+                jnp.asarray(read_mrc(data / f"{x}/{name}.mrc")[0])
+            )(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), file.poses))
+            for x, file in (("out", first), ("moved", second))
+        ]
+        scale = np.abs(images[0]).max()
+        np.testing.assert_allclose(images[0], images[1], atol=2e-3 * scale)
+    volume, mask = (read_mrc(data / f"moved/{x}.mrc")[0] for x in ("map", "mask"))
+    found = centre.centre_of_mass(mask if masked else np.clip(volume, 0, None))
+    np.testing.assert_allclose(found, 0, atol=0.05)
+    # How far poses have moved does not tell of the origin.
+    tables = [
+        read_star(data / f"{x}/particles.star")["particles"] for x in ("out", "moved")
+    ]
+    for name in ("jaxrefineShiftChange", "rlnAngleRot"):
+        assert tables[0][name] == tables[1][name]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--symmetry", "D2"], "leaves the origin free along an axis"),
+        (["--symmetry", "O"], "such as C1 or C4, got O"),
+        (["--fix-shifts"], "--recentre must not be given with --fix-shifts"),
+    ],
+)
+def test_an_origin_that_cannot_move_is_a_sentence(data, refine, options, words):
+    refine(*command(data, "--recentre", *options)).assert_refused(words)
+    assert not (data / "out").exists()
+
+
+def test_a_map_without_a_centre_stays_where_it_is(data, run, stand_in):
+    """Poses and map are written, and a sentence says why the origin has not moved."""
+    engine = stand_in.refine
+
+    def empty(*words, **further):
+        result = engine(*words, **further)
+        result.volume = 0 * result.volume
+        return result
+
+    implementation = partial(cli_refine.run, engine=Engine(stand_in.init, empty))
+    words = command(data, "--recentre", "--iterations", 1)
+    done = run(*words, commands=[replace(REFINE, run=implementation)])
+    assert done.code == 0
+    assert "the origin was not moved: the map that a mask is made from" in done.out
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["finished"] and "not_recentred_because" in report
+    given, written = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + STEP
+    np.testing.assert_allclose(written.poses.shifts, expected, atol=1e-5)
 
 
 # --- resuming

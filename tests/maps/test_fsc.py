@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from helpers import draw, fft_radii
 
-from jaxrefine.maps.fsc import crossing, fsc, mean_fsc, resolution_in_angstroms
+from jaxrefine.maps.fsc import (
+    crossing,
+    fsc,
+    mean_fsc,
+    resolution_in_angstroms,
+    resolution_text,
+)
 
 SIZES = [5, 6, 9, 12]
 
@@ -124,3 +130,16 @@ def test_crossing_of_a_broken_curve_is_no_success():
 def test_resolution_at_nyquist_is_two_voxels():
     assert resolution_in_angstroms(32.0, 64, 1.5) == 3.0
     assert resolution_in_angstroms(jnp.asarray(16.0), 64, 1.5) == 6.0
+
+
+def test_the_resolution_as_text():
+    """Interpolated, or that of the last shell that is complete: 15 of a side of 32."""
+    line, ones = np.linspace(1, 0, 17), np.ones(17)
+    assert resolution_text(line, 32, 2.5) == f"{80 / (16 * 0.857):.2f} A"
+    assert resolution_text(line, 32, 2.5, "Å", 0.5) == "10.00 Å"
+    assert resolution_text(ones, 32, 2.5) == f"{80 / 15:.2f} A or better"
+    ones[16] = 0  # this shell is not complete
+    assert resolution_text(ones, 32, 2.5) == f"{80 / 15:.2f} A or better"
+    ones[15] = 0
+    assert resolution_text(ones, 32, 2.5) == f"{80 / 14.857:.2f} A"
+    assert resolution_text(np.ones(17), 33, 2.5) == f"{82.5 / 16:.2f} A or better"

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 
 COUNT, N, PIXEL = 200, 64, 2.5
@@ -110,9 +110,30 @@ def default(rng):
     )
 
 
+def processed(rng):
+    """What half maps have that could be sharpened."""
+    report = default(rng)
+    volume, curve = jnp.asarray(report.volume), np.linspace(1, 0, N // 2 + 1)
+    result = Postprocessed(
+        volume=volume,
+        masked_volume=volume,
+        mask=jnp.ones_like(volume),
+        fsc_unmasked=curve**2,
+        fsc_masked=curve**0.9,
+        fsc_randomised=curve**4,
+        fsc_true=curve,
+        randomised_from=5,
+        resolution_in_angstroms=9.0,
+        b_factor_in_square_angstroms=-87.0,
+        not_sharpened_because=None,
+    )
+    return replace(report, postprocessed=result, mask_is_given=True)
+
+
 @pytest.fixture(scope="module")
 def reports():
-    return {f.__name__: f(np.random.default_rng(0)) for f in (published, default)}
+    kinds = (published, default, processed)
+    return {kind.__name__: kind(np.random.default_rng(0)) for kind in kinds}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +141,7 @@ def files(reports, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports")
     for name, one in reports.items():
         html.write(folder / f"{name}.html", one)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
     return {name: folder / f"{name}.html" for name in reports}
 
 
@@ -129,7 +150,7 @@ def pages(files):
     return {name: Page(path.read_text("utf-8")) for name, path in files.items()}
 
 
-@pytest.mark.parametrize("name", ["published", "default"])
+@pytest.mark.parametrize("name", ["published", "default", "processed"])
 def test_the_page_needs_nothing_else_and_is_small(name, files, pages):
     text = files[name].read_text("utf-8")
     assert files[name].stat().st_size < 2e6
@@ -157,10 +178,12 @@ def test_sections_are_there_or_left_out_as_the_data_say(pages):
     always = ["Result", "Map", "Poses", "Iterations", "Settings", "Command"]
     always.append("Software and device")
     assert pages["published"].all("h2") == always
-    assert pages["default"].all("h2") == [always[0], "Resolution", *always[1:]]
+    for name in ("default", "processed"):
+        assert pages[name].all("h2") == [always[0], "Resolution", *always[1:]]
     pictures = {name: len(page.attributes("img")) for name, page in pages.items()}
-    # Two maps, views, two changes; with two error bars, the curve and the bands.
-    assert pictures == {"published": 5, "default": 9}
+    # Slices of two maps, a surface, views, two changes; with two error bars, the curve
+    # and the bands; with slices of the sharpened map.
+    assert pictures == {"published": 6, "default": 10, "processed": 11}
     for page in pages.values():
         assert len(page.all("figcaption")) == len(page.attributes("img"))
 
@@ -185,6 +208,30 @@ def test_headline_figures(pages):
         "Peak memory, device": "100 MiB",
     }
     assert any(expected in image["alt"] for image in pages["default"].attributes("img"))
+
+
+def test_the_resolution_is_that_with_the_mask_and_each_curve_is_named(pages):
+    """The line from 1 to 0 is the corrected curve, and its square the unmasked one."""
+    figures, page = pages["processed"].figures(), pages["processed"]
+    corrected = 160 / (32 * (1 - 0.143))
+    assert figures["Resolution, FSC 0.143"] == f"{corrected:.2f} Å"
+    before, after = (13 / 32) ** 2, (12 / 32) ** 2  # at the shells 19 and 20
+    unmasked = 160 / (19 + (before - 0.143) / (before - after))
+    assert figures["Resolution without a mask"] == f"{unmasked:.2f} Å"
+    assert figures["B factor"] == "-87.0 Å²"
+    (caption,) = (text for text in page.all("figcaption") if "Chen et al." in text)
+    for words in (
+        "Unmasked: of these maps as they are.",
+        "Masked: within the given mask.",
+        "random phases from 32 Å on",
+        "Corrected: the masked curve without what the mask adds",
+    ):
+        assert words in caption
+    assert any(
+        f"Resolution at 0.143: {corrected:.2f} Å, without a mask" in image["alt"]
+        for image in page.attributes("img")
+    )
+    assert any("sharpened and masked" in text for text in page.all("figcaption"))
 
 
 def test_pose_changes_are_those_of_the_poses(pages):
@@ -253,73 +300,6 @@ def test_a_report_without_poses_and_with_an_odd_name(reports, tmp_path):
     assert page.figures()["Undetermined particles"] == f"{COUNT} (100 %)"
 
 
-def test_curves_that_never_fall_are_resolved_to_the_last_shell_or_better(reports):
-    whole = replace(reports["default"], half_set_fsc=np.ones(N // 2 + 1))
-    finest = whole.box_in_angstroms / ((N - 1) // 2)
-    assert html.resolution(whole, "A") == f"{finest:.2f} A or better"
-
-
-def even_views(count):
-    """The Fibonacci lattice of the sphere."""
-    index = np.arange(count)
-    z = 1 - (2 * index + 1) / count
-    longitude = np.pi * (1 + 5**0.5) * index
-    ring = np.sqrt(1 - z**2)
-    return np.stack([ring * np.cos(longitude), ring * np.sin(longitude), z], axis=-1)
-
-
-@pytest.fixture
-def drawn_views(reports, tmp_path, monkeypatch):
-    """How full the cells are that a report draws of viewing directions, and where."""
-
-    def draw(directions):
-        count = len(directions)
-        rotations = np.zeros((count, 3, 3), np.float32)
-        rotations[:, 2] = directions
-        drawn, pcolormesh = [], Axes.pcolormesh
-
-        def record(axes, longitudes, heights, density, **further):
-            if np.ndim(longitudes) == 1:  # those of a colour bar have two
-                drawn.append((density, heights, longitudes))
-            return pcolormesh(axes, longitudes, heights, density, **further)
-
-        monkeypatch.setattr(Axes, "pcolormesh", record)
-        seen = replace(
-            reports["published"],
-            poses=Poses(rotations, np.zeros((count, 2))),
-            angle_change_in_degrees=np.ones(count),
-            shift_change_in_pixels=np.ones(count),
-        )
-        html.write(tmp_path / "report.html", seen)
-        monkeypatch.undo()
-        (views,) = drawn
-        return views
-
-    return draw
-
-
-def test_views_are_counted_where_they_are(drawn_views):
-    """Equal solid angles: even views fill all cells alike, one view a single cell."""
-    density, heights, longitudes = drawn_views(even_views(20000))
-    assert density.shape == (len(heights) - 1, len(longitudes) - 1)
-    assert density.mean() == pytest.approx(1) and abs(density - 1).max() < 0.35
-    # (rot, tilt) = (100, 30) degrees; the tilt's sign turns the view by half a turn.
-    for sign, rot in ((1, 100.0), (-1, -80.0)):
-        angles = jnp.deg2rad(jnp.asarray([[100.0, 30.0 * sign, 7.0]] * 100))
-        direction = np.asarray(euler_to_matrix(angles))[:, 2]
-        density, heights, longitudes = drawn_views(direction)
-        ((row, column),) = np.argwhere(density)
-        assert density[row, column] == pytest.approx(density.size)
-        assert heights[row] <= np.cos(np.deg2rad(30)) <= heights[row + 1]
-        assert longitudes[column] <= np.deg2rad(rot) <= longitudes[column + 1]
-
-
-def test_poles_and_the_seam_of_the_map_are_counted(drawn_views):
-    edge = np.array([[0, 0, 1 + 1e-7], [0, 0, -1 - 1e-7], [-1, 0, 0], [-1, -0.0, 0]])
-    density, *_ = drawn_views(edge)
-    assert density.sum() * len(edge) / density.size == pytest.approx(4)
-
-
 @pytest.mark.skipif(not BROWSER, reason="no Chromium to show the page in")
 def test_a_browser_shows_it_on_a_phone_without_scrolling_sideways(files, tmp_path):
     frames = "".join(
@@ -342,4 +322,4 @@ def test_a_browser_shows_it_on_a_phone_without_scrolling_sideways(files, tmp_pat
         [BROWSER, *arguments], capture_output=True, text=True, timeout=60, check=True
     )
     (found,) = re.findall(r"<body>(\[\[.*\]\])", shown.stdout)
-    assert json.loads(found) == [[0, True]] * 4
+    assert json.loads(found) == [[0, True]] * 6

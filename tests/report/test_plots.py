@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxrefine.errors import InputError
+from jaxrefine.euler import euler_to_matrix
 from jaxrefine.report import plots
 
 RNG = np.random.default_rng(0)
@@ -40,6 +43,11 @@ PICTURES = {
     ),
     "no errors": lambda path: plots.error_histograms(
         path, {"exact": np.zeros(5)}, "error (pixels)", "All poses are exact."
+    ),
+    "views": lambda path: plots.view_directions(path, even_views(300), "Even."),
+    "one view": lambda path: plots.view_directions(path, even_views(1), "One."),
+    "surfaces": lambda path: plots.surfaces(
+        path, {"a ball $": 1e20 * ball(5.0), "noise": 1e-20 * VOLUME}, "Two maps."
     ),
     "gallery": lambda path: plots.image_gallery(path, VOLUME, "Particles."),
     "few images": lambda path: plots.image_gallery(path, VOLUME[:1], "One particle."),
@@ -116,6 +124,57 @@ def test_volumes_of_jax_in_single_precision_are_accepted(tmp_path):
     plots.image_gallery(tmp_path / "b.png", volume, "Single.")
 
 
+# --- viewing directions
+
+
+def even_views(count):
+    """The Fibonacci lattice of the sphere."""
+    index = np.arange(count)
+    z = 1 - (2 * index + 1) / count
+    longitude = np.pi * (1 + 5**0.5) * index
+    ring = np.sqrt(1 - z**2)
+    return np.stack([ring * np.cos(longitude), ring * np.sin(longitude), z], axis=-1)
+
+
+@pytest.mark.parametrize("count", [1, 100, 3000, 40000])
+def test_cells_have_equal_areas_and_cover_the_sphere(count):
+    """The area of a cell is that of its interval of z times that of longitudes."""
+    density, heights, longitudes = plots.view_density(even_views(count))
+    areas = np.diff(heights)[:, 0] * np.diff(longitudes)[:, 0]
+    np.testing.assert_allclose(areas, 4 * np.pi / len(density))
+    middles = heights.mean(axis=1), longitudes.mean(axis=1)
+    assert len(set(zip(*middles, strict=True))) == len(density)
+    assert heights.min() == -1 and heights.max() == 1
+    assert density.mean() == pytest.approx(1)
+    # Nearly square where there are many: no needles at the poles.
+    rings = np.sqrt(1 - middles[0] ** 2) * np.diff(longitudes)[:, 0]
+    shape = rings / np.diff(np.arcsin(heights))[:, 0]
+    assert shape.min() > 0.5 and shape.max() < 2.5
+
+
+def test_views_are_counted_where_they_are():
+    """Even views fill all cells alike, one view a single cell."""
+    density, *_ = plots.view_density(even_views(20000))
+    assert abs(density - 1).max() < 0.35
+    # (rot, tilt) = (100, 30) degrees; the tilt's sign turns the view by half a turn.
+    for sign, rot in ((1, 100.0), (-1, -80.0)):
+        angles = jnp.deg2rad(jnp.asarray([[100.0, 30.0 * sign, 7.0]] * 100))
+        direction = np.asarray(euler_to_matrix(angles))[:, 2]
+        density, heights, longitudes = plots.view_density(direction)
+        (cell,) = np.flatnonzero(density)
+        assert density[cell] == pytest.approx(density.size)
+        low, high = heights[cell]
+        assert low <= np.cos(np.deg2rad(30)) <= high
+        left, right = longitudes[cell]
+        assert left <= np.deg2rad(rot) <= right
+
+
+def test_poles_and_the_seam_of_the_map_are_counted():
+    edge = np.array([[0, 0, 1 + 1e-7], [0, 0, -1 - 1e-7], [-1, 0, 0], [-1, -0.0, 0]])
+    density, *_ = plots.view_density(edge)
+    assert density.sum() * len(edge) / density.size == pytest.approx(4)
+
+
 # --- isosurfaces
 
 
@@ -177,3 +236,59 @@ def test_levels_beyond_all_densities_are_met_at_once_or_never(level, met):
     assert (hit == met).all() and (depth == 0).all()
     image = plots.isosurface(np.full((5, 5, 5), 2.0), 1.0)
     assert ((image >= 0) & (image <= 0.9)).all()
+
+
+def test_the_level_of_a_surface_divides_the_voxels():
+    """By definition, against every level between two values."""
+    values = np.random.default_rng(0).normal(size=(6, 6, 6))
+    values[2:5, 2:5, 2:5] += 4
+    level = plots.surface_level(values)
+    ranked = np.sort(values.ravel())
+    between = [
+        k * (216 - k) * (ranked[:k].mean() - ranked[k:].mean()) ** 2
+        for k in range(1, 216)
+    ]
+    best = 1 + int(np.argmax(between))
+    assert ranked[best - 1] < level < ranked[best]
+    assert plots.surface_level(np.where(values > 2, 3.0, 1.0)) == pytest.approx(2, 0.01)
+
+
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """Where the three views of a map show something; indices grow right and upwards."""
+
+    def render(volume):
+        shown, isosurface = [], plots.isosurface
+
+        def record(*words):
+            shown.append(isosurface(*words))
+            return shown[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "isosurface", record)
+            plots.surfaces(tmp_path / "a.png", {"map": volume}, "")
+        return [image < 1 for image in shown]
+
+    return render
+
+
+def test_surfaces_are_seen_as_their_titles_say(rendered):
+    """x, z; z, y; y, x: to the right and upwards, each of them right-handed."""
+    place = np.array([5, -3, 1])  # (x, y, z)
+    views = rendered(np.exp(ball(0.0, shift=place) / 4))
+    for view, axes in zip(views, ([0, 2], [2, 1], [1, 0]), strict=True):
+        middle = np.argwhere(view).mean(axis=0)[::-1] - len(view) // 2
+        scale = np.abs(middle).max() / np.abs(place[axes]).max()
+        np.testing.assert_allclose(middle / scale, place[axes], atol=0.2)
+
+
+def test_specks_are_not_drawn(rendered):
+    """A second, small ball is, which is more than a fiftieth of the first."""
+    large = np.where(ball(5.0, shift=(-3, 0, 0)) > 0, 1.0, 0.0)
+    small = np.where(ball(2.0, shift=(6, 0, 0)) > 0, 1.0, 0.0)
+    counts = []
+    for volume in (large, large + small):
+        volume[14, 15, 16] = 1.0
+        labelled: Any = ndimage.label(rendered(volume)[0])
+        counts.append(labelled[1])
+    assert counts == [1, 2]

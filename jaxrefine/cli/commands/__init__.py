@@ -8,6 +8,7 @@ in the module of its name in :mod:`jaxrefine.cli`.
 from jaxrefine.cli.commands.command import Command as Command
 from jaxrefine.cli.commands.demo import DEMO
 from jaxrefine.cli.commands.evaluate import EVALUATE
+from jaxrefine.cli.commands.expand import EXPAND
 from jaxrefine.cli.commands.fsc import FSC
 from jaxrefine.cli.commands.match import MATCH
 from jaxrefine.cli.commands.postprocess import POSTPROCESS
@@ -20,6 +21,7 @@ COMMANDS: tuple[Command, ...] = (
     SIMULATE,
     MATCH,
     REFINE,
+    EXPAND,
     RECONSTRUCT,
     POSTPROCESS,
     FSC,

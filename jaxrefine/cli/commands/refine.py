@@ -41,8 +41,14 @@ class RefineSettings:
     half_sets: bool = option(
         False,
         presets=_DEFAULT,
-        help="refine two halves of the particles independently, for their Fourier "
-        "shell correlation",
+        help="refine two halves of the particles independently, and end with the "
+        "resolution, the mask and the sharpened map of their half maps",
+    )
+    recentre: bool = option(
+        False,
+        excludes=("fix_shifts",),
+        help="at the end, move the origin of maps and poses to the centre of mass of "
+        "the mask, or of the map if there is none",
     )
     preset: str = option(
         "default",
@@ -179,9 +185,10 @@ def run(settings: RefineSettings) -> None:
 REFINE = Command(
     name="refine",
     summary="refine the poses of particles and a map jointly",
-    description="Write particles.star, map.mrc, with --half-sets half1.mrc and "
-    "half2.mrc, report.html, run.json and metrics.jsonl to a folder. The same command "
-    "carries on where it was stopped.",
+    description="Write particles.star, map.mrc, report.html, run.json and "
+    "metrics.jsonl to a folder; with --half-sets also half1.mrc and half2.mrc, and "
+    "what `jaxrefine postprocess` makes of them. The same command carries on where it "
+    "was stopped.",
     settings=RefineSettings,
     run=run,
 )

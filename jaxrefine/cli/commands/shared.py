@@ -63,10 +63,10 @@ class ProcessSettings:
     )
 
 
-def symmetry(**declaration: Any) -> Any:
+def symmetry(default: Any = "C1", **declaration: Any) -> Any:
     """Declare the point group of a map."""
     return option(
-        "C1",
+        default,
         convert=str.upper,
         metavar="GROUP",
         help="point group of the map, such as C4, D7, T, O or I",
@@ -90,6 +90,16 @@ def resample() -> Any:
     """Declare that maps may be resampled."""
     return option(
         False, help="bring a map of another box or voxel size to that of the images"
+    )
+
+
+def datadir() -> Any:
+    """Declare a folder of stacks."""
+    return option(
+        None,
+        affects_results=False,  # what is found there does, see runs.fingerprint
+        metavar="DIR",
+        help="where else to look for stacks of images",
     )
 
 
@@ -164,9 +174,4 @@ class ImageSettings:
         help="take the images to have no contrast-transfer function, beam tilt or "
         "Zernike terms, whatever the table says",
     )
-    datadir: Path | None = option(
-        None,
-        affects_results=False,  # what is found there does, see runs.fingerprint
-        metavar="DIR",
-        help="where else to look for stacks of images",
-    )
+    datadir: Path | None = datadir()

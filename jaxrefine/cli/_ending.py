@@ -1,0 +1,105 @@
+"""How a refinement ends: its origin is moved if asked for, its half maps processed."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrefine.cli._refinement import Inputs, Outcome
+from jaxrefine.cli.commands.refine import RefineSettings
+from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
+from jaxrefine.maps import centre
+from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
+from jaxrefine.symmetry import operators
+
+
+def check_recentring(settings: RefineSettings) -> None:
+    """Refuse to move an origin that the symmetry fixes.
+
+    Raises
+    ------
+    InputError
+        If two axes of the group meet in it.
+    """
+    if not settings.recentre:
+        return
+    kept = operators(settings.symmetry).mean(axis=0)  # projects on the common axis
+    if np.allclose(kept, 0, atol=1e-6):
+        raise InputError(
+            "--recentre must be given with a symmetry that leaves the origin free "
+            f"along an axis, such as C1 or C4, got {settings.symmetry}"
+        )
+
+
+def recentred(
+    settings: RefineSettings, inputs: Inputs, outcome: Outcome
+) -> tuple[Inputs, Outcome]:
+    """Move the origin of all maps and poses to the particle's centre of mass.
+
+    Returns
+    -------
+    The inputs, with a mask that has moved, and the outcome, whose report says by how
+    much the origin has moved (``recentred_by_in_voxels``). If the map has no centre of
+    mass both are as they were, and the report says why (``not_recentred_because``).
+    """
+    particles, mask = inputs.source.particles, inputs.mask
+    pixel = particles.pixel_size_in_angstroms
+    try:
+        place = centre.particle_centre(
+            jnp.asarray(outcome.volume), pixel, mask, operators(settings.symmetry)
+        )
+    except InputError as error:
+        told = outcome.report | {"not_recentred_because": str(error)}
+        return inputs, replace(outcome, report=told)
+
+    def moved(volume: np.ndarray) -> np.ndarray:
+        array = jnp.asarray(volume)
+        return np.asarray(centre.translated(array, jnp.asarray(-place, array.dtype)))
+
+    halves = outcome.half_maps
+    if mask is not None:
+        mask = jnp.asarray(centre.translated_mask(mask, -place))
+    return replace(inputs, mask=mask), replace(
+        outcome,
+        poses=centre.following(outcome.poses, place, _magnification(particles)),
+        volume=moved(outcome.volume),
+        half_maps=None if halves is None else (moved(halves[0]), moved(halves[1])),
+        report=outcome.report | {"recentred_by_in_voxels": place.tolist()},
+    )
+
+
+def _magnification(particles: Particles) -> np.ndarray | None:
+    """Return the anisotropic magnification of each image; None if there is none."""
+    aberrations = particles.aberrations
+    if aberrations is None or aberrations.magnification is None:
+        return None
+    groups = particles.group_of(np.arange(len(particles)))
+    return np.asarray(aberrations.magnification, np.float64)[groups]
+
+
+def postprocessed(
+    settings: RefineSettings, inputs: Inputs, outcome: Outcome
+) -> Postprocessed | str | None:
+    """Do what ``jaxrefine postprocess --auto-b-factor`` does to the half maps.
+
+    Returns
+    -------
+    The result; if the half maps cannot be processed, a sentence that says why, since
+    poses and map are results without it; None without half sets.
+    """
+    if outcome.half_maps is None:
+        return None
+    half1, half2 = map(jnp.asarray, outcome.half_maps)
+    try:
+        return postprocess(
+            half1,
+            half2,
+            inputs.mask,
+            inputs.source.particles.pixel_size_in_angstroms,
+            key=jax.random.key(settings.seed),
+            b_factor_in_square_angstroms=GuinierFit(),
+        )
+    except InputError as error:
+        return str(error)
