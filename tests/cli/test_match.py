@@ -18,10 +18,11 @@ from jaxrefine.io import (
 )
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.poses import matching
+from jaxrefine.poses import grid
 
 N, COUNT, PIXEL, STEP = 16, 6, 2.0, 30.0
 OPTIONS = ("--angle-step", STEP, "--max-shift", 1, "--resolution", 32 / 5)
+OPTIONS += ("--shift-step", 1)
 ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
@@ -32,7 +33,7 @@ def scene():
     k = np.arange(N) - N // 2
     window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 10)
     volume = window * rng.normal(size=(N, N, N))
-    views = matching.directions(np.deg2rad(STEP))
+    views = grid.directions(np.deg2rad(STEP))
     psi = np.deg2rad(STEP) * rng.integers(0, 12, (COUNT, 1))
     angles = np.concatenate([views[rng.integers(0, len(views), COUNT)], psi], axis=1)
     shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)
@@ -79,8 +80,22 @@ def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     np.testing.assert_array_equal(written.shifts, truth.shifts)
 
     before, after = read_star(path), read_star(out)
-    scores = np.array(after["particles"]["jaxrefineCorrelation"], float)
+    scores, evidence, angle, shift = (
+        np.array(after["particles"][column], float)
+        for column in (
+            "jaxrefineCorrelation",
+            "rlnLogLikeliContribution",
+            "jaxrefineAngleStd",
+            "jaxrefineShiftStd",
+        )
+    )
     assert (scores > 0.9).all() and (scores <= 1).all()
+    assert (evidence > 5).all()
+    # Poses are known to a cell of the grid.
+    assert (angle >= STEP / 2 - 1e-3).all() and (angle < STEP).all()
+    assert (shift >= np.sqrt(1 / 6) - 1e-3).all() and (shift < 1).all()
+    advised = f"jaxrefine refine {out} --shift-spread "
+    assert advised in printed and " --angle-spread " in printed
     assert after["optics"] == before["optics"]
     kept = before["particles"].keys() - {*ANGLES, "rlnImageName"}
     for column in kept - {"rlnOriginXAngst", "rlnOriginYAngst"}:
@@ -115,6 +130,13 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
         ),
         ({"--max-shift": -1}, "--max-shift must be at least 0 pixels, got -1"),
         ({"--shift-step": 0}, "--shift-step must be more than 0 pixels, got 0"),
+        ({"--shift-spread": 0}, "--shift-spread must be more than 0 pixels, got 0"),
+        ({"--max-shift": 9}, "max_shift must be at most half of the side"),
+        ({"--symmetry": "X2"}, "symmetry must be C1 to C99"),
+        ({"--particle-diameter": 33}, "--particle-diameter must be at most the box"),
+        ({"--memory": 0.001}, "GiB of memory of 0.001 GiB that are free"),
+        ({"--angle-step": 0.01}, "1.5e+13 orientations (0.01 degrees apart) with"),
+        ({"--shift-step": 1e-4}, "must make a search that can end, got"),
         ({"--batch-size": 0}, "--batch-size must be at least 1, got 0"),
         ({"--resolution": 1}, "--resolution must be from 4.57 to 32 angstroms"),
         ({"--resolution": "nan"}, "--resolution must be a finite number"),
@@ -126,3 +148,16 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
     absent.assert_refused("absent.star does not exist")
     assert {path: path.read_bytes() for path in data.iterdir()} == before
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_less_memory_makes_smaller_batches(data, tmp_path, run):
+    """They find the same."""
+    tables = []
+    for name, memory in (("all", ()), ("few", ("--memory", 0.3))):
+        out = tmp_path / f"{name}.star"
+        words = ["--map", data / "ref.mrc", "--out", out, *OPTIONS, *memory]
+        code, _, err = run("match", data / "particles.star", *words)
+        assert code == 0
+        tables.append(read_poses(out))
+    np.testing.assert_array_equal(tables[0].rotations, tables[1].rotations)
