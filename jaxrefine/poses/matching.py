@@ -81,6 +81,12 @@ _LIMIT_OF_SPREAD = 3  # largest shift, in standard deviations
 _SPREAD_OF_LIMIT = 1 / 2  # that of points spread uniformly in a disc
 _STEPS_PER_PERIOD = 4  # shifts in one period of the finest detail that is compared
 
+# How often the arrays of `Search.estimate_bytes` are held at once, while others are
+# made of them: what the compiler states for a CPU (``memory_analysis``; JAX 0.10, sides
+# of 32 to 96, 8 and 64 particles), rounded up; and JAX with the compiled programs.
+_TEMPLATES_HELD, _MOVED_HELD, _SCORES_HELD, _PIXELS_HELD, _VOXELS_HELD = 3, 2, 2, 4, 8
+_PROGRAMS = 600 * 2**20
+
 
 @final
 @dataclass(frozen=True)
@@ -182,27 +188,27 @@ class Search:
     def estimate_bytes(self, batch_size: int) -> float:
         """Estimate the memory that is held with a batch of particles, in bytes.
 
-        That is the templates, the largest arrays that are made of a batch of images and
-        of a chunk of templates, and the map's spectrum: multiples that the compiler
-        states for a CPU, without the compiled programs.
+        That is the templates, the images of a batch on the rings at all shifts, the
+        scores of a chunk of templates, the map's spectrum, and JAX itself.
 
         Parameters
         ----------
         batch_size
             Particles at a time.
         """
-        grid, r_max = self.grid, self.r_max
-        template = 8 * r_max * (grid.half_turn + 2)
-        moved = 8 * r_max * self.ring * grid.shift_count
-        scores = 4 * max(_SCORES_AT_ONCE, 2 * grid.half_turn * grid.shift_count)
-        images = batch_size * (_OF_IMAGE * 4 * self.image_size**2 + _OF_MOVED * moved)
-        spectrum = _OF_MAP * 4 * self.image_size**3
-        templates = _OF_TEMPLATES * template * grid.direction_count
-        return templates + max(images + _OF_SCORES * scores, spectrum)
-
-
-# How often arrays are held at once, with what is made of them.
-_OF_TEMPLATES, _OF_MOVED, _OF_SCORES, _OF_IMAGE, _OF_MAP = 2, 4, 5, 8, 20
+        grid, m = self.grid, self.image_size
+        template = 8 * self.r_max * (grid.half_turn + 2)
+        moved = 8 * self.r_max * self.ring * grid.shift_count
+        scores = 4 * max(
+            _SCORES_AT_ONCE, 2 * grid.half_turn * batch_size * grid.shift_count
+        )
+        return (
+            _PROGRAMS
+            + _TEMPLATES_HELD * template * grid.direction_count
+            + batch_size * (_MOVED_HELD * moved + _PIXELS_HELD * 4 * m**2)
+            + _SCORES_HELD * scores
+            + _VOXELS_HELD * 4 * m**3
+        )
 
 
 def search_of(config: MatchConfig, image_size: int) -> Search:
@@ -652,7 +658,8 @@ def _best(
     )
     total = jax.nn.logsumexp(logs, axis=1)
     posterior = jnp.exp(logs - total[:, None])
-    orientations = 2.0 * half_turn * jnp.sum(templates.exists)
+    count_of_views = jnp.sum(templates.exists.astype(images.dtype))
+    orientations = 2 * half_turn * count_of_views
     by_angle = _square_angles(rotations, templates.views.reshape(-1, 2), turn, tried)
     by_shift = move[..., 2] - 2 * jnp.einsum(
         "pci,pi->pc", move[..., :2], shift, precision=_HIGHEST
