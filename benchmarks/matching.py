@@ -50,12 +50,11 @@ RELION = """relion_refine --i particles.star --o ./relion --ref map.mrc --firsti
 
 
 def spectrum(images: np.ndarray) -> np.ndarray:
-    """Return the mean power of images in each shell of a whole transform's corners."""
+    """Return the mean power of images in each shell, up to the transform's corners."""
     values = images - images.mean(axis=(1, 2), keepdims=True)
     power = np.mean(np.abs(np.fft.fft2(values)) ** 2, axis=0)
-    return np.bincount(_shells(len(power)).ravel(), power.ravel()) / np.bincount(
-        _shells(len(power)).ravel()
-    )
+    shells = _shells(len(power)).ravel()
+    return np.bincount(shells, power.ravel()) / np.bincount(shells)
 
 
 def _shells(m: int) -> np.ndarray:
@@ -90,8 +89,8 @@ def simulate(amplitude: float, data: Path, folder: Path) -> tuple[Poses, float]:
     clean = np.asarray(apply_ctf(optics, clean, pixel), float)
     level = np.sqrt(excess[SHELLS].sum() / spectrum(clean)[SHELLS].sum())
     white = np.fft.fft2(random.standard_normal((count, m, m)))
-    filtered = np.fft.ifft2(white * np.sqrt(noise_power[_shells(m)]) / m).real
-    signal, noise = amplitude * level * clean, filtered
+    noise = np.fft.ifft2(white * np.sqrt(noise_power[_shells(m)]) / m).real
+    signal = amplitude * level * clean
     images = (signal + noise) / noise.std()
 
     truth = poses(angles.astype(np.float32), shifts.astype(np.float32))

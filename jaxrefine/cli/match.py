@@ -78,7 +78,7 @@ def run(
     particles = chosen.particles(source.particles)
     with Bars() as bars:
         if not settings.images.trust_contrast:
-            found = contrast_without_poses(particles, volume, config, bars)
+            found = _contrast_without_poses(particles, volume, config, bars)
             check_sign(found, source, volume, settings)
         result = _matched(match, particles, volume, config, bars)
     search = result.search
@@ -143,14 +143,15 @@ def _planned(
     needed = search.estimate_bytes(size)
     days = grid.orientation_count * grid.shift_count * count / _RATE / _DAY_S
     tried = (
-        f"{grid.orientation_count:.2g} orientations ({settings.angle_step:g} degrees "
-        f"apart) with {grid.shift_count:.2g} shifts ({grid.shift_step:.2g} pixels)"
+        f"{_rounded(grid.orientation_count)} orientations ({settings.angle_step:g} "
+        f"degrees apart) with {_rounded(grid.shift_count)} shifts "
+        f"({grid.shift_step:.2g} pixels apart)"
     )
     too_large = free is not None and needed > free
     if too_large or days > _MOST_DAYS:
         last = (search.image_size - 1) // 2
         finest = half_period_turn(config.particle_diameter, last) / FARTHEST
-        have = "" if free is None else f" of {free / 2**30:.3g} GiB that are free"
+        have = "" if free is None else f", where {free / 2**30:.3g} are free"
         raise InputError(
             "--angle-step, --shift-step and --max-shift must make a search that can "
             f"end, got {tried}: {needed / 2**30:.2g} GiB of memory{have}, and "
@@ -167,7 +168,12 @@ def _planned(
     return replace(config, batch_size=size)
 
 
-def contrast_without_poses(
+def _rounded(count: float) -> str:
+    """Return about how many, in two digits."""
+    return f"{float(f'{count:.2g}'):,.0f}" if count < 1e9 else f"{count:.2g}"
+
+
+def _contrast_without_poses(
     particles: Particles,
     volume: jax.Array,
     config: matching.MatchConfig,

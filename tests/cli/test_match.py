@@ -1,9 +1,16 @@
 """``jaxrefine match``: the poses found are in the table, and what is refused."""
 
+import re
+from dataclasses import replace
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrefine.cli import refine
+from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
@@ -94,8 +101,24 @@ def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     # Poses are known to a cell of the grid.
     assert (angle >= STEP / 2 - 1e-3).all() and (angle < STEP).all()
     assert (shift >= np.sqrt(1 / 6) - 1e-3).all() and (shift < 1).all()
-    advised = f"jaxrefine refine {out} --shift-spread "
-    assert advised in printed and " --angle-spread " in printed
+    assert printed.splitlines()[-1].startswith(f"to go on: jaxrefine refine {out} ")
+    # It may be given as it is.
+    given = re.findall("--[a-z]+-spread [0-9.]+", printed)
+    calls = []
+
+    def stop(*arguments, **_):
+        calls.append(arguments[3])
+        raise KeyboardInterrupt
+
+    engine = Engine(stop, stop, stop)
+    further = [word for each in given for word in each.split()]
+    stopping = [replace(REFINE, run=partial(refine.run, engine=engine))]
+    words = ["refine", out, "--map", data / "ref.mrc", "--out", tmp_path / "refined"]
+    words += [*further, "--trust-contrast"]
+    assert run(*words, commands=stopping).code == 130
+    expected = np.sqrt(np.mean(shift**2) / 2), np.sqrt(np.mean(angle**2) / 3)
+    found = calls[0].shift_spread, np.rad2deg(calls[0].angle_spread)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
     assert after["optics"] == before["optics"]
     kept = before["particles"].keys() - {*ANGLES, "rlnImageName"}
     for column in kept - {"rlnOriginXAngst", "rlnOriginYAngst"}:
@@ -134,7 +157,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
         ({"--max-shift": 9}, "max_shift must be at most half of the side"),
         ({"--symmetry": "X2"}, "symmetry must be C1 to C99"),
         ({"--particle-diameter": 33}, "--particle-diameter must be at most the box"),
-        ({"--memory": 0.001}, "GiB of memory of 0.001 GiB that are free"),
+        ({"--memory": 0.001}, "GiB of memory, where 0.001 are free, and"),
         ({"--angle-step": 0.01}, "1.5e+13 orientations (0.01 degrees apart) with"),
         ({"--shift-step": 1e-4}, "must make a search that can end, got"),
         ({"--batch-size": 0}, "--batch-size must be at least 1, got 0"),
@@ -148,16 +171,3 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
     absent.assert_refused("absent.star does not exist")
     assert {path: path.read_bytes() for path in data.iterdir()} == before
     assert not out.exists()
-
-
-@pytest.mark.slow
-def test_less_memory_makes_smaller_batches(data, tmp_path, run):
-    """They find the same."""
-    tables = []
-    for name, memory in (("all", ()), ("few", ("--memory", 0.3))):
-        out = tmp_path / f"{name}.star"
-        words = ["--map", data / "ref.mrc", "--out", out, *OPTIONS, *memory]
-        code, _, err = run("match", data / "particles.star", *words)
-        assert code == 0
-        tables.append(read_poses(out))
-    np.testing.assert_array_equal(tables[0].rotations, tables[1].rotations)
