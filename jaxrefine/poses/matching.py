@@ -84,7 +84,8 @@ _STEPS_PER_PERIOD = 4  # shifts in one period of the finest detail that is compa
 # How often the arrays of `Search.estimate_bytes` are held at once, while others are
 # made of them: what the compiler states for a CPU (``memory_analysis``; JAX 0.10, sides
 # of 32 to 96, 8 and 64 particles), rounded up; and JAX with the compiled programs.
-_TEMPLATES_HELD, _MOVED_HELD, _SCORES_HELD, _PIXELS_HELD, _VOXELS_HELD = 3, 2, 2, 4, 8
+_TEMPLATES_HELD, _MOVED_HELD, _SCORES_HELD, _FOUND_HELD = 3, 2, 2, 12
+_PIXELS_HELD, _VOXELS_HELD = 4, 8
 _PROGRAMS = 600 * 2**20
 
 
@@ -189,7 +190,8 @@ class Search:
         """Estimate the memory that is held with a batch of particles, in bytes.
 
         That is the templates, the images of a batch on the rings at all shifts, the
-        scores of a chunk of templates, the map's spectrum, and JAX itself.
+        scores of a chunk of templates, what is found in each direction, the map's
+        spectrum, and JAX itself.
 
         Parameters
         ----------
@@ -206,6 +208,7 @@ class Search:
             _PROGRAMS
             + _TEMPLATES_HELD * template * grid.direction_count
             + batch_size * (_MOVED_HELD * moved + _PIXELS_HELD * 4 * m**2)
+            + batch_size * _FOUND_HELD * 4 * grid.direction_count
             + _SCORES_HELD * scores
             + _VOXELS_HELD * 4 * m**3
         )
@@ -337,13 +340,7 @@ def match(
         search = Search(search.grid, min(search.r_max, farthest), m)
     grid, views = search.grid, search.grid.directions()
     points = _rings(search.r_max, search.ring)
-    tried = _Tried(
-        jnp.asarray(grid.shifts(), jnp.float32),
-        jnp.asarray(grid.shift_log_prior(), jnp.float32),
-        jnp.asarray(grid.operators, jnp.float32),
-        jnp.asarray(grid.cell_variances(), jnp.float32),
-        grid.half_turn,
-    )
+    tried = _Tried.of(grid)
     precision = _precision(particles, search.r_max, config.batch_size)
     size = min(config.batch_size, len(particles))
     most = max(_SCORES_AT_ONCE // (2 * grid.half_turn * size * len(tried.shifts)), 1)
@@ -456,6 +453,17 @@ class _Tried(eqx.Module):
     operators: Float[Array, "order 3 3"]
     cell_variances: Float[Array, "2"]
     half_turn: int = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, grid: PoseGrid) -> "_Tried":
+        """Return those of a grid."""
+        return cls(
+            jnp.asarray(grid.shifts(), jnp.float32),
+            jnp.asarray(grid.shift_log_prior(), jnp.float32),
+            jnp.asarray(grid.operators, jnp.float32),
+            jnp.asarray(grid.cell_variances(), jnp.float32),
+            grid.half_turn,
+        )
 
 
 class _Templates(eqx.Module):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -322,6 +323,36 @@ def test_a_smaller_particle_is_compared_in_finer_detail():
     assert (limited.max_shift, limited.shift_spread) == (5.0, 2.5)
     spread = matching.search_of(MatchConfig(shift_spread=2.5), 64).grid
     assert (spread.max_shift, spread.shift_spread) == (7.5, 2.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, MatchConfig(0.1, max_shift=2.0, r_max=8)])
+def test_the_memory_is_what_the_compiler_says(volume, config):
+    """Without JAX and the programs."""
+    search = matching.search_of(config, N)
+    views = jnp.asarray(search.grid.directions(), jnp.float32)
+    points = matching._rings(search.r_max, search.ring)
+    make: Any = matching._templates
+    arguments = (volume, points, views, 2, search.grid.half_turn)
+    making = make.lower(*arguments).compile().compiled.memory_analysis()
+    templates = make(*arguments)
+    images = jnp.zeros((COUNT, N, N), jnp.float32)
+    precision = jnp.ones((COUNT, search.r_max), jnp.float32)
+    tried, group = matching._Tried.of(search.grid), jnp.zeros(COUNT, jnp.int32)
+    best: Any = matching._best
+    program = best.lower(
+        images, None, templates, points, tried, 1.0, None, group, precision
+    )
+    finding = program.compile().compiled.memory_analysis()
+    needed = max(
+        making.temp_size_in_bytes + making.output_size_in_bytes,
+        finding.temp_size_in_bytes + finding.argument_size_in_bytes,
+    )
+    estimated = search.estimate_bytes(COUNT) - matching._PROGRAMS
+    assert needed < estimated
+    # Scores are counted for whole chunks.
+    whole = matching._SCORES_HELD * 4 * matching._SCORES_AT_ONCE
+    assert estimated - whole < 4 * needed
 
 
 @pytest.mark.slow
