@@ -186,6 +186,17 @@ class Search:
         least = (math.sqrt(2) * math.pi * self.r_max + half_turn) / 2
         return half_turn * math.ceil(least / half_turn)
 
+    def chunks(self, directions: int, shifts: int, batch_size: int) -> int:
+        """Return in how many parts the templates are compared with a batch.
+
+        Parameters
+        ----------
+        directions, shifts, batch_size
+            How many there are.
+        """
+        scores = 2 * self.grid.half_turn * batch_size * shifts
+        return -(-directions // max(_SCORES_AT_ONCE // scores, 1))
+
     def estimate_bytes(self, batch_size: int) -> float:
         """Estimate the memory that is held with a batch of particles, in bytes.
 
@@ -343,12 +354,11 @@ def match(
     tried = _Tried.of(grid)
     precision = _precision(particles, search.r_max, config.batch_size)
     size = min(config.batch_size, len(particles))
-    most = max(_SCORES_AT_ONCE // (2 * grid.half_turn * size * len(tried.shifts)), 1)
     templates = _templates(
         at_unit_scale(volume.astype(jnp.float32)),
         points,
         jnp.asarray(views, jnp.float32),
-        -(-len(views) // most),
+        search.chunks(len(views), len(tried.shifts), size),
         grid.half_turn,
     )
     results, done = [], 0

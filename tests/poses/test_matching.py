@@ -326,19 +326,19 @@ def test_a_smaller_particle_is_compared_in_finer_detail():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, MatchConfig(0.1, max_shift=2.0, r_max=8)])
-def test_the_memory_is_what_the_compiler_says(volume, config):
+def test_the_memory_is_what_the_compiler_says(volume):
     """Without JAX and the programs."""
-    search = matching.search_of(config, N)
+    search = matching.search_of(MatchConfig(0.1, max_shift=2.0, r_max=8), N)
     views = jnp.asarray(search.grid.directions(), jnp.float32)
     points = matching._rings(search.r_max, search.ring)
+    tried, group = matching._Tried.of(search.grid), jnp.zeros(COUNT, jnp.int32)
     make: Any = matching._templates
-    arguments = (volume, points, views, 2, search.grid.half_turn)
+    chunks = search.chunks(len(views), len(tried.shifts), COUNT)
+    arguments = (volume, points, views, chunks, search.grid.half_turn)
     making = make.lower(*arguments).compile().compiled.memory_analysis()
     templates = make(*arguments)
     images = jnp.zeros((COUNT, N, N), jnp.float32)
     precision = jnp.ones((COUNT, search.r_max), jnp.float32)
-    tried, group = matching._Tried.of(search.grid), jnp.zeros(COUNT, jnp.int32)
     best: Any = matching._best
     program = best.lower(
         images, None, templates, points, tried, 1.0, None, group, precision
