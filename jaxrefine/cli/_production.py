@@ -17,7 +17,12 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine._processes import of_first
 from jaxrefine.cli._memory import free_bytes
-from jaxrefine.cli._particles import half_sets, shell_of, tell_what_is_shared
+from jaxrefine.cli._particles import (
+    check_shift,
+    half_sets,
+    shell_of,
+    tell_what_is_shared,
+)
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli._sign import check_sign
 from jaxrefine.cli._usable import usable
@@ -92,11 +97,7 @@ def _shifts(settings: RefineSettings, image_size: int) -> dict[str, float]:
         value = getattr(settings, name)
         if value is None:
             continue
-        if value > image_size / 2:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be at most half of the images' side, "
-                f"{image_size // 2} pixels, got {value:g}"
-            )
+        check_shift(f"--{name.replace('_', '-')}", value, image_size)
         chosen[name] = value
     if "max_shift" in chosen:
         implied = SHIFT_SPREAD_OF_LIMIT * chosen["max_shift"]

@@ -108,6 +108,9 @@ def _configure(settings: MatchSettings, particles: Particles) -> matching.MatchC
     r_max, config = None, matching.MatchConfig()
     if settings.resolution is not None:
         r_max = _particles.shell_of("--resolution", settings.resolution, particles)
+    if settings.max_shift is not None:
+        side = particles.image_size
+        _particles.check_shift("--max-shift", settings.max_shift, side)
     diameter = config.particle_diameter
     if settings.images.particle_diameter is not None:
         diameter = settings.images.particle_diameter / particles.box_in_angstroms

@@ -154,7 +154,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
         ({"--max-shift": -1}, "--max-shift must be at least 0 pixels, got -1"),
         ({"--shift-step": 0}, "--shift-step must be more than 0 pixels, got 0"),
         ({"--shift-spread": 0}, "--shift-spread must be more than 0 pixels, got 0"),
-        ({"--max-shift": 9}, "max_shift must be at most half of the side"),
+        ({"--max-shift": 9}, "--max-shift must be at most half of the images' side, 8"),
         ({"--symmetry": "X2"}, "symmetry must be C1 to C99"),
         ({"--particle-diameter": 33}, "--particle-diameter must be at most the box"),
         ({"--memory": 0.001}, "GiB of memory, where 0.001 are free, and"),
