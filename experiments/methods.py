@@ -282,8 +282,8 @@ def projection_matching(settings: MatchConfig, rounds: int, seed: int) -> Method
             matched = match(particles, volume, settings)
             poses = matched.poses
             volume = jnp.asarray(reconstruct(particles, poses, key=key).volume)
-            step = float(np.rad2deg(matched.angle_step))
-            grid = {"step_in_degrees": step, "r_max": matched.r_max}
+            step = float(np.rad2deg(matched.search.grid.in_plane_step))
+            grid = {"step_in_degrees": step, "r_max": matched.search.r_max}
             record.add(volume, poses, (volume, poses), **grid)
         last = record.rows[-1]
         remark = (

@@ -345,6 +345,21 @@ def _showing(kind: str, count: int) -> str:
     return f"{verb} {count} {kind if count > 1 else kind.removesuffix('s')}"
 
 
+def check_shift(flag: str, pixels: float, image_size: int) -> None:
+    """Refuse a shift that leads out of the images.
+
+    Raises
+    ------
+    InputError
+        If it is more than half of their side, naming the option.
+    """
+    if pixels > image_size / 2:
+        raise InputError(
+            f"{flag} must be at most half of the images' side, {image_size // 2} "
+            f"pixels, got {pixels:g}"
+        )
+
+
 def shell_of(flag: str, resolution: float, particles: Particles) -> int:
     """Return a resolution in angstroms as a band limit in cycles per box.
 

@@ -15,10 +15,16 @@ import jax
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine._limits import memory_limits
-from jaxrefine._processes import of_first, on_this_machine
-from jaxrefine.cli._particles import half_sets, shell_of, tell_what_is_shared
+from jaxrefine._processes import of_first
+from jaxrefine.cli._memory import free_bytes
+from jaxrefine.cli._particles import (
+    check_shift,
+    half_sets,
+    shell_of,
+    tell_what_is_shared,
+)
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
+from jaxrefine.cli._sign import check_sign
 from jaxrefine.cli._usable import usable
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
@@ -30,7 +36,6 @@ from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
@@ -92,11 +97,7 @@ def _shifts(settings: RefineSettings, image_size: int) -> dict[str, float]:
         value = getattr(settings, name)
         if value is None:
             continue
-        if value > image_size / 2:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be at most half of the images' side, "
-                f"{image_size // 2} pixels, got {value:g}"
-            )
+        check_shift(f"--{name.replace('_', '-')}", value, image_size)
         chosen[name] = value
     if "max_shift" in chosen:
         implied = SHIFT_SPREAD_OF_LIMIT * chosen["max_shift"]
@@ -266,23 +267,7 @@ def _check_contrast(
     volume = inputs.volume
     masked = volume if inputs.mask is None else volume * inputs.mask
     found = contrast(particles, poses, masked, config, bars.watch)
-    if not found.is_opposite:
-        return
-    got = f"correlation {found.correlation:.2f} over {found.count} particles"
-    if is_negative(volume):
-        raise InputError(
-            f"{settings.map} seems to have dark protein, unlike {settings.particles} "
-            f"({got}): multiply it by -1, or --trust-contrast"
-        )
-    seems, remedy = "have dark protein", "--invert"
-    if settings.images.invert:
-        seems, remedy = "have bright protein before --invert", "leave out --invert"
-    elif inputs.source.protein_is_dark:
-        seems = "have bright protein, and says that it is dark"
-        remedy = "change the sign (rlnCtfScalefactor, or blob/sign)"
-    raise InputError(
-        f"{settings.particles} seems to {seems} ({got}): {remedy}, or --trust-contrast"
-    )
+    check_sign(found, inputs.source, volume, settings)
 
 
 def _prior_covariance(config: RefineConfig) -> np.ndarray:
@@ -296,14 +281,7 @@ def _plan(
     settings: RefineSettings, particles: Particles, config: RefineConfig
 ) -> memory.Plan:
     """Return what the run will use, within the memory that is given or free."""
-    free = memory.available_bytes()
-    sharing = on_this_machine()
-    if free is not None and jax.default_backend() == "cpu":
-        free //= sharing
-    for limit in memory_limits():
-        _say(f"`{limit.command}` leaves {limit.left / 2**30:.1f} GiB of memory")
-    if settings.memory is not None:
-        free = int(settings.memory * 2**30)
+    free = free_bytes(settings.memory)
     return memory.plan(len(particles), particles.image_size, config, free)
 
 

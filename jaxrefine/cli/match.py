@@ -1,16 +1,37 @@
 """``jaxrefine match``: particles and a map in, the particles' poses on a grid out."""
 
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
 from jaxrefine.cli import _maps, _particles, _usable
+from jaxrefine.cli._memory import free_bytes
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
+from jaxrefine.cli._sign import check_sign
 from jaxrefine.cli.commands.match import MatchSettings
+from jaxrefine.data.particles import Particles
+from jaxrefine.errors import InputError
+from jaxrefine.geometry import Poses, uniform_rotations
 from jaxrefine.poses import matching
+from jaxrefine.poses.grid import FARTHEST
+from jaxrefine.poses.search import half_period_turn
+from jaxrefine.refinement import memory
+from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.contrast import Contrast, contrast
 from jaxrefine.runs.progress import Bars
+
+# Comparisons of an image with a projection, of which a search may take 100 days at 100
+# million a second. Two cores do about a tenth of that.
+_RATE, _MOST_DAYS = 1e8, 100
+_DAY_S = 86400
+_CYCLES = 3  # in the particle's diameter, at which its sign is looked at
+_RANDOM = 3  # mean square of what `matching.Match` has for the angle of any rotation
 
 
 def run(
@@ -28,16 +49,24 @@ def run(
     Raises
     ------
     InputError
-        If the particles or the map cannot be used, or the table cannot be written.
+        If the particles or the map cannot be used, the search cannot come to an end, or
+        the table cannot be written.
     """
     out = settings.out
     check_can_be_written(out)
     source = _particles.read(
-        settings.particles, settings.images, settings.cryosparc, with_poses=False
+        settings.particles,
+        settings.images,
+        settings.cryosparc,
+        with_poses=False,
+        diameter_used=True,
     )
     check_is_no_input(
         out, source.path, settings.map, *source.joined, *source.stacks.values()
     )
+    config = _configure(settings, source.particles)
+    search = matching.search_of(config, source.particles.image_size)
+    config = _planned(settings, config, search, len(source))
     volume = _maps.read_map_for(
         source,
         settings.map,
@@ -45,35 +74,173 @@ def run(
         settings.resample,
         settings.images.trust_contrast,
     )
-    r_max = None
+    chosen = _usable.usable(source, settings.images, with_poses=False)
+    particles = chosen.particles(source.particles)
+    with Bars() as bars:
+        if not settings.images.trust_contrast:
+            found = _contrast_without_poses(particles, volume, config, bars)
+            check_sign(found, source, volume, settings)
+        result = _matched(match, particles, volume, config, bars)
+    search = result.search
+    spread = search.grid.shift_spread
+    columns = {
+        "jaxrefineCorrelation": chosen.of_table(result.scores, 0.0),
+        "rlnLogLikeliContribution": chosen.of_table(result.log_likelihood, 0.0),
+        "jaxrefineAngleStd": np.rad2deg(
+            chosen.of_table(result.angle_std, math.sqrt(_RANDOM))
+        ),
+        "jaxrefineShiftStd": chosen.of_table(result.shift_std, math.sqrt(2) * spread),
+        "jaxrefineUndetermined": chosen.left_out.astype(int),
+    }
+    poses = chosen.poses(source.poses, result.poses)
+    io.write_particles(out, source, poses, columns)
+    detail = source.particles.box_in_angstroms / search.r_max
+    print(
+        f"{len(particles)} particles, {math.degrees(search.grid.in_plane_step):g} "
+        f"degree steps, details down to {detail:.3g} A, median correlation "
+        f"{float(np.median(result.scores)):.3f}: {out}"
+    )
+    print(_advice(result, settings))
+
+
+def _configure(settings: MatchSettings, particles: Particles) -> matching.MatchConfig:
+    """Return the parameters in radians, pixels, cycles per box and boxes."""
+    r_max, config = None, matching.MatchConfig()
     if settings.resolution is not None:
-        r_max = _particles.shell_of(
-            "--resolution", settings.resolution, source.particles
-        )
-    config = matching.MatchConfig(
+        r_max = _particles.shell_of("--resolution", settings.resolution, particles)
+    if settings.max_shift is not None:
+        side = particles.image_size
+        _particles.check_shift("--max-shift", settings.max_shift, side)
+    diameter = config.particle_diameter
+    if settings.images.particle_diameter is not None:
+        diameter = settings.images.particle_diameter / particles.box_in_angstroms
+    return matching.MatchConfig(
         math.radians(settings.angle_step),
         settings.max_shift,
         settings.shift_step,
         r_max=r_max,
         batch_size=settings.batch_size,
+        particle_diameter=diameter,
+        shift_spread=settings.shift_spread,
+        symmetry=settings.symmetry,
     )
-    chosen = _usable.usable(source, settings.images, with_poses=False)
-    particles = chosen.particles(source.particles)
-    with Bars() as bars:
-        advance = bars.next("matching", math.ceil(len(particles) / config.batch_size))
-        result = match(
-            particles, volume, config, callback=lambda done: advance(done, {})
+
+
+def _planned(
+    settings: MatchSettings,
+    config: matching.MatchConfig,
+    search: matching.Search,
+    count: int,
+) -> matching.MatchConfig:
+    """Return the parameters with a batch that fits into memory, and tell of the plan.
+
+    Raises
+    ------
+    InputError
+        If none fits, or the search would not come to an end.
+    """
+    free, grid = free_bytes(settings.memory), search.grid
+    size = memory.fitting_batch(
+        search.estimate_bytes, min(config.batch_size, count), 1, free
+    )
+    needed = search.estimate_bytes(size)
+    days = grid.orientation_count * grid.shift_count * count / _RATE / _DAY_S
+    tried = (
+        f"{_rounded(grid.orientation_count)} orientations ({settings.angle_step:g} "
+        f"degrees apart) with {_rounded(grid.shift_count)} shifts "
+        f"({grid.shift_step:.2g} pixels apart)"
+    )
+    too_large = free is not None and needed > free
+    if too_large or days > _MOST_DAYS:
+        last = (search.image_size - 1) // 2
+        finest = half_period_turn(config.particle_diameter, last) / FARTHEST
+        have = "" if free is None else f", where {free / 2**30:.3g} are free"
+        raise InputError(
+            "--angle-step, --shift-step and --max-shift must make a search that can "
+            f"end, got {tried}: {needed / 2**30:.2g} GiB of memory{have}, and "
+            f"{days:.2g} days at 1e8 comparisons a second; these images show no step "
+            f"below {math.degrees(finest):.2g} degrees, and 7.5 are usual"
         )
-    columns = {
-        "jaxrefineCorrelation": chosen.of_table(result.scores, 0.0),
-        "jaxrefineUndetermined": chosen.left_out.astype(int),
-    }
-    poses = chosen.poses(source.poses, result.poses)
-    io.write_particles(out, source, poses, columns)
-    median = float(np.median(result.scores))
-    detail = source.particles.box_in_angstroms / result.r_max
-    step = math.degrees(result.angle_step)
+    there = "" if free is None else f" of {free / 2**30:.1f} GiB that are free"
+    kind = jax.local_devices()[0].device_kind
     print(
-        f"{len(particles)} particles, {step:g} degree steps, details "
-        f"down to {detail:.3g} A, median correlation {median:.3f}: {out}"
+        f"{tried}, {size} particles at a time on {kind}, about {needed / 2**30:.1f} GiB"
+        f" of memory{there}",
+        file=sys.stderr,
     )
+    return replace(config, batch_size=size)
+
+
+def _rounded(count: float) -> str:
+    """Return about how many, in two digits."""
+    return f"{float(f'{count:.2g}'):,.0f}" if count < 1e9 else f"{count:.2g}"
+
+
+def _contrast_without_poses(
+    particles: Particles,
+    volume: jax.Array,
+    config: matching.MatchConfig,
+    bars: Bars,
+) -> Contrast:
+    """Correlate images with projections along random directions, at low resolution.
+
+    That of a particle from another direction still has its size and its sign.
+
+    Parameters
+    ----------
+    particles, volume
+        The images and the map.
+    config
+        Gives the diameter of the particle, and the batch size.
+    bars
+        Shows how far it is.
+    """
+    count = len(particles)
+    rotations = uniform_rotations(jax.random.key(0), count, jnp.float32)
+    poses = Poses(rotations, jnp.zeros((count, 2), jnp.float32))
+    cycles = max(1, round(_CYCLES / config.particle_diameter))
+    chosen = RefineConfig(first_r_max=cycles, batch_size=config.batch_size)
+    return contrast(particles, poses, volume, chosen, bars.watch)
+
+
+def _matched(
+    match: Callable[..., matching.Match],
+    particles: Particles,
+    volume: jax.Array,
+    config: matching.MatchConfig,
+    bars: Bars,
+) -> matching.Match:
+    """Match the particles, with fewer at a time whenever memory runs out."""
+
+    def attempt(batch_size: int) -> matching.Match:
+        chosen = replace(config, batch_size=batch_size)
+        advance = bars.next("matching", math.ceil(len(particles) / batch_size))
+        return match(particles, volume, chosen, callback=lambda done: advance(done, {}))
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
+    return memory.retry_on_out_of_memory(attempt, config.batch_size, say, least=1)
+
+
+def _advice(result: matching.Match, settings: MatchSettings) -> str:
+    """Return how to go on: how well `refine` may take the poses to be known.
+
+    That is the root mean square of the errors that are expected, for each component.
+    """
+    default = math.degrees(RefineConfig().angle_spread)
+    angle, shift = (
+        float(np.sqrt(np.mean(np.square(values)) / components))
+        for values, components in ((result.angle_std, 3), (result.shift_std, 2))
+    )
+    angle = math.degrees(angle)
+    words = f"jaxrefine refine {settings.out} --shift-spread {shift:.2g}"
+    if angle < default:
+        words += f" --angle-spread {angle:.2g}"
+        known = "as well as the poses are known"
+    else:
+        known = (
+            "many poses are not known to within its default of "
+            f"--angle-spread {default:.1f}"
+        )
+    return f"to go on: {words} ... ({known})"

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Complex, Float
 
 from jaxrefine._arrays import on_device
+from jaxrefine.data.observation import batches
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.operators import slices
 from jaxrefine.operators.complex import power, product
@@ -22,6 +24,7 @@ from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.slices import Disc
 
 _MEASURED = 500  # images that white noise is measured in: its variance within 1 %
+_LOOKED_AT = 2000  # images whose spectra are averaged
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Degrees of freedom of the prior in `noise_power`: how many frequencies of a shell the
@@ -165,6 +168,42 @@ def noise_power(
     common = power / frequencies * mean
     # In this form the estimate of a single group is its own, to the last bit.
     return own + (common - own) * (_PRIOR_FREQUENCIES / (count + _PRIOR_FREQUENCIES))
+
+
+def image_power(
+    particles: Particles, batch_size: int
+) -> Float[np.ndarray, "groups shells"]:
+    """Return the mean power of images in each group and shell, by `noise_power`.
+
+    Where noise is much stronger than the particle, this is the power of the noise. At
+    most 2000 images are looked at.
+
+    Parameters
+    ----------
+    particles
+        The images.
+    batch_size
+        How many are read at a time.
+
+    Returns
+    -------
+    Mean power of a frequency, 0 where all images are empty.
+    """
+    m, count = particles.image_size, len(particles)
+    disc = slices.disc(m, (m - 1) // 2)
+    chosen = np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)
+    total = np.zeros((particles.groups, m // 2 + 1))
+    number = np.zeros_like(total)
+    multiplicity = np.asarray(disc.multiplicity)
+    shells = np.asarray(disc.shells)
+    frequencies = np.bincount(shells, multiplicity, m // 2 + 1)
+    for places, used in batches(chosen, min(batch_size, len(chosen))):
+        spectra = slices.image_spectra(particles.batch(places)[0], disc)
+        values = np.asarray(power(spectra), np.float64)[:used] * multiplicity
+        for group, row in zip(particles.group_of(places[:used]), values, strict=True):
+            total[group] += np.bincount(shells, row, m // 2 + 1)
+            number[group] += frequencies
+    return np.asarray(noise_power(jnp.asarray(total), jnp.asarray(number)), np.float64)
 
 
 def white_noise(images: Float[Array, "particles m m"]) -> float:

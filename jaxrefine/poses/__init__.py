@@ -1,5 +1,6 @@
 """The poses at a fixed map: likelihood, prior, search, solvers, uncertainty."""
 
+from jaxrefine.poses import grid as grid
 from jaxrefine.poses import hypotheses as hypotheses
 from jaxrefine.poses import likelihood as likelihood
 from jaxrefine.poses import matching as matching

@@ -5,13 +5,25 @@ on rings up to a band limit. With an image's spectrum :math:`\hat g` and its con
 transfer function ``h`` on the same rings, a shift ``t`` is a phase and the in-plane
 angle a turn of the slice :math:`S_d` of direction ``d``:
 
-.. math:: C(d, \psi, t) = \sum_{r, \phi} r\, \Re\bigl(\overline{S_d(r, \phi + \psi)}\,
+.. math:: C(d, \psi, t) = \sum_{r, \phi} \frac{r\,\Delta\phi}{N_r}\,
+   \Re\bigl(\overline{S_d(r, \phi + \psi)}\,
    h(r, \phi)\, \hat g(r, \phi)\, e^{2\pi i\, \omega\cdot t / m}\bigr),
 
-the factor ``r`` being proportional to the area of a ring. For all ``psi`` at once this
-is a product of matrices over the rings for each angular frequency, and a Fourier
-transform (Joyeux and Penczek, Ultramicroscopy 92, 2002, compare such methods). The
-score is ``C`` divided by the norms of the image and of the template times ``h``.
+where :math:`r\,\Delta\phi` is the area that a point of a ring stands for, and
+:math:`N_r` the power of the noise, by which images are whitened. For all ``psi`` at
+once this is a product of matrices over the rings for each angular frequency, and a
+Fourier transform (Joyeux and Penczek, Ultramicroscopy 92, 2002, compare such methods).
+
+With :math:`E = \sum (r\,\Delta\phi / N_r) |S_d h|^2`, the image is more probable with
+the particle than without one by the factor :math:`e^{\max(C, 0)^2 / 2E}`, the template
+being at its best scale. With a prior on the pose this gives the best pose, how well it
+is known, and the evidence for a particle:
+
+.. math:: \log \sum_{d, \psi, t} p(d, \psi, t)\, e^{\max(C, 0)^2 / 2E}.
+
+The power of the noise is that of the images, of which the particle has a small share
+at the usual signal-to-noise ratios. Where it has a large one, poses are known better
+than is said.
 
 The phases of aberrations are taken from an image's spectrum first. Where the
 magnification depends on the direction, the rings are those of the map, and an image is
@@ -20,7 +32,10 @@ read at the frequencies that are mapped to them (:mod:`jaxrefine.aberrations`).
 A spectrum at :math:`\phi + \pi` is the conjugate of that at :math:`\phi`. The sum of
 its real part, all of whose angular frequencies are even, and its imaginary part, whose
 are odd, is a real function on the circle with the same inner products (the Hartley
-transform): this is what is correlated.
+transform): this is what is correlated. An image has angular frequencies up to
+:math:`\sqrt 2\, \pi r` on ring ``r``, more than a step of the in-plane angle may
+resolve: rings are read as densely as it takes, and the frequencies that the step does
+not resolve are left out, instead of being taken for others.
 """
 
 import math
@@ -32,8 +47,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Bool, Complex, Float, Int
 
+from jaxrefine import symmetry
 from jaxrefine._batching import map_over_particles
 from jaxrefine._types import Images, Volume
 from jaxrefine.aberrations import Aberrations
@@ -44,9 +60,11 @@ from jaxrefine.data.preprocess import outside
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix, projection_matrix
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.noise import image_power
 from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.poses.search import PARTICLE_DIAMETER, search_cell
+from jaxrefine.poses.grid import FARTHEST, PoseGrid, steps
+from jaxrefine.poses.search import PARTICLE_DIAMETER, half_period_turn
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # 32 MiB of scores in single precision; products and transforms of the same size take
@@ -55,6 +73,20 @@ _SCORES_AT_ONCE = 2**23
 # Slices read at a time. It bounds the memory of the interpolation and changes no
 # result; the number itself is a convention.
 _TEMPLATES_AT_ONCE = 64
+
+# What is taken of shifts that are not given: conventions, which for a particle of two
+# thirds of a box of 64 pixels are the defaults of `RefineConfig` to within a tenth.
+_SPREAD_OF_DIAMETER = 1 / 20  # standard deviation of the shift, in diameters
+_LIMIT_OF_SPREAD = 3  # largest shift, in standard deviations
+_SPREAD_OF_LIMIT = 1 / 2  # that of points spread uniformly in a disc
+_STEPS_PER_PERIOD = 4  # shifts in one period of the finest detail that is compared
+
+# How often the arrays of `Search.estimate_bytes` are held at once, while others are
+# made of them: what the compiler states for a CPU (``memory_analysis``; JAX 0.10, sides
+# of 32 to 96, 8 and 64 particles), rounded up; and JAX with the compiled programs.
+_TEMPLATES_HELD, _MOVED_HELD, _SCORES_HELD, _FOUND_HELD = 3, 2, 2, 12
+_PIXELS_HELD, _VOXELS_HELD = 4, 8
+_PROGRAMS = 600 * 2**20
 
 
 @final
@@ -68,89 +100,203 @@ class MatchConfig:
         Between neighbouring directions, and in plane; radians, at most ``pi / 2``.
         Where it does not divide half a turn, the next smaller one that does is taken.
     max_shift, shift_step
-        Radius and spacing of the grid of shifts, pixels.
+        Radius and spacing of the grid of shifts, pixels. None for a radius of three
+        times ``shift_spread``, and a spacing of a quarter of the finest period that is
+        compared.
     r_max
-        Band limit, cycles per box. None takes the largest one for which the angular
-        step is at most `search.search_cell`, for a particle of
-        `search.PARTICLE_DIAMETER`, but none beyond Nyquist.
+        Band limit, cycles per box. None takes the largest one at which the nearest
+        direction of the grid moves the rim of the particle by at most half a period
+        (`search.half_period_turn`), but none beyond Nyquist.
     batch_size
         Particles at a time. Memory grows with it, with the shifts and with the band.
+    particle_diameter
+        As a fraction of the box. The larger the particle, the farther a rotation moves
+        its rim, and the coarser the detail that an angular step supports.
+    shift_spread
+        Standard deviation of the shifts along x and y that are to be expected, pixels.
+        None for half of ``max_shift`` if that is given, and for a twentieth of the
+        particle's diameter otherwise.
+    symmetry
+        Point group of the map, see :mod:`jaxrefine.symmetry`.
 
     Raises
     ------
     InputError
-        If the shifts or the batch size are out of range; `match` checks the others.
+        If the shifts, the diameter or the batch size are out of range, or there is no
+        such group; `match` checks the others.
     """
 
     angle_step: float = math.radians(7.5)
-    max_shift: float = 4.0
-    shift_step: float = 1.0
+    max_shift: float | None = None
+    shift_step: float | None = None
     r_max: int | None = None
     batch_size: int = 64
+    particle_diameter: float = PARTICLE_DIAMETER
+    shift_spread: float | None = None
+    symmetry: str = "C1"
 
     def __post_init__(self):
-        if not 0 <= self.max_shift < math.inf:
+        if self.max_shift is not None and not 0 <= self.max_shift < math.inf:
             raise InputError(
                 f"max_shift must be at least 0 pixels and finite, got {self.max_shift}"
             )
-        if not 0 < self.shift_step < math.inf:
-            raise InputError(
-                f"shift_step must be a positive number of pixels, got {self.shift_step}"
-            )
+        for name in ("shift_step", "shift_spread"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(
+                    f"{name} must be a positive number of pixels, got {value}"
+                )
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 < self.particle_diameter <= 1:
+            raise InputError(
+                "particle_diameter must be more than 0 and at most 1, a fraction of "
+                f"the box, got {self.particle_diameter}"
+            )
+        symmetry.operators(self.symmetry)
 
 
 @final
 @dataclass(frozen=True)
-class Match:
-    """The best pose of each particle on the grid.
+class Search:
+    """What `match` does with a configuration, for images of a given size.
 
     Attributes
     ----------
-    poses
-        Rotation matrices ``(P, 3, 3)`` and shifts ``(P, 2)``, pixels.
-    scores
-        Normalised cross-correlation of each image and its template within the band,
-        from -1 to 1 (with astigmatism roughly so, see `match`).
-    angle_step, r_max
-        The in-plane step, radians, and the band limit, cycles per box, that were used.
+    grid
+        The poses that are tried.
+    r_max
+        Band limit, cycles per box.
+    image_size
+        Side of the images, pixels.
     """
 
-    poses: Poses
-    scores: Float[Array, "particles"]
-    angle_step: float
+    grid: PoseGrid
     r_max: int
+    image_size: int
+
+    @property
+    def ring(self) -> int:
+        """Points of half a ring: a multiple of the in-plane angles in half a turn.
+
+        Enough that no angular frequency of an image is taken for one that the in-plane
+        step resolves.
+        """
+        half_turn = self.grid.half_turn
+        least = (math.sqrt(2) * math.pi * self.r_max + half_turn) / 2
+        return half_turn * math.ceil(least / half_turn)
+
+    def chunks(self, directions: int, shifts: int, batch_size: int) -> int:
+        """Return in how many parts the templates are compared with a batch.
+
+        Parameters
+        ----------
+        directions, shifts, batch_size
+            How many there are.
+        """
+        scores = 2 * self.grid.half_turn * batch_size * shifts
+        return -(-directions // max(_SCORES_AT_ONCE // scores, 1))
+
+    def estimate_bytes(self, batch_size: int) -> float:
+        """Estimate the memory that is held with a batch of particles, in bytes.
+
+        That is the templates, the images of a batch on the rings at all shifts, the
+        scores of a chunk of templates, what is found in each direction, the map's
+        spectrum, and JAX itself.
+
+        Parameters
+        ----------
+        batch_size
+            Particles at a time.
+        """
+        grid, m = self.grid, self.image_size
+        template = 8 * self.r_max * (grid.half_turn + 2)
+        moved = 8 * self.r_max * self.ring * grid.shift_count
+        scores = 4 * max(
+            _SCORES_AT_ONCE, 2 * grid.half_turn * batch_size * grid.shift_count
+        )
+        return (
+            _PROGRAMS
+            + _TEMPLATES_HELD * template * grid.direction_count
+            + batch_size * (_MOVED_HELD * moved + _PIXELS_HELD * 4 * m**2)
+            + batch_size * _FOUND_HELD * 4 * grid.direction_count
+            + _SCORES_HELD * scores
+            + _VOXELS_HELD * 4 * m**3
+        )
 
 
-def directions(step: float) -> Float[np.ndarray, "d 2"]:
-    """Return near-uniform viewing directions ``(rot, tilt)``, in radians.
-
-    They lie on parallels of latitude from pole to pole, at most a step apart, and on
-    each at most a step apart. No direction of the sphere is further than about 0.75
-    steps from one of them.
-
-    Parameters
-    ----------
-    step
-        Angular step, radians.
+def search_of(config: MatchConfig, image_size: int) -> Search:
+    """Return what a configuration means for images of a given side, in pixels.
 
     Raises
     ------
     InputError
-        If the step is not positive, or more than ``pi / 2``.
+        If the angular step, the band limit or the largest shift is out of range.
     """
+    step = config.angle_step
+    spread, radius = config.shift_spread, config.max_shift
+    if spread is None:
+        spread = _SPREAD_OF_DIAMETER * config.particle_diameter * image_size
+        if radius is not None:
+            spread = _SPREAD_OF_LIMIT * radius or spread
+    if radius is None:
+        radius = min(_LIMIT_OF_SPREAD * spread, image_size / 2)
+    if radius > image_size / 2:
+        raise InputError(
+            "max_shift must be at most half of the side of the images, "
+            f"{image_size // 2} pixels, got {radius:g}"
+        )
     if not 0 < step <= math.pi / 2:
         raise InputError(
             "the angular step must be more than 0 and at most pi / 2 radians, got "
             f"{step}"
         )
-    parallels = []
-    for tilt in np.linspace(0, math.pi, _steps(math.pi, step) + 1):
-        count = max(_steps(2 * math.pi * math.sin(tilt), step), 1)
-        rot = 2 * math.pi / count * np.arange(count)
-        parallels.append(np.stack([rot, np.full(count, tilt)], axis=-1))
-    return np.concatenate(parallels)
+    r_max = _band_limit(config, image_size)
+    shift_step = config.shift_step
+    if shift_step is None:
+        shift_step = image_size / (_STEPS_PER_PERIOD * r_max)
+    grid = PoseGrid(
+        step,
+        steps(math.pi, step),
+        radius,
+        shift_step,
+        spread,
+        symmetry.operators(config.symmetry),
+    )
+    return Search(grid, r_max, image_size)
+
+
+@final
+@dataclass(frozen=True)
+class Match:
+    """The best pose of each particle on the grid, and how well it is known.
+
+    Attributes
+    ----------
+    poses
+        The most probable rotation matrices ``(P, 3, 3)`` and shifts ``(P, 2)``, pixels.
+    scores
+        Normalised cross-correlation of each whitened image and its template within the
+        band, from -1 to 1 (with astigmatism roughly so, see `match`).
+    log_likelihood
+        Evidence: by how much an image is more probable with a particle of any pose than
+        without one, natural logarithm, each projection being at its best scale. That
+        costs about one unit: images of noise have some 1, not less than 0.
+    angle_std, shift_std
+        Expected errors of the poses: the root mean squares of the angle of the
+        rotation, radians, and of the length of the shift, pixels, over the posterior
+        on the grid and within its cells. Rotations are equivalent up to symmetry. Of a
+        large angle it is twice the sine of its half, at most 2.
+    search
+        The grid and the band limit that were used.
+    """
+
+    poses: Poses
+    scores: Float[Array, "particles"]
+    log_likelihood: Float[Array, "particles"]
+    angle_std: Float[Array, "particles"]
+    shift_std: Float[Array, "particles"]
+    search: Search
 
 
 def match(
@@ -164,7 +310,9 @@ def match(
 
     An image's background, the mean outside the circle inscribed in it, is subtracted,
     so that a constant added to an image changes nothing. The map's background should be
-    zero. Where an image or a template has no power in the band, the score is 0.
+    zero. Images are whitened by their mean power in each shell, one spectrum for each
+    group (:func:`jaxrefine.maps.noise.image_power`). Where an image or a template has
+    no power in the band, the score is 0.
 
     The norm of a template is that with the square of the contrast transfer function
     averaged over each ring, which is exact without astigmatism.
@@ -182,7 +330,7 @@ def match(
 
     Returns
     -------
-    The best pose of each particle on the grid, and its score.
+    The most probable pose of each particle on the grid, and how well it is known.
 
     Raises
     ------
@@ -197,67 +345,62 @@ def match(
         raise InputError(
             f"the map must have the side of the images, {m} pixels, got {text} voxels"
         )
-    if config.max_shift > m / 2:
-        raise InputError(
-            f"max_shift must be at most half of the side of the images, {m // 2} "
-            f"pixels, got {config.max_shift:g}"
-        )
-    views = directions(config.angle_step)
-    half_turn = _steps(math.pi, config.angle_step)
-    r_max = _band_limit(config.r_max, config.angle_step, m)
+    search = search_of(config, m)
     if particles.aberrations is not None:
-        r_max = min(r_max, _farthest_ring(particles.aberrations, m))
-    points = _rings(r_max, half_turn)
-    shifts = jnp.asarray(_shifts(config.max_shift, config.shift_step), jnp.float32)
+        farthest = _farthest_ring(particles.aberrations, m)
+        search = Search(search.grid, min(search.r_max, farthest), m)
+    grid, views = search.grid, search.grid.directions()
+    points = _rings(search.r_max, search.ring)
+    tried = _Tried.of(grid)
+    precision = _precision(particles, search.r_max, config.batch_size)
     size = min(config.batch_size, len(particles))
-    most = max(_SCORES_AT_ONCE // (2 * half_turn * size * len(shifts)), 1)
-    chunks = -(-len(views) // most)
     templates = _templates(
         at_unit_scale(volume.astype(jnp.float32)),
         points,
         jnp.asarray(views, jnp.float32),
-        chunks,
+        search.chunks(len(views), len(tried.shifts), size),
+        grid.half_turn,
     )
     results, done = [], 0
     for places, count in batches(np.arange(len(particles)), size):
         images, ctf = particles.batch(places)
+        group = particles.group_of(places)
         best = _best(
             images,
             ctf,
             templates,
             points,
-            shifts,
+            tried,
             particles.pixel_size_in_angstroms,
             particles.aberrations,
-            jnp.asarray(particles.group_of(places), jnp.int32),
+            jnp.asarray(group, jnp.int32),
+            jnp.asarray(precision[group], jnp.float32),
         )
         results.append([np.asarray(values)[:count] for values in best])
         done += count
         if callback is not None:
             callback(done)
     columns = zip(*results, strict=True)
-    scores, angles, moves = (jnp.asarray(np.concatenate(x)) for x in columns)
-    poses = Poses(euler_to_matrix(angles), moves)
-    return Match(poses, scores, math.pi / half_turn, r_max)
+    rotations, shifts, scores, evidence, angle_std, shift_std = (
+        jnp.asarray(np.concatenate(x)) for x in columns
+    )
+    poses = Poses(rotations, shifts)
+    return Match(poses, scores, evidence, angle_std, shift_std, search)
 
 
-def _steps(length: float, step: float) -> int:
-    """Return how many equal parts of a length are no longer than a step."""
-    return math.ceil(length / step - 1e-9)
-
-
-def _band_limit(r_max: int | None, step: float, image_size: int) -> int:
+def _band_limit(config: MatchConfig, image_size: int) -> int:
     last = (image_size - 1) // 2
-    if r_max is None:
-        # The cell is inversely proportional to the band limit.
-        supported = search_cell(PARTICLE_DIAMETER, 1) / step
+    if config.r_max is None:
+        # The turn is inversely proportional to the band limit.
+        turn = FARTHEST * config.angle_step
+        supported = half_period_turn(config.particle_diameter, 1) / turn
         return max(min(int(supported + 1e-9), last), 1)
-    if not 1 <= r_max <= last:
+    if not 1 <= config.r_max <= last:
         raise InputError(
             f"the band limit of images of {image_size} pixels must be from 1 to {last} "
-            f"cycles per box, got {r_max}"
+            f"cycles per box, got {config.r_max}"
         )
-    return r_max
+    return config.r_max
 
 
 def _farthest_ring(aberrations: Aberrations, image_size: int) -> int:
@@ -269,31 +412,38 @@ def _farthest_ring(aberrations: Aberrations, image_size: int) -> int:
     return max(1, min(last, int(last * least)))
 
 
-def _shifts(radius: float, step: float) -> Float[np.ndarray, "t 2"]:
-    """Return the points of a square grid within a circle, its centre among them."""
-    reach = int(radius / step + 1e-9)
-    y, x = step * np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    inside = x**2 + y**2 <= radius**2 * (1 + 1e-9)
-    return np.stack([x[inside], y[inside]], axis=-1)
+def _precision(
+    particles: Particles, r_max: int, batch_size: int
+) -> Float[np.ndarray, "groups r"]:
+    """Return one over the noise's power on the rings of each group; 0 where it is 0."""
+    power = image_power(particles, batch_size)[:, 1 : r_max + 1]
+    power = power / particles.noise_share
+    return np.where(power > 0, 1 / np.where(power > 0, power, 1.0), 0.0)
 
 
-def _rings(r_max: int, half_turn: int) -> Float[Array, "r h 2"]:
+def _rings(r_max: int, half_ring: int) -> Float[Array, "r h 2"]:
     """Return the frequencies ``(x, y)`` of half circles, in cycles per box."""
-    angles = np.pi / half_turn * np.arange(half_turn)
+    angles = np.pi / half_ring * np.arange(half_ring)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     radii = np.arange(1, r_max + 1)
     return jnp.asarray(radii[:, None, None] * circle, jnp.float32)
 
 
-def _series(spectra: Complex[Array, "*b r h"]) -> Complex[Array, "*b r l"]:
-    """Return the Fourier series around the rings of the Hartley transform."""
+def _series(
+    spectra: Complex[Array, "*b r h"], half_turn: int
+) -> Complex[Array, "*b r l"]:
+    """Return the Fourier series around the rings of the Hartley transform.
+
+    Up to the angular frequency ``half_turn``. It is the mean over the ring.
+    """
     near, far = spectra.real + spectra.imag, spectra.real - spectra.imag
-    return jnp.fft.rfft(jnp.concatenate([near, far], axis=-1))
+    series = jnp.fft.rfft(jnp.concatenate([near, far], axis=-1), norm="forward")
+    return series[..., : half_turn + 1]
 
 
 def _ring_power(spectra: Complex[Array, "*b r h"]) -> Float[Array, "*b r"]:
-    """Return the energy of whole rings."""
-    return 2 * jnp.sum(spectra.real**2 + spectra.imag**2, axis=-1)
+    """Return the mean power on whole rings."""
+    return jnp.mean(spectra.real**2 + spectra.imag**2, axis=-1)
 
 
 def _unit(angle: Float[Array, "*b"]) -> Complex[Array, "*b"]:
@@ -305,10 +455,32 @@ def _inverse_root(energy: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.where(energy > 0, jax.lax.rsqrt(jnp.where(energy > 0, energy, 1)), 0)
 
 
+class _Tried(eqx.Module):
+    """The shifts that are tried, and what is known of all poses."""
+
+    shifts: Float[Array, "t 2"]
+    log_prior: Float[Array, "t"]
+    operators: Float[Array, "order 3 3"]
+    cell_variances: Float[Array, "2"]
+    half_turn: int = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, grid: PoseGrid) -> "_Tried":
+        """Return those of a grid."""
+        return cls(
+            jnp.asarray(grid.shifts(), jnp.float32),
+            jnp.asarray(grid.shift_log_prior(), jnp.float32),
+            jnp.asarray(grid.operators, jnp.float32),
+            jnp.asarray(grid.cell_variances(), jnp.float32),
+            grid.half_turn,
+        )
+
+
 class _Templates(eqx.Module):
     """The slices of viewing directions, in chunks of equal size."""
 
     views: Float[Array, "*chunks c 2"]
+    exists: Bool[Array, "*chunks c"]
     series: Complex[Array, "*chunks l r c"]
     power: Float[Array, "*chunks r c"]
 
@@ -319,6 +491,7 @@ def _templates(
     points: Float[Array, "r h 2"],
     views: Float[Array, "d 2"],
     chunks: int,
+    half_turn: int,
 ) -> _Templates:
     """Read the slices; the last chunk is filled up with the first directions."""
     spectrum = Gridding().spectrum(volume, len(points))
@@ -326,18 +499,21 @@ def _templates(
     # psi is zero: turning the particle by psi turns its slice's argument by psi.
     angles = jnp.pad(views, ((0, 0), (0, 1)))
     count = -(-len(views) // chunks)
+    exists = jnp.arange(chunks * count) < len(views)
     angles = jnp.resize(angles, (chunks * count, 3))
 
     def read(angles):
         right, down = projection_matrix(angles)
         values = spectrum(*(right[i] * x + down[i] * y for i in range(3)))
-        return _series(values), _ring_power(values)
+        return _series(values, half_turn), _ring_power(values)
 
     series, power = map_over_particles(read, angles, _TEMPLATES_AT_ONCE)
-    series, power, angles = (
-        leaf.reshape(chunks, count, *leaf.shape[1:]) for leaf in (series, power, angles)
+    series, power, angles, exists = (
+        leaf.reshape(chunks, count, *leaf.shape[1:])
+        for leaf in (series, power, angles, exists)
     )
-    return _Templates(angles[..., :2], series.swapaxes(1, 3), power.swapaxes(1, 2))
+    views = angles[..., :2]
+    return _Templates(views, exists, series.swapaxes(1, 3), power.swapaxes(1, 2))
 
 
 def _image_spectra(
@@ -381,20 +557,43 @@ def _read(
     return spectra(images, own), jax.vmap(lambda at: _moves(shifts, at, m))(own)
 
 
+class _Found(eqx.Module):
+    """What is found of each particle among the templates of a chunk.
+
+    Attributes
+    ----------
+    score, pull, angles, shift
+        Of the best pose: its logarithm of the posterior, the correlation over the norm
+        of the template, Euler angles and shift.
+    logs
+        Logarithms of the sums of the posterior over the poses of each direction.
+    turn, move
+        Its means for each direction: of the cosine and the sine of the in-plane angle,
+        and of the shift and its square.
+    """
+
+    score: Float[Array, "*chunks particles"]
+    pull: Float[Array, "*chunks particles"]
+    angles: Float[Array, "*chunks particles 3"]
+    shift: Float[Array, "*chunks particles 2"]
+    logs: Float[Array, "*chunks particles c"]
+    turn: Float[Array, "*chunks particles c 2"]
+    move: Float[Array, "*chunks particles c 3"]
+
+
 @eqx.filter_jit
 def _best(
     images: Images,
     ctf: CTF | None,
     templates: _Templates,
     points: Float[Array, "r h 2"],
-    shifts: Float[Array, "t 2"],
+    tried: _Tried,
     pixel_size_in_angstroms: float,
     aberrations: Aberrations | None,
     group: Int[Array, "particles"],
-) -> tuple[
-    Float[Array, "particles"], Float[Array, "particles 3"], Float[Array, "particles 2"]
-]:
-    """Return the scores, angles and shifts of the best templates."""
+    precision: Float[Array, "particles r"],
+) -> tuple[Array, ...]:
+    """Return rotations, shifts and all else that `Match` holds of each particle."""
     m = images.shape[-1]
     physical = points.reshape(-1, 2) / (m * pixel_size_in_angstroms)
     aberrations = Aberrations() if aberrations is None else aberrations
@@ -404,38 +603,140 @@ def _best(
     phases, gamma, magnification = jax.tree.map(
         lambda table: table[group], (*tables, aberrations.magnification)
     )
-    spectra, moves = _read(images, points, shifts, magnification)
+    spectra, moves = _read(images, points, tried.shifts, magnification)
     if phases is not None:
         spectra = spectra * jnp.conj(phases).reshape(spectra.shape)
-    count, rings, half_turn = spectra.shape
+    count, rings, _ = spectra.shape
+    # The area of a ring, over the power of the noise.
     radii = jnp.arange(1, rings + 1, dtype=images.dtype)
+    weights = 2 * math.pi * radii[None] * precision
     transfer = jnp.ones_like(spectra.real)
     if ctf is not None:
         values = jax.vmap(lambda optics, gamma: optics(physical, gamma))(ctf, gamma)
         transfer = values.reshape(spectra.shape)
-    energy = jnp.matmul(_ring_power(spectra), radii, precision=_HIGHEST)
-    gain = radii[None] * jnp.mean(transfer**2, axis=-1)
-    pull = (radii[None, :, None] * transfer).astype(spectra.dtype) * spectra
-    moved = pull[:, None] * moves
-    series = jnp.moveaxis(jnp.conj(_series(moved)), -1, 0)
-    series = series.reshape(half_turn + 1, -1, rings)
+    energy = jnp.sum(weights * _ring_power(spectra), axis=-1)
+    gain = weights * jnp.mean(transfer**2, axis=-1)
+    pull = (weights[..., None] * transfer).astype(spectra.dtype) * spectra
+    half_turn, shifts = tried.half_turn, tried.shifts
+    series = jnp.conj(_series(pull[:, None] * moves, half_turn))
+    series = jnp.moveaxis(series, -1, 0).reshape(half_turn + 1, -1, rings)
+    if spectra.shape[-1] > half_turn:
+        # The last angular frequency and its conjugate fall on one of the transform.
+        series = series.at[-1].multiply(2.0)
     everyone = jnp.arange(count)
+    psi = (math.pi / half_turn) * jnp.arange(2 * half_turn, dtype=images.dtype)
+    trigonometric = jnp.stack([jnp.ones_like(psi), jnp.cos(psi), jnp.sin(psi)])
 
     def look(chunk):
         product = jnp.matmul(series, chunk.series, precision=_HIGHEST)
-        correlation = jnp.fft.irfft(product, 2 * half_turn, axis=0)
+        correlation = jnp.fft.irfft(product, 2 * half_turn, axis=0, norm="forward")
         correlation = correlation.reshape(2 * half_turn, count, len(shifts), -1)
         norm = jnp.matmul(gain, chunk.power, precision=_HIGHEST)
-        scores = correlation.max(axis=0) * _inverse_root(norm)[:, None]
-        scores = scores.reshape(count, -1)
-        place = jnp.argmax(scores, axis=1)
-        turns = correlation.reshape(2 * half_turn, count, -1)[:, everyone, place]
-        psi = (math.pi / half_turn) * jnp.argmax(turns, axis=0).astype(images.dtype)
+        # In units of its standard deviation without a particle.
+        pull = correlation * _inverse_root(norm)[None, :, None]
+        best = jnp.max(pull, axis=0)
+        gains = jnp.maximum(best, 0) ** 2 / 2
+        likelihood = jnp.exp(jnp.maximum(pull, 0) ** 2 / 2 - gains[None])
+        sums = jnp.tensordot(trigonometric, likelihood, 1, precision=_HIGHEST)
+        prior = tried.log_prior[None, :, None]
+        prior = jnp.where(chunk.exists[None, None], prior, -jnp.inf)
+        score = (gains + prior).reshape(count, -1)
+        place = jnp.argmax(score, axis=1)
+        turns = pull.reshape(2 * half_turn, count, -1)[:, everyone, place]
         shift, view = jnp.divmod(place, len(chunk.views))
-        angles = jnp.concatenate([chunk.views[view], psi[:, None]], axis=1)
-        return scores[everyone, place], angles, shifts[shift]
+        angles = jnp.concatenate(
+            [chunk.views[view], psi[jnp.argmax(turns, axis=0)][:, None]], axis=1
+        )
+        by_shift = gains + jnp.log(sums[0]) + prior
+        logs = jax.nn.logsumexp(by_shift, axis=1)
+        share = jnp.exp(by_shift - jnp.where(jnp.isfinite(logs), logs, 0.0)[:, None])
+        turn = jnp.sum(share[None] * sums[1:] / sums[0][None], axis=2)
+        squares = jnp.sum(shifts**2, axis=1, keepdims=True)
+        table = jnp.concatenate([shifts, squares], axis=1)
+        move = jnp.einsum("ptc,ti->pci", share, table, precision=_HIGHEST)
+        return _Found(
+            score[everyone, place],
+            best.reshape(count, -1)[everyone, place],
+            angles,
+            shifts[shift],
+            logs,
+            jnp.moveaxis(turn, 0, -1),
+            move,
+        )
 
-    scores, angles, moves = jax.lax.map(look, templates)
-    best = jnp.argmax(scores, axis=0)
-    scores = scores[best, everyone] * _inverse_root(energy)
-    return scores, angles[best, everyone], moves[best, everyone]
+    found = jax.lax.map(look, templates)
+    chosen = jnp.argmax(found.score, axis=0)
+    pull, angles, shift = (
+        leaf[chosen, everyone] for leaf in (found.pull, found.angles, found.shift)
+    )
+    rotations = euler_to_matrix(angles)
+    logs, turn, move = (
+        jnp.moveaxis(leaf, 0, 1).reshape(count, -1, *leaf.shape[3:])
+        for leaf in (found.logs, found.turn, found.move)
+    )
+    total = jax.nn.logsumexp(logs, axis=1)
+    posterior = jnp.exp(logs - total[:, None])
+    count_of_views = jnp.sum(templates.exists.astype(images.dtype))
+    orientations = 2 * half_turn * count_of_views
+    by_angle = _square_angles(rotations, templates.views.reshape(-1, 2), turn, tried)
+    by_shift = move[..., 2] - 2 * jnp.einsum(
+        "pci,pi->pc", move[..., :2], shift, precision=_HIGHEST
+    )
+    by_shift = by_shift + jnp.sum(shift**2, axis=1)[:, None]
+    variances = [
+        jnp.sum(posterior * jnp.maximum(squares, 0), axis=1) + cell
+        for squares, cell in zip(
+            (by_angle, by_shift), tried.cell_variances, strict=True
+        )
+    ]
+    return (
+        rotations,
+        shift,
+        pull * _inverse_root(energy),
+        total - jnp.log(orientations),
+        *map(jnp.sqrt, variances),
+    )
+
+
+def _square_angles(
+    rotations: Float[Array, "particles 3 3"],
+    views: Float[Array, "c 2"],
+    turn: Float[Array, "particles c 2"],
+    tried: _Tried,
+) -> Float[Array, "particles c"]:
+    """Return the mean squares of the angles from poses to those of each direction.
+
+    Parameters
+    ----------
+    rotations
+        The poses.
+    views
+        Directions ``(rot, tilt)``, radians.
+    turn
+        Mean cosine and sine of the in-plane angle of each.
+    tried
+        Gives the symmetry.
+    """
+    # A rotation is linear in the cosine and the sine of its last angle.
+    quarters = 0.5 * math.pi * jnp.arange(3, dtype=views.dtype)
+    angles = jnp.concatenate(
+        [
+            jnp.repeat(views[:, None], 3, axis=1),
+            jnp.broadcast_to(quarters[:, None], (len(views), 3, 1)),
+        ],
+        axis=-1,
+    )
+    none, quarter, half = jnp.moveaxis(euler_to_matrix(angles), 1, 0)
+    constant = (none + half) / 2
+    parts = jnp.stack([none - constant, quarter - constant, constant])
+
+    def of_particle(rotation, turn):
+        copies = jnp.einsum(
+            "ij,sjk->sik", rotation, tried.operators, precision=_HIGHEST
+        )
+        traces = jnp.einsum("acij,sij->sac", parts, copies, precision=_HIGHEST)
+        trace = jnp.einsum("sac,ca->sc", traces[:, :2], turn, precision=_HIGHEST)
+        # This is the squared angle to fourth order.
+        return 3 - jnp.max(trace + traces[:, 2], axis=0)
+
+    return jax.lax.map(lambda row: of_particle(*row), (rotations, turn))

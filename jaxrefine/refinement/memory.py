@@ -217,17 +217,20 @@ def plan(
     InputError
         If not even the smallest batch fits.
     """
-    limit = math.inf if available_bytes is None else available_bytes
-    size = min(config.batch_size, particles)
-    while (needed := estimate_bytes(particles, image_size, config)) > limit:
-        if size <= LEAST_BATCH:
-            raise InputError(
-                f"the memory must be at least {needed / _GIB:.1f} GiB for {particles} "
-                f"images of side {image_size}, {size} at a time, got "
-                f"{limit / _GIB:.3g} GiB"
-            )
-        size = 2 ** ((size - 1).bit_length() - 1)
-        config = replace(config, batch_size=size)
+
+    def estimate(size: int) -> int:
+        return estimate_bytes(particles, image_size, replace(config, batch_size=size))
+
+    size = fitting_batch(
+        estimate, min(config.batch_size, particles), LEAST_BATCH, available_bytes
+    )
+    needed = estimate(size)
+    if available_bytes is not None and needed > available_bytes:
+        raise InputError(
+            f"the memory must be at least {needed / _GIB:.1f} GiB for {particles} "
+            f"images of side {image_size}, {size} at a time, got "
+            f"{available_bytes / _GIB:.3g} GiB"
+        )
     last = config.max_r_max or (image_size - 1) // 2
     return Plan(
         particles,
@@ -239,6 +242,32 @@ def plan(
         needed,
         available_bytes,
     )
+
+
+def fitting_batch(
+    estimate: Callable[[int], float],
+    batch_size: int,
+    least: int,
+    available_bytes: int | None,
+) -> int:
+    """Return the largest batch with which a job fits into memory.
+
+    This is the requested batch size; if it does not fit, it is the largest power of two
+    that does, from the least batch on; if none fits, it is the last one tried.
+
+    Parameters
+    ----------
+    estimate
+        Returns the bytes that are needed with a batch size.
+    batch_size, least
+        Requested and least number of particles at a time.
+    available_bytes
+        Memory that may be used; None for no limit.
+    """
+    limit = math.inf if available_bytes is None else available_bytes
+    while batch_size > least and estimate(batch_size) > limit:
+        batch_size = 2 ** ((batch_size - 1).bit_length() - 1)
+    return batch_size
 
 
 def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
@@ -255,7 +284,10 @@ def ran_out(error: Exception) -> bool:
 
 
 def retry_on_out_of_memory(
-    function: Callable[[int], _T], batch_size: int, say: Callable[[str], None]
+    function: Callable[[int], _T],
+    batch_size: int,
+    say: Callable[[str], None],
+    least: int = LEAST_BATCH,
 ) -> _T:
     """Call a function of the batch size, with half of it whenever memory runs out.
 
@@ -267,11 +299,13 @@ def retry_on_out_of_memory(
         Number of particles at a time in the first call.
     say
         Called with a message before every further attempt.
+    least
+        Least number of particles at a time.
 
     Raises
     ------
     InputError
-        If memory runs out with `LEAST_BATCH` particles at a time, or fewer.
+        If memory runs out with the least number of particles at a time, or fewer.
     """
     while True:
         try:
@@ -279,12 +313,12 @@ def retry_on_out_of_memory(
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            if batch_size <= LEAST_BATCH:
+            if batch_size <= least:
                 raise InputError(
                     "the memory must hold at least a batch of particles, got too "
                     f"little for {batch_size}"
                 ) from error
         # The failed attempt's arrays are freed only here, outside of the handler.
-        half = max(batch_size // 2, LEAST_BATCH)
+        half = max(batch_size // 2, least)
         say(f"Out of memory with {batch_size} particles at a time; trying {half}.")
         batch_size = half

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrefine import io, simulate
 from jaxrefine.cli.commands.simulate import SimulateSettings
-from jaxrefine.refinement.config import Tuning
+from jaxrefine.refinement.config import RefineConfig, Tuning
+from jaxrefine.refinement.contrast import contrast
 from jaxrefine.runs.options import add_options, settings_from
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -142,3 +144,24 @@ def test_a_constant_is_measured(run, records, tmp_path):
     assert lower["change"]["settled"] < higher["change"]["settled"]
     assert lower["iterations"] >= default["iterations"] >= higher["iterations"]
     assert "`settled`" in run.load("tuning").table([record])
+
+
+@pytest.mark.slow
+def test_the_control_of_matching_is_like_real_particles(run, data_dir, tmp_path):
+    """Its spectrum is theirs, and its images show the map at the true poses."""
+    pytest.importorskip("finufft", reason="data sets are simulated by finufft")
+    matching = run.load("matching")
+    stack = data_dir / "real_betagal" / "betagal_emd2984_particles_101_96px.mrcs"
+    truth, level = matching.simulate(1.0, data_dir, tmp_path)
+    source = io.read_particles(tmp_path / "particles.star")
+    images = np.asarray(source.particles.images[np.arange(101)], float)
+    shares = [
+        spectrum[4:13].sum() / spectrum[30:46].sum()
+        for spectrum in map(matching.spectrum, (images, io.read_stack(stack)[0]))
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    volume = jnp.asarray(io.read_mrc(tmp_path / "map.mrc")[0])
+    found = contrast(source.particles, truth, volume, RefineConfig(first_r_max=12))
+    assert found.correlation > 0.2
+    faint = matching.simulate(0.5, data_dir, tmp_path)[1]
+    assert level - faint == pytest.approx(20 * np.log10(2), abs=1e-6)

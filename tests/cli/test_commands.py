@@ -134,10 +134,12 @@ def test_the_defaults_that_are_told_are_those_of_the_library():
     assert declared(reconstruct.ReconstructSettings)["batch_size"].default == (
         engine.batch_size
     )
-    matching = declared(match.MatchSettings)
+    matching, diameter = declared(match.MatchSettings), "particle_diameter"
+    assert getattr(MatchConfig(), diameter) == getattr(engine, diameter) == 2 / 3
+    assert "two thirds for the search" in matching[diameter].default_text
     for name, value in dataclasses.asdict(MatchConfig()).items():
         option = matching.get(name)
-        if option is not None:
+        if option is not None and name != diameter:
             in_radians = option.unit == "degrees"
             default = math.radians(option.default) if in_radians else option.default
             assert default == value

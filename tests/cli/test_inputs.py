@@ -30,6 +30,7 @@ from jaxrefine.io import (
     write_stack,
     write_star,
 )
+from jaxrefine.poses.matching import MatchConfig
 
 N, COUNT, PIXEL = 16, 8, 2.0
 
@@ -144,13 +145,27 @@ def test_a_map_that_does_not_say_its_voxels(data, command, engine):
     assert_refused(data, command("match", "--resample"), *words)
 
 
-@pytest.mark.parametrize(
-    "words", [["match"], ["reconstruct"], ["refine", "--preset", "paper"]]
-)
+@pytest.mark.parametrize("words", [["reconstruct"], ["refine", "--preset", "paper"]])
 def test_a_diameter_that_nothing_uses(data, command, engine, words):
     refused = command(*words, "--particle-diameter", 20)
     assert_refused(data, refused, "--particle-diameter must be given with --normalise")
     assert not engine.calls
+
+
+def test_a_diameter_sets_how_particles_are_matched(data, command, engine):
+    """Angles, pixels and cycles per box, from degrees, pixels and angstroms."""
+    options = ["--particle-diameter", 20, "--resolution", 6.4, "--symmetry", "d2"]
+    options += ["--angle-step", 30, "--shift-spread", 0.5, "--batch-size", 3]
+    assert command("match", *options).code == 130
+    box = N * PIXEL
+    assert engine.calls[0][0][2] == MatchConfig(
+        np.deg2rad(30),
+        r_max=int(box / 6.4),
+        batch_size=3,
+        particle_diameter=20 / box,
+        shift_spread=0.5,
+        symmetry="D2",
+    )
 
 
 def test_a_map_on_the_same_grid_keeps_its_bits(data, command, engine):

@@ -1,9 +1,16 @@
 """``jaxrefine match``: the poses found are in the table, and what is refused."""
 
+import re
+from dataclasses import replace
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrefine.cli import refine
+from jaxrefine.cli.commands.refine import REFINE
+from jaxrefine.cli.engine import Engine
 from jaxrefine.ctf import CTF
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
@@ -18,10 +25,11 @@ from jaxrefine.io import (
 )
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.poses import matching
+from jaxrefine.poses import grid
 
 N, COUNT, PIXEL, STEP = 16, 6, 2.0, 30.0
 OPTIONS = ("--angle-step", STEP, "--max-shift", 1, "--resolution", 32 / 5)
+OPTIONS += ("--shift-step", 1)
 ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
@@ -32,7 +40,7 @@ def scene():
     k = np.arange(N) - N // 2
     window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 10)
     volume = window * rng.normal(size=(N, N, N))
-    views = matching.directions(np.deg2rad(STEP))
+    views = grid.directions(np.deg2rad(STEP))
     psi = np.deg2rad(STEP) * rng.integers(0, 12, (COUNT, 1))
     angles = np.concatenate([views[rng.integers(0, len(views), COUNT)], psi], axis=1)
     shifts = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [0, 0], [1, 0]], float)
@@ -79,8 +87,38 @@ def test_the_poses_are_found_and_written(data, tmp_path, scene, run, name):
     np.testing.assert_array_equal(written.shifts, truth.shifts)
 
     before, after = read_star(path), read_star(out)
-    scores = np.array(after["particles"]["jaxrefineCorrelation"], float)
+    scores, evidence, angle, shift = (
+        np.array(after["particles"][column], float)
+        for column in (
+            "jaxrefineCorrelation",
+            "rlnLogLikeliContribution",
+            "jaxrefineAngleStd",
+            "jaxrefineShiftStd",
+        )
+    )
     assert (scores > 0.9).all() and (scores <= 1).all()
+    assert (evidence > 5).all()
+    # Poses are known to a cell of the grid.
+    assert (angle >= STEP / 2 - 1e-3).all() and (angle < STEP).all()
+    assert (shift >= np.sqrt(1 / 6) - 1e-3).all() and (shift < 1).all()
+    assert printed.splitlines()[-1].startswith(f"to go on: jaxrefine refine {out} ")
+    # It may be given as it is.
+    given = re.findall("--[a-z]+-spread [0-9.]+", printed)
+    calls = []
+
+    def stop(*arguments, **_):
+        calls.append(arguments[3])
+        raise KeyboardInterrupt
+
+    engine = Engine(stop, stop, stop)
+    further = [word for each in given for word in each.split()]
+    stopping = [replace(REFINE, run=partial(refine.run, engine=engine))]
+    words = ["refine", out, "--map", data / "ref.mrc", "--out", tmp_path / "refined"]
+    words += [*further, "--trust-contrast"]
+    assert run(*words, commands=stopping).code == 130
+    expected = np.sqrt(np.mean(shift**2) / 2), np.sqrt(np.mean(angle**2) / 3)
+    found = calls[0].shift_spread, np.rad2deg(calls[0].angle_spread)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
     assert after["optics"] == before["optics"]
     kept = before["particles"].keys() - {*ANGLES, "rlnImageName"}
     for column in kept - {"rlnOriginXAngst", "rlnOriginYAngst"}:
@@ -115,6 +153,13 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(data, tmp_path, run):
         ),
         ({"--max-shift": -1}, "--max-shift must be at least 0 pixels, got -1"),
         ({"--shift-step": 0}, "--shift-step must be more than 0 pixels, got 0"),
+        ({"--shift-spread": 0}, "--shift-spread must be more than 0 pixels, got 0"),
+        ({"--max-shift": 9}, "--max-shift must be at most half of the images' side, 8"),
+        ({"--symmetry": "X2"}, "symmetry must be C1 to C99"),
+        ({"--particle-diameter": 33}, "--particle-diameter must be at most the box"),
+        ({"--memory": 0.001}, "GiB of memory, where 0.001 are free, and"),
+        ({"--angle-step": 0.01}, "1.5e+13 orientations (0.01 degrees apart) with"),
+        ({"--shift-step": 1e-4}, "must make a search that can end, got"),
         ({"--batch-size": 0}, "--batch-size must be at least 1, got 0"),
         ({"--resolution": 1}, "--resolution must be from 4.57 to 32 angstroms"),
         ({"--resolution": "nan"}, "--resolution must be a finite number"),

@@ -165,18 +165,20 @@ def test_images_of_any_scale_are_refused_or_normalised(data, name, scale):
     assert 0.5 < given.std() < 2
 
 
-def test_dark_protein_is_refused(data):
+@pytest.mark.parametrize("name", ["refine", "match"])
+def test_dark_protein_is_refused(data, name):
     data.images = -data.images
     words = "particles.star seems to have dark protein (correlation -0."
-    data.assert_refused(data("refine"), words, "over 60 particles): --invert, or --tr")
-    result = data("refine", "--invert")
+    data.assert_refused(data(name), words, "over 60 particles): --invert, or --tr")
+    result = data(name, "--invert")
     assert result.code == 130, result.err
-    data.assert_goes_on(data("refine", "--trust-contrast", "--out", data.folder / "o"))
+    data.assert_goes_on(data(name, "--trust-contrast", "--out", data.folder / "o"))
 
 
-def test_bright_protein_is_not_to_be_inverted(data):
+@pytest.mark.parametrize("name", ["refine", "match"])
+def test_bright_protein_is_not_to_be_inverted(data, name):
     words = "before --invert (correlation -0.", ": leave out --invert, or --trust-"
-    data.assert_refused(data("refine", "--invert"), *words)
+    data.assert_refused(data(name, "--invert"), *words)
 
 
 IMPLAUSIBLE = {
@@ -196,10 +198,11 @@ def test_maps_that_no_refinement_can_start_from_are_refused(data, name, kind):
     assert trusted.code == (2 if kind == "constant" else 130)
 
 
-def test_a_negative_map_is_refused(data):
+@pytest.mark.parametrize("name", ["refine", "match"])
+def test_a_negative_map_is_refused(data, name):
     data.volume = -data.volume
     words = "init.mrc seems to have dark protein, unlike", "multiply it by -1, or --tr"
-    data.assert_refused(data("refine"), *words)
+    data.assert_refused(data(name), *words)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import blobs, draw, draw_complex, draw_poses
 
+from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.maps import noise
 from jaxrefine.maps.noise import ShellSums, noise_power, shell_sums
@@ -259,3 +260,23 @@ def test_smoothed_noise_is_that_of_the_pixels():
     smooth = (white + np.roll(white, 1, axis=1) + np.roll(white, 1, axis=2)) / 3**0.5
     found = noise.white_noise(jnp.asarray(smooth))
     assert found == pytest.approx(1.0, rel=0.04)
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_the_power_of_images_is_that_of_their_transforms(batch_size):
+    """In each shell; a group of few gets the common spectrum at its own level."""
+    m, count = 16, 40
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(count, m, m)).cumsum(axis=1)  # coloured
+    axis = np.fft.fftfreq(m, 1 / m)
+    shells = np.rint(np.hypot(axis, axis[:, None])).astype(int)
+    power = np.abs(np.fft.fft2(images)) ** 2
+    inside = np.hypot(axis, axis[:, None]) <= (m - 1) // 2
+    expected = [power[:, inside & (shells == s)].mean() for s in range(m // 2)]
+    found = noise.image_power(Particles(images), batch_size)
+    np.testing.assert_allclose(found[0, : m // 2], expected, rtol=1e-5)
+    scale = np.where(np.arange(count) == 7, 5.0, 1.0)[:, None, None]
+    group = (scale[:, 0, 0] > 1).astype(int)
+    two = noise.image_power(Particles(scale * images, group=group), batch_size)
+    level = two[1, 1 : m // 2] / two[0, 1 : m // 2]
+    assert 15 < np.exp(np.mean(np.log(level))) < 40

@@ -302,3 +302,13 @@ def test_real_ones_are_recognised():
     said = []
     assert retry_on_out_of_memory(function, 512, said.append) == 128
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 8, 40, 64, 99, 100, 10**9, None])
+@pytest.mark.parametrize(("asked", "least"), [(100, 1), (64, 4), (1, 1)])
+def test_the_largest_batch_that_fits_is_taken(limit, asked, least):
+    """Of the batch that was asked for and smaller powers of two; else the least."""
+    powers = [2**k for k in range(10) if least <= 2**k < asked]
+    fit = [size for size in [*powers, asked] if limit is None or size <= limit]
+    found = memory.fitting_batch(lambda size: size, asked, least, limit)
+    assert found == max(fit, default=least)

@@ -145,16 +145,7 @@ class RefineSettings:
         None, default_text="256 or what the memory allows, paper and released 4"
     )
     devices: int | None = shared.devices()
-    memory: float | None = option(
-        None,
-        unit="GiB",
-        least=0,
-        above=True,
-        presets=_DEFAULT,
-        affects_results=False,
-        default_text="what is free",
-        help="most memory to use, which sets --batch-size",
-    )
+    memory: float | None = shared.memory(presets=_DEFAULT)
     processes: shared.ProcessSettings = group(
         shared.ProcessSettings, "several processes"
     )

@@ -23,6 +23,20 @@ def batch_size(default: int | None, **declaration: Any) -> Any:
     )
 
 
+def memory(**declaration: Any) -> Any:
+    """Declare how much memory may be used."""
+    return option(
+        None,
+        unit="GiB",
+        least=0,
+        above=True,
+        affects_results=False,
+        default_text="what is free",
+        help="most memory to use, which sets --batch-size",
+        **declaration,
+    )
+
+
 def devices() -> Any:
     """Declare how many of the devices are used."""
     return option(

@@ -1,0 +1,52 @@
+"""The sign of the protein: images and maps that are the negative of each other."""
+
+import numpy as np
+
+from jaxrefine import io
+from jaxrefine._types import Volume
+from jaxrefine.cli.commands.match import MatchSettings
+from jaxrefine.cli.commands.refine import RefineSettings
+from jaxrefine.errors import InputError
+from jaxrefine.maps.scale import is_negative
+from jaxrefine.refinement.contrast import Contrast
+
+
+def check_sign(
+    found: Contrast,
+    source: io.ParticleFile,
+    volume: Volume | np.ndarray,
+    settings: RefineSettings | MatchSettings,
+) -> None:
+    """Refuse images that look like the negative of the map.
+
+    Parameters
+    ----------
+    found
+        How images and map correlate.
+    source, volume
+        The particles and the map.
+    settings
+        Of the command that compares them.
+
+    Raises
+    ------
+    InputError
+        If they do; it names the one of which the particle seems to be dark.
+    """
+    if not found.is_opposite:
+        return
+    got = f"correlation {found.correlation:.2f} over {found.count} particles"
+    if is_negative(volume):
+        raise InputError(
+            f"{settings.map} seems to have dark protein, unlike {settings.particles} "
+            f"({got}): multiply it by -1, or --trust-contrast"
+        )
+    seems, remedy = "have dark protein", "--invert"
+    if settings.images.invert:
+        seems, remedy = "have bright protein before --invert", "leave out --invert"
+    elif source.protein_is_dark:
+        seems = "have bright protein, and says that it is dark"
+        remedy = "change the sign (rlnCtfScalefactor, or blob/sign)"
+    raise InputError(
+        f"{settings.particles} seems to {seems} ({got}): {remedy}, or --trust-contrast"
+    )
