@@ -26,6 +26,7 @@ NAMES = {
     "refinement": "joint refinement against the truth, the oracle and RELION",
     "ctf": "data with CTFs through the command line, and RELION's map of our poses",
     "regularisation": "four ways to choose the regulariser's weight",
+    "low_snr": "iterations of a refinement at low SNR, and what poses can give",
     "tuning": "what each constant of the engine does",
 }
 WITHOUT_DATA = ("spatial", "slices")
