@@ -30,6 +30,7 @@ class Case(NamedTuple):
 DATA_SETS = {
     "hjc32": Case("hjc_46.mrc", 32, 300, 0.0),
     "hjc46": Case("hjc_46.mrc", 46, 500, 0.0),
+    "hjc46-12": Case("hjc_46.mrc", 46, 1500, -12.0),
     "hjc46-low": Case("hjc_46.mrc", 46, 20000, -15.0),
     "ptch44": Case("ptch1_44.mrc", 44, 500, -10.0),
     "ptch44-low": Case("ptch1_44.mrc", 44, 500, -15.0),
@@ -39,6 +40,7 @@ DATA_SETS = {
     "hjc64-8000": Case("hjc_90.mrc", 64, 8000, -5.0),
     "hjc64-low": Case("hjc_90.mrc", 64, 3000, -14.2),
     "ptch64": Case("ptch1_84.mrc", 64, 1000, -5.0),
+    "ptch64-low": Case("ptch1_84.mrc", 64, 3000, -14.2),
     "hjc90": Case("hjc_90.mrc", 90, 2000, -10.0),
     "hjc128": Case("hjc_90.mrc", 128, 1000, -5.0),
 }

@@ -27,6 +27,7 @@ NAMES = {
     "ctf": "data with CTFs through the command line, and RELION's map of our poses",
     "matching": "first poses of a control like real data, and RELION's first iteration",
     "regularisation": "four ways to choose the regulariser's weight",
+    "low_snr": "iterations of a refinement at low SNR, and what poses can give",
     "tuning": "what each constant of the engine does",
 }
 WITHOUT_DATA = ("spatial", "slices")

@@ -129,8 +129,11 @@ class Updated(eqx.Module):
     ----------
     hypotheses
         Its candidate poses, the best first.
-    information, evidence
-        Those of the best, see `polish.Polished`.
+    information
+        That of the best, see `polish.Polished`.
+    evidence
+        Logarithm of the posterior mass about all of them, relative to the probability
+        of the image without a particle.
     evaluations
         How many times the likelihood was evaluated at the full band limit, for all
         candidates.
@@ -253,7 +256,8 @@ def update_block(
     return Updated(
         hypotheses,
         candidates.information[everyone, best],
-        evidence[everyone, best],
+        # The mass about the best one over its share of the mass about all.
+        evidence[everyone, best] - hypotheses.log_weights[:, 0],
         jnp.sum(jnp.where(active, candidates.evaluations, 0), axis=1),
     )
 

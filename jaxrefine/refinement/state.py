@@ -22,7 +22,8 @@ class SetState(eqx.Module):
     hypotheses
         Candidate poses of each particle, with their weights.
     information, evidence
-        Those of each particle's best pose, see `polish.Polished`.
+        That of each particle's best pose, and that of all its hypotheses, see
+        `update.Updated`.
     maps
         ADMM states of the folds' maps.
     gain
