@@ -25,6 +25,7 @@ NAMES = {
     "elsewhere": "slices by the other packages that are installed",
     "refinement": "joint refinement against the truth, the oracle and RELION",
     "ctf": "data with CTFs through the command line, and RELION's map of our poses",
+    "external": "RELION's refinement with our maps and with its own",
     "regularisation": "four ways to choose the regulariser's weight",
     "tuning": "what each constant of the engine does",
 }
