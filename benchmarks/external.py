@@ -2,8 +2,8 @@
 
 ``relion_refine_mpi --auto_refine``, which must be installed, twice on the same images,
 the same initial map and the same seed; once with ``--external_reconstruct`` and
-``jaxrefine external-reconstruct`` as its program. It searches all orientations first,
-whatever the angles of the file. FSC is that of the final map with the truth, shells 1
+``jaxrefine external-reconstruct`` as its program. Searches are local from the start,
+around the angles of the file, with a standard deviation of 15 degrees. FSC is that of the final map with the truth, shells 1
 to n / 2, no mask. Times are of all processes, on the clock and of the CPUs, and hold
 the compilation of our programs unless an earlier run has left them in the cache.
 """
@@ -34,7 +34,7 @@ HOOK = f"{sys.executable} -m jaxrefine.cli external-reconstruct"
 REFINE = """mpirun --allow-run-as-root --oversubscribe -n 3 relion_refine_mpi
     --i particles.star --ref initial.mrc --auto_refine --split_random_halves
     --low_resol_join_halves 40 --sym C1 --norm --scale --ini_high 40
-    --healpix_order 2 --auto_local_healpix_order 3 --oversampling 1
+    --healpix_order 2 --auto_local_healpix_order 2 --sigma_ang 15 --oversampling 1
     --offset_range 5 --offset_step 2 --flatten_solvent --zero_mask --dont_check_norm
     --dont_combine_weights_via_disc --pool 10 --pad 2 --j 1 --random_seed 1""".split()
 
