@@ -3,9 +3,10 @@
 ``relion_refine_mpi --auto_refine``, which must be installed, twice on the same images,
 the same initial map and the same seed; once with ``--external_reconstruct`` and
 ``jaxrefine external-reconstruct`` as its program. Searches are local from the start,
-around the angles of the file, with a standard deviation of 15 degrees. FSC is that of the final map with the truth, shells 1
-to n / 2, no mask. Times are of all processes, on the clock and of the CPUs, and hold
-the compilation of our programs unless an earlier run has left them in the cache.
+around the angles of the file, with a standard deviation of 15 degrees. FSC is that of
+the final map with the truth, shells 1 to n / 2, no mask. Times are of all processes, on
+the clock and of the CPUs, and hold the compilation of our programs unless an earlier
+run has left them in the cache.
 """
 
 import os
