@@ -137,13 +137,14 @@ def test_the_noise_of_the_back_projection_is_what_lambda_is_measured_in():
     rng = np.random.default_rng(1)
     box, size, sigma2, draws = 8, 16, 3e-4, 40
     points = random_frequencies(rng, 4000, size / 2)
-    weight = inserted(points, np.ones(len(points)) / sigma2, size)
+    weight = jnp.asarray(inserted(points, np.ones(len(points)) / sigma2, size))
+    sums = padded.sums_of_grid(jnp.zeros_like(half(weight), complex), half(weight), box)
     variances = []
     for _ in range(draws):
         parts = rng.normal(scale=np.sqrt(sigma2), size=(2, len(points)))
         data = inserted(points, (parts[0] + 1j * parts[1]) / sigma2, size)
-        sums = padded.sums_of_grid(*map(jnp.asarray, (half(data), half(weight))), box)
-        variances.append((sums.backprojection / padded.envelope(box, size)) ** 2)
+        drawn = padded.sums_of_grid(jnp.asarray(half(data)), half(weight), box)
+        variances.append((drawn.backprojection / padded.envelope(box, size)) ** 2)
     ratio = float(np.mean(variances) / sums.peak)
     # 40 draws of 512 voxels, of which about a hundred are independent; aliases of the
     # interpolation add some per cent near the faces.
