@@ -32,7 +32,7 @@ _LEAST_BOX = 4  # voxels: two shells
 @final
 @dataclass(frozen=True)
 class ExternalReconstruction:
-    r"""The sums that RELION wants a map of, and where it looks for the map.
+    r"""The sums that RELION needs a map of, and where it looks for the map.
 
     The sums are on the lattice of frequencies that ``rfftn`` of a cube of side ``f``
     has, ``f`` being the box times RELION's padding factor.
