@@ -29,6 +29,7 @@ class Case(NamedTuple):
 
 DATA_SETS = {
     "hjc32": Case("hjc_46.mrc", 32, 300, 0.0),
+    "ptch32": Case("ptch1_44.mrc", 32, 300, 0.0),
     "hjc46": Case("hjc_46.mrc", 46, 500, 0.0),
     "hjc46-12": Case("hjc_46.mrc", 46, 1500, -12.0),
     "hjc46-low": Case("hjc_46.mrc", 46, 20000, -15.0),

@@ -13,6 +13,10 @@ from jaxrefine.io.checkpoint import load_checkpoint as load_checkpoint
 from jaxrefine.io.checkpoint import save_checkpoint as save_checkpoint
 from jaxrefine.io.cs import TableFile as TableFile
 from jaxrefine.io.cs import read_cs as read_cs
+from jaxrefine.io.external import ExternalReconstruction as ExternalReconstruction
+from jaxrefine.io.external import (
+    read_external_reconstruction as read_external_reconstruction,
+)
 from jaxrefine.io.json import append_line as append_line
 from jaxrefine.io.json import json_line as json_line
 from jaxrefine.io.json import read_json as read_json

@@ -143,6 +143,21 @@ def read_densities(path: str | Path) -> Float32[np.ndarray, "n n n"]:
     return _volume(_open(path))
 
 
+def read_grid(path: str | Path) -> Float32[np.ndarray, "nz ny nx"]:
+    """Read the values of a file of any shape, in the order of the file.
+
+    The voxel size and the order of the axes in the header are ignored.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not an MRC file, is truncated or complex, or if a
+        value is not finite.
+    """
+    header = _open(path)
+    return _finite(_values(header), header.path)
+
+
 def _volume(header: Stack) -> Float32[np.ndarray, "n n n"]:
     path, axes = header.path, header.axes
     if len(set(header.shape)) != 1:
@@ -222,11 +237,12 @@ def open_stack(path: str | Path) -> Stack:
 def write_mrc(
     path: str | Path,
     volume: Float[Array | np.ndarray, "n n n"],
-    voxel_size_in_angstroms: float,
+    voxel_size_in_angstroms: float | None,
 ) -> None:
     """Write a density map, indexed ``[z, y, x]``, as float32.
 
-    The file appears complete or not at all.
+    The file appears complete or not at all. A voxel size of None leaves that of the
+    header unset.
 
     Raises
     ------
@@ -452,11 +468,13 @@ def _isotropic(voxel: tuple[float, ...], path: Path) -> float:
 def _write(
     path: str | Path,
     data: Array | np.ndarray,
-    voxel_size_in_angstroms: float,
+    voxel_size_in_angstroms: float | None,
     *,
     is_stack: bool,
 ) -> None:
-    if not 0 < voxel_size_in_angstroms < math.inf:
+    if voxel_size_in_angstroms is None:
+        voxel_size_in_angstroms = 0.0  # MRC's word for unset
+    elif not 0 < voxel_size_in_angstroms < math.inf:
         raise InputError(
             f"cannot write {path}: the voxel size must be positive, got "
             f"{voxel_size_in_angstroms} A"

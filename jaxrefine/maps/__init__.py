@@ -8,6 +8,7 @@ from jaxrefine.maps import folds as folds
 from jaxrefine.maps import fsc as fsc
 from jaxrefine.maps import mask as mask
 from jaxrefine.maps import noise as noise
+from jaxrefine.maps import padded as padded
 from jaxrefine.maps import postprocess as postprocess
 from jaxrefine.maps import sums as sums
 from jaxrefine.maps import tv as tv

@@ -9,6 +9,7 @@ from jaxrefine.cli.commands.command import Command as Command
 from jaxrefine.cli.commands.demo import DEMO
 from jaxrefine.cli.commands.evaluate import EVALUATE
 from jaxrefine.cli.commands.expand import EXPAND
+from jaxrefine.cli.commands.external_reconstruct import EXTERNAL_RECONSTRUCT
 from jaxrefine.cli.commands.fsc import FSC
 from jaxrefine.cli.commands.match import MATCH
 from jaxrefine.cli.commands.postprocess import POSTPROCESS
@@ -26,5 +27,6 @@ COMMANDS: tuple[Command, ...] = (
     POSTPROCESS,
     FSC,
     EVALUATE,
+    EXTERNAL_RECONSTRUCT,
 )
 """All commands, in the order in which they are needed."""

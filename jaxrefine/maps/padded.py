@@ -1,0 +1,114 @@
+r"""A map from RELION's sums over images, on its padded grid of frequencies.
+
+RELION inserts every frequency of an image into the grid of ``f`` samples per axis, each
+at the eight nearest samples, with the weights :math:`t` of trilinear interpolation. It
+sums the images and their precision (Scheres, J. Struct. Biol. 180, 2012, eqs. 4-6):
+
+.. math:: D[k] = \sum_j t_k(\xi_j)\, \mathrm{CTF}_j F_j / \sigma_j^2, \qquad
+   W[k] = \sum_j t_k(\xi_j)\, \mathrm{CTF}_j^2 / \sigma_j^2,
+
+with ``F`` the transforms of images, divided by their number of pixels, and
+:math:`\sigma^2` the power of the noise in one of the two components of ``F``.
+
+Interpolation by ``t`` multiplies a map by :math:`s(x) = \prod_i \mathrm{sinc}^2(x_i/f)`
+in real space, so ``D / W`` is a noisy spectrum of :math:`u = s\,c`, whose inverse
+transform RELION divides by ``s`` in the end. Here, too, ``u`` is solved for. In the
+units of white noise, the data term of ``u`` is
+
+.. math:: \frac{1}{4 n^4} \sum_k W[k]\, |n^2 D[k]/W[k] - \hat u[k]|^2
+
+up to a constant: a circulant on the grid, and so a convolution of maps within the box,
+by the inverse transform of ``W``. With it the back-projection, the inverse transform of
+``D``, gives the `Sums` that all maps here are made from.
+
+(Dividing kernel and back-projection by ``s`` instead would give those of ``c`` itself
+but for the aliases of ``t``, as large as the kernel at the displacement ``f / 2``. The
+operator is not positive semi-definite then, and ADMM diverges.)
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from jaxrefine._types import Scalar, Volume
+from jaxrefine.maps import admm, tv
+from jaxrefine.maps.sums import Sums, data_term, solve
+
+
+@eqx.filter_jit
+def sums_of_grid(
+    data: Complex[Array, "f f h"], weight: Float[Array, "f f h"], box: int
+) -> Sums:
+    """Return the sums that RELION's grids hold, for the map times its `envelope`.
+
+    Parameters
+    ----------
+    data, weight
+        ``D`` and ``W`` on the lattice of ``rfftn`` of a cube of side ``f``, frequency 0
+        first, the images' origin at their centre.
+    box
+        Side ``n`` of the map, at most ``f``. If ``f`` is less than ``2n - 1``, the
+        kernel is continued periodically.
+    """
+    size = data.shape[0]
+    # The inverse transforms that are meant are sums, without the factor 1 / f^3.
+    scale = size**3 / (2 * box**4)
+    kernel = scale * jnp.fft.irfftn(weight, s=(size,) * 3)
+    backprojection = scale * box**2 * jnp.fft.irfftn(data, s=(size,) * 3)
+    displacement = np.arange(1 - box, box) % size
+    position = (np.arange(box) - box // 2) % size
+    return Sums(
+        kernel[np.ix_(*[displacement] * 3)], backprojection[np.ix_(*[position] * 3)]
+    )
+
+
+def envelope(box: int, size: int) -> Float[np.ndarray, "{box} {box} {box}"]:
+    """Return the factor ``s`` of a map whose spectrum is interpolated linearly.
+
+    Parameters
+    ----------
+    box
+        Side of the map.
+    size
+        Samples per axis of the grid of frequencies.
+    """
+    line = np.sinc((np.arange(box) - box // 2) / size) ** 2
+    return line[:, None, None] * line[:, None] * line
+
+
+@eqx.filter_jit
+def reconstruct(
+    data: Complex[Array, "f f h"],
+    weight: Float[Array, "f f h"],
+    box: int,
+    tau: Scalar,
+    regulariser: tv.Regulariser,
+    iterations: int,
+) -> tuple[Volume, Scalar]:
+    r"""Make a regularised map by ADMM from RELION's sums.
+
+    It minimises :math:`\tfrac12\|g - Hc\|^2 + \lambda R(L u)` over ``u = s c``, with
+    :math:`\lambda = \tau\sqrt{w[0]}` as in `sums.solve`, from a map of zeros.
+
+    Parameters
+    ----------
+    data, weight, box
+        As for `sums_of_grid`.
+    tau
+        Weight of the regulariser in units of the noise.
+    regulariser
+        Prior on the map's gradient.
+    iterations
+        Number of ADMM iterations.
+
+    Returns
+    -------
+    The map, of side ``box``, in the units of the images; zero without any weight. And
+    :math:`\lambda`.
+    """
+    sums = sums_of_grid(data, weight, box)
+    start = admm.init(jnp.zeros_like(sums.backprojection))
+    state = solve(data_term(sums), sums.peak, start, tau, regulariser, iterations)
+    factor = jnp.asarray(envelope(box, data.shape[0]), state.coefficients.dtype)
+    return state.coefficients / factor, tau * jnp.sqrt(sums.peak)
