@@ -109,6 +109,24 @@ def slice_matrix(disc, poses, transfer=None):
     return gain[..., None] * waves
 
 
+def cryosparc_fields(count, side, pixel):
+    """The fields of a table of cryoSPARC: the images' place, their optics, poses of 0."""
+    optics = {"accel_kv": 300, "cs_mm": 2.7, "amp_contrast": 0.1}
+    optics |= {"df1_A": 1e4, "df2_A": 1e4, "df_angle_rad": 0}
+    return {
+        "blob/path": np.full(count, b"images.mrcs"),
+        "blob/idx": np.arange(count, dtype="<u4"),
+        "blob/shape": np.full((count, 2), side, "<u4"),
+        "blob/psize_A": np.full(count, pixel, "<f4"),
+        **{
+            f"ctf/{name}": np.full(count, value, "<f4")
+            for name, value in optics.items()
+        },
+        "alignments3D/pose": np.zeros((count, 3), "<f4"),
+        "alignments3D/shift": np.zeros((count, 2), "<f4"),
+    }
+
+
 def write_cs(path, columns):
     """Write a table of cryoSPARC, from an array of each field, a row a particle."""
     kinds = [(name, each.dtype, each.shape[1:]) for name, each in columns.items()]

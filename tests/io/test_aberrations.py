@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import write_cs
+from helpers import cryosparc_fields, write_cs
 
 from jaxrefine.aberrations import with_beam_tilt
 from jaxrefine.errors import InputError
@@ -159,23 +159,8 @@ def cs(table, tmp_path):
     table()
 
     def write(**fields):
-        columns = {
-            "blob/path": np.array([b"images.mrcs"] * COUNT),
-            "blob/idx": np.arange(COUNT, dtype="<u4"),
-            "blob/shape": np.full((COUNT, 2), M, "<u4"),
-            "blob/psize_A": np.full(COUNT, PIXEL, "<f4"),
-            "ctf/accel_kv": np.full(COUNT, 300, "<f4"),
-            "ctf/cs_mm": np.full(COUNT, 2.7, "<f4"),
-            "ctf/amp_contrast": np.full(COUNT, 0.1, "<f4"),
-            "ctf/df1_A": np.full(COUNT, 1e4, "<f4"),
-            "ctf/df2_A": np.full(COUNT, 1e4, "<f4"),
-            "ctf/df_angle_rad": np.zeros(COUNT, "<f4"),
-            "alignments3D/pose": np.zeros((COUNT, 3), "<f4"),
-            "alignments3D/shift": np.zeros((COUNT, 2), "<f4"),
-            **{
-                f"ctf/{name}": np.asarray(values, "<f4")
-                for name, values in fields.items()
-            },
+        columns = cryosparc_fields(COUNT, M, PIXEL) | {
+            f"ctf/{name}": np.asarray(values, "<f4") for name, values in fields.items()
         }
         return write_cs(tmp_path / "particles.cs", columns)
 

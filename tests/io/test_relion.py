@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import write_cs
+from helpers import cryosparc_fields, write_cs
 
 from jaxrefine.ctf import CTF
 from jaxrefine.geometry import Poses, matrix_to_rotvec, uniform_rotations
@@ -77,19 +77,10 @@ def project(tmp_path, monkeypatch, data):
 def cryosparc_table(path, poses: Poses):
     """Of images in a stack that ends in ``.mrc``; some know no micrograph."""
     rows = np.arange(COUNT)
-    columns = {
+    columns = cryosparc_fields(COUNT, N, PIXEL) | {
         "uid": rows.astype("<u8"),
         "blob/path": np.full(COUNT, b">J1/extract/batch_000000_particles.mrc"),
-        "blob/idx": rows.astype("<u4"),
-        "blob/shape": np.full((COUNT, 2), N, "<u4"),
-        "blob/psize_A": np.full(COUNT, PIXEL, "<f4"),
         "blob/sign": np.ones(COUNT, "<f4"),
-        "ctf/accel_kv": np.full(COUNT, 300, "<f4"),
-        "ctf/cs_mm": np.full(COUNT, 2.7, "<f4"),
-        "ctf/amp_contrast": np.full(COUNT, 0.1, "<f4"),
-        "ctf/df1_A": np.full(COUNT, 1e4, "<f4"),
-        "ctf/df2_A": np.full(COUNT, 1e4, "<f4"),
-        "ctf/df_angle_rad": np.zeros(COUNT, "<f4"),
         "alignments3D/pose": -np.asarray(matrix_to_rotvec(poses.rotations), "<f4"),
         "alignments3D/shift": -np.asarray(poses.shifts, "<f4"),
         "alignments3D/split": (rows % 2).astype("<u4"),
