@@ -288,8 +288,8 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
         yield _figure(
             "Fourier shell correlation of the unmasked maps of the two folds in the "
             "last iteration. The poses of each fold were refined against the map of "
-            "the other, so this is not a gold-standard resolution: where noise is strong "
-            "it may rise while the map gets worse. Use --half-sets for that.",
+            "the other, so this is not a gold-standard resolution: where noise is "
+            "strong it may rise while the map gets worse. Use --half-sets for that.",
             "Curve of the Fourier shell correlation of the folds against the Fourier "
             "shell.",
             plots.fsc_curves,
