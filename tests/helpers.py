@@ -110,7 +110,7 @@ def slice_matrix(disc, poses, transfer=None):
 
 
 def cryosparc_fields(count, side, pixel):
-    """The fields of a table of cryoSPARC: the images' place, their optics, poses of 0."""
+    """The fields of a table of cryoSPARC, with poses of 0."""
     optics = {"accel_kv": 300, "cs_mm": 2.7, "amp_contrast": 0.1}
     optics |= {"df1_A": 1e4, "df2_A": 1e4, "df_angle_rad": 0}
     return {
