@@ -3,7 +3,8 @@
 Every case is a data set of :mod:`datasets`; FSC is against the truth, without a mask,
 as it stands. The parts of a case are
 
-- ``folds``: the refinement, carried on beyond the iteration in which it would stop;
+- ``folds``: the refinement, carried on beyond the iteration in which it would end;
+- ``limited``: the same up to a band limit of 16 cycles per box;
 - ``half_sets``: the same with half sets;
 - ``truth``: poses that are found in the true map, by the engine's own search and
   polishing at a given band limit, and the maps that are made of them.
@@ -19,6 +20,7 @@ nothing of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -40,20 +42,26 @@ from jaxrefine.refinement.result import RefineInfo
 from jaxrefine.refinement.state import RefineState
 
 CASES = ("hjc46-12", "hjc64-low", "ptch64-low", "hjc64", "hjc32")
-PARTS = ("folds", "half_sets", "truth")
+PARTS = ("folds", "limited", "half_sets", "truth")
+REFINEMENTS = {
+    "folds": jr.RefineConfig(),
+    "limited": jr.RefineConfig(max_r_max=16),
+    "half_sets": jr.RefineConfig(half_sets=True),
+}
 SEEDS, ITERATIONS, BAND_LIMITS = (0, 1, 2), 20, (16, 22, 31)
 KEY = jax.random.key(0)
 
 
-def run_on(data: dict[str, np.ndarray], half_sets: bool) -> list[dict[str, Any]]:
-    """Refine for all iterations, whenever the refinement would stop."""
+def run_on(
+    data: dict[str, np.ndarray], config: jr.RefineConfig
+) -> list[dict[str, Any]]:
+    """Refine for all iterations, whenever the refinement would end."""
     truth, rows = poses(data["angles"], data["shifts"]), []
-    config = jr.RefineConfig(half_sets=half_sets, iterations=ITERATIONS)
     given = (
         jr.Particles(data["images"]),
         poses(data["start"], np.zeros_like(data["shifts"])),
         jnp.asarray(data["initial"]),
-        config,
+        replace(config, iterations=ITERATIONS),
     )
 
     def callback(state: RefineState, info: RefineInfo) -> None:
@@ -72,7 +80,7 @@ def run_on(data: dict[str, np.ndarray], half_sets: bool) -> list[dict[str, Any]]
                 "gain": np.asarray(first.gain).tolist(),
                 "ideal_gain": gain(of_fold, data["volume"]),
                 **errors,
-                "would_stop": bool(state.finished),
+                "would_end": bool(state.finished),
             }
         )
 
@@ -155,10 +163,9 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
     for seed in SEEDS:
         data = simulate(DATA_SETS[case]._replace(seed=seed), settings.data)
         measured: dict[str, Any] = {"seed": seed}
-        if settings.measures("folds"):
-            measured["folds"] = run_on(data, False)
-        if settings.measures("half_sets"):
-            measured["half_sets"] = run_on(data, True)
+        for part, config in REFINEMENTS.items():
+            if settings.measures(part):
+                measured[part] = run_on(data, config)
         if settings.measures("truth"):
             last = (DATA_SETS[case].size - 1) // 2
             limits = sorted({min(limit, last) for limit in BAND_LIMITS})
@@ -168,51 +175,53 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return two tables of each case: the iterations, and the poses of the truth."""
+    """Return the iterations of each refinement, and the poses found in the truth."""
+    header = ("iteration", "mean FSC", "score of the folds", "score of half sets")
+    header += ("median error (degrees)", "band limit", "runs that would end here")
+    of_truth = ("band limit", "median error (degrees)", "map of these poses")
+    of_truth += ("of the same errors, dealt to other images",)
     tables = []
     for each in records:
-        figures = each["figures"]
-        runs = figures["runs"]
-        title = f"{describe(each['case'], figures)}, {_count(len(runs), 'seed')}"
-        rows = [_iterations(runs, number) for number in range(ITERATIONS)]
-        header = ("iteration", "mean FSC", "score of the folds", "of half sets")
-        header += ("median error (degrees)", "band limit")
-        tables.append(f"{title}:\n\n{markdown_table(header, filter(None, rows))}")
-        header = ("band limit", "median error (degrees)", "map of these poses")
-        header += ("of the same errors, dealt to other images",)
-        rows = [
-            _of_truth([run["truth"][place] for run in runs])
-            for place in range(len(runs[0].get("truth", ())))
-        ]
-        tables.append(f"Poses found in the true map:\n\n{markdown_table(header, rows)}")
+        runs = each["figures"]["runs"]
+        seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+        tables.append(f"{describe(each['case'], each['figures'])}, {seeds}.\n")
+        for part in REFINEMENTS:
+            measured = [run[part] for run in runs if part in run]
+            if measured:
+                rows = [_iteration(rows) for rows in zip(*measured, strict=True)]
+                tables.append(f"`{part}`:\n\n{markdown_table(header, rows)}")
+        measured = [run["truth"] for run in runs if "truth" in run]
+        if measured:
+            rows = [_of_truth(rows) for rows in zip(*measured, strict=True)]
+            text = markdown_table(of_truth, rows)
+            tables.append(f"Poses found in the true map:\n\n{text}")
     return "\n".join(tables)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}"
+def _mean(rows: Sequence[dict[str, Any]], name: str, digits: int) -> str:
+    """Return the mean of a figure over all seeds; nothing if it was not measured."""
+    values = [row[name] for row in rows]
+    return "" if None in values else f"{np.mean(values):.{digits}f}"
 
 
-def _iterations(runs: Sequence[dict[str, Any]], number: int) -> tuple[str, ...]:
-    """Return a row of the first table, the means over all seeds; none if not made."""
-    folds = [run["folds"][number] for run in runs if "folds" in run]
-    halves = [run["half_sets"][number] for run in runs if "half_sets" in run]
-    if not folds:
-        return ()
+def _iteration(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the row of an iteration, of one row for each seed."""
     return (
-        str(number + 1),
-        f"{np.mean([row['mean_fsc'] for row in folds]):.3f}",
-        f"{np.mean([row['fold_score'] for row in folds]):.3f}",
-        f"{np.mean([row['gold_score'] for row in halves]):.3f}" if halves else "",
-        f"{np.mean([row['angle_error_in_degrees_median'] for row in folds]):.2f}",
-        "/".join(str(limit) for limit in sorted({row["r_max"] for row in folds})),
+        str(rows[0]["iteration"]),
+        _mean(rows, "mean_fsc", 3),
+        _mean(rows, "fold_score", 3),
+        _mean(rows, "gold_score", 3),
+        _mean(rows, "angle_error_in_degrees_median", 2),
+        "/".join(str(limit) for limit in sorted({row["r_max"] for row in rows})),
+        str(sum(row["would_end"] for row in rows)),
     )
 
 
-def _of_truth(found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """Return a row of the second table, the means over all seeds."""
+def _of_truth(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the row of a band limit, of one row for each seed."""
     return (
-        str(found[0]["r_max"]),
-        f"{np.mean([row['angle_error_in_degrees_median'] for row in found]):.2f}",
-        f"{np.mean([row['found'] for row in found]):.3f}",
-        f"{np.mean([row['others'] for row in found]):.3f}",
+        str(rows[0]["r_max"]),
+        _mean(rows, "angle_error_in_degrees_median", 2),
+        _mean(rows, "found", 3),
+        _mean(rows, "others", 3),
     )

@@ -146,6 +146,35 @@ def test_a_constant_is_measured(run, records, tmp_path):
     assert "`settled`" in run.load("tuning").table([record])
 
 
+def test_a_gain_fits_the_truth(run):
+    """It undoes a factor, and halves a map that is half noise."""
+    rng, n = np.random.default_rng(0), 24
+    truth, noise = rng.normal(size=(2, n, n, n))
+    gain = run.load("low_snr").gain
+    np.testing.assert_allclose(gain(2 * truth, truth), 0.5)
+    np.testing.assert_allclose(gain(truth + noise, truth)[6:], 0.5, atol=0.1)
+
+
+def test_iterations_at_low_snr_are_shown_as_means_over_seeds(run):
+    low_snr = run.load("low_snr")
+    row = {"iteration": 1, "mean_fsc": 0.5, "fold_score": 0.25, "gold_score": None}
+    row |= {"angle_error_in_degrees_median": 4.0, "r_max": 7, "would_end": True}
+    other = row | {"mean_fsc": 0.75, "r_max": 10, "would_end": False}
+    found = {"r_max": 16, "angle_error_in_degrees_median": 4, "found": 1, "others": 0.5}
+    runs = [
+        {"seed": seed, "limited": [each], "truth": [found]}
+        for seed, each in enumerate((row, other))
+    ]
+    data = {"file": "hjc_46.mrc", "size": 32, "particles": 300, "snr_db": 0.0}
+    text = low_snr.table([{"case": "hjc32", "figures": {**data, "runs": runs}}])
+    rows = [line for line in text.splitlines() if line.startswith("| 1")]
+    assert rows == [
+        "| 1 | 0.625 | 0.250 |  | 4.00 | 7/10 | 1 |",
+        "| 16 | 4.00 | 1.000 | 0.500 |",
+    ]
+    assert "2 seeds" in text and "`limited`" in text and "`folds`" not in text
+
+
 @pytest.mark.slow
 def test_the_control_of_matching_is_like_real_particles(run, data_dir, tmp_path):
     """Its spectrum is theirs, and its images show the map at the true poses."""
