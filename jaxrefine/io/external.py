@@ -23,6 +23,7 @@ from jaxrefine.io.star import Table, read_star
 _BLOCK = "external_reconstruct_general"
 _REAL, _IMAGINARY = "rlnExtReconsDataReal", "rlnExtReconsDataImag"
 _WEIGHT, _RESULT = "rlnExtReconsWeight", "rlnExtReconsResult"
+_RESULT_TABLE = "rlnExtReconsResultStarfile"
 _BOX, _DIMENSIONS = "rlnOriginalImageSize", "rlnReferenceDimensionality"
 _NEEDED = (_REAL, _IMAGINARY, _WEIGHT, _RESULT, _BOX, _DIMENSIONS)
 _PIXEL_SIZE = "rlnPixelSize"  # written from RELION 4 on
@@ -49,6 +50,9 @@ class ExternalReconstruction:
         Edge of its voxels; None if RELION does not say, as before version 4.
     result
         The map to write.
+    result_table
+        A table that RELION takes the spectrum of the signal from, instead of its own,
+        if there is one; None if RELION names none.
     inputs
         The files that were read.
     """
@@ -58,6 +62,7 @@ class ExternalReconstruction:
     box: int
     voxel_size_in_angstroms: float | None
     result: Path
+    result_table: Path | None
     inputs: tuple[Path, ...]
 
 
@@ -98,6 +103,7 @@ def read_external_reconstruction(path: str | Path) -> ExternalReconstruction:
     names = [Path(table[name][0]) for name in (_REAL, _IMAGINARY, _WEIGHT)]
     real, imaginary, weight = (read_grid(name) for name in names)
     _check_grids(path, box, names, (real, imaginary, weight))
+    of_result = "".join(table.get(_RESULT_TABLE, ()))
     data = np.empty(real.shape, np.complex64)
     data.real, data.imag = real, imaginary
     return ExternalReconstruction(
@@ -106,6 +112,7 @@ def read_external_reconstruction(path: str | Path) -> ExternalReconstruction:
         box=box,
         voxel_size_in_angstroms=_voxel_size(table, path),
         result=Path(table[_RESULT][0]),
+        result_table=Path(of_result) if of_result else None,
         inputs=(Path(path), *names),
     )
 

@@ -35,6 +35,8 @@ from jaxrefine._types import Scalar, Volume
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.sums import Sums, data_term, solve
 
+_EDGE = 3.0  # voxels
+
 
 @eqx.filter_jit
 def sums_of_grid(
@@ -58,13 +60,17 @@ def sums_of_grid(
     backprojection = scale * box**2 * jnp.fft.irfftn(data, s=(size,) * 3)
     displacement = np.arange(1 - box, box) % size
     position = (np.arange(box) - box // 2) % size
-    return Sums(
-        kernel[np.ix_(*[displacement] * 3)], backprojection[np.ix_(*[position] * 3)]
-    )
+    # Axis by axis: an array of all indices would be larger than the grids.
+    for axis in range(3):
+        kernel = jnp.take(kernel, displacement, axis=axis)
+        backprojection = jnp.take(backprojection, position, axis=axis)
+    return Sums(kernel, backprojection)
 
 
-def envelope(box: int, size: int) -> Float[np.ndarray, "{box} {box} {box}"]:
-    """Return the factor ``s`` of a map whose spectrum is interpolated linearly.
+def envelope(box: int, size: int) -> Float[np.ndarray, "{box}"]:
+    """Return the factor along each axis of a map with a linearly interpolated spectrum.
+
+    Their product is ``s``.
 
     Parameters
     ----------
@@ -73,8 +79,20 @@ def envelope(box: int, size: int) -> Float[np.ndarray, "{box} {box} {box}"]:
     size
         Samples per axis of the grid of frequencies.
     """
-    line = np.sinc((np.arange(box) - box // 2) / size) ** 2
-    return line[:, None, None] * line[:, None] * line
+    return np.sinc((np.arange(box) - box // 2) / size) ** 2
+
+
+def _rounded(volume: Volume) -> Volume:
+    """Let a map fall off in the corners of the box, where ``1 / s`` is largest.
+
+    RELION does so, by a cosine over three voxels from the sphere in the box on.
+    """
+    box = volume.shape[0]
+    axis = jnp.arange(box, dtype=volume.dtype) - box // 2
+    z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
+    radius = jnp.sqrt(z**2 + y**2 + x**2)
+    beyond = jnp.clip((radius - box / 2) / _EDGE, 0.0, 1.0)
+    return volume * (0.5 + 0.5 * jnp.cos(jnp.pi * beyond))
 
 
 @eqx.filter_jit
@@ -88,8 +106,9 @@ def reconstruct(
 ) -> tuple[Volume, Scalar]:
     r"""Make a regularised map by ADMM from RELION's sums.
 
-    It minimises :math:`\tfrac12\|g - Hc\|^2 + \lambda R(L u)` over ``u = s c``, with
-    :math:`\lambda = \tau\sqrt{w[0]}` as in `sums.solve`, from a map of zeros.
+    It minimises the data term of ``u`` plus :math:`\lambda R(L u)`, with
+    :math:`\lambda = \tau\sqrt{w[0]}` as in `sums.solve`, from a map of zeros. The map
+    is ``u`` divided by ``s``, without the corners of the box.
 
     Parameters
     ----------
@@ -110,5 +129,8 @@ def reconstruct(
     sums = sums_of_grid(data, weight, box)
     start = admm.init(jnp.zeros_like(sums.backprojection))
     state = solve(data_term(sums), sums.peak, start, tau, regulariser, iterations)
-    factor = jnp.asarray(envelope(box, data.shape[0]), state.coefficients.dtype)
-    return state.coefficients / factor, tau * jnp.sqrt(sums.peak)
+    volume = _rounded(state.coefficients)
+    line = jnp.asarray(envelope(box, data.shape[0]), volume.dtype)
+    # One factor after the other, so that no program holds a map of constants.
+    volume = volume / line[:, None, None] / line[None, :, None] / line[None, None, :]
+    return volume, tau * jnp.sqrt(sums.peak)

@@ -204,10 +204,9 @@ def transfer(kernel: Float[Array, "k k k"]) -> Float[Array, "f f h"]:
     """
     n = (kernel.shape[0] + 1) // 2
     size = padded_size(n)
-    index = jnp.arange(-(n - 1), n) % size
-    grid = jnp.zeros((size,) * 3, kernel.dtype)
-    grid = grid.at[jnp.ix_(index, index, index)].set(kernel)
-    return jnp.fft.rfftn(grid).real
+    # Moved as a whole: a scatter would need the indices of all voxels.
+    grid = jnp.pad(kernel, (0, size - kernel.shape[0]))
+    return jnp.fft.rfftn(jnp.roll(grid, 1 - n, axis=(0, 1, 2))).real
 
 
 @eqx.filter_jit
@@ -241,8 +240,8 @@ def autocorrelation(coefficients: Volume) -> Float[Array, "k k k"]:
     spectrum = jnp.fft.rfftn(coefficients, s=(size,) * 3)
     power = jnp.real(spectrum) ** 2 + jnp.imag(spectrum) ** 2
     full = jnp.fft.irfftn(power, s=(size,) * 3)
-    index = jnp.arange(-(n - 1), n) % size
-    return full[jnp.ix_(index, index, index)]
+    side = 2 * n - 1
+    return jnp.roll(full, n - 1, axis=(0, 1, 2))[:side, :side, :side]
 
 
 @eqx.filter_jit
@@ -272,10 +271,11 @@ def circulant_eigenvalues(kernel: Float[Array, "k k k"]) -> Float[Array, "n n g"
     n = (kernel.shape[0] + 1) // 2
     fraction = 1.0 - jnp.abs(jnp.arange(-(n - 1), n, dtype=kernel.dtype)) / n
     overlap = jnp.einsum("z,y,x->zyx", *[fraction] * 3, precision=_HIGHEST)
-    weighted = kernel * overlap
-    index = jnp.arange(-(n - 1), n) % n
-    folded = jnp.zeros((n, n, n), kernel.dtype)
-    folded = folded.at[jnp.ix_(index, index, index)].add(weighted)
+    folded = kernel * overlap
+    for axis in range(3):
+        negative, others = jnp.split(folded, [n - 1], axis)
+        before = [(int(i == axis), 0) for i in range(3)]
+        folded = others + jnp.pad(negative, before)
     return jnp.fft.rfftn(folded).real
 
 

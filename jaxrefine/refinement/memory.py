@@ -52,7 +52,7 @@ _SUMS = 18  # kernels and back-projections of two folds
 _SUM = 9  # a kernel and a back-projection
 _FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
 _GRIDDING = 45  # the same, over the cube of the oversampling
-_DATA_TERMS = 101  # all sums, two data terms, and what the second one takes
+_DATA_TERMS = 48  # all sums, two data terms, and what the second one takes
 
 # Bytes.
 _CURVATURE = 85  # a frequency of a particle whose error bars are measured

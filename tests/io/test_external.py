@@ -113,3 +113,10 @@ def test_another_star_file_is_one_sentence(asked):
     folder, table = asked
     with pytest.raises(InputError, match="a block .*, got the blocks 'other'"):
         read(folder, table, "other")
+
+
+def test_a_table_that_relion_would_take_instead_of_its_own_is_named(asked):
+    folder, table = asked
+    assert read(folder, table).result_table is None
+    table["rlnExtReconsResultStarfile"] = [str(folder / "out.star")]
+    assert read(folder, table).result_table == folder / "out.star"
