@@ -12,8 +12,8 @@ from jaxrefine.errors import InputError
 
 # From the pole through no axis of any group, so that no operator leaves it where it is.
 _INSIDE = np.array([0.16, 0.05, 1.0]) / math.hypot(0.16, 0.05, 1.0)
-# Points up to which a grid is made in order to count it, in a fraction of a second: a
-# search of more directions, or of more shifts, takes minutes for each image.
+# Points up to which a grid is made in order to count it, in about a second. Without
+# symmetry a search of more directions, or shifts, takes minutes for each image.
 _COUNTED = 1e6
 FARTHEST = 0.75
 """No direction of the sphere is farther from the nearest one of the grid, in steps."""
