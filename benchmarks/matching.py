@@ -155,7 +155,7 @@ def _said(table: Path, errors: PoseErrors) -> dict[str, float]:
     columns = io.read_star(table)["particles"]
     said = np.array(columns["jaxrefineAngleStd"], float)
     ratio = np.asarray(errors.angle_in_degrees) / said
-    evidence = np.array(columns["rlnLogLikeliContribution"], float)
+    evidence = np.array(columns["jaxrefineEvidence"], float)
     return {
         "angle_std_in_degrees_median": float(np.median(said)),
         "rms_error_over_std": float(np.sqrt(np.mean(ratio**2))),

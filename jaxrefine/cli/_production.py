@@ -24,7 +24,7 @@ from jaxrefine.cli._particles import (
     tell_what_is_shared,
 )
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
-from jaxrefine.cli._sign import check_sign
+from jaxrefine.cli._sign import check_same_sign
 from jaxrefine.cli._usable import usable
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
@@ -267,7 +267,7 @@ def _check_contrast(
     volume = inputs.volume
     masked = volume if inputs.mask is None else volume * inputs.mask
     found = contrast(particles, poses, masked, config, bars.watch)
-    check_sign(found, inputs.source, volume, settings)
+    check_same_sign(found, inputs.source, volume, settings)
 
 
 def _prior_covariance(config: RefineConfig) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement.contrast import Contrast
 
 
-def check_sign(
+def check_same_sign(
     found: Contrast,
     source: io.ParticleFile,
     volume: Volume | np.ndarray,

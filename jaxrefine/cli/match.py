@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +14,32 @@ from jaxrefine import io
 from jaxrefine.cli import _maps, _particles, _usable
 from jaxrefine.cli._memory import free_bytes
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
-from jaxrefine.cli._sign import check_sign
+from jaxrefine.cli._sign import check_same_sign
 from jaxrefine.cli.commands.match import MatchSettings
+from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
-from jaxrefine.geometry import Poses, uniform_rotations
+from jaxrefine.euler import euler_to_matrix
+from jaxrefine.geometry import Poses
 from jaxrefine.poses import matching
-from jaxrefine.poses.grid import FARTHEST
+from jaxrefine.poses.grid import FARTHEST, PoseGrid
 from jaxrefine.poses.search import half_period_turn
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import Contrast, contrast
+from jaxrefine.runs import options
 from jaxrefine.runs.progress import Bars
 
 # Comparisons of an image with a projection, of which a search may take 100 days at 100
 # million a second. Two cores do about a tenth of that.
 _RATE, _MOST_DAYS = 1e8, 100
-_DAY_S = 86400
+_DAY_S, _GIB = 86400, 2**30
 _CYCLES = 3  # in the particle's diameter, at which its sign is looked at
 _RANDOM = 3  # mean square of what `matching.Match` has for the angle of any rotation
+# Options of both commands that do not suit the table which is written: shifts are from
+# the positions that were found, and it is a STAR file, whatever was read.
+_OF_WHAT_WAS_READ = {"max_shift", "shift_spread", "passthrough", "class_"}
+_REFINED = Path("refined")  # the folder of the refinement, as it is suggested
 
 
 def run(
@@ -78,14 +86,16 @@ def run(
     particles = chosen.particles(source.particles)
     with Bars() as bars:
         if not settings.images.trust_contrast:
-            found = _contrast_without_poses(particles, volume, config, bars)
-            check_sign(found, source, volume, settings)
+            found = _contrast_without_poses(
+                particles, volume, config, search.grid, bars
+            )
+            check_same_sign(found, source, volume, settings)
         result = _matched(match, particles, volume, config, bars)
     search = result.search
     spread = search.grid.shift_spread
     columns = {
         "jaxrefineCorrelation": chosen.of_table(result.scores, 0.0),
-        "rlnLogLikeliContribution": chosen.of_table(result.log_likelihood, 0.0),
+        "jaxrefineEvidence": chosen.of_table(result.log_likelihood, 0.0),
         "jaxrefineAngleStd": np.rad2deg(
             chosen.of_table(result.angle_std, math.sqrt(_RANDOM))
         ),
@@ -137,7 +147,8 @@ def _planned(
     Raises
     ------
     InputError
-        If none fits, or the search would not come to an end.
+        If the search would not come to an end, or if not even one particle at a time
+        fits.
     """
     free, grid = free_bytes(settings.memory), search.grid
     size = memory.fitting_batch(
@@ -150,21 +161,30 @@ def _planned(
         f"degrees apart) with {_rounded(grid.shift_count)} shifts "
         f"({grid.shift_step:.2g} pixels apart)"
     )
-    too_large = free is not None and needed > free
-    if too_large or days > _MOST_DAYS:
+    if days > _MOST_DAYS:
         last = (search.image_size - 1) // 2
         finest = half_period_turn(config.particle_diameter, last) / FARTHEST
-        have = "" if free is None else f", where {free / 2**30:.3g} are free"
         raise InputError(
             "--angle-step, --shift-step and --max-shift must make a search that can "
-            f"end, got {tried}: {needed / 2**30:.2g} GiB of memory{have}, and "
-            f"{days:.2g} days at 1e8 comparisons a second; these images show no step "
-            f"below {math.degrees(finest):.2g} degrees, and 7.5 are usual"
+            f"end, got {tried}: {days:.2g} days for {count} images at 1e8 comparisons "
+            f"a second; these images show no step below {math.degrees(finest):.2g} "
+            "degrees, and 7.5 are usual"
         )
-    there = "" if free is None else f" of {free / 2**30:.1f} GiB that are free"
+    if free is not None and needed > free:
+        parts = search.parts_of_memory(size)
+        largest = max(parts, key=parts.__getitem__)
+        whose = "--memory"
+        if settings.memory is None:
+            whose = "the free memory, or --memory,"
+        raise InputError(
+            f"{whose} must be at least {needed / _GIB:.3g} GiB for {tried} of images "
+            f"of {search.image_size} pixels, {size} at a time, got {free / _GIB:.3g} "
+            f"GiB; {parts[largest] / _GIB:.2g} GiB, the largest part, are for {largest}"
+        )
+    there = "" if free is None else f" of {free / _GIB:.1f} GiB that are free"
     kind = jax.local_devices()[0].device_kind
     print(
-        f"{tried}, {size} particles at a time on {kind}, about {needed / 2**30:.1f} GiB"
+        f"{tried}, {size} particles at a time on {kind}, about {needed / _GIB:.1f} GiB"
         f" of memory{there}",
         file=sys.stderr,
     )
@@ -180,11 +200,13 @@ def _contrast_without_poses(
     particles: Particles,
     volume: jax.Array,
     config: matching.MatchConfig,
+    grid: PoseGrid,
     bars: Bars,
 ) -> Contrast:
-    """Correlate images with projections along random directions, at low resolution.
+    """Correlate images with projections from all around, at low resolution.
 
-    That of a particle from another direction still has its size and its sign.
+    That of a particle from another direction still has its size and its sign. The
+    directions of the grid are dealt out in the order of the images.
 
     Parameters
     ----------
@@ -192,11 +214,14 @@ def _contrast_without_poses(
         The images and the map.
     config
         Gives the diameter of the particle, and the batch size.
+    grid
+        The poses that will be tried.
     bars
         Shows how far it is.
     """
-    count = len(particles)
-    rotations = uniform_rotations(jax.random.key(0), count, jnp.float32)
+    count, views = len(particles), grid.directions()
+    unturned = np.pad(views, ((0, 0), (0, 1)))[np.arange(count) * len(views) // count]
+    rotations = euler_to_matrix(jnp.asarray(unturned, jnp.float32))
     poses = Poses(rotations, jnp.zeros((count, 2), jnp.float32))
     cycles = max(1, round(_CYCLES / config.particle_diameter))
     chosen = RefineConfig(first_r_max=cycles, batch_size=config.batch_size)
@@ -224,9 +249,10 @@ def _matched(
 
 
 def _advice(result: matching.Match, settings: MatchSettings) -> str:
-    """Return how to go on: how well `refine` may take the poses to be known.
+    """Return how to go on: the command that refines the poses, on the last line.
 
-    That is the root mean square of the errors that are expected, for each component.
+    It says how well they are known, the root mean square of the errors that are
+    expected, for each component, and all that `refine` can be told of what `match` was.
     """
     default = math.degrees(RefineConfig().angle_spread)
     angle, shift = (
@@ -234,13 +260,23 @@ def _advice(result: matching.Match, settings: MatchSettings) -> str:
         for values, components in ((result.angle_std, 3), (result.shift_std, 2))
     )
     angle = math.degrees(angle)
-    words = f"jaxrefine refine {settings.out} --shift-spread {shift:.2g}"
+    shared = {each.name for each in options.declared(RefineSettings)}
+    shared -= _OF_WHAT_WAS_READ
+    values = {
+        each.name: each.value(settings)
+        for each in options.declared(MatchSettings)
+        if each.name in shared and each.value(settings) != each.default
+    }
+    values |= {"particles": settings.out, "out": _REFINED}
     if angle < default:
-        words += f" --angle-spread {angle:.2g}"
-        known = "as well as the poses are known"
+        known = "with how well the poses are known"
+        values["angle_spread"] = float(f"{angle:.2g}")
     else:
         known = (
-            "many poses are not known to within its default of "
-            f"--angle-spread {default:.1f}"
+            "though many poses are not known to within the default of --angle-spread, "
+            f"{default:.1f} degrees"
         )
-    return f"to go on: {words} ... ({known})"
+    if result.search.grid.max_shift > 0:  # otherwise no error of shifts was measured
+        values["shift_spread"] = float(f"{shift:.2g}")
+    refine = options.settings_from(RefineSettings, values)
+    return f"to go on, {known}:\n{options.command_line('refine', refine)}"

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxrefine._arrays import on_device
 from jaxrefine.data.observation import batches
@@ -24,7 +24,10 @@ from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.slices import Disc
 
 _MEASURED = 500  # images that white noise is measured in: its variance within 1 %
-_LOOKED_AT = 2000  # images whose spectra are averaged
+_LOOKED_AT = 2000  # images whose spectra are averaged, of all groups together
+# Fewest of a group that has as many: even of images of 16 pixels a side, four tell the
+# level of the noise within 6 %, and there may be thousands of groups.
+_OF_GROUP = 4
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Degrees of freedom of the prior in `noise_power`: how many frequencies of a shell the
@@ -175,8 +178,9 @@ def image_power(
 ) -> Float[np.ndarray, "groups shells"]:
     """Return the mean power of images in each group and shell, by `noise_power`.
 
-    Where noise is much stronger than the particle, this is the power of the noise. At
-    most 2000 images are looked at.
+    Where noise is much stronger than the particle, this is the power of the noise.
+    About 2000 images are looked at, of each group in proportion to its size, but at
+    least 4 or all of them.
 
     Parameters
     ----------
@@ -189,9 +193,8 @@ def image_power(
     -------
     Mean power of a frequency, 0 where all images are empty.
     """
-    m, count = particles.image_size, len(particles)
+    m, chosen = particles.image_size, _sample(particles)
     disc = slices.disc(m, (m - 1) // 2)
-    chosen = np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)
     total = np.zeros((particles.groups, m // 2 + 1))
     number = np.zeros_like(total)
     multiplicity = np.asarray(disc.multiplicity)
@@ -204,6 +207,18 @@ def image_power(
             total[group] += np.bincount(shells, row, m // 2 + 1)
             number[group] += frequencies
     return np.asarray(noise_power(jnp.asarray(total), jnp.asarray(number)), np.float64)
+
+
+def _sample(particles: Particles) -> Int[np.ndarray, " chosen"]:
+    """Return the images whose power is measured, evenly spaced in each group."""
+    group = particles.group_of(np.arange(len(particles)))
+    order, share = np.argsort(group, kind="stable"), _LOOKED_AT / len(particles)
+    chosen = []
+    for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        wanted = max(round(share * len(members)), _OF_GROUP)
+        places = np.linspace(0, len(members) - 1, min(wanted, len(members)))
+        chosen.append(members[places.astype(int)])
+    return np.sort(np.concatenate(chosen))
 
 
 def white_noise(images: Float[Array, "particles m m"]) -> float:

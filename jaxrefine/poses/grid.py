@@ -1,7 +1,8 @@
-"""The grid of poses that matching tries, and how many they are before it is made."""
+"""The grid of poses that matching tries, and how many poses it has."""
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -11,6 +12,9 @@ from jaxrefine.errors import InputError
 
 # From the pole through no axis of any group, so that no operator leaves it where it is.
 _INSIDE = np.array([0.16, 0.05, 1.0]) / math.hypot(0.16, 0.05, 1.0)
+# Points up to which a grid is made in order to count it, in about a second. Without
+# symmetry a search of more directions, or shifts, takes minutes for each image.
+_COUNTED = 1e6
 FARTHEST = 0.75
 """No direction of the sphere is farther from the nearest one of the grid, in steps."""
 
@@ -58,20 +62,28 @@ class PoseGrid:
         """The in-plane step, radians."""
         return math.pi / self.half_turn
 
-    @property
+    @cached_property
     def direction_count(self) -> float:
-        """About how many directions there are, from the area that each stands for."""
-        return 4 * math.pi / self.angle_step**2 / len(self.operators)
+        """How many directions there are.
+
+        Of more than a million on the whole sphere it is about how many, from the area
+        that each stands for.
+        """
+        about = 4 * math.pi / self.angle_step**2
+        if about > _COUNTED:
+            return about / len(self.operators)
+        return float(len(self.directions()))
 
     @property
     def orientation_count(self) -> float:
-        """About how many orientations there are."""
+        """How many orientations there are, as far as `direction_count` says it."""
         return self.direction_count * 2 * self.half_turn
 
-    @property
+    @cached_property
     def shift_count(self) -> float:
-        """About how many shifts there are."""
-        return math.pi * (self.max_shift / self.shift_step) ** 2 + 1
+        """How many shifts there are; of more than a million, about how many."""
+        about = math.pi * (self.max_shift / self.shift_step) ** 2
+        return about if about > _COUNTED else float(len(self.shifts()))
 
     def directions(self) -> Float[np.ndarray, "d 2"]:
         """Return viewing directions ``(rot, tilt)``, radians, up to symmetry.
@@ -99,9 +111,10 @@ class PoseGrid:
 
         Of the rotation vector, radians, and of the shift, pixels, each summed over its
         components, which are taken to be distributed uniformly in a cell of the grid.
+        Where the largest shift is 0, there is nothing between: shifts are known.
         """
         angle = (2 * self.angle_step**2 + self.in_plane_step**2) / 12
-        return angle, self.shift_step**2 / 6
+        return angle, self.shift_step**2 / 6 if self.max_shift > 0 else 0.0
 
 
 def steps(length: float, step: float) -> int:
@@ -157,7 +170,7 @@ def asymmetric(
     points = np.stack(
         [np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)], axis=-1
     )
-    across = _INSIDE - operators[1:].swapaxes(1, 2) @ _INSIDE
-    width = np.linalg.norm(across, axis=1)
-    margin = math.sin(FARTHEST * step)
-    return views[(points @ across.T >= -margin * width).all(axis=1)]
+    margin, kept = math.sin(FARTHEST * step), np.ones(len(views), bool)
+    for across in _INSIDE - operators[1:].swapaxes(1, 2) @ _INSIDE:
+        kept &= points @ across >= -margin * np.linalg.norm(across)
+    return views[kept]

@@ -81,6 +81,10 @@ _LIMIT_OF_SPREAD = 3  # largest shift, in standard deviations
 _SPREAD_OF_LIMIT = 1 / 2  # that of points spread uniformly in a disc
 _STEPS_PER_PERIOD = 4  # shifts in one period of the finest detail that is compared
 
+# Mean powers of images that can be whitened in single precision, with some margin: what
+# is less or more becomes 0 or infinite when it is multiplied by a sum over a ring.
+_POWERS = 1e-30, 1e30
+
 # How often the arrays of `Search.estimate_bytes` are held at once, while others are
 # made of them: what the compiler states for a CPU (``memory_analysis``; JAX 0.10, sides
 # of 32 to 96, 8 and 64 particles), rounded up; and JAX with the compiled programs.
@@ -102,7 +106,7 @@ class MatchConfig:
     max_shift, shift_step
         Radius and spacing of the grid of shifts, pixels. None for a radius of three
         times ``shift_spread``, and a spacing of a quarter of the finest period that is
-        compared.
+        compared, but not more than the radius. If the radius is 0, no shift is tried.
     r_max
         Band limit, cycles per box. None takes the largest one at which the nearest
         direction of the grid moves the rim of the particle by at most half a period
@@ -200,9 +204,15 @@ class Search:
     def estimate_bytes(self, batch_size: int) -> float:
         """Estimate the memory that is held with a batch of particles, in bytes.
 
-        That is the templates, the images of a batch on the rings at all shifts, the
-        scores of a chunk of templates, what is found in each direction, the map's
-        spectrum, and JAX itself.
+        Parameters
+        ----------
+        batch_size
+            Particles at a time.
+        """
+        return sum(self.parts_of_memory(batch_size).values())
+
+    def parts_of_memory(self, batch_size: int) -> dict[str, float]:
+        """Return what the memory is needed for, in words, and how many bytes of it.
 
         Parameters
         ----------
@@ -215,14 +225,16 @@ class Search:
         scores = 4 * max(
             _SCORES_AT_ONCE, 2 * grid.half_turn * batch_size * grid.shift_count
         )
-        return (
-            _PROGRAMS
-            + _TEMPLATES_HELD * template * grid.direction_count
-            + batch_size * (_MOVED_HELD * moved + _PIXELS_HELD * 4 * m**2)
-            + batch_size * _FOUND_HELD * 4 * grid.direction_count
-            + _SCORES_HELD * scores
-            + _VOXELS_HELD * 4 * m**3
-        )
+        views, images = grid.direction_count, _PIXELS_HELD * 4 * m**2
+        held = {
+            "JAX and its programs": _PROGRAMS,
+            "the projections along all directions": _TEMPLATES_HELD * template * views,
+            "the images at all shifts": batch_size * (_MOVED_HELD * moved + images),
+            "what is found along all directions": batch_size * _FOUND_HELD * 4 * views,
+            "the scores of a part of all poses": _SCORES_HELD * scores,
+            "the map's spectrum": _VOXELS_HELD * 4 * m**3,
+        }
+        return {what: float(size) for what, size in held.items()}
 
 
 def search_of(config: MatchConfig, image_size: int) -> Search:
@@ -231,7 +243,8 @@ def search_of(config: MatchConfig, image_size: int) -> Search:
     Raises
     ------
     InputError
-        If the angular step, the band limit or the largest shift is out of range.
+        If the angular step, the band limit or the largest shift is out of range, or if
+        no shift but 0 is within the largest one, which is not 0.
     """
     step = config.angle_step
     spread, radius = config.shift_spread, config.max_shift
@@ -254,7 +267,12 @@ def search_of(config: MatchConfig, image_size: int) -> Search:
     r_max = _band_limit(config, image_size)
     shift_step = config.shift_step
     if shift_step is None:
-        shift_step = image_size / (_STEPS_PER_PERIOD * r_max)
+        shift_step = min(image_size / (_STEPS_PER_PERIOD * r_max), radius or math.inf)
+    elif 0 < radius < shift_step:
+        raise InputError(
+            f"the step between shifts must be at most the largest one, {radius:g} "
+            f"pixels, got {shift_step:g}"
+        )
     grid = PoseGrid(
         step,
         steps(math.pi, step),
@@ -312,7 +330,7 @@ def match(
     so that a constant added to an image changes nothing. The map's background should be
     zero. Images are whitened by their mean power in each shell, one spectrum for each
     group (:func:`jaxrefine.maps.noise.image_power`). Where an image or a template has
-    no power in the band, the score is 0.
+    no power in the band, the score is 0; some image must have power.
 
     The norm of a template is that with the square of the contrast transfer function
     averaged over each ring, which is exact without astigmatism.
@@ -335,8 +353,10 @@ def match(
     Raises
     ------
     InputError
-        If the angular step, the band limit or the largest shift is out of range, the
-        map does not have the side of the images, or an image is not finite.
+        If the angular step, the band limit, the largest shift or its step is out of
+        range, the map does not have the side of the images, an image is not finite, or
+        the mean power of the images in the band is not from 1e-30 to 1e30 (the square
+        of a sum over pixels).
     """
     config = MatchConfig() if config is None else config
     m = particles.image_size
@@ -415,9 +435,22 @@ def _farthest_ring(aberrations: Aberrations, image_size: int) -> int:
 def _precision(
     particles: Particles, r_max: int, batch_size: int
 ) -> Float[np.ndarray, "groups r"]:
-    """Return one over the noise's power on the rings of each group; 0 where it is 0."""
+    """Return one over the noise's power on the rings of each group; 0 where it is 0.
+
+    Raises
+    ------
+    InputError
+        If the power is 0 on all rings, or too small or too large to compute with.
+    """
     power = image_power(particles, batch_size)[:, 1 : r_max + 1]
     power = power / particles.noise_share
+    least, most = _POWERS
+    for peak in power.max(axis=1):
+        if not least <= peak <= most:
+            raise InputError(
+                f"the mean power of the images must be from {least:g} to {most:g} up "
+                f"to {r_max} cycles per box, got {peak:.3g}"
+            )
     return np.where(power > 0, 1 / np.where(power > 0, power, 1.0), 0.0)
 
 

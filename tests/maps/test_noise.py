@@ -280,3 +280,18 @@ def test_the_power_of_images_is_that_of_their_transforms(batch_size):
     two = noise.image_power(Particles(scale * images, group=group), batch_size)
     level = two[1, 1 : m // 2] / two[0, 1 : m // 2]
     assert 15 < np.exp(np.mean(np.log(level))) < 40
+
+
+def test_the_power_of_a_small_group_is_that_of_its_images():
+    """Also where one in two images is looked at, and it has none of these."""
+    m, count = 8, 4400
+    images = np.random.default_rng(0).normal(size=(count, m, m)).astype(np.float32)
+    group = np.zeros(count, int)
+    group[[403, 406, 1651, 2001, 3999, 4393]] = 2
+    group[4397] = 4
+    levels = np.array([1.0, np.nan, 100.0, np.nan, 1e4])
+    scaled = np.sqrt(levels)[group][:, None, None].astype(np.float32) * images
+    found = noise.image_power(Particles(scaled, group=group), 500)
+    mean = found[:, 1 : m // 2].mean(axis=1) / m**2
+    np.testing.assert_allclose(mean[[0, 2, 4]], levels[[0, 2, 4]], rtol=0.5)
+    assert np.isfinite(mean).all()

@@ -58,17 +58,31 @@ def test_directions_cover_the_sphere_up_to_symmetry(group, step):
     assert nearest.max() <= 0.75 * np.rad2deg(step) * (1 + 1e-6)
     if step == 0.05:
         # Twice the border of a part of the sphere is at most what it is for I.
-        assert len(points) < made.direction_count * (1.1 + 0.03 * len(made.operators))
-        assert len(points) > 0.9 * made.direction_count
+        least = 4 * np.pi / step**2 / len(made.operators)
+        assert len(points) < least * (1.1 + 0.03 * len(made.operators))
+        assert len(points) > 0.9 * least
 
 
-def test_counts_are_told_without_making_them():
-    made = replace(grid_of(0.1), max_shift=12.0)
-    assert made.direction_count == pytest.approx(len(made.directions()), rel=0.1)
-    assert made.shift_count == pytest.approx(len(made.shifts()), rel=0.1)
+@pytest.mark.parametrize("group", ["C1", "D2", "I"])
+def test_what_can_be_made_is_counted(group):
+    made = replace(grid_of(math.radians(7.5), group), max_shift=12.3)
+    assert made.direction_count == len(made.directions())
+    assert made.shift_count == len(made.shifts())
     assert made.orientation_count == made.direction_count * 2 * made.half_turn
-    hopeless = grid_of(math.radians(0.01))
-    assert hopeless.orientation_count > 1e13
+
+
+def test_what_cannot_be_made_is_estimated():
+    """At once, and without a jump where counting begins."""
+    hopeless = replace(grid_of(math.radians(0.01)), max_shift=1e6)
+    assert hopeless.direction_count == pytest.approx(4.1e8, rel=0.01)
+    assert hopeless.shift_count == pytest.approx(np.pi * 1e12)
+    step, radius = math.sqrt(4 * math.pi / 1e6), math.sqrt(1e6 / math.pi)
+    finer, coarser = (
+        replace(grid_of(step * change), max_shift=radius / change)
+        for change in (0.999, 1.001)
+    )
+    for name in ("direction_count", "shift_count"):
+        assert getattr(finer, name) == pytest.approx(getattr(coarser, name), rel=0.01)
 
 
 def test_the_prior_on_shifts_is_a_gaussian_that_sums_up_to_one():
@@ -89,6 +103,8 @@ def test_what_poses_between_are_off():
     moves = made.shift_step * rng.uniform(-0.5, 0.5, (100000, 2))
     expected = [np.mean(np.sum(x**2, axis=1)) for x in (turns, moves)]
     np.testing.assert_allclose(made.cell_variances(), expected, rtol=0.02)
+    centred = replace(made, max_shift=0.0).cell_variances()
+    assert centred == (made.cell_variances()[0], 0.0)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, 7.5, math.nan])

@@ -48,7 +48,7 @@ class MatchSettings:
         unit="pixels",
         least=0,
         above=True,
-        default_text="a quarter of --resolution",
+        default_text="a quarter of --resolution, at most --max-shift",
         help="step between neighbouring shifts",
     )
     resolution: float | None = option(
