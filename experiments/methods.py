@@ -110,7 +110,7 @@ def _post_processed(
     mask = _tight_mask(joint_map, voxel)
     first, second = map(jnp.asarray, half_maps)
     processed = postprocess(first, second, mask, voxel, key=key)
-    resolution = processed.resolution_in_angstroms
+    resolution = processed.resolution.in_angstroms
     return np.asarray(low_pass(joint_map, voxel, resolution) * mask)
 
 

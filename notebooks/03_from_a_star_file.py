@@ -117,7 +117,7 @@ half1, half2 = (jnp.asarray(half) for half in result.half_maps)
 # %%
 mask = soft_mask((half1 + half2) / 2, pixel, extend=1, edge=3)
 final = postprocess(half1, half2, mask, pixel, key=jax.random.key(2))
-print(f"half maps agree to {final.resolution_in_angstroms:.1f} A, FSC 0.143")
+print(f"half maps agree to {final.resolution.in_angstroms:.1f} A, FSC 0.143")
 print(f"(two pixels are {2 * pixel:.1f} A); the mask fills {float(mask.mean()):.0%}")
 
 figure, axes = plt.subplots(1, 6, figsize=(12, 2.4), layout="constrained")

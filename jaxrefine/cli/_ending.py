@@ -1,6 +1,8 @@
 """How a refinement ends: its origin is moved if asked for, its half maps processed."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.maps import centre
 from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
+from jaxrefine.refinement.memory import ran_out
 from jaxrefine.symmetry import operators
+
+_T = TypeVar("_T")
 
 
 def check_recentring(settings: RefineSettings) -> None:
@@ -42,17 +47,24 @@ def recentred(
     -------
     The inputs, with a mask that has moved, and the outcome, whose report says by how
     much the origin has moved (``recentred_by_in_voxels``). If the map has no centre of
-    mass both are as they were, and the report says why (``not_recentred_because``).
+    mass, the particle would leave the box, or memory runs out, both are as they were,
+    and the report says why (``not_recentred_because``).
     """
-    particles, mask = inputs.source.particles, inputs.mask
-    pixel = particles.pixel_size_in_angstroms
-    try:
-        place = centre.particle_centre(
-            jnp.asarray(outcome.volume), pixel, mask, operators(settings.symmetry)
-        )
-    except InputError as error:
-        told = outcome.report | {"not_recentred_because": str(error)}
+    done = _or_reason(lambda: _moved(settings, inputs, outcome))
+    if isinstance(done, str):
+        told = outcome.report | {"not_recentred_because": done}
         return inputs, replace(outcome, report=told)
+    return done
+
+
+def _moved(
+    settings: RefineSettings, inputs: Inputs, outcome: Outcome
+) -> tuple[Inputs, Outcome]:
+    """Move the origin; raises an InputError if it cannot be moved."""
+    particles, mask = inputs.source.particles, inputs.mask
+    pixel, volume = particles.pixel_size_in_angstroms, jnp.asarray(outcome.volume)
+    place = centre.particle_centre(volume, pixel, mask, operators(settings.symmetry))
+    centre.check_stays_inside(volume, pixel, -place)
 
     def moved(volume: np.ndarray) -> np.ndarray:
         array = jnp.asarray(volume)
@@ -86,14 +98,16 @@ def postprocessed(
 
     Returns
     -------
-    The result; if the half maps cannot be processed, a sentence that says why, since
-    poses and map are results without it; None without half sets.
+    The result; if the half maps cannot be processed or memory runs out, a sentence that
+    says why, since poses and map are results without it; None without half sets.
     """
-    if outcome.half_maps is None:
+    halves = outcome.half_maps
+    if halves is None:
         return None
-    half1, half2 = map(jnp.asarray, outcome.half_maps)
-    try:
-        return postprocess(
+
+    def processed() -> Postprocessed:
+        half1, half2 = map(jnp.asarray, halves)
+        result = postprocess(
             half1,
             half2,
             inputs.mask,
@@ -101,5 +115,20 @@ def postprocessed(
             key=jax.random.key(settings.seed),
             b_factor_in_square_angstroms=GuinierFit(),
         )
+        # A device may run out of memory after the call that asked for it.
+        jax.block_until_ready((result.volume, result.masked_volume))
+        return result
+
+    return _or_reason(processed)
+
+
+def _or_reason(work: Callable[[], _T]) -> _T | str:
+    """Return the result of work, or why there is none, as a sentence."""
+    try:
+        return work()
     except InputError as error:
         return str(error)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return "the memory must hold some more maps at the end, got too little"

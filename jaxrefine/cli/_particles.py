@@ -64,7 +64,7 @@ def read(
     )
     particles = source.particles
     if with_poses:
-        require_poses(source)
+        require_poses(path, source)
     _check_sign(source, settings)
     m = particles.image_size
     if m % 2:
@@ -89,19 +89,24 @@ def read(
     return _prepared(source, settings, with_poses)
 
 
-def require_poses(source: io.ParticleFile) -> None:
+def require_poses(path: Path, table: io.TableFile | io.ParticleFile) -> None:
     """Refuse particles without poses.
+
+    Parameters
+    ----------
+    path, table
+        The file of the particles, and what was read of it.
 
     Raises
     ------
     InputError
         If they have none.
     """
-    if source.has_poses:
+    if io.has_poses(table.blocks, path):
         return
-    lack = f"{source.path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
-    if is_cs(source.path):
-        lack = lack_of("alignments3D", source.path, source.joined)
+    lack = f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
+    if is_cs(path):
+        lack = lack_of("alignments3D", path, table.joined)
     raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
 
 

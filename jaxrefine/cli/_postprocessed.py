@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxrefine import io
-from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution_text
+from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import plots
 
@@ -35,19 +35,28 @@ def write(out: Path, result: Postprocessed, voxel: float, caption: str) -> None:
     plots.fsc_curves(out / "fsc.png", curves, len(result.mask), voxel, caption)
 
 
-def mask_in_words(path: Path | None) -> str:
-    """Return which mask it is: that of a file, or one made by the program."""
-    return "automatic mask" if path is None else f"mask {path}"
+def mask_in_words(path: Path | None, *, moved: bool = False) -> str:
+    """Return which mask it is: that of a file, or one made by the program.
+
+    Parameters
+    ----------
+    path
+        The file; None for a mask that was made by the program.
+    moved
+        Whether it is the given mask, moved with the origin and written to this file.
+    """
+    if path is None:
+        return "automatic mask"
+    return f"mask {path}" + (" (the given mask, moved with the origin)" * moved)
 
 
 def lines(result: Postprocessed, voxel: float) -> list[str]:
     """Return the resolution, and the B factor if there is one to tell of, as lines."""
     n = len(result.mask)
-    text = resolution_text(result.fsc_true, n, voxel)
-    unmasked = resolution_text(result.fsc_unmasked, n, voxel)
+    unmasked = resolution(result.fsc_unmasked, n, voxel)
     told = [
-        f"resolution at FSC {HALF_MAP_THRESHOLD}: {text} (corrected for the mask; "
-        f"without a mask {unmasked})"
+        f"resolution at FSC {HALF_MAP_THRESHOLD}: {result.resolution.text()} "
+        f"(corrected for the mask; without a mask {unmasked.text()})"
     ]
     if result.b_factor_in_square_angstroms is not None:
         told.append(f"B factor: {result.b_factor_in_square_angstroms:.1f} A^2")

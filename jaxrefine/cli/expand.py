@@ -7,15 +7,18 @@ from jaxrefine.cli import _particles
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.expand import ExpandSettings
 from jaxrefine.errors import InputError
+from jaxrefine.io.columns import particle_table
 
 
 def run(settings: ExpandSettings) -> None:
     """Write the particles once for each operator of their symmetry.
 
+    Nothing but the table is read: stacks need not be there.
+
     Raises
     ------
     InputError
-        If the particles cannot be used or have no poses, if the group has one operator
+        If the table cannot be read or has no poses, if the group has one operator
         alone, or if the table cannot be written.
     """
     out, path = settings.out, settings.particles
@@ -26,23 +29,28 @@ def run(settings: ExpandSettings) -> None:
             "--symmetry must be a group of two operators or more, got "
             f"{settings.symmetry}"
         )
-    source = io.read_particles(
+    source = io.read_table(
         path,
-        settings.datadir,
-        passthrough=settings.cryosparc.passthrough,
-        class_number=settings.cryosparc.class_,
+        settings.cryosparc.passthrough,
+        settings.cryosparc.class_,
+        with_ctf=False,
     )
-    _particles.require_poses(source)
+    blocks = source.blocks
+    stacks = io.stacks_found(blocks, path, settings.datadir)
+    _particles.require_poses(path, source)
     _particles.tell_where_from(path, source)
-    check_is_no_input(out, path, *source.joined, *source.stacks.values())
-    if "images" in source.shared:
+    check_is_no_input(out, path, *source.joined, *stacks.values())
+    names = particle_table(blocks, path)["rlnImageName"]
+    if not names:
+        raise InputError(f"{path} must hold particles, got none")
+    if len(set(names)) < len(names):
         print(
-            f"{path}: the {len(source)} rows show {source.shared['images']} images, "
+            f"{path}: the {len(names)} rows show {len(set(names))} images, "
             "as if it was expanded already; each row is expanded",
             file=sys.stderr,
         )
-    io.write_expanded(out, source, operators)
+    io.write_expanded(out, path, blocks, stacks, operators)
     print(
-        f"{len(source)} particles, {len(operators)} rows each ({settings.symmetry}): "
+        f"{len(names)} particles, {len(operators)} rows each ({settings.symmetry}): "
         f"{out}"
     )

@@ -8,7 +8,7 @@ from jaxrefine.cli._maps import read_mask_of, read_pair
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.fsc import FscSettings
 from jaxrefine.errors import InputError
-from jaxrefine.maps.fsc import crossing, fsc, mean_fsc, resolution_in_angstroms
+from jaxrefine.maps.fsc import fsc, mean_fsc, resolution
 from jaxrefine.report import plots
 
 
@@ -35,21 +35,19 @@ def run(settings: FscSettings) -> None:
     )
     curve = np.asarray(correlation)
     resolutions = {
-        str(threshold): float(
-            resolution_in_angstroms(crossing(correlation, threshold), n, voxel)
-        )
+        str(threshold): resolution(curve, n, voxel, threshold)
         for threshold in (0.5, 0.143)
-    }
-    reaches_nyquist = {
-        threshold: bool(np.all(curve[1:] >= float(threshold)))
-        for threshold in resolutions
     }
     if settings.json is not None:
         content = {
             "fsc": curve.tolist(),
             "mean_fsc": float(mean_fsc(correlation)),
-            "resolution_in_angstroms": resolutions,
-            "reaches_nyquist": reaches_nyquist,
+            "resolution_in_angstroms": {
+                threshold: each.in_angstroms for threshold, each in resolutions.items()
+            },
+            "resolution_is_a_bound": {
+                threshold: each.is_a_bound for threshold, each in resolutions.items()
+            },
             "voxel_size_in_angstroms": voxel,
             "mask": str(settings.mask) if settings.mask else None,
         }
@@ -63,11 +61,8 @@ def run(settings: FscSettings) -> None:
     for shell, value in enumerate(curve):
         period = n * voxel / shell if shell else float("inf")
         print(f"{shell:7d}  {period:12.3f}  {value:.6f}")
-    for threshold, resolution in resolutions.items():
-        text = f"{resolution:.2f} A"
-        if reaches_nyquist[threshold]:
-            text = f"better than {text} (Nyquist)"
-        print(f"# resolution at FSC {threshold}: {text}")
+    for threshold, each in resolutions.items():
+        print(f"# resolution at FSC {threshold}: {each.text()}")
 
 
 def _check_outputs(settings: FscSettings) -> None:

@@ -24,6 +24,7 @@ from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
+from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
@@ -103,19 +104,19 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         _write(settings.out, inputs.source, outcome)
         processed = _ending.postprocessed(settings, inputs, outcome)
         if isinstance(processed, Postprocessed):
-            _write_processed(settings, inputs, processed)
+            _write_processed(settings, inputs, outcome, processed)
         usage = provenance.usage(folder.history.elapsed_s)
         origin = {name: details[name] for name in ("command", "versions", "device")}
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
             settings=resolved,
             rows=folder.history.rows(),
-            **_results(inputs, outcome, processed),
+            **_results(settings, inputs, outcome, processed),
             **origin,
             **usage,
         )
         html.write(settings.out / "report.html", report)
-        told = _told_of(settings, processed)
+        told = _told_of(settings, outcome, processed)
         folder.finish({**outcome.report, **told, **usage})
         wait_for_first()
     print(_summary(settings.out, report, outcome, processed))
@@ -183,34 +184,56 @@ def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
 
 
 def _write_processed(
-    settings: RefineSettings, inputs: Inputs, processed: Postprocessed
+    settings: RefineSettings,
+    inputs: Inputs,
+    outcome: Outcome,
+    processed: Postprocessed,
 ) -> None:
     """Write what was made of the half maps."""
     pixel = inputs.source.particles.pixel_size_in_angstroms
+    mask, moved = _mask_of(settings, outcome)
     caption = f"Half maps of {settings.out}, "
-    caption += _postprocessed.mask_in_words(settings.mask)
+    caption += _postprocessed.mask_in_words(mask, moved=moved)
     _postprocessed.write(settings.out, processed, pixel, caption)
 
 
+def _mask_of(settings: RefineSettings, outcome: Outcome) -> tuple[Path | None, bool]:
+    """Return the file of the mask of the half maps, and whether it has moved.
+
+    The file is None if the mask was made of them. A mask that has moved with the origin
+    is in none but the one that is written.
+    """
+    if settings.mask is None:
+        return None, False
+    moved = "recentred_by_in_voxels" in outcome.report
+    return (settings.out / "mask.mrc" if moved else settings.mask), moved
+
+
 def _told_of(
-    settings: RefineSettings, processed: Postprocessed | str | None
+    settings: RefineSettings, outcome: Outcome, processed: Postprocessed | str | None
 ) -> dict[str, Any]:
     """Return what ``run.json`` says of the half maps."""
     if processed is None:
         return {}
     if isinstance(processed, str):
         return {"not_postprocessed_because": processed}
-    mask = str(settings.mask) if settings.mask else None
-    return {"postprocess": {"mask": mask, **processed.row()}}
+    path, moved = _mask_of(settings, outcome)
+    mask = {"mask": str(path) if path else None, "mask_moved_with_the_origin": moved}
+    return {"postprocess": {**mask, **processed.row()}}
 
 
 def _results(
-    inputs: Inputs, outcome: Outcome, processed: Postprocessed | str | None
+    settings: RefineSettings,
+    inputs: Inputs,
+    outcome: Outcome,
+    processed: Postprocessed | str | None,
 ) -> dict[str, Any]:
     """Return what the HTML report says of the results."""
     columns, curve = outcome.columns, outcome.report.get("half_set_fsc")
     folds = outcome.report.get("fold_fsc")
     undetermined = columns.get("jaxrefineUndetermined")
+    path, moved = _mask_of(settings, outcome)
+    mask = "an automatic mask" if path is None else "the given mask"
     return {
         "pixel_size_in_angstroms": inputs.source.particles.pixel_size_in_angstroms,
         "poses": outcome.poses,
@@ -220,7 +243,8 @@ def _results(
         "volume": outcome.volume,
         "half_set_fsc": None if curve is None else np.asarray(curve),
         "postprocessed": processed if isinstance(processed, Postprocessed) else None,
-        "mask_is_given": inputs.mask is not None,
+        "mask": f"{mask}, moved with the origin" if moved else mask,
+        "remarks": _remarks(outcome, processed),
         "fold_fsc": None if folds is None else np.asarray(folds),
         "angle_std_in_degrees": columns.get("jaxrefineAngleStd"),
         "shift_std_in_pixels": columns.get("jaxrefineShiftStd"),
@@ -247,10 +271,25 @@ def _summary(
     if "recentred_by_in_voxels" in told:
         place = ", ".join(f"{each:.2f}" for each in told["recentred_by_in_voxels"])
         lines.append(f"the origin has moved to ({place}), x, y, z in voxels")
-    if "not_recentred_because" in told:
-        lines.append(f"the origin was not moved: {told['not_recentred_because']}")
+    lines += report.remarks
+    pixel = report.pixel_size_in_angstroms
     if isinstance(processed, Postprocessed):
-        lines += _postprocessed.lines(processed, report.pixel_size_in_angstroms)
-    elif processed is not None:
-        lines.append(f"the half maps were not post-processed: {processed}")
+        lines += _postprocessed.lines(processed, pixel)
+    elif report.half_set_fsc is not None:
+        unmasked = resolution(report.half_set_fsc, len(report.volume), pixel)
+        lines.append(
+            f"resolution at FSC {HALF_MAP_THRESHOLD}: {unmasked.text()} (without a "
+            "mask)"
+        )
     return "\n".join(lines)
+
+
+def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[str]:
+    """Return what was not done at the end, and why, in sentences."""
+    remarks = []
+    if "not_recentred_because" in outcome.report:
+        reason = outcome.report["not_recentred_because"]
+        remarks.append(f"the origin was not moved: {reason}")
+    if isinstance(processed, str):
+        remarks.append(f"the half maps were not post-processed: {processed}")
+    return remarks

@@ -32,9 +32,11 @@ from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms
 from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
 from jaxrefine.io.particles import ParticleFile as ParticleFile
+from jaxrefine.io.particles import has_poses as has_poses
 from jaxrefine.io.particles import image_identities as image_identities
 from jaxrefine.io.particles import read_particles as read_particles
 from jaxrefine.io.particles import read_table as read_table
+from jaxrefine.io.particles import stacks_found as stacks_found
 from jaxrefine.io.particles import write_expanded as write_expanded
 from jaxrefine.io.particles import write_new_particles as write_new_particles
 from jaxrefine.io.particles import write_particles as write_particles

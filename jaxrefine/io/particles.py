@@ -9,7 +9,7 @@ the package's shifts, and their units.
 import os
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -38,7 +38,12 @@ from jaxrefine.io.columns import (
 )
 from jaxrefine.io.cs import TableFile, read_cs, refuse_group_file
 from jaxrefine.io.fields import called, is_cs, lack_of
-from jaxrefine.io.poses import pose_columns, poses_on_one_grid
+from jaxrefine.io.poses import (
+    angle_columns,
+    pose_columns,
+    poses_on_one_grid,
+    rotations_of,
+)
 from jaxrefine.io.stacks import (
     locate,
     names_from,
@@ -242,8 +247,8 @@ def read_particles(
     _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
     count = len(table["rlnImageName"])
-    has_poses = not _VIEW.isdisjoint(table)
-    if has_poses:
+    posed = has_poses(blocks, path)
+    if posed:
         poses, _ = poses_on_one_grid(blocks, path)
     else:
         poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
@@ -287,7 +292,7 @@ def read_particles(
         Particles(source, ctf, pixel_size, noise_group, cluster, aberrations),
         poses,
         sizes,
-        has_poses,
+        posed,
         optics_group,
         stacks,
         shared,
@@ -367,9 +372,40 @@ def write_particles(
     write_star(path, blocks)
 
 
+def has_poses(blocks: dict[str, Table], path: str | Path) -> bool:
+    """Return whether the blocks of a file of particles have a column of a view."""
+    return not _VIEW.isdisjoint(particle_table(blocks, path))
+
+
+def stacks_found(
+    blocks: dict[str, Table], path: str | Path, datadir: str | Path | None = None
+) -> dict[str, Path]:
+    """Return the path of each stack that a table names, by its name there.
+
+    Stacks that are nowhere are left out, and none is opened. The parameters, but for
+    the blocks of the file, are those of `read_particles`.
+
+    Raises
+    ------
+    InputError
+        If the table names no images, a name is none of an image, or `datadir` is not a
+        folder.
+    """
+    path = Path(path)
+    table = particle_table(blocks, path)
+    if "rlnImageName" not in table:
+        raise InputError(f"{path} must have the column rlnImageName, got none")
+    folders = search_folders(path, datadir)
+    names = {split_name(image, path)[1]: None for image in table["rlnImageName"]}
+    found = {stack: locate(stack, folders) for stack in names}
+    return {stack: place for stack, place in found.items() if place is not None}
+
+
 def write_expanded(
     path: str | Path,
-    particle_file: ParticleFile,
+    source: str | Path,
+    blocks: dict[str, Table],
+    stacks: Mapping[str, Path],
     operators: Float[np.ndarray, "order 3 3"],
 ) -> None:
     """Write a table that was read, with every particle once for each operator.
@@ -377,47 +413,44 @@ def write_expanded(
     The particle's rows follow each other, in the order of the operators: that of ``S``
     has the rotation ``R S``, which gives the same image of a map with this symmetry,
     and all else is that of the particle. Of the row of the identity, angles keep their
-    text, too. Otherwise, the file is as `write_particles` writes it.
+    text, too. Stacks that were found are named as `write_particles` names them, and
+    others keep their names.
 
     Parameters
     ----------
     path
         The file, which appears complete or not at all.
-    particle_file
-        The table, from `read_particles`, with poses.
+    source, blocks
+        The file that was read and its blocks, see `read_table`, with poses.
+    stacks
+        The path of each stack that was found, from `stacks_found`.
     operators
         Rotation matrices, such as those of `jaxrefine.symmetry.operators`.
 
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If an angle is missing or not a number, or if the file cannot be written.
     """
-    rows = np.repeat(np.arange(len(particle_file)), len(operators))
-    rotations = np.asarray(particle_file.poses.rotations, np.float64)
-    turned = (rotations[:, None] @ operators).reshape(-1, 3, 3)
-    repeated = _with_rows(particle_file, rows)
-    write_particles(path, repeated, Poses(turned, repeated.poses.shifts))
-
-
-def _with_rows(
-    particle_file: ParticleFile, rows: Int[np.ndarray, " rows"]
-) -> ParticleFile:
-    """Return a table of these rows of another one, to be written."""
-    blocks = dict(particle_file.blocks)
-    name = particle_block(blocks, particle_file.path)
-    places, group = rows.tolist(), particle_file.optics_group
-    blocks[name] = {
-        column: [texts[row] for row in places] for column, texts in blocks[name].items()
+    path, source = Path(path), Path(source)
+    given = rotations_of(blocks, source)
+    rows = np.repeat(np.arange(len(given)), len(operators)).tolist()
+    turned = (given[:, None] @ operators).reshape(-1, 3, 3)
+    name = particle_block(blocks, source)
+    table = {
+        column: [texts[row] for row in rows] for column, texts in blocks[name].items()
     }
-    return replace(
-        particle_file,
-        blocks=blocks,
-        particles=particle_file.particles.take(rows),
-        poses=particle_file.poses.take(rows),
-        pixel_sizes=particle_file.pixel_sizes[rows],
-        optics_group=None if group is None else group[rows],
-    )
+    unchanged = angle_columns(given)
+    for column, texts in angle_columns(turned).items():
+        table[column] = [
+            original if text == unchanged[column][row] else text
+            for row, original, text in zip(rows, table[column], texts, strict=True)
+        ]
+    renamed = names_from(path, source, stacks)
+    table["rlnImageName"] = [
+        _renamed(image, path, renamed) for image in table["rlnImageName"]
+    ]
+    write_star(path, {**blocks, name: table})
 
 
 def write_new_particles(
@@ -642,9 +675,9 @@ def _poses_in_style(
 
 
 def _renamed(image: str, path: Path, names: Mapping[str, str]) -> str:
-    """Return an image's name with its stack renamed, and all else unchanged."""
+    """Return an image's name with its stack renamed, if it is in `names`."""
     start, stack = image.find("@") + 1, split_name(image, path)[1]
-    return image[:start] + names[stack] + image[start + len(stack) :]
+    return image[:start] + names.get(stack, stack) + image[start + len(stack) :]
 
 
 def _texts(values: Values) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float64
 
 from jaxrefine._arrays import on_device
 from jaxrefine.errors import InputError
@@ -48,12 +49,7 @@ def read_poses(path: str | Path) -> Poses:
 def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
     """Return the poses in the blocks of a file, as `read_poses` does."""
     particles = particle_table(blocks, path)
-    missing = [name for name in _ANGLES if name not in particles]
-    if missing and is_cs(path):
-        raise InputError(lack_of("alignments3D", Path(path)))
-    if missing:
-        raise InputError(f"{path} must have the columns {', '.join(missing)}, got none")
-    angles = [numbers(particles, name, path) for name in _ANGLES]
+    rotations = rotations_of(blocks, path)
     origins = []
     for axis in "XY":
         if f"rlnOrigin{axis}Angst" in particles:
@@ -62,16 +58,36 @@ def _poses_of(blocks: dict[str, Table], path: str | Path) -> Poses:
         elif f"rlnOrigin{axis}" in particles:
             origins.append(numbers(particles, f"rlnOrigin{axis}", path))
         else:
-            origins.append(np.zeros_like(angles[0]))
+            origins.append(np.zeros(len(rotations)))
     if not is_single(np.array(origins)).all():
         raise InputError(
             f"{path}: origins in pixels must be finite in single precision, got a "
             "number beyond it"
         )
+    return Poses(rotations, -np.stack(origins, axis=-1))
+
+
+def rotations_of(
+    blocks: dict[str, Table], path: str | Path
+) -> Float64[np.ndarray, "particles 3 3"]:
+    """Return the rotation matrices of the particles in the blocks of a file.
+
+    Raises
+    ------
+    InputError
+        If it has not one table of particles, if an angle is missing, or if a value is
+        not a number in single precision.
+    """
+    particles = particle_table(blocks, path)
+    missing = [name for name in _ANGLES if name not in particles]
+    if missing and is_cs(path):
+        raise InputError(lack_of("alignments3D", Path(path)))
+    if missing:
+        raise InputError(f"{path} must have the columns {', '.join(missing)}, got none")
+    angles = [numbers(particles, name, path) for name in _ANGLES]
     with jax.enable_x64(True):
         in_radians = on_device(np.deg2rad(np.stack(angles, axis=-1)))
-        rotations = np.asarray(euler_to_matrix(in_radians))
-    return Poses(rotations, -np.stack(origins, axis=-1))
+        return np.asarray(euler_to_matrix(in_radians))
 
 
 def poses_on_one_grid(
@@ -100,13 +116,20 @@ def pose_columns(poses: Poses, pixel_size_in_angstroms: float | None) -> Table:
     Origins are in angstroms (``rlnOriginXAngst``), or in pixels (``rlnOriginX``) if no
     pixel size is given.
     """
-    with jax.enable_x64(True):
-        rotations = jnp.asarray(np.asarray(poses.rotations, np.float64))
-        degrees = np.asarray(jnp.rad2deg(matrix_to_euler(rotations)))
     scale = 1.0 if pixel_size_in_angstroms is None else pixel_size_in_angstroms
     suffix = "" if pixel_size_in_angstroms is None else "Angst"
     origins = 0.0 - scale * np.asarray(poses.shifts, dtype=np.float64)
-    columns = {name: fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)}
+    columns = angle_columns(poses.rotations)
     for i, axis in enumerate("XY"):
         columns[f"rlnOrigin{axis}{suffix}"] = fixed(origins[:, i])
     return columns
+
+
+def angle_columns(
+    rotations: Float[Array | np.ndarray, "particles 3 3"],
+) -> Table:
+    """Return RELION's columns for the angles, in degrees, of rotation matrices."""
+    with jax.enable_x64(True):
+        matrices = jnp.asarray(np.asarray(rotations, np.float64))
+        degrees = np.asarray(jnp.rad2deg(matrix_to_euler(matrices)))
+    return {name: fixed(degrees[:, i]) for i, name in enumerate(_ANGLES)}

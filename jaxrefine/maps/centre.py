@@ -78,6 +78,41 @@ def particle_centre(
     return operators.mean(axis=0) @ centre_of_mass(mass)
 
 
+def check_stays_inside(
+    volume: Volume, voxel_size_in_angstroms: float, translation: Float[np.ndarray, "3"]
+) -> None:
+    """Check that no part of a particle leaves the box when its map is moved.
+
+    The particle is what `mask.soft_mask` finds in the map, without its margins. In a
+    map in which noise reaches all sides of the box this holds for small motions only.
+
+    Parameters
+    ----------
+    volume
+        The particle's map, of shape ``(n, n, n)``, positive where it is.
+    voxel_size_in_angstroms
+        Edge of a voxel.
+    translation
+        The motion, ``(x, y, z)`` in voxels. A voxel has left the box if its centre is
+        at least half a voxel beyond the last one.
+
+    Raises
+    ------
+    InputError
+        If a part leaves it, or if there is no particle.
+    """
+    particle = soft_mask(volume, voxel_size_in_angstroms, extend=0.0, edge=0.0)
+    places = np.argwhere(np.asarray(particle) > 0)[:, ::-1] + translation
+    beyond = ((places <= -0.5) | (places >= len(volume) - 0.5)).any(axis=1)
+    if beyond.any():
+        moved = ", ".join(f"{each:.2f}" for each in translation)
+        raise InputError(
+            "the particle must stay within the box when its origin moves, got "
+            f"{beyond.mean():.1%} of it beyond after a motion by ({moved}), x, y, z in "
+            "voxels"
+        )
+
+
 @eqx.filter_jit
 def translated(volume: Volume, translation: Float[Array, "3"]) -> Volume:
     """Return the moved map ``V(x - d)``, as the trigonometric polynomial through it.

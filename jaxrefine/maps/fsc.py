@@ -1,5 +1,7 @@
 """Fourier shell correlation, and the resolution derived from it."""
 
+from typing import NamedTuple, final
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -108,14 +110,38 @@ def resolution_in_angstroms(
     return n * voxel_size_in_angstroms / radius
 
 
-def resolution_text(
+@final
+class Resolution(NamedTuple):
+    """The resolution that a Fourier shell correlation tells of.
+
+    Attributes
+    ----------
+    in_angstroms
+        Period at which the correlation falls below the threshold, or that of the last
+        complete shell if it does not up to there.
+    is_a_bound
+        Whether it does not, so that the resolution may be better.
+    """
+
+    in_angstroms: float
+    is_a_bound: bool
+
+    def text(self, unit: str = "A") -> str:
+        """Return text such as "3.52 A" or "3.52 A or better", in the unit's words."""
+        better = " or better" if self.is_a_bound else ""
+        return f"{self.in_angstroms:.2f} {unit}{better}"
+
+
+def resolution(
     curve: Float[Array | np.ndarray, " shells"],
     n: int,
     voxel_size_in_angstroms: float,
-    unit: str = "A",
     threshold: float = HALF_MAP_THRESHOLD,
-) -> str:
-    """Return the resolution at which a correlation falls below a threshold, as text.
+) -> Resolution:
+    """Return the resolution at which a correlation falls below a threshold.
+
+    The last shell that is read is ``(n - 1) // 2``, since a box with an even side has
+    shell n // 2 in part only.
 
     Parameters
     ----------
@@ -123,22 +149,14 @@ def resolution_text(
         The correlation at r = 0, ..., n // 2.
     n, voxel_size_in_angstroms
         Side of the box in voxels, and edge of a voxel.
-    unit
-        How angstroms are written.
     threshold
         The threshold.
-
-    Returns
-    -------
-    Text such as "3.52 A". If the curve stays above the threshold up to the last
-    complete shell, ``(n - 1) // 2``, the text is the period of this shell and says "or
-    better".
     """
-    last = (n - 1) // 2
-    radius = float(crossing(jnp.asarray(curve)[: last + 1], threshold))
-    better = " or better" if radius >= last else ""
+    last = max((n - 1) // 2, 1)
+    complete = jnp.asarray(curve)[: last + 1]
+    radius = float(crossing(complete, threshold))
     period = resolution_in_angstroms(radius, n, voxel_size_in_angstroms)
-    return f"{period:.2f} {unit}{better}"
+    return Resolution(float(period), bool(jnp.all(complete[1:] >= threshold)))
 
 
 def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
-from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, crossing, fsc
+from jaxrefine.maps.fsc import Resolution, fsc, resolution
 from jaxrefine.maps.mask import check_mask, soft_mask
 from jaxrefine.maps.scale import hot_voxel
 from jaxrefine.operators.fourier import radii
@@ -76,8 +76,8 @@ class Postprocessed:
         their phases were randomised, and corrected for the mask.
     randomised_from
         First shell with random phases; n // 2 + 1 if there is none.
-    resolution_in_angstroms
-        Period at which ``fsc_true`` falls below 0.143; two voxels if it never does.
+    resolution
+        That of ``fsc_true`` at 0.143.
     b_factor_in_square_angstroms
         B factor of the sharpening, negative if amplitudes were raised, as in RELION;
         None if the map was not sharpened.
@@ -93,7 +93,7 @@ class Postprocessed:
     fsc_randomised: Curve
     fsc_true: Curve
     randomised_from: int
-    resolution_in_angstroms: float
+    resolution: Resolution
     b_factor_in_square_angstroms: float | None
     not_sharpened_because: str | None
 
@@ -101,7 +101,8 @@ class Postprocessed:
         """Return the figures and the curves by name, as JSON can hold them."""
         curves = ("fsc_true", "fsc_masked", "fsc_randomised", "fsc_unmasked")
         return {
-            "resolution_in_angstroms": self.resolution_in_angstroms,
+            "resolution_in_angstroms": self.resolution.in_angstroms,
+            "resolution_is_a_bound": self.resolution.is_a_bound,
             "b_factor_in_square_angstroms": self.b_factor_in_square_angstroms,
             "not_sharpened_because": self.not_sharpened_because,
             "randomised_from_shell": self.randomised_from,
@@ -186,7 +187,8 @@ def postprocess(
     randomised = np.asarray(fsc(random1, random2, mask))
     corrected = (masked - randomised) / np.maximum(1 - randomised, 1e-6)
     true = np.where(shells < first + _TRUSTED_SHELLS, masked, corrected)
-    radius = float(crossing(jnp.asarray(true), HALF_MAP_THRESHOLD))
+    resolved = resolution(true, n, voxel_size_in_angstroms)
+    radius = box / resolved.in_angstroms
 
     weight = _weights(true)
     b_factor, reason = b_factor_in_square_angstroms, None
@@ -203,7 +205,7 @@ def postprocess(
         randomised,
         true,
         first,
-        box / radius,
+        resolved,
         b_factor,
         reason,
     )

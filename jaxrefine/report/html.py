@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxrefine.geometry import Poses
 from jaxrefine.io.atomic import atomic_path
-from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution_text
+from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import plots
 
@@ -122,8 +122,10 @@ class Report:
         Correlation of the maps of the half sets at the shells 0, ..., n // 2.
     postprocessed
         What was made of these maps.
-    mask_is_given
-        Whether the mask of that is the user's.
+    mask
+        Which mask that is, in words.
+    remarks
+        Sentences on what was not done, and why.
     fold_fsc
         Without half sets, the correlation of the maps of the two folds.
     angle_std_in_degrees, shift_std_in_pixels
@@ -151,7 +153,8 @@ class Report:
     peak_device_mib: float | None = None
     half_set_fsc: Float[np.ndarray, " shells"] | None = None
     postprocessed: Postprocessed | None = None
-    mask_is_given: bool = False
+    mask: str = "an automatic mask"
+    remarks: Sequence[str] = ()
     fold_fsc: Float[np.ndarray, " shells"] | None = None
     angle_std_in_degrees: Float[np.ndarray, " particles"] | None = None
     shift_std_in_pixels: Float[np.ndarray, " particles"] | None = None
@@ -208,7 +211,8 @@ def write(path: str | Path, report: Report) -> None:
 
 def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
     """Yield the headings and the content of the sections, which may be empty."""
-    yield "Result", [_headlines(report)]
+    remarks = [_element("p", remark) for remark in report.remarks]
+    yield "Result", [_headlines(report), *remarks]
     yield "Resolution", _grid(_resolution_pictures(report))
     yield "Map", _grid(_map_pictures(report))
     yield "Poses", _grid(_pose_pictures(report))
@@ -265,7 +269,7 @@ def _resolutions(report: Report) -> dict[str, str]:
 
 def _resolution(report: Report, curve: Float[np.ndarray, " shells"]) -> str:
     size = report.pixel_size_in_angstroms
-    return resolution_text(curve, len(report.volume), size, "Å")
+    return resolution(curve, len(report.volume), size).text("Å")
 
 
 def _resolution_pictures(report: Report) -> Iterator[Element]:
@@ -303,7 +307,6 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
 def _processed_curves(report: Report, result: Postprocessed) -> Element:
     """Return the curves of the half maps, and say which is which."""
     n, size = len(report.volume), report.pixel_size_in_angstroms
-    mask = "the given mask" if report.mask_is_given else "an automatic mask"
     randomised = "None have random phases, as the unmasked curve stays above 0.8."
     if result.randomised_from <= n // 2:
         period = report.box_in_angstroms / result.randomised_from
@@ -314,8 +317,8 @@ def _processed_curves(report: Report, result: Postprocessed) -> Element:
     return _figure(
         "Fourier shell correlations of the unregularised maps of the two half sets, "
         "which were refined independently. Unmasked: of these maps as they are. "
-        f"Masked: within {mask}. {randomised} Corrected: the masked curve without "
-        "what the mask adds (Chen et al., 2013); where it falls below "
+        f"Masked: within {report.mask}. {randomised} Corrected: the masked curve "
+        "without what the mask adds (Chen et al., 2013); where it falls below "
         f"{HALF_MAP_THRESHOLD} is the resolution.",
         "Curves of the Fourier shell correlation of the half maps against the Fourier "
         "shell: corrected, masked, with randomised phases, and unmasked. Resolution at "
@@ -338,16 +341,25 @@ def _map_pictures(report: Report) -> Iterator[Element]:
         volumes[name] = np.asarray(result.masked_volume)
         told = (
             "Surfaces of the refined map, which is regularised, and of the mean of the "
-            f"half maps, {name} and masked, around as many voxels"
+            f"half maps, {name} and masked, around as many voxels, or around fewer if "
+            "these are most of its positive ones"
         )
-    if np.ptp(report.volume) > 0:
+    shown = {name: each for name, each in volumes.items() if _has_surface(each)}
+    without = "".join(
+        f" The {name} map is constant or nowhere positive, and has no surface."
+        for name in volumes.keys() - shown.keys()
+    )
+    if shown:
         yield _figure(
-            f"{told}, from three sides. Specks apart from the particle are left out.",
+            f"{told}, from three sides. Specks apart from the particle are left out."
+            f"{without}",
             f"{told}, as seen along y, x and z.",
             plots.surfaces,
-            volumes,
+            shown,
             "",
         )
+    else:
+        yield _element("p", without.strip())
     volumes["initial"] = report.initial_map
     for name, volume in volumes.items():
         yield _figure(
@@ -357,6 +369,10 @@ def _map_pictures(report: Report) -> Iterator[Element]:
             {name: volume},
             "",
         )
+
+
+def _has_surface(volume: Float[np.ndarray, "n n n"]) -> bool:
+    return bool(np.ptp(volume) > 0 and volume.max() > 0)
 
 
 def _pose_pictures(report: Report) -> Iterator[Element]:

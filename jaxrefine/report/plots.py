@@ -53,6 +53,7 @@ _CHARACTERS_PER_INCH = 12
 _BINS = 50
 _PER_CELL = 4  # Fewest particles in a cell of uniformly distributed viewing directions.
 _LEVELS = 256  # of the histogram that the level of a surface is chosen in
+_MOST = 0.5  # of the positive voxels of a map: more are not within its surface
 _SPECK = 0.02  # of the largest component of a surface: smaller ones are not shown
 _SIDE = 200  # rays of a surface along either side
 _SURFACE = LinearSegmentedColormap.from_list(
@@ -418,8 +419,11 @@ def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
     """Draw the surfaces of maps from three sides, one row for each map.
 
     The first map's surface is at `surface_level`, and the others' hold as many voxels.
-    Specks, of less than a fiftieth of the largest component, are left out. The viewer
-    looks along y, x and z.
+    Where that is most of a map's positive voxels, as in noise, or in a mask that is
+    smaller than the first surface, its surface is at the `surface_level` of the map
+    without its negative densities. Every map must have a positive density. Specks, of
+    less than a fiftieth of the largest component, are left out. The viewer looks along
+    y, x and z.
     """
     maps = {
         name: np.asarray(at_unit_scale(jnp.asarray(volume)))
@@ -434,6 +438,8 @@ def surfaces(path: str | Path, volumes: Volumes, caption: str) -> None:
         axes.set_title(f"{right} →, {up} ↑", size=TEXT_SIZE)
     for axes_row, (name, volume) in zip(grid, maps.items(), strict=True):
         level = float(np.quantile(volume, 1 - share))
+        if share > _MOST * np.mean(volume > 0):
+            level = surface_level(np.clip(volume, 0, None))
         fine = _around(volume, level)
         for place, axes in enumerate(axes_row):
             # A cyclic permutation of the axes is a rotation: it keeps the hand.

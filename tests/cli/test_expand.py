@@ -6,10 +6,11 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from helpers import cryosparc_fields, write_cs
 
 from jaxrefine import symmetry
 from jaxrefine.cli._particles import half_sets
-from jaxrefine.io import read_particles, read_star, write_star
+from jaxrefine.io import read_particles, read_poses, read_star, write_star
 
 COUNT = 8  # of the data
 ANGLES = [f"rlnAngle{each}" for each in ("Rot", "Tilt", "Psi")]
@@ -117,6 +118,42 @@ def test_a_table_that_was_expanded_is_told_of(data, run):
     done = run("expand", first, "--symmetry", "C3", "--out", second)
     assert done.code == 0 and f"the {2 * COUNT} rows show {COUNT} images" in done.err
     assert len(read_particles(second)) == 6 * COUNT
+
+
+def test_nothing_but_the_table_is_read(data, run):
+    """Not the stacks, nor what the table says of how images were prepared."""
+    star, folder = data / "particles.star", data.parent / f"{data.name} elsewhere"
+    blocks = read_star(star)
+    blocks["optics"]["rlnCtfDataAreCtfPremultiplied"] = ["1"]
+    del blocks["optics"]["rlnImagePixelSize"], blocks["particles"]["rlnDefocusU"]
+    names = blocks["particles"]["rlnImageName"]
+    names[-1] = "000003@gone/others.mrcs"
+    write_star(star, blocks)
+    folder.mkdir()
+    out = folder / "out.star"
+    assert run("expand", star, "--symmetry", "C2", "--out", out).code == 0
+    (table, optics), (repeated, same) = others(star), others(out)
+    assert optics == same and len(repeated["rlnImageName"]) == 2 * COUNT
+    assert repeated["rlnOriginXAngst"][::2] == table["rlnOriginXAngst"]
+    # A stack that is there is found from the new folder; the other keeps its name.
+    assert repeated["rlnImageName"][0] == f"000001@../{data.name}/particles.mrcs"
+    assert repeated["rlnImageName"][-1] == names[-1]
+    (data / "particles.mrcs").unlink()
+    assert run("expand", star, "--symmetry", "C2", "--out", out).code == 0
+    assert read_star(out)["particles"]["rlnImageName"][::2] == names
+
+
+def test_a_table_of_cryosparc_needs_no_optics(tmp_path, run):
+    fields = cryosparc_fields(COUNT, 16, 2.0)
+    fields = {name: x for name, x in fields.items() if not name.startswith("ctf/")}
+    star = write_cs(tmp_path / "particles.cs", fields)
+    out = tmp_path / "out.star"
+    done = run("expand", star, "--symmetry", "D2", "--out", out)
+    assert done.code == 0, done.err
+    assert "rlnDefocusU" not in read_star(out)["particles"]
+    expected = np.tile(symmetry.operators("D2"), (COUNT, 1, 1))
+    found = read_poses(out).rotations
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
 
 
 def test_bad_input_is_a_sentence(data, run):

@@ -68,9 +68,9 @@ def test_a_map_agrees_with_itself(maps, run):
     # Printed with three and six decimals.
     np.testing.assert_allclose(rows[1:, 1], N * VOXEL / rows[1:, 0], atol=6e-4)
     np.testing.assert_allclose(rows[:, 2], 1.0, atol=2e-6)
-    # A curve that never falls reaches the Nyquist period, two voxels.
+    # A curve that never falls reaches the last complete shell.
     for threshold in ("0.5", "0.143"):
-        words = f"better than {2 * VOXEL:.2f} A (Nyquist)"
+        words = f"{N * VOXEL / (N // 2 - 1):.2f} A or better"
         assert f"# resolution at FSC {threshold}: {words}" in out
 
 
@@ -96,7 +96,7 @@ def test_json_and_png(maps, run):
     assert resolution["0.5"] >= resolution["0.143"] >= 2 * VOXEL * (1 - 1e-6)
     for threshold, value in resolution.items():
         assert f"# resolution at FSC {threshold}: {value:.2f} A" in out
-    assert content["reaches_nyquist"] == {"0.5": False, "0.143": False}
+    assert content["resolution_is_a_bound"] == {"0.5": False, "0.143": False}
     assert (maps / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,11 +106,11 @@ def test_a_curve_may_cross_one_threshold_only(maps, run):
     pair = [maps / "a.mrc", maps / "c.mrc"]
     code, out, _ = run("fsc", *pair, "--json", maps / "out.json")
     assert code == 0
-    reaches = json.loads((maps / "out.json").read_text())["reaches_nyquist"]
-    curve = table(out)[1:, 2]
-    assert reaches == {str(t): bool((curve >= t).all()) for t in (0.5, 0.143)}
-    assert reaches == {"0.5": False, "0.143": True}
-    assert out.count("better than") == 1
+    bounds = json.loads((maps / "out.json").read_text())["resolution_is_a_bound"]
+    curve = table(out)[1:-1, 2]  # the last shell is not complete
+    assert bounds == {str(t): bool((curve >= t).all()) for t in (0.5, 0.143)}
+    assert bounds == {"0.5": False, "0.143": True}
+    assert out.count("or better") == 1
 
 
 def test_mask(maps, run):

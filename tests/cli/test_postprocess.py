@@ -83,7 +83,7 @@ def test_by_default_the_mask_is_automatic(maps, tmp_path, run):
     content = check_files(out, result, mask)
     assert content["mask"] is None
     assert content["b_factor_in_square_angstroms"] is None
-    assert f"resolution at FSC 0.143: {result.resolution_in_angstroms:.2f} A" in text
+    assert f"resolution at FSC 0.143: {result.resolution.in_angstroms:.2f} A" in text
     assert "B factor" not in text and "not sharpened" not in text
 
     # The same command changes nothing; another one is refused.

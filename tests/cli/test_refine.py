@@ -344,22 +344,31 @@ def processed_files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
-def test_half_sets_end_with_what_postprocess_does(simulated, tmp_path, refine, masked):
-    """To the bit: files, figures and curves, with a mask of the user's or without."""
-    given = []
+@pytest.mark.parametrize("moved", [False, True])
+def test_half_sets_end_with_what_postprocess_does(
+    simulated, tmp_path, refine, masked, moved
+):
+    """To the bit: files, figures and curves, with a mask of the user's or without.
+
+    A mask that moves with the origin is the one that is written.
+    """
+    out, again, given = tmp_path / "out", tmp_path / "again", []
     if masked:
-        ball = np.linalg.norm(np.mgrid[-8:8, -8:8, -8:8], axis=0) < 6
+        z, y, x = np.mgrid[-8:8, -8:8, -8:8]
+        ball = np.linalg.norm([z, y - 0.4, x + 0.3], axis=0) < 6
         write_mrc(tmp_path / "given.mrc", ball.astype(float), 4.0)
         given = ["--mask", tmp_path / "given.mrc"]
-    out, again = tmp_path / "out", tmp_path / "again"
     words = [simulated / "particles.star", "--map", simulated / "init.mrc", *given]
     words += ["--half-sets", "--iterations", 1, "--seed", 3]
-    done = refine("refine", *words, "--out", out)
+    done = refine("refine", *words, *["--recentre"] * moved, "--out", out)
     assert done.code == 0
+    assert ("the origin has moved to (" in done.out) == moved
+    if masked and moved:
+        given = ["--mask", out / "mask.mrc"]
     words = [out / "half1.mrc", out / "half2.mrc", "--auto-b-factor", "--seed", 3]
     one_by_one = refine("postprocess", *words, *given, "--out", again)
     assert one_by_one.code == 0
-    assert done.out.splitlines()[1:] == one_by_one.out.splitlines()
+    assert done.out.splitlines()[1 + moved :] == one_by_one.out.splitlines()
     (maps, picture), (expected, _) = processed_files(out), processed_files(again)
     for found, other in zip(maps, expected, strict=True):
         (volume, voxel), (same, same_voxel) = read_mrc(found), read_mrc(other)
@@ -368,10 +377,13 @@ def test_half_sets_end_with_what_postprocess_does(simulated, tmp_path, refine, m
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "run.json").read_text())["postprocess"]
     alone = json.loads((again / "postprocess.json").read_text())
+    assert report.pop("mask_moved_with_the_origin") == (masked and moved)
     assert report.items() <= alone.items() and "resolution_in_angstroms" in report
     assert (report["mask"] is not None) == masked
     page = (out / "report.html").read_text()
     mask = "the given mask" if masked else "an automatic mask"
+    if masked and moved:
+        mask += ", moved with the origin"
     assert f"Masked: within {mask}." in page and "Resolution without a mask" in page
 
 
@@ -394,12 +406,74 @@ def test_half_maps_that_cannot_be_processed_end_no_refinement(
     reason = "the half maps must be made from two sets of particles"
     assert done.code == 0
     assert f"the half maps were not post-processed: {reason}" in done.out
+    # The stand-in's curve is 1 everywhere: to the last complete shell, 7 of 16 pixels.
+    figure = f"{N * PIXEL / 7:.2f} A or better"
+    assert f"resolution at FSC 0.143: {figure} (without a mask)" in done.out
+    assert reason in (data / "out/report.html").read_text()
     report = json.loads((data / "out/run.json").read_text())
     assert report["finished"] and reason in report["not_postprocessed_because"]
     assert "postprocess" not in report
     maps, picture = processed_files(data / "out")
     assert not any(path.exists() for path in [*maps, picture])
     assert (data / "out/half2.mrc").exists() and (data / "out/report.html").exists()
+
+
+class OutOfDeviceMemory(jax.errors.JaxRuntimeError):
+    """What JAX raises then."""
+
+    def __init__(self):
+        super().__init__("RESOURCE_EXHAUSTED: out of memory")
+
+
+@pytest.mark.parametrize("error", [MemoryError, OutOfDeviceMemory])
+@pytest.mark.parametrize(
+    ("options", "step", "told", "key"),
+    [
+        (
+            ["--recentre"],
+            "centre.translated",
+            "the origin was not moved",
+            "not_recentred_because",
+        ),
+        (
+            ["--half-sets"],
+            "postprocess",
+            "the half maps were not post-processed",
+            "not_postprocessed_because",
+        ),
+    ],
+)
+def test_memory_that_runs_out_at_the_end_ends_no_refinement(
+    data, refine, monkeypatch, options, step, told, key, error
+):
+    """Poses and map are results without what there is no memory for."""
+
+    def fail(*words, **further):
+        raise error
+
+    z, y, x = np.mgrid[-8:8, -8:8, -8:8]
+    write_mrc(data / "init.mrc", np.exp(-(x**2 + y**2 + (z - 1) ** 2) / 4), PIXEL)
+    monkeypatch.setattr(f"jaxrefine.cli._ending.{step}", fail)
+    options = [*options, "--iterations", 1, "--trust-contrast"]
+    done = refine(*command(data, *options))
+    reason = "the memory must hold some more maps at the end, got too little"
+    assert done.code == 0 and f"{told}: {reason}" in done.out
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["finished"] and report[key] == reason
+    assert "recentred_by_in_voxels" not in report and "postprocess" not in report
+    assert f"{told}: {reason}" in (data / "out/report.html").read_text()
+    given, written = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
+    expected = given.poses.shifts + STEP
+    np.testing.assert_allclose(written.poses.shifts, expected, atol=1e-5)
+
+
+def test_another_error_at_the_end_is_not_hidden(data, refine, monkeypatch):
+    def fail(*words, **further):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr("jaxrefine.cli._ending.postprocess", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refine(*command(data, "--half-sets", "--iterations", 1))
 
 
 # --- the origin
@@ -492,6 +566,25 @@ def test_a_map_without_a_centre_stays_where_it_is(data, run, stand_in):
     given, written = (read_particles(data / f"{x}particles.star") for x in ("", "out/"))
     expected = given.poses.shifts + STEP
     np.testing.assert_allclose(written.poses.shifts, expected, atol=1e-5)
+
+
+def test_a_particle_that_would_leave_the_box_stays_where_it_is(data, refine):
+    """The mask is far from it: the origin would be at the mask's centre."""
+    z, y, x = np.mgrid[-8:8, -8:8, -8:8]
+    write_mrc(data / "init.mrc", np.exp(-(x**2 + y**2 + z**2) / 4), PIXEL)
+    mask = x**2 + (y - 6) ** 2 + z**2 < 4
+    write_mrc(data / "mask.mrc", mask.astype(float), PIXEL)
+    words = ["--recentre", "--iterations", 1, "--half-sets", "--trust-contrast"]
+    done = refine(*command(data, *words, "--mask", data / "mask.mrc"))
+    told = "the particle must stay within the box when its origin moves, got "
+    assert done.code == 0 and f"the origin was not moved: {told}" in done.out
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["not_recentred_because"].startswith(told)
+    assert report["postprocess"]["mask"] == str(data / "mask.mrc")
+    assert not report["postprocess"]["mask_moved_with_the_origin"]
+    written, start = (read_mrc(data / x)[0] for x in ("out/map.mrc", "init.mrc"))
+    # The stand-in changes the scale of the map.
+    np.testing.assert_allclose(written / written.max(), start / start.max(), rtol=1e-6)
 
 
 # --- resuming

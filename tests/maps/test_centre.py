@@ -9,6 +9,7 @@ from helpers import assert_close, blobs, draw, draw_poses, gaussian
 from jaxrefine import simulate, symmetry
 from jaxrefine.errors import InputError
 from jaxrefine.maps import centre
+from jaxrefine.maps.mask import soft_mask
 
 N = 24
 PLACE = np.array([1.3, -0.8, 2.4])  # (x, y, z)
@@ -90,3 +91,23 @@ def test_a_mask_that_has_moved_is_a_mask():
     moved = centre.translated_mask(mask, -place)
     assert moved.min() >= 0 and moved.max() <= 1 and moved.max() > 0.99
     np.testing.assert_allclose(centre.centre_of_mass(moved), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_particle_may_be_moved_up_to_the_sides_of_the_box(axis, sign):
+    """A block of densities, on either side; the voxel beyond would come in again."""
+    volume = np.zeros((N, N, N), np.float32)
+    volume[9:15, 9:15, 9:15] = 1.0  # smooth at its borders, as the mask sees it
+    particle = np.asarray(
+        soft_mask(jnp.asarray(volume), 8.0, extend=0.0, edge=0.0)
+    ).astype(bool)
+    x = np.argwhere(particle)[:, 2 - axis]
+    room = x.min() if sign < 0 else N - 1 - x.max()
+    motion = np.zeros(3)
+    motion[axis] = sign * (room + 0.4)
+    centre.check_stays_inside(jnp.asarray(volume), 8.0, motion)
+    motion[axis] = sign * (room + 0.6)
+    words = "the particle must stay within the box .*, got .* of it beyond"
+    with pytest.raises(InputError, match=words):
+        centre.check_stays_inside(jnp.asarray(volume), 8.0, motion)

@@ -14,8 +14,8 @@ from jaxrefine.maps.fsc import (
     crossing,
     fsc,
     mean_fsc,
+    resolution,
     resolution_in_angstroms,
-    resolution_text,
 )
 
 SIZES = [5, 6, 9, 12]
@@ -132,14 +132,20 @@ def test_resolution_at_nyquist_is_two_voxels():
     assert resolution_in_angstroms(jnp.asarray(16.0), 64, 1.5) == 6.0
 
 
-def test_the_resolution_as_text():
+def test_the_resolution_and_whether_it_is_a_bound():
     """Interpolated, or that of the last shell that is complete: 15 of a side of 32."""
     line, ones = np.linspace(1, 0, 17), np.ones(17)
-    assert resolution_text(line, 32, 2.5) == f"{80 / (16 * 0.857):.2f} A"
-    assert resolution_text(line, 32, 2.5, "Å", 0.5) == "10.00 Å"
-    assert resolution_text(ones, 32, 2.5) == f"{80 / 15:.2f} A or better"
-    ones[16] = 0  # this shell is not complete
-    assert resolution_text(ones, 32, 2.5) == f"{80 / 15:.2f} A or better"
-    ones[15] = 0
-    assert resolution_text(ones, 32, 2.5) == f"{80 / 14.857:.2f} A"
-    assert resolution_text(np.ones(17), 33, 2.5) == f"{82.5 / 16:.2f} A or better"
+    for curve, n, threshold, period, bound in (
+        (line, 32, 0.143, 80 / (16 * 0.857), False),
+        (line, 32, 0.5, 10, False),
+        (ones, 32, 0.143, 80 / 15, True),
+        (np.append(ones[:16], 0), 32, 0.143, 80 / 15, True),  # 16 is not complete
+        (np.append(ones[:15], [0, 0]), 32, 0.143, 80 / 14.857, False),
+        (ones, 33, 0.143, 82.5 / 16, True),
+        (ones[:2], 2, 0.143, 5, True),
+    ):
+        found = resolution(curve, n, 2.5, threshold)
+        assert found.in_angstroms == pytest.approx(period, rel=1e-6)
+        assert found.is_a_bound == bound
+    assert resolution(ones, 32, 2.5).text() == "5.33 A or better"
+    assert resolution(line, 32, 2.5, 0.5).text("Å") == "10.00 Å"

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxrefine import simulate
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc, read_star, write_mrc
-from jaxrefine.maps.fsc import fsc
+from jaxrefine.maps.fsc import fsc, resolution
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
 
@@ -79,7 +79,7 @@ def test_curves_are_those_of_the_definition(halves: Halves, mask):
     # Chen et al. (2013): what remains of the masked curve, on the scale of what could.
     remains = (result.fsc_masked - noise)[first + 2 :] / (1 - noise[first + 2 :])
     np.testing.assert_allclose(true[first + 2 :], remains, atol=1e-12)
-    radius = BOX / result.resolution_in_angstroms
+    radius = BOX / result.resolution.in_angstroms
     assert np.interp(radius, SHELLS, true) == pytest.approx(0.143)
     assert (true[1 : int(radius) + 1] >= 0.143).all()
 
@@ -119,12 +119,19 @@ def test_the_correction_takes_away_what_the_mask_adds(phantom):
     assert abs(unmasked) < 0.02 and abs(true) < 0.05 and masked > 0.2
 
 
-def test_halves_that_agree_to_the_end_are_resolved_to_two_voxels(phantom, mask):
+def test_halves_that_agree_to_the_end_have_a_bound_for_their_resolution(phantom, mask):
+    """The period of the last complete shell, in the row as in the text."""
     halves = noisy_halves(phantom, 1e-6, 6, 7)
     result = postprocess(*halves, mask, VOXEL, key=KEY)
     assert result.randomised_from == N // 2 + 1
     np.testing.assert_array_equal(result.fsc_true, result.fsc_masked)
-    assert result.resolution_in_angstroms == pytest.approx(2 * VOXEL)
+    assert result.resolution == resolution(result.fsc_true, N, VOXEL)
+    assert result.resolution.in_angstroms == pytest.approx(BOX / (N // 2 - 1))
+    row = result.row()
+    assert row["resolution_in_angstroms"] == result.resolution.in_angstroms
+    assert row["resolution_is_a_bound"] is True
+    text = f"{row['resolution_in_angstroms']:.2f} A or better"
+    assert result.resolution.text() == text
 
 
 # --- the filter
@@ -152,7 +159,7 @@ def test_the_map_is_the_weighted_mean(halves: Halves, mask, b_factor, cut_off):
         if true[r] <= 0:
             break
         weight[shell == r] = np.sqrt(2 * true[r] / (1 + true[r]))
-    radius = BOX / (cut_off or result.resolution_in_angstroms)
+    radius = BOX / (cut_off or result.resolution.in_angstroms)
     place = np.clip((frequency - radius + 1) / 2, 0, 1)
     weight *= 0.5 + 0.5 * np.cos(np.pi * place)
     weight *= np.exp(-(b_factor or 0) / 4 * (frequency / BOX) ** 2)
@@ -304,7 +311,7 @@ def test_curves_and_resolution_are_relions(case: Case):
         b_factor_in_square_angstroms=GuinierFit(),
     )
     # Their fit has no end unless it is told; ours ends at the resolution.
-    end = f"{result.resolution_in_angstroms:.4f}"
+    end = f"{result.resolution.in_angstroms:.4f}"
     tables, *_ = relion(folder, "--auto_bfac", "--autob_highres", end)
     theirs = {k: np.array(tables["fsc"][v], float) for k, v in COLUMNS.items()}
     once = np.where(np.isin(SHELLS, (0, N // 2)), 0.5, 1.0)
@@ -323,7 +330,7 @@ def test_curves_and_resolution_are_relions(case: Case):
     )
     # Theirs is the last shell before the crossing.
     last = BOX / float(general["rlnFinalResolution"])
-    assert 0 <= BOX / result.resolution_in_angstroms - last <= 1
+    assert 0 <= BOX / result.resolution.in_angstroms - last <= 1
     b_factor = float(general["rlnBfactorUsedForSharpening"])
     assert result.b_factor_in_square_angstroms == pytest.approx(b_factor, rel=0.1)
 

@@ -18,6 +18,7 @@ import pytest
 from jaxrefine.errors import InputError
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.fsc import Resolution
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 
@@ -123,11 +124,11 @@ def processed(rng):
         fsc_randomised=curve**4,
         fsc_true=curve,
         randomised_from=5,
-        resolution_in_angstroms=9.0,
+        resolution=Resolution(9.0, False),
         b_factor_in_square_angstroms=-87.0,
         not_sharpened_because=None,
     )
-    return replace(report, postprocessed=result, mask_is_given=True)
+    return replace(report, postprocessed=result, mask="the given mask, moved")
 
 
 @pytest.fixture(scope="module")
@@ -323,3 +324,29 @@ def test_a_browser_shows_it_on_a_phone_without_scrolling_sideways(files, tmp_pat
     )
     (found,) = re.findall(r"<body>(\[\[.*\]\])", shown.stdout)
     assert json.loads(found) == [[0, True]] * 6
+
+
+def test_what_was_not_done_is_said(reports, tmp_path):
+    """In the words of the command, and of a map without a surface."""
+    report = reports["processed"]
+    result = report.postprocessed
+    nothing = replace(result, masked_volume=-jnp.abs(result.masked_volume))
+    remark = "the origin was not moved: it must stay"
+    changed = replace(report, postprocessed=nothing, remarks=[remark])
+    for name, one in (("before", report), ("after", changed)):
+        html.write(tmp_path / name, one)
+    before, after = (Page((tmp_path / x).read_text()) for x in ("before", "after"))
+    assert remark in after.all("p") and remark not in before.all("p")
+    said = "The sharpened map is constant or nowhere positive, and has no surface."
+    told = ["".join(page.all("figcaption")) for page in (before, after)]
+    assert [said in each for each in told] == [False, True]
+    assert all("within the given mask, moved." in each for each in told)
+
+
+def test_maps_without_a_surface_are_no_picture(reports, tmp_path):
+    report = reports["published"]
+    html.write(tmp_path / "a.html", replace(report, volume=-np.abs(report.volume)))
+    page = Page((tmp_path / "a.html").read_text())
+    assert len(page.attributes("img")) == 5
+    said = "The refined map is constant or nowhere positive, and has no surface."
+    assert said in page.all("p")

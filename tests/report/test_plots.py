@@ -255,9 +255,9 @@ def test_the_level_of_a_surface_divides_the_voxels():
 
 @pytest.fixture
 def rendered(tmp_path, monkeypatch):
-    """Where the three views of a map show something; indices grow right and upwards."""
+    """Where the three views of maps show something; indices grow right and upwards."""
 
-    def render(volume):
+    def render(*volumes):
         shown, isosurface = [], plots.isosurface
 
         def record(*words):
@@ -266,7 +266,8 @@ def rendered(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(plots, "isosurface", record)
-            plots.surfaces(tmp_path / "a.png", {"map": volume}, "")
+            maps = {f"map {place}": volume for place, volume in enumerate(volumes)}
+            plots.surfaces(tmp_path / "a.png", maps, "")
         return [image < 1 for image in shown]
 
     return render
@@ -292,3 +293,17 @@ def test_specks_are_not_drawn(rendered):
         labelled: Any = ndimage.label(rendered(volume)[0])
         counts.append(labelled[1])
     assert counts == [1, 2]
+
+
+@pytest.mark.parametrize("solvent", [0.0, -1e-3])
+def test_the_surface_of_a_masked_map_is_no_box_after_a_noisy_one(rendered, solvent):
+    """Half of the voxels of noise are above its level, but few of those in a mask."""
+    noise = np.random.default_rng(0).normal(size=(20, 20, 20))
+    mask, particle = ball(6.0) > 0, np.clip(ball(4.0), 0, None)
+    masked = np.where(mask, particle + np.abs(noise), solvent)
+    assert np.mean(noise >= plots.surface_level(noise)) > np.mean(mask)
+    alone, after = rendered(masked), rendered(noise, masked)[3:]
+    for view, expected in zip(after, alone, strict=True):
+        assert np.mean(view != expected) < 0.02  # the steps of two histograms differ
+        # The view is of the particle and a margin, of which a disc is about 0.4.
+        assert 0.2 < view.mean() < 0.7

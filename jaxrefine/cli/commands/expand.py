@@ -35,7 +35,7 @@ EXPAND = Command(
     summary="write every particle once for each operator of a point group",
     description="Write a table in which every particle has one row for each operator "
     "of the symmetry, with the pose from which it looks the same. All other columns "
-    "are copied.",
+    "are copied. Nothing but the table is read: stacks need not be there.",
     settings=ExpandSettings,
     run=run,
 )
