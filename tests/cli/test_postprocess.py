@@ -58,8 +58,9 @@ def check_files(out, result, mask):
     assert content["settings"].keys() == affecting(PostprocessSettings)
     for name in CURVES:
         np.testing.assert_allclose(content[name], getattr(result, name), atol=1e-6)
-    for name in ("resolution_in_angstroms", "b_factor_in_square_angstroms"):
-        assert content[name] == getattr(result, name)
+    assert content["resolution_in_angstroms"] == result.resolution.in_angstroms
+    b_factor = "b_factor_in_square_angstroms"
+    assert content[b_factor] == getattr(result, b_factor)
     assert content["randomised_from_shell"] == result.randomised_from
     expected = {"postprocess": result.volume, "mask": mask}
     expected["postprocess_masked"] = result.masked_volume

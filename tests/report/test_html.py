@@ -223,7 +223,7 @@ def test_the_resolution_is_that_with_the_mask_and_each_curve_is_named(pages):
     (caption,) = (text for text in page.all("figcaption") if "Chen et al." in text)
     for words in (
         "Unmasked: of these maps as they are.",
-        "Masked: within the given mask.",
+        "Masked: within the given mask, moved.",
         "random phases from 32 Å on",
         "Corrected: the masked curve without what the mask adds",
     ):
