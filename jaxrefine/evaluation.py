@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrefine._types import Scalar, Volume
+from jaxrefine.data.particles import evenly_spaced
 from jaxrefine.euler import matrix_to_euler
 from jaxrefine.geometry import Poses, align_rotations, geodesic_distance
 from jaxrefine.maps.align import move_map
@@ -302,7 +303,7 @@ def _nearest(
         return place, jnp.matmul(truth[place], group[element], precision=_HIGHEST)
 
     count = len(rotations)
-    tried = np.linspace(0, count - 1, min(count, _STARTS)).astype(int)
+    tried = evenly_spaced(count, _STARTS)
     starts = jnp.einsum(
         "pji,pjk->pik",
         rotations[tried],

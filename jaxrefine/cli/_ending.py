@@ -14,7 +14,7 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.maps import centre
 from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
-from jaxrefine.refinement.memory import ran_out
+from jaxrefine.refinement.memory import explained
 from jaxrefine.symmetry import operators
 
 _T = TypeVar("_T")
@@ -125,10 +125,9 @@ def postprocessed(
 def _or_reason(work: Callable[[], _T]) -> _T | str:
     """Return the result of work, or why there is none, as a sentence."""
     try:
-        return work()
+        with explained(
+            "the memory must hold some more maps at the end, got too little"
+        ):
+            return work()
     except InputError as error:
         return str(error)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        return "the memory must hold some more maps at the end, got too little"

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxrefine import io
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.external_reconstruct import ExternalReconstructSettings
-from jaxrefine.errors import InputError
 from jaxrefine.maps import padded
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
@@ -32,7 +31,12 @@ def run(settings: ExternalReconstructSettings) -> None:
     config = RefineConfig()
     # Another of these processes may share the accelerator, or RELION.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
+    with memory.explained(
+        f"there is not enough memory for a map of {source.box} voxels a side from "
+        f"grids of {len(source.weight)}; with --sequential_halves_recons relion_refine "
+        "makes the maps of the halves one after the other, and with --pad 1 from "
+        "smaller grids"
+    ):
         volume, lam = padded.reconstruct(
             jnp.asarray(source.data),
             jnp.asarray(source.weight),
@@ -42,14 +46,5 @@ def run(settings: ExternalReconstructSettings) -> None:
             config.admm_iterations * config.tuning.final_rounds,
         )
         jax.block_until_ready(volume)
-    except (MemoryError, RuntimeError) as error:
-        if not memory.ran_out(error):
-            raise
-        raise InputError(
-            f"there is not enough memory for a map of {source.box} voxels a side from "
-            f"grids of {len(source.weight)}; with --sequential_halves_recons "
-            "relion_refine makes the maps of the halves one after the other, and with "
-            "--pad 1 from smaller grids"
-        ) from error
     io.write_mrc(source.result, volume, source.voxel_size_in_angstroms)
     print(f"tau {settings.tau:.4g}, lambda {float(lam):.4g}: {source.result}")

@@ -310,3 +310,8 @@ class _Chosen:
         self, indices: Int[np.ndarray, " batch"]
     ) -> Float32[np.ndarray, "batch m m"]:
         return np.asarray(self.source[self.indices[indices]], np.float32)
+
+
+def evenly_spaced(count: int, most: int) -> Int[np.ndarray, " chosen"]:
+    """Return which of so many particles to look at: all, or ``most``, evenly spaced."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxrefine._arrays import on_device
 from jaxrefine.data.observation import batches
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.particles import Particles, evenly_spaced
 from jaxrefine.errors import InputError
 from jaxrefine.operators import slices
 from jaxrefine.operators.complex import power, product
@@ -216,8 +216,7 @@ def _sample(particles: Particles) -> Int[np.ndarray, " chosen"]:
     chosen = []
     for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         wanted = max(round(share * len(members)), _OF_GROUP)
-        places = np.linspace(0, len(members) - 1, min(wanted, len(members)))
-        chosen.append(members[places.astype(int)])
+        chosen.append(members[evenly_spaced(len(members), wanted)])
     return np.sort(np.concatenate(chosen))
 
 
@@ -245,7 +244,7 @@ def white_noise(images: Float[Array, "particles m m"]) -> float:
     count, m = len(images), images.shape[-1]
     if m < 16:
         raise InputError(f"images must have at least 16 pixels a side, got {m}")
-    chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
+    chosen = evenly_spaced(count, _MEASURED)
     sample = np.asarray(images[chosen], np.float64)
     axis = np.arange(m) - m // 2
     radius = np.hypot(axis[:, None], axis) / (m / 2)

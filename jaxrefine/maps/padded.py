@@ -114,12 +114,8 @@ def reconstruct(
     ----------
     data, weight, box
         As for `sums_of_grid`.
-    tau
-        Weight of the regulariser in units of the noise.
-    regulariser
-        Prior on the map's gradient.
-    iterations
-        Number of ADMM iterations.
+    tau, regulariser, iterations
+        As for `sums.solve`.
 
     Returns
     -------

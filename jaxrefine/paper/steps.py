@@ -4,9 +4,9 @@ from typing import NamedTuple, final
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from jaxrefine._types import Images, Scalar
+from jaxrefine.data.particles import evenly_spaced
 from jaxrefine.operators import spatial
 from jaxrefine.paper import algorithm3
 from jaxrefine.paper.algorithm1 import Algorithm1State, Problem, Schedule
@@ -81,7 +81,7 @@ class Sample(NamedTuple):
 def sample(problem: Problem, state: Algorithm1State) -> Sample:
     """Take evenly spaced particles, and project the map at their poses."""
     count, support = problem.images.shape[0], problem.support
-    chosen = np.linspace(0, count - 1, min(count, _MEASURED)).astype(int)
+    chosen = evenly_spaced(count, _MEASURED)
     poses = jax.tree.map(lambda leaf: leaf[chosen], state.euler_poses)
     c = support.extend(support.restrict(state.volume.coefficients))
     m = problem.images.shape[-1]

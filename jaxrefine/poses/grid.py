@@ -51,11 +51,7 @@ class PoseGrid:
     operators: Float[np.ndarray, "order 3 3"]
 
     def __post_init__(self):
-        if not 0 < self.angle_step <= math.pi / 2:
-            raise InputError(
-                "the angular step must be more than 0 and at most pi / 2 radians, got "
-                f"{self.angle_step}"
-            )
+        check_angle_step(self.angle_step)
 
     @property
     def in_plane_step(self) -> float:
@@ -115,6 +111,21 @@ class PoseGrid:
         """
         angle = (2 * self.angle_step**2 + self.in_plane_step**2) / 12
         return angle, self.shift_step**2 / 6 if self.max_shift > 0 else 0.0
+
+
+def check_angle_step(step: float) -> None:
+    """Check that an angular step, in radians, is one of a grid.
+
+    Raises
+    ------
+    InputError
+        If it is not more than 0 and at most ``pi / 2``.
+    """
+    if not 0 < step <= math.pi / 2:
+        raise InputError(
+            "the angular step must be more than 0 and at most pi / 2 radians, got "
+            f"{step}"
+        )
 
 
 def steps(length: float, step: float) -> int:

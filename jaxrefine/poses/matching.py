@@ -63,7 +63,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps.noise import image_power
 from jaxrefine.maps.scale import at_unit_scale
 from jaxrefine.operators.gridding import Gridding
-from jaxrefine.poses.grid import FARTHEST, PoseGrid, steps
+from jaxrefine.poses.grid import FARTHEST, PoseGrid, check_angle_step, steps
 from jaxrefine.poses.search import PARTICLE_DIAMETER, half_period_turn
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -259,11 +259,7 @@ def search_of(config: MatchConfig, image_size: int) -> Search:
             "max_shift must be at most half of the side of the images, "
             f"{image_size // 2} pixels, got {radius:g}"
         )
-    if not 0 < step <= math.pi / 2:
-        raise InputError(
-            "the angular step must be more than 0 and at most pi / 2 radians, got "
-            f"{step}"
-        )
+    check_angle_step(step)
     r_max = _band_limit(config, image_size)
     shift_step = config.shift_step
     if shift_step is None:

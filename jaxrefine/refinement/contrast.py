@@ -14,7 +14,7 @@ import numpy as np
 from jaxrefine._types import Volume
 from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.data import observation
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.particles import Particles, evenly_spaced
 from jaxrefine.data.visit import Comparison, visit
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.scale import at_unit_scale
@@ -84,7 +84,7 @@ def contrast(
     The mean over at most 256 images.
     """
     count = len(particles)
-    sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
+    sample = evenly_spaced(count, _SAMPLE)
     last = (particles.image_size - 1) // 2
     ones = jnp.ones(particles.image_size // 2 + 1, jnp.float32)
     view = observation.view(particles, last, ones)

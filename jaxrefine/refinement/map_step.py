@@ -14,13 +14,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxrefine._arrays import on_device
 from jaxrefine._types import Scalar, Volume
 from jaxrefine._watch import Stage, Watch, unwatched
 from jaxrefine.data import observation
 from jaxrefine.data.observation import Observation
+from jaxrefine.data.particles import evenly_spaced
 from jaxrefine.data.visit import Comparison, visit
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, folds
@@ -146,8 +147,9 @@ def _measure(
         of_fold = particle_set.of_fold(fold)
         group = particles.group_of(of_fold)
         share = max(tuning.sample // len(groups), tuning.least_per_group) // FOLDS
+        members = [of_fold[group == g] for g in groups]
         samples.append(
-            np.concatenate([_evenly_spaced(of_fold[group == g], share) for g in groups])
+            np.concatenate([each[evenly_spaced(len(each), share)] for each in members])
         )
     chosen = np.concatenate(samples)
     stage = Stage(particle_set.watch, "noise", len(chosen))
@@ -169,14 +171,6 @@ def _measure(
         )
     each = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_folds)
     return each.of_groups(particles.group_of(chosen) == groups)
-
-
-def _evenly_spaced(
-    indices: Int[np.ndarray, " chosen"], most: int
-) -> Int[np.ndarray, " sample"]:
-    """Return at most ``most`` of the indices, evenly spaced."""
-    count = min(len(indices), most)
-    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
 def update_maps(

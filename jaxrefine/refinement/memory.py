@@ -17,8 +17,8 @@ this has been checked. Images are read from where they are kept, and not counted
 """
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, final
@@ -281,6 +281,17 @@ def with_batch(plan: Plan, config: RefineConfig, batch_size: int) -> Plan:
 def ran_out(error: Exception) -> bool:
     """Return whether an error says that the host or the device is out of memory."""
     return isinstance(error, MemoryError) or _EXHAUSTED in str(error)
+
+
+@contextmanager
+def explained(sentence: str) -> Iterator[None]:
+    """Raise an InputError with a sentence where memory runs out within."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise InputError(sentence) from error
 
 
 def retry_on_out_of_memory(

@@ -105,7 +105,7 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
         tau=1.0,
         symmetry="C2",
     )
-    start = simulate.blur(truth, 3.0)
+    given = particles, dataset.initial, simulate.blur(truth, 3.0), config
     sides, outcomes = [], {}
     original = schedule.map_side
 
@@ -119,10 +119,7 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
         monkeypatch.setattr(schedule, "_LEAST_TO_CROP", least)
         rows = []
         result = refine(
-            particles,
-            dataset.initial,
-            start,
-            config,
+            *given,
             key=jax.random.key(2),
             callback=lambda state, info, rows=rows: rows.append((state, info)),
         )
@@ -130,14 +127,7 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
         assert len(rows) > config.last_multi_start + 1
         outcomes[least] = result, rows
         if least == 16:
-            resumed = refine(
-                particles,
-                dataset.initial,
-                start,
-                config,
-                key=jax.random.key(2),
-                state=rows[1][0],
-            )
+            resumed = refine(*given, key=jax.random.key(2), state=rows[1][0])
             np.testing.assert_array_equal(resumed.volume, result.volume)
     (small, few), (whole, many) = outcomes[16], outcomes[96]
     noise = [np.asarray(each[-1][0].set_states[0].noise) for each in (few, many)]
