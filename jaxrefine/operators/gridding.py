@@ -18,6 +18,7 @@ compute twice, and XLA cannot tell that two such sums read the same samples. See
 import importlib.util
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -35,6 +36,8 @@ Frequencies = tuple[
 """The coordinates ``x``, ``y``, ``z`` of frequencies, or of directions among them."""
 
 _MOST_SAMPLES = 2**31 - 1  # Samples of a grid are indexed by 32-bit integers.
+# Indices are within the samples, and none counts from the end: JAX need not look.
+_INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 @dataclass(frozen=True)
@@ -250,8 +253,7 @@ class Spectrum(eqx.Module):
             for b in range(width):
                 start = self._lattice.offset(a, b, 0)
                 taps = [
-                    flat.at[index + (start + c)].get(mode="promise_in_bounds")
-                    for c in range(width)
+                    flat.at[index + (start + c)].get(**_INSIDE) for c in range(width)
                 ]
                 for i, row in enumerate(rows):
                     for weight, tap in zip(row(a, b), taps, strict=True):
@@ -358,7 +360,7 @@ class Gridding(eqx.Module):
             (a, b, c), offset = tap
             weight = wz[a] * wy[b] * wx[c]
             added = tuple(
-                total.at[index + offset].add(part * weight, mode="promise_in_bounds")
+                total.at[index + offset].add(part * weight, **_INSIDE)
                 for total, part in zip(samples, parts, strict=True)
             )
             return added, None

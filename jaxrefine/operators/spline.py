@@ -126,7 +126,9 @@ def _weighted_sum(table, row, column, row_weights, column_weights):
     for i, row_weight in enumerate(row_weights):
         of_row = jnp.zeros_like(total)
         for j, column_weight in enumerate(column_weights):
-            entry = flat.at[first + (i * width + j)].get(mode="promise_in_bounds")
+            entry = flat.at[first + (i * width + j)].get(
+                mode="promise_in_bounds", wrap_negative_indices=False
+            )
             of_row = of_row + column_weight * entry
         total = total + row_weight * of_row
     return total
