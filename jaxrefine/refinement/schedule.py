@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
+from jaxrefine._arrays import on_device
+from jaxrefine.maps.fsc import crossing
 from jaxrefine.operators import slices
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
@@ -14,20 +17,44 @@ from jaxrefine.refinement.state import SetState
 _LEAST_TO_CROP = 96
 
 
-def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:
-    """Return the next band limit: what the folds' maps support, at most twice the last.
+def supported(
+    correlation: Float[np.ndarray, "shells"], config: RefineConfig, last: int
+) -> float:
+    """Return up to which shell the maps that poses are compared with are right.
 
-    In the shells in which poses were compared, the maps agree better than they are
-    right, since the poses were fitted to both. The limit therefore grows only if the
-    maps agree in the shells beyond it, up to the next radius of `slices.bucket`.
+    That is where the correlation of two folds' maps falls below
+    ``Tuning.supported_fsc``. The map of a half set is the mean of its folds' maps, and
+    has half the power of their noise: where two folds' maps correlate by ``t``, the
+    maps of the half sets do by ``2 t / (1 + t)`` (Spearman and Brown, 1910).
+
+    Parameters
+    ----------
+    correlation
+        Of the maps of the half sets or, without half sets, of the folds.
+    config
+        Parameters.
+    last
+        Last shell that is read.
+    """
+    threshold = config.tuning.supported_fsc
+    if config.half_sets:
+        threshold = 2 * threshold / (1 + threshold)
+    return float(crossing(on_device(correlation[: last + 1]), threshold))
+
+
+def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:
+    """Return the next band limit: what the maps support, at most twice the last.
+
+    In the shells in which poses were compared, the maps of folds agree better than they
+    are right, since the poses were fitted to both. The limit therefore grows only if
+    the maps agree in the shells beyond it, up to the next radius of `slices.bucket`.
 
     Parameters
     ----------
     r_max
         Band limit so far, cycles per box.
     supported
-        Radius, in shells, at which the correlation of the folds' maps falls below
-        ``Tuning.supported_fsc``.
+        Radius, in shells, up to which the maps are right, see `supported`.
     particle_set
         The particles of any set.
     """
@@ -71,6 +98,11 @@ def median_error_bar(set_states: Sequence[SetState], config: RefineConfig) -> fl
     if config.refines_angles:
         return float(np.median(np.sqrt(variances[:, :3].sum(axis=1))))
     return float(np.median(np.sqrt(variances[:, 3:].sum(axis=1))))
+
+
+def score(correlation: Float[np.ndarray, "shells"], last: int) -> float:
+    """Return the mean correlation of two maps over the shells 1 to ``last``."""
+    return float(np.mean(correlation[1 : last + 1]))
 
 
 def is_worth_another(

@@ -23,7 +23,7 @@ from jaxrefine.geometry import (
 )
 from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.maps import tv
-from jaxrefine.maps.fsc import crossing, fsc, mean_fsc
+from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses.hypotheses import certain
@@ -626,12 +626,12 @@ def test_error_bars_are_those_of_the_last_band(scene):
     seen = []
     result = scene.refine(config, callback=lambda *each: seen.append(each))
     (before, first), (after, second) = seen
-    assert first.r_max < int(before.r_max) == second.r_max == int(after.r_max)
+    assert first.r_max == int(before.r_max) < second.r_max == int(after.r_max)
     _, (particle_set,) = divide(
         Particles(scene.images), scene.initial, config, KEY, None
     )
     (state,) = after.set_states
-    supported = float(crossing(state.fold_fsc[: LAST + 1], 0.5))
+    supported = schedule.supported(np.asarray(state.fold_fsc), config, LAST)
     assert (
         schedule.next_band_limit(second.r_max, supported, particle_set) > second.r_max
     )
