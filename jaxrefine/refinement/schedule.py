@@ -20,12 +20,9 @@ _LEAST_TO_CROP = 96
 def supported(
     correlation: Float[np.ndarray, "shells"], config: RefineConfig, last: int
 ) -> float:
-    """Return up to which shell the maps that poses are compared with are right.
+    """Return up to which shell maps are right enough to compare poses with.
 
-    That is where the correlation of two folds' maps falls below
-    ``Tuning.supported_fsc``. The map of a half set is the mean of its folds' maps, and
-    has half the power of their noise: where two folds' maps correlate by ``t``, the
-    maps of the half sets do by ``2 t / (1 + t)`` (Spearman and Brown, 1910).
+    That is where their correlation falls below ``Tuning.supported_fsc``.
 
     Parameters
     ----------
@@ -36,10 +33,8 @@ def supported(
     last
         Last shell that is read.
     """
-    threshold = config.tuning.supported_fsc
-    if config.half_sets:
-        threshold = 2 * threshold / (1 + threshold)
-    return float(crossing(on_device(correlation[: last + 1]), threshold))
+    curve = on_device(correlation[: last + 1])
+    return float(crossing(curve, config.tuning.supported_fsc))
 
 
 def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:

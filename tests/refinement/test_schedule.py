@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fft_radii
 
 from jaxrefine import refine, simulate
 from jaxrefine.data.particles import Particles
@@ -13,7 +12,7 @@ from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.operators import slices
 from jaxrefine.refinement import insertion, map_step, schedule
-from jaxrefine.refinement.config import RefineConfig, Tuning
+from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
 
 
@@ -28,27 +27,6 @@ def test_the_largest_band_limit_is_kept():
         )
         reached = schedule.next_band_limit(4, 11.0, particle_set)
         assert reached == slices.bucket(expected, side), (most, reached)
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
-def test_half_sets_support_what_their_folds_do(threshold):
-    """Folds' maps whose noise grows, and maps of half sets that are means of two."""
-    n, edge = 64, 20.0
-    rng = np.random.default_rng(0)
-    signal, *noises = rng.normal(size=(5, n, n, n))
-    level = (fft_radii(n) / edge) ** 2 * np.sqrt((1 - threshold) / threshold)
-    maps = [
-        jnp.asarray(signal + np.fft.ifftn(level * np.fft.fftn(noise)).real)
-        for noise in noises
-    ]
-    of_folds = fsc(maps[0], maps[1])
-    of_halves = fsc((maps[0] + maps[1]) / 2, (maps[2] + maps[3]) / 2)
-    for correlation, half_sets in ((of_folds, False), (of_halves, True)):
-        config = RefineConfig(
-            half_sets=half_sets, tuning=Tuning(supported_fsc=threshold)
-        )
-        found = schedule.supported(np.asarray(correlation), config, n // 2 - 1)
-        assert found == pytest.approx(edge, abs=0.7)
 
 
 @pytest.mark.parametrize("size", [16, 64, 95, 96, 127, 128, 200, 256, 360])
