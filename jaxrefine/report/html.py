@@ -214,7 +214,9 @@ def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
     """Yield the headings and the content of the sections, which may be empty."""
     remarks = [_element("p", remark) for remark in report.remarks]
     yield "Result", [_headlines(report), *remarks]
-    yield "Resolution", _grid(_resolution_pictures(report))
+    measured = report.half_set_fsc is not None
+    heading = "Resolution" if measured else "Correlation of the folds"
+    yield heading, _grid(_resolution_pictures(report))
     yield "Map", _grid(_map_pictures(report))
     yield "Poses", _grid(_pose_pictures(report))
     yield "Iterations", _grid(_band_pictures(report)) + _iteration_table(report.rows)
