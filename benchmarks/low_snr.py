@@ -57,6 +57,7 @@ def run_on(
 ) -> list[dict[str, Any]]:
     """Refine for all iterations, whenever the refinement would end."""
     truth, rows = poses(data["angles"], data["shifts"]), []
+    latest = None
     given = (
         jr.Particles(data["images"]),
         poses(data["start"], np.zeros_like(data["shifts"])),
@@ -65,6 +66,8 @@ def run_on(
     )
 
     def callback(state: RefineState, info: RefineInfo) -> None:
+        nonlocal latest
+        latest = state
         volume, of_fold = (
             np.asarray(each)
             for each in (state.volume, state.set_states[0].maps[0].coefficients)
@@ -84,10 +87,10 @@ def run_on(
             }
         )
 
-    state = None
     while len(rows) < ITERATIONS:
+        # Not the state of the result, whose maps have another weight of the prior.
+        state = latest and eqx.tree_at(lambda s: s.finished, latest, jnp.asarray(False))
         result = jr.refine(*given, key=KEY, state=state, callback=callback)
-        state = eqx.tree_at(lambda s: s.finished, result.state, jnp.asarray(False))
         rows[-1]["final_mean_fsc"] = mean_fsc(result.volume, data["volume"])
         rows[-1]["tau_of_the_final_map"] = result.tau
     return rows
@@ -177,7 +180,8 @@ def measure(case: str, settings: Settings) -> dict[str, Any]:
 def table(records: Sequence[Record]) -> str:
     """Return the iterations of each refinement, and the poses found in the truth."""
     header = ("iteration", "mean FSC", "score of the folds", "score of half sets")
-    header += ("median error (degrees)", "band limit", "runs that would end here")
+    header += ("median error (degrees)", "band limit", "runs that keep it")
+    header += ("runs that would end here",)
     of_truth = ("band limit", "median error (degrees)", "map of these poses")
     of_truth += ("of the same errors, dealt to other images",)
     tables = []
@@ -213,6 +217,7 @@ def _iteration(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         _mean(rows, "gold_score", 3),
         _mean(rows, "angle_error_in_degrees_median", 2),
         "/".join(str(limit) for limit in sorted({row["r_max"] for row in rows})),
+        str(sum(row["is_kept"] for row in rows)),
         str(sum(row["would_end"] for row in rows)),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxrefine import io
 from jaxrefine._processes import of_first
@@ -36,6 +37,7 @@ from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.fsc import resolution
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
@@ -233,11 +235,60 @@ def _run(
         columns["rlnRandomSubset"] = subsets
     if result.fsc is not None:
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
+        informed = _period(result.informed_up_to, particles)
+        report["poses_informed_to_in_angstroms"] = informed
+        report["limits"] = _limits(np.asarray(result.fsc), informed, config, particles)
     else:
-        report["fold_fsc"] = np.asarray(result.state.set_states[0].fold_fsc).tolist()
+        report["fold_fsc"] = np.asarray(result.state.correlation).tolist()
+        report["limits"] = (
+            "no resolution was measured, since all poses were refined in one set, "
+            "whose folds are not independent: refine with --half-sets for one"
+        )
     refined = chosen.poses(source.poses, result.poses)
     poses = _refined(settings, source.poses, refined)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
+
+
+def _period(shell: int, particles: Particles) -> float:
+    """Return the period of a shell in angstroms, cut to four digits.
+
+    As an option it is read as the same shell, see `_particles.shell_of`.
+    """
+    period = particles.box_in_angstroms / shell
+    digit = 10.0 ** (math.floor(math.log10(period)) - 3)
+    return float(f"{math.floor(period / digit) * digit:.4g}")
+
+
+def _limits(
+    curve: Float[np.ndarray, " shells"],
+    informed: float,
+    config: RefineConfig,
+    particles: Particles,
+) -> str:
+    """Return how far half maps agree and poses are informed, in a sentence.
+
+    Parameters
+    ----------
+    curve
+        Correlation of the half maps.
+    informed
+        Finest detail in which the maps that poses are compared with are right,
+        angstroms.
+    config, particles
+        Parameters and images.
+    """
+    size, pixel = particles.image_size, particles.pixel_size_in_angstroms
+    agreement, box = resolution(curve, size, pixel), particles.box_in_angstroms
+    text = (
+        f"the half maps agree to {agreement.text()} without a mask; poses carry "
+        f"information to {informed:g} A, the --max-resolution for these particles"
+    )
+    if not agreement.is_a_bound and box / agreement.in_angstroms <= config.first_r_max:
+        text += (
+            f"; the initial map was taken to {box / config.first_r_max:.4g} A, so that "
+            "the particles have told nothing that it has not"
+        )
+    return text
 
 
 def _resumed(history: History | Unwritten, init: Callable[[], Any]) -> Any:

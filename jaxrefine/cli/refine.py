@@ -285,8 +285,10 @@ def _summary(
 
 
 def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[str]:
-    """Return what was not done at the end, and why, in sentences."""
+    """Return what was not done at the end, and why, and what is known, in sentences."""
     remarks = []
+    if "limits" in outcome.report:
+        remarks.append(outcome.report["limits"])
     if "not_recentred_because" in outcome.report:
         reason = outcome.report["not_recentred_because"]
         remarks.append(f"the origin was not moved: {reason}")

@@ -38,16 +38,17 @@ class Tuning:
     Attributes
     ----------
     supported_fsc
-        Poses are compared up to the shell where the correlation of the folds' maps
-        falls to this. Lower values use more of the images, and more of the maps' noise.
-        Set by ``benchmarks/refinement.py``.
+        Poses are compared up to the shell where the correlation of the folds' maps, or
+        of the half sets', falls to this. Lower values use more of the images, and more
+        of the maps' noise. Set by ``benchmarks/refinement.py``.
     settled, progress
         Without half sets, the refinement ends when poses change by less than
         ``settled`` times their error bars, or by more than ``progress`` times what they
         changed before. Set by ``benchmarks/refinement.py``.
     stalled
         With half sets, the refinement ends when the correlation of their maps grows by
-        less than this; without, it has no effect. Set by judgement: no refinement of
+        less than this, and an iteration after which it is less than before is not kept;
+        without, it has no effect. Set by judgement: no refinement of
         ``benchmarks/refinement.py`` has half sets. ``benchmarks/tuning.py`` measures
         it with half sets.
     sample

@@ -38,7 +38,7 @@ from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
-from jaxrefine.maps.fsc import crossing, fsc
+from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
 from jaxrefine.poses.prior import Prior
@@ -173,7 +173,7 @@ def _start(particle_sets: list[ParticleSet], volume: Volume) -> RefineState:
         on_device(np.int32(0)),
         on_device(np.int32(slices.bucket(config.first_r_max, size))),
         on_device(np.asarray(np.inf, dtype)),
-        on_device(np.zeros((), dtype)),
+        on_device(np.full(size // 2 + 1, -1, dtype)),
         on_device(np.bool_(False)),
     )
 
@@ -181,14 +181,21 @@ def _start(particle_sets: list[ParticleSet], volume: Volume) -> RefineState:
 def _iterate(
     particle_sets: list[ParticleSet], state: RefineState, key: PRNGKeyArray
 ) -> tuple[RefineState, RefineInfo]:
-    """Make one outer iteration on every set."""
+    """Make one outer iteration on every set, and keep it unless it made maps worse."""
     config, iteration = particle_sets[0].config, int(state.iteration)
-    r_max = int(state.r_max)
+    before, last = np.asarray(state.correlation), particle_sets[0].last_shell
+    is_early = iteration <= config.last_multi_start
+
+    def next_band_limit(r_max: int, correlation: Float[np.ndarray, "shells"]) -> int:
+        supported = schedule.supported(correlation, config, last)
+        return schedule.next_band_limit(r_max, supported, particle_sets[0])
+
+    r_max = next_band_limit(int(state.r_max), before)
     set_states, reports = [], []
     size = side = particle_sets[0].particles.image_size
     # Only where another iteration follows for certain: what a run ends with, and what
     # decides whether it does, is measured in all shells.
-    if iteration <= config.last_multi_start and iteration + 1 < config.iterations:
+    if is_early and iteration + 1 < config.iterations:
         side = schedule.map_side(r_max, size)
     for i, (particle_set, known) in enumerate(
         zip(particle_sets, state.set_states, strict=True)
@@ -205,44 +212,19 @@ def _iterate(
         set_states.append(map_step.assess(particle_set, known, side))
         reports.append(report)
 
-    last = particle_sets[0].last_shell
-    curves = [np.asarray(known.fold_fsc)[: last + 1] for known in set_states]
-    threshold = config.tuning.supported_fsc
-    supported = float(
-        np.mean([float(crossing(on_device(curve), threshold)) for curve in curves])
-    )
-    gold_score, best = None, float(state.best_gold)
-    if len(set_states) == 2:
-        curve = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
-        gold_score = float(np.mean(np.asarray(curve)[1 : last + 1]))
-    next_r_max = schedule.next_band_limit(r_max, supported, particle_sets[0])
-    if iteration + 1 == config.iterations:
-        next_r_max = r_max  # error bars are measured where the poses were polished
-
     def mean(name: str) -> float:
         return float(np.mean([getattr(report, name) for report in reports]))
 
+    fold_fsc = np.mean([np.asarray(known.fold_fsc) for known in set_states], axis=0)
+    correlation, gold_score, best = fold_fsc, None, schedule.score(before, last)
+    if len(set_states) == 2:
+        gold = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
+        # That of folds is zero in the shells that were not made, where maps have only
+        # what the regulariser has put there.
+        correlation = np.where(fold_fsc == 0, 0, np.asarray(gold))
+        gold_score = schedule.score(correlation, last)
+    is_kept = is_early or gold_score is None or gold_score >= best
     angle_change, shift_change = mean("angle_change"), mean("shift_change")
-    change = angle_change if config.refines_angles else shift_change
-    continues = (
-        schedule.is_worth_another(
-            change, float(state.pose_change), gold_score, best, set_states, config
-        )
-        or iteration <= config.last_multi_start
-        or next_r_max > r_max
-    )
-    dtype = state.pose_change.dtype
-    state = RefineState(
-        tuple(set_states),
-        state.indices,
-        on_device(np.int32(iteration + 1)),
-        on_device(np.int32(next_r_max)),
-        on_device(np.asarray(change, dtype)),
-        on_device(
-            np.asarray(best if side < size else max(gold_score or 0.0, best), dtype)
-        ),
-        on_device(np.bool_(not continues)),
-    )
     info = RefineInfo(
         iteration=iteration + 1,
         r_max=r_max,
@@ -253,8 +235,33 @@ def _iterate(
         angle_change_in_degrees=float(np.rad2deg(angle_change)),
         shift_change_in_pixels=shift_change,
         tau=[float(known.tau) for known in set_states],
-        fold_score=float(np.mean([np.mean(curve[1:]) for curve in curves])),
+        fold_score=schedule.score(fold_fsc, last),
         gold_score=gold_score,
+        is_kept=is_kept,
+    )
+    made = on_device(np.int32(iteration + 1))
+    # Half sets share no noise. If their maps agree less than before, they have become
+    # worse, whatever the folds say, which hand their noise back to each other.
+    if not is_kept:
+        ended = (made, on_device(np.bool_(True)))
+        return eqx.tree_at(lambda s: (s.iteration, s.finished), state, ended), info
+    change = angle_change if config.refines_angles else shift_change
+    continues = (
+        is_early
+        or next_band_limit(r_max, correlation) > r_max
+        or schedule.is_worth_another(
+            change, float(state.pose_change), gold_score, best, set_states, config
+        )
+    )
+    dtype = state.pose_change.dtype
+    state = RefineState(
+        tuple(set_states),
+        state.indices,
+        made,
+        on_device(np.int32(r_max)),
+        on_device(np.asarray(change, dtype)),
+        on_device(correlation.astype(dtype)),
+        on_device(np.bool_(not continues)),
     )
     return state, info
 
@@ -298,11 +305,15 @@ def _conclude(
         )
         sums_of_sets.append(sums)
         set_states.append(map_step.choose_tau(particle_set, aligned, sums)[0])
-    total, joined, half_maps, curve = sums_of_sets[0], set_states[0], None, None
+    total, joined = sums_of_sets[0], set_states[0]
+    half_maps = curve = informed_up_to = None
     if len(particle_sets) == 2:
         maps = [least_squares(first + second) for first, second in sums_of_sets]
         half_maps = (np.asarray(maps[0]), np.asarray(maps[1]))
         curve = np.asarray(fsc(*maps))
+        last = particle_sets[0].last_shell
+        known = np.asarray(state.correlation)
+        informed_up_to = int(schedule.supported(known, config, last))
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
         tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
         joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)
@@ -316,6 +327,7 @@ def _conclude(
         np.asarray(final.volume),
         half_maps,
         curve,
+        informed_up_to,
         final.tau,
         eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
     )

@@ -39,6 +39,9 @@ class RefineInfo:
         Mean correlation of the folds' maps.
     gold_score
         Mean correlation of the half sets' regularised maps; None without half sets.
+    is_kept
+        Whether its poses and maps are those that the refinement goes on with, or ends
+        with; if not, those of the iteration before are.
     """
 
     iteration: int
@@ -52,6 +55,7 @@ class RefineInfo:
     tau: list[float]
     fold_score: float
     gold_score: float | None = None
+    is_kept: bool = True
 
     def row(self) -> dict[str, int | float | list[float] | None]:
         """Return the numbers by name, for a table."""
@@ -109,6 +113,9 @@ class Result:
         The map, of shape ``(n, n, n)``.
     half_maps, fsc
         With half sets, their maps, not regularised, and the FSC of these; else None.
+    informed_up_to
+        With half sets, the last shell in which the maps that poses are compared with
+        are right, see `schedule.supported`; else None.
     tau
         Weight of the regulariser.
     state
@@ -122,5 +129,6 @@ class Result:
     volume: Float[np.ndarray, "n n n"]
     half_maps: tuple[np.ndarray, np.ndarray] | None
     fsc: Float[np.ndarray, " shells"] | None
+    informed_up_to: int | None
     tau: float
     state: RefineState

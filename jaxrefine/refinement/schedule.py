@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
+from jaxrefine._arrays import on_device
+from jaxrefine.maps.fsc import crossing
 from jaxrefine.operators import slices
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import ParticleSet
@@ -14,20 +17,39 @@ from jaxrefine.refinement.state import SetState
 _LEAST_TO_CROP = 96
 
 
-def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:
-    """Return the next band limit: what the folds' maps support, at most twice the last.
+def supported(
+    correlation: Float[np.ndarray, "shells"], config: RefineConfig, last: int
+) -> float:
+    """Return up to which shell maps are right enough to compare poses with.
 
-    In the shells in which poses were compared, the maps agree better than they are
-    right, since the poses were fitted to both. The limit therefore grows only if the
-    maps agree in the shells beyond it, up to the next radius of `slices.bucket`.
+    That is where their correlation falls below ``Tuning.supported_fsc``.
+
+    Parameters
+    ----------
+    correlation
+        Of the maps of the half sets or, without half sets, of the folds.
+    config
+        Parameters.
+    last
+        Last shell that is read.
+    """
+    curve = on_device(correlation[: last + 1])
+    return float(crossing(curve, config.tuning.supported_fsc))
+
+
+def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> int:
+    """Return the next band limit: what the maps support, at most twice the last.
+
+    In the shells in which poses were compared, the maps of folds agree better than they
+    are right, since the poses were fitted to both. The limit therefore grows only if
+    the maps agree in the shells beyond it, up to the next radius of `slices.bucket`.
 
     Parameters
     ----------
     r_max
         Band limit so far, cycles per box.
     supported
-        Radius, in shells, at which the correlation of the folds' maps falls below
-        ``Tuning.supported_fsc``.
+        Radius, in shells, up to which the maps are right, see `supported`.
     particle_set
         The particles of any set.
     """
@@ -71,6 +93,11 @@ def median_error_bar(set_states: Sequence[SetState], config: RefineConfig) -> fl
     if config.refines_angles:
         return float(np.median(np.sqrt(variances[:, :3].sum(axis=1))))
     return float(np.median(np.sqrt(variances[:, 3:].sum(axis=1))))
+
+
+def score(correlation: Float[np.ndarray, "shells"], last: int) -> float:
+    """Return the mean correlation of two maps over the shells 1 to ``last``."""
+    return float(np.mean(correlation[1 : last + 1]))
 
 
 def is_worth_another(

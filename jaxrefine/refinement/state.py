@@ -62,11 +62,12 @@ class RefineState(eqx.Module):
         The states of the sets that are refined independently, and where the particles
         of each are among all.
     iteration, r_max
-        Outer iterations made, and the band limit of the next (of the last, at the end).
-    pose_change, best_gold
+        Outer iterations made, and the band limit at which these poses were found.
+    pose_change, correlation
         What the next iteration is compared with: the median change of the rotations,
-        radians (or of the shifts, pixels, if the angles are fixed), and the best
-        correlation of half sets.
+        radians (or of the shifts, pixels, if the angles are fixed), and the correlation
+        of the maps of the half sets (without half sets, of the folds) by shell, -1
+        before the first iteration.
     finished
         Whether the refinement has converged.
     """
@@ -76,7 +77,7 @@ class RefineState(eqx.Module):
     iteration: Int[Array, ""]
     r_max: Int[Array, ""]
     pose_change: Float[Array, ""]
-    best_gold: Float[Array, ""]
+    correlation: Float[Array, "shells"]
     finished: Bool[Array, ""]
 
     @property

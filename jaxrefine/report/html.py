@@ -41,6 +41,7 @@ _HEADINGS = {
     "tau": "regularisation weight tau of each set",
     "fold_score": "mean FSC of the folds",
     "gold_score": "mean FSC of the half sets' regularised maps",
+    "is_kept": "kept",
     "cg_residual": "relative residual of the last CG solution",
     "angle_moves": "accepted angle steps",
     "shift_moves": "accepted shift steps",
@@ -213,7 +214,9 @@ def _sections(report: Report) -> Iterator[tuple[str, list[Element]]]:
     """Yield the headings and the content of the sections, which may be empty."""
     remarks = [_element("p", remark) for remark in report.remarks]
     yield "Result", [_headlines(report), *remarks]
-    yield "Resolution", _grid(_resolution_pictures(report))
+    measured = report.half_set_fsc is not None
+    heading = "Resolution" if measured else "Correlation of the folds"
+    yield heading, _grid(_resolution_pictures(report))
     yield "Map", _grid(_map_pictures(report))
     yield "Poses", _grid(_pose_pictures(report))
     yield "Iterations", _grid(_band_pictures(report)) + _iteration_table(report.rows)
@@ -291,9 +294,10 @@ def _resolution_pictures(report: Report) -> Iterator[Element]:
     elif report.fold_fsc is not None:
         yield _figure(
             "Fourier shell correlation of the unmasked maps of the two folds in the "
-            "last iteration. The poses of each fold were refined against the map of "
-            "the other, so this is not a gold-standard resolution: where noise is "
-            "strong it may rise while the map gets worse. Use --half-sets for that.",
+            "last iteration that was kept. The poses of each fold were refined against "
+            "the map of the other, so this is no resolution: where noise is strong it "
+            "may rise while the map gets worse. Refine with --half-sets for a "
+            "resolution.",
             "Curve of the Fourier shell correlation of the folds against the Fourier "
             "shell.",
             plots.fsc_curves,
@@ -487,7 +491,7 @@ def _draw_bands(path: Path, rows: Sequence[Row], box_in_angstroms: float) -> Non
     shells = [shell for shell in axes.get_yticks() if shell > 0]
     right = axes.secondary_yaxis("right")
     right.set_yticks(shells, [f"{box_in_angstroms / shell:.3g}" for shell in shells])
-    right.set_ylabel("resolution (Å)")
+    right.set_ylabel("period (Å)")
     axes.legend()
     plots.save(figure, path)
 

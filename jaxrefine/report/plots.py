@@ -166,7 +166,7 @@ def draw_fsc(
         above = axes.secondary_xaxis("top")
         above.set_xticks(shells, [f"{float(period):.3g}" for period in periods])
         above.tick_params(labelsize=TEXT_SIZE - 1)
-        above.set_xlabel("resolution (Å)", size=TEXT_SIZE)
+        above.set_xlabel("period (Å)", size=TEXT_SIZE)
 
 
 def error_histograms(

@@ -12,6 +12,7 @@ _SHOWN = {
     "angle_error_in_degrees_median": ("error", "{:.1f}°"),
     "r_max": ("band", "{}"),
     "fold_score": ("folds' FSC", "{:.3f}"),
+    "gold_score": ("half sets' FSC", "{:.3f}"),
     "angle_change_in_degrees": ("turned", "{:.2f}°"),
     "resolution_in_angstroms": ("resolution", "{:.1f} Å"),
     "angle_step_in_degrees": ("step", "{:.2g}°"),
@@ -89,7 +90,7 @@ class Bars:
             shown = {
                 title: form.format(row[name])
                 for name, (title, form) in _SHOWN.items()
-                if name in row
+                if row.get(name) is not None
             }
             bar.set_postfix(shown, refresh=False)
             bar.update(row.get("iteration", bar.n + 1) - bar.n)

@@ -159,6 +159,7 @@ def test_iterations_at_low_snr_are_shown_as_means_over_seeds(run):
     low_snr = run.load("low_snr")
     row = {"iteration": 1, "mean_fsc": 0.5, "fold_score": 0.25, "gold_score": None}
     row |= {"angle_error_in_degrees_median": 4.0, "r_max": 7, "would_end": True}
+    row["is_kept"] = True
     other = row | {"mean_fsc": 0.75, "r_max": 10, "would_end": False}
     found = {"r_max": 16, "angle_error_in_degrees_median": 4, "found": 1, "others": 0.5}
     runs = [
@@ -169,7 +170,7 @@ def test_iterations_at_low_snr_are_shown_as_means_over_seeds(run):
     text = low_snr.table([{"case": "hjc32", "figures": {**data, "runs": runs}}])
     rows = [line for line in text.splitlines() if line.startswith("| 1")]
     assert rows == [
-        "| 1 | 0.625 | 0.250 |  | 4.00 | 7/10 | 1 |",
+        "| 1 | 0.625 | 0.250 |  | 4.00 | 7/10 | 2 | 1 |",
         "| 16 | 4.00 | 1.000 | 0.500 |",
     ]
     assert "2 seeds" in text and "`limited`" in text and "`folds`" not in text

@@ -79,9 +79,8 @@ def stand_in():
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
-            state=SimpleNamespace(
-                set_states=[SimpleNamespace(fold_fsc=np.ones(N // 2 + 1))]
-            ),
+            informed_up_to=6 if config.half_sets else None,
+            state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
         )
 
@@ -324,6 +323,9 @@ def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
         np.testing.assert_array_equal(half, read_mrc(data / "init.mrc")[0][::sign])
     report = json.loads((data / "out/run.json").read_text())
     assert report["half_set_fsc"] == [1.0] * (N // 2 + 1)
+    # 16 pixels of 2 A: the sixth shell has the period 5.333 A.
+    assert report["poses_informed_to_in_angstroms"] == 5.333
+    assert report["limits"] in out and "--max-resolution" in report["limits"]
     # A file that says so decides.
     blocks = read_star(data / "particles.star")
     blocks["particles"]["rlnRandomSubset"] = ["1", "2"] * 4
@@ -368,7 +370,7 @@ def test_half_sets_end_with_what_postprocess_does(
     words = [out / "half1.mrc", out / "half2.mrc", "--auto-b-factor", "--seed", 3]
     one_by_one = refine("postprocess", *words, *given, "--out", again)
     assert one_by_one.code == 0
-    assert done.out.splitlines()[1 + moved :] == one_by_one.out.splitlines()
+    assert done.out.splitlines()[2 + moved :] == one_by_one.out.splitlines()
     (maps, picture), (expected, _) = processed_files(out), processed_files(again)
     for found, other in zip(maps, expected, strict=True):
         (volume, voxel), (same, same_voxel) = read_mrc(found), read_mrc(other)

@@ -235,6 +235,21 @@ def test_the_resolution_is_that_with_the_mask_and_each_curve_is_named(pages):
     assert any("sharpened and masked" in text for text in page.all("figcaption"))
 
 
+def test_the_correlation_of_folds_is_called_what_it_is(reports, tmp_path):
+    """Nothing but the line that none was measured is called a resolution."""
+    folds = np.linspace(1, 0, N // 2 + 1)
+    report = replace(reports["default"], half_set_fsc=None, fold_fsc=folds)
+    html.write(tmp_path / "report.html", report)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "Correlation of the folds" in page.all("h2")
+    assert page.figures()["Resolution, FSC 0.143"] == "not measured (no half sets)"
+    told = [text for text in page.all("figcaption") if "resolution" in text.lower()]
+    (caption,) = told
+    assert "this is no resolution" in caption
+    assert "Refine with --half-sets for a resolution." in caption
+    assert not any("resolution" in i["alt"].lower() for i in page.attributes("img"))
+
+
 def test_pose_changes_are_those_of_the_poses(pages):
     """Every particle was turned by 0.25 rad about the beam and moved by 3 (1, 1)."""
     for page in pages.values():

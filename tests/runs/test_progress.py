@@ -56,6 +56,16 @@ def test_a_bar_without_an_end(bars_on_terminal, capsys):
     assert "without an end: 1it" in last and "resolution=36.9 Å" in last
 
 
+def test_scores_have_the_name_of_what_they_are(bars_on_terminal, capsys):
+    row = {"fold_score": 0.75, "gold_score": None}
+    for gold, shown in ((None, False), (0.5, True)):
+        with bars_on_terminal() as bars:
+            bars.next("refining", 1)(None, row | {"gold_score": gold})
+        last = shown_last(capsys.readouterr().err)
+        assert "folds' FSC=0.750" in last
+        assert ("half sets' FSC=0.500" in last) == shown
+
+
 def test_the_stage_of_a_run_is_below_its_bar(bars_on_terminal, capsys):
     """Each in its turn, and the same one again in the next iteration."""
     with bars_on_terminal() as bars:
