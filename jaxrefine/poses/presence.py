@@ -12,13 +12,13 @@ Gaussian as large as the whole space,
    \approx \log \sum_h e^{\ell_h} - \tfrac12 \log\det(1 + W A),
 
 the sum over the candidate poses (Laplace's method). The last term is the price of the
-search: how much larger the space is than the posterior. A lower bound comes of
-candidates that were not found, or that a prior has kept from their optimum.
+search: how much larger the space is than the posterior. Candidates that were not found,
+or that a prior has kept from their optimum, can only make :math:`B` smaller.
 
-For images of noise, whose power is known and which the map does not depend on, the mean
-of :math:`B` is 1. However their poses were found, at most a fraction :math:`1/b` of them
-has therefore :math:`B \ge b` (Markov's inequality); such a ratio is an e-value (Vovk
-and Wang, Annals of Statistics 49, 2021).
+For images of noise, whose power is known and on which the map does not depend, the mean
+of :math:`B` is 1. However their poses were found, at most a fraction :math:`1/b` of
+them has therefore :math:`B \ge b` (Markov's inequality); such a ratio is an e-value
+(Vovk and Wang, Annals of Statistics 49, 2021).
 """
 
 import math
@@ -32,6 +32,8 @@ from jaxtyping import Array, Float
 
 from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.prior import Prior
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 LEAST_EVIDENCE = math.log(20)
 """Evidence (natural logarithm) that one image of noise in 20 has, or fewer."""
@@ -105,7 +107,8 @@ def _of_one(
     information: Float[Array, "5 5"],
     evidence: Float[Array, ""],
 ) -> Float[Array, ""]:
-    costs = jax.vmap(prior.cost)(hypotheses.rotations, hypotheses.shifts)
+    rotations, shifts = map(jnp.asarray, (hypotheses.rotations, hypotheses.shifts))
+    costs = jax.vmap(prior.cost)(rotations, shifts)
     likely = evidence + jax.nn.logsumexp(hypotheses.log_weights + costs)
     known, dtype = prior.information(), information.dtype
     spreads = jnp.repeat(
@@ -116,7 +119,8 @@ def _of_one(
     whole = jnp.diag(jnp.where(prior.free > 0, spreads**-2, jnp.diagonal(known)))
     # Rounding must not leave less than no information.
     values, axes = jnp.linalg.eigh(information - known)
-    of_image = jnp.matmul(axes, jnp.maximum(values, 0.0)[:, None] * axes.T)
+    scaled = jnp.maximum(values, 0.0)[:, None] * axes.T
+    of_image = jnp.matmul(axes, scaled, precision=_HIGHEST)
     _, posterior = jnp.linalg.slogdet(of_image + known)
     _, without = jnp.linalg.slogdet(of_image + whole)
     _, volume = jnp.linalg.slogdet(whole)

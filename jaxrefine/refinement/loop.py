@@ -284,8 +284,9 @@ def _conclude(
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
         inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
-        # Before that: priors are in the frame that the set had.
-        found = pose_step.evidence_anywhere(particle_set, known)
+        # Of the set as it was, in whose frame the priors are. All processes take what
+        # the first one finds, as in `refine`.
+        found = of_first(pose_step.evidence_anywhere(particle_set, known))
         determined = (found > LEAST_EVIDENCE) & inside
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
