@@ -26,6 +26,7 @@ NAMES = {
     "refinement": "joint refinement against the truth, the oracle and RELION",
     "ctf": "data with CTFs through the command line, and RELION's map of our poses",
     "matching": "first poses of a control like real data, and RELION's first iteration",
+    "presence": "images of noise among particles, with poses that were searched for",
     "external": "RELION's refinement with our maps and with its own",
     "regularisation": "four ways to choose the regulariser's weight",
     "low_snr": "iterations of a refinement at low SNR, and what poses can give",

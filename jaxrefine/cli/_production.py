@@ -221,6 +221,7 @@ def _run(
     undetermined = chosen.of_table(result.undetermined, True)
     report: dict[str, Any] = {
         "undetermined": int(result.undetermined.sum()),
+        "reference_bias": bool(result.undetermined.mean() > 0.5),
         "left_out": int(chosen.left_out.sum()),
         "tau": float(result.tau),
         "planned_batch_size": batch_size,

@@ -285,8 +285,17 @@ def _summary(
 
 
 def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[str]:
-    """Return what was not done at the end, and why, and what is known, in sentences."""
+    """Return what is known, what to be wary of, and what was not done, in sentences."""
     remarks = []
+    if outcome.report.get("reference_bias"):
+        count = len(outcome.poses) - outcome.report["left_out"]
+        remarks.append(
+            f"{outcome.report['undetermined']} of {count} images show no more of the "
+            "particle than images of noise do after such a search. Noise that is "
+            "aligned to a map comes to resemble it (reference bias), so neither the "
+            "map nor a resolution can be trusted: look at what was picked, and see "
+            "whether the initial map is that of these particles"
+        )
     if "limits" in outcome.report:
         remarks.append(outcome.report["limits"])
     if "not_recentred_because" in outcome.report:

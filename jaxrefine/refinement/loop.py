@@ -41,6 +41,7 @@ from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
+from jaxrefine.poses.presence import LEAST_EVIDENCE
 from jaxrefine.poses.prior import Prior
 from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
 from jaxrefine.refinement.config import RefineConfig
@@ -275,7 +276,7 @@ def _given_information(prior: Prior) -> Float[Array, "particles 5 5"]:
 def _conclude(
     particle_sets: list[ParticleSet], given: Poses, state: RefineState
 ) -> Result:
-    """Make the final maps, of the particles whose poses are determined."""
+    """Make the final maps, of the images that show a particle."""
     config, count = particle_sets[0].config, len(given)
     rotations, shifts = np.array(given.rotations), np.array(given.shifts)
     information = np.zeros((count, 5, 5), shifts.dtype)
@@ -290,7 +291,10 @@ def _conclude(
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
         inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
-        determined = pose_step.determined(aligned) & inside
+        # Of the set as it was, in whose frame the priors are. All processes take what
+        # the first one finds, as in `refine`.
+        found = of_first(pose_step.evidence_anywhere(particle_set, known))
+        determined = (found > LEAST_EVIDENCE) & inside
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:
@@ -298,7 +302,7 @@ def _conclude(
         refined = pose_step.measure_information(particle_set, known, int(state.r_max))
         unrefined = np.asarray(_given_information(particle_set.prior))
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
-        evidence[indices] = aligned.evidence
+        evidence[indices] = found
         undetermined[indices] = ~determined
         sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined

@@ -1,8 +1,8 @@
 r"""The pose update of an outer iteration, for one set of particles.
 
 `update_poses` searches, polishes and weights candidate poses; `measure_information`
-measures how well the poses are known in the end, and `determined` tells which images
-show a particle.
+measures how well the poses are known in the end, and `evidence_anywhere` tells which
+images show a particle.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import final
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from jaxrefine._arrays import on_device
 from jaxrefine._types import Volume
@@ -21,7 +21,7 @@ from jaxrefine.data.visit import visit
 from jaxrefine.maps.filters import filter_shells
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import slices
-from jaxrefine.poses import uncertainty, update
+from jaxrefine.poses import presence, uncertainty, update
 from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.polish import Polish
 from jaxrefine.poses.search import Search, covering_count, shift_grid
@@ -335,6 +335,24 @@ def measure_information(
     return information
 
 
-def determined(state: SetState) -> Bool[np.ndarray, " particles"]:
-    """Return which images are more probable with the particle than without one."""
-    return np.asarray(state.evidence) > 0
+def evidence_anywhere(
+    particle_set: ParticleSet, state: SetState
+) -> Float[np.ndarray, " particles"]:
+    """Return the evidence of each particle, after the search has been paid for.
+
+    It is taken over all rotations, and over all positions at which the particle lies
+    within its image, but no fewer than may be searched. What the configuration fixes is
+    taken to be known; see :mod:`jaxrefine.poses.presence`.
+    """
+    config, size = particle_set.config, particle_set.particles.image_size
+    radius = max((1 - config.particle_diameter) * size / 2, config.max_shift)
+    space = presence.Space.of(len(config.operators), radius)
+    return np.asarray(
+        presence.evidence_anywhere(
+            space,
+            particle_set.prior,
+            state.hypotheses,
+            state.information,
+            state.evidence,
+        )
+    )

@@ -104,9 +104,10 @@ class Result:
         Of each rotation vector (radians) and shift (pixels); 0 for what is fixed.
     log_likelihood
         Logarithm of each particle's evidence: how much more probable the image is with
-        the particle than without.
+        the particle, at any pose, than without, see :mod:`jaxrefine.poses.presence`.
     undetermined
-        Whether each image is more probable without a particle than with it, or its
+        Whether an image does not show that it has a particle: its evidence is at most
+        that which one image of noise in 20 has (`presence.LEAST_EVIDENCE`), or its
         refined position is outside of the image. Such particles keep their given poses,
         and are left out of the maps.
     volume

@@ -52,7 +52,7 @@ class State(eqx.Module):
 @pytest.fixture
 def stand_in():
     """An engine that moves every particle; a record of its calls, and where to stop."""
-    seen = SimpleNamespace(calls=[], stop_after=None, iterations=[])
+    seen = SimpleNamespace(calls=[], stop_after=None, iterations=[], undetermined=[3])
 
     def refine(
         particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
@@ -75,7 +75,7 @@ def stand_in():
             poses=eqx.tree_at(lambda p: p.shifts, poses, state.shifts),
             covariances=np.broadcast_to(covariance, (len(particles), 5, 5)),
             log_likelihood=np.arange(len(particles)) - 0.5,
-            undetermined=np.arange(len(particles)) == 3,
+            undetermined=np.isin(np.arange(len(particles)), seen.undetermined),
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
@@ -900,6 +900,20 @@ def test_what_is_left_out_is_counted_apart(data, refine):
     assert (report["undetermined"], report["left_out"]) == (1, 2)
     table = read_star(data / "out/particles.star")["particles"]
     assert table["jaxrefineUndetermined"] == list("11000100")
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_images_that_are_mostly_noise_are_told_of(data, refine, stand_in, count):
+    """The line, the report and run.json warn of a map that resembles the first one."""
+    stand_in.undetermined = list(range(count))
+    done = refine(*command(data, "--iterations", 1))
+    warning = f"{count} of {COUNT} images show no more of the particle than images of"
+    is_most = 2 * count > COUNT
+    assert done.code == 0 and (warning in done.out) == is_most
+    page = (data / "out/report.html").read_text()
+    assert (warning in page) == ("reference bias" in page) == is_most
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["reference_bias"] is is_most
 
 
 def test_a_finished_run_of_a_published_preset_is_not_prepared_again(
