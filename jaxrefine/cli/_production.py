@@ -62,6 +62,7 @@ def _configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfi
     chosen: dict[str, Any] = {
         "half_sets": settings.half_sets,
         "symmetry": settings.symmetry,
+        "symmetry_relax": settings.symmetry_relax,
         "tau": settings.tau,
         **_rotations(settings),
         **_shifts(settings, source.particles.image_size),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrefine import io
+from jaxrefine import io, symmetry
 from jaxrefine._processes import check_same, of_first, wait_for_first
 from jaxrefine.cli import (
     _ending,
@@ -97,7 +97,7 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
             outcome = refinement.run(folder, bars)
-        changes = _changes(inputs.source.poses, outcome.poses)
+        changes = _changes(settings, inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
         if settings.recentre:
             inputs, outcome = _ending.recentred(settings, inputs, outcome)
@@ -163,14 +163,28 @@ def _resolved_texts(resolved: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _changes(given: Poses, refined: Poses) -> dict[str, np.ndarray]:
-    """Return how far each pose has moved: the angle of its turn, and pixels."""
-    before = given.rotations.astype(refined.rotations.dtype)
-    turn = jax.jit(geodesic_distance)(before, refined.rotations)
+def _changes(
+    settings: RefineSettings, given: Poses, refined: Poses
+) -> dict[str, np.ndarray]:
+    """Return how far each pose has moved: the angle of its turn, and pixels.
+
+    The turn is from the nearest copy of the given pose. If there are several, it is
+    said which one that is: the number of the row that ``jaxrefine expand`` writes of
+    it, from 1.
+    """
+    operators = symmetry.operators(settings.symmetry_relax)
+    dtype = refined.rotations.dtype
+    before = np.asarray(given.rotations)[:, None] @ operators
+    turn = jax.jit(geodesic_distance)(
+        before.astype(dtype), np.asarray(refined.rotations)[:, None]
+    )
     move = np.asarray(refined.shifts, float) - np.asarray(given.shifts, float)
+    nearest = np.argmin(turn, axis=1)
+    copy = {} if len(operators) == 1 else {"jaxrefineSymmetryCopy": 1 + nearest}
     return {
-        "jaxrefineAngleChange": np.rad2deg(np.asarray(turn)),
+        "jaxrefineAngleChange": np.rad2deg(np.min(turn, axis=1)),
         "jaxrefineShiftChange": np.linalg.norm(move, axis=1),
+        **copy,
     }
 
 

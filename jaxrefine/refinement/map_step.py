@@ -64,7 +64,7 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     """
     count, config = len(particle_set), particle_set.config
     given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
-    hypotheses = certain(given, config.hypotheses)
+    hypotheses = certain(given, config.places)
     shells = particle_set.particles.image_size // 2 + 1
     ones = on_device(np.ones(shells, volume.dtype))
     volume = _up_to(at_unit_scale(volume), config.first_r_max)

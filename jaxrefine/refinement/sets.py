@@ -114,6 +114,7 @@ def make_particle_set(
         config.shift_spread,
         config.max_angle,
         config.max_shift,
+        config.copies,
     )
     cluster = None if is_dominated(particles.cluster) else particles.cluster
     fold = _dealt(len(particles), cluster, key)

@@ -22,12 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import interrupted_after
+from scipy.spatial.transform import Rotation
 
-from jaxrefine import simulate
+from jaxrefine import simulate, symmetry
 from jaxrefine.cli import refine as cli_refine
 from jaxrefine.cli.commands.postprocess import POSTPROCESS
 from jaxrefine.cli.commands.refine import REFINE, RefineSettings
 from jaxrefine.cli.engine import Engine
+from jaxrefine.cli.refine import _changes
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_mrc,
     read_particles,
@@ -309,6 +312,37 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
         assert config.particle_diameter == pytest.approx(expected[4])
+
+
+def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):
+    """The engine is told; the table says which copy a pose is in, and how far off."""
+    words = ["--symmetry-relax", "d2", "--symmetry", "c2", "--iterations", 1]
+    assert refine(*command(data, *words)).code == 0
+    (call,) = stand_in.calls
+    assert (call.config.symmetry_relax, call.config.symmetry) == ("D2", "C2")
+    table = read_star(data / "out/particles.star")["particles"]
+    assert table["jaxrefineSymmetryCopy"] == ["1"] * COUNT
+    turned = [float(x) for x in table["jaxrefineAngleChange"]]
+    np.testing.assert_allclose(turned, 0, atol=1e-4)
+
+
+def test_the_change_of_a_pose_is_that_from_the_nearest_copy():
+    """The copy has the number of the row that `expand` would write."""
+    operators = symmetry.operators("C4")
+    rng = np.random.default_rng(0)
+    given = Rotation.random(12, rng).as_matrix()
+    turns = Rotation.from_rotvec(0.1 * rng.normal(size=(12, 3)))
+    copy = rng.integers(0, 4, 12)
+    refined = turns.as_matrix() @ given @ operators[copy]
+    shifts = np.zeros((12, 2))
+    settings = RefineSettings(
+        particles=Path(), map=Path(), out=Path(), symmetry_relax="C4"
+    )
+    columns = _changes(settings, Poses(given, shifts), Poses(refined, shifts))
+    np.testing.assert_array_equal(columns["jaxrefineSymmetryCopy"], copy + 1)
+    np.testing.assert_allclose(
+        columns["jaxrefineAngleChange"], np.rad2deg(turns.magnitude()), rtol=1e-6
+    )
 
 
 @pytest.mark.slow

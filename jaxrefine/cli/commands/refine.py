@@ -120,6 +120,16 @@ class RefineSettings:
         False, presets=_DEFAULT, help="keep the positions, refine the angles alone"
     )
     symmetry: str = shared.symmetry(presets=_DEFAULT)
+    symmetry_relax: str = option(
+        "C1",
+        convert=str.upper,
+        metavar="GROUP",
+        presets=_DEFAULT,
+        excludes=("fix_angles",),
+        help="point group up to which the given poses are known, where the map does "
+        "not have it: searches try all copies of a pose, and --max-angle and "
+        "--angle-spread count from the nearest one",
+    )
     initial_resolution: float | None = option(
         None,
         unit="angstroms",
