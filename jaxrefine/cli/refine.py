@@ -174,10 +174,9 @@ def _changes(
     """
     operators = symmetry.operators(settings.symmetry_relax)
     dtype = refined.rotations.dtype
-    before = np.asarray(given.rotations)[:, None] @ operators
-    turn = jax.jit(geodesic_distance)(
-        before.astype(dtype), np.asarray(refined.rotations)[:, None]
-    )
+    copies = (np.asarray(given.rotations)[:, None] @ operators).astype(dtype)
+    there = np.broadcast_to(np.asarray(refined.rotations)[:, None], copies.shape)
+    turn = np.asarray(jax.jit(geodesic_distance)(copies, there))
     move = np.asarray(refined.shifts, float) - np.asarray(given.shifts, float)
     nearest = np.argmin(turn, axis=1)
     copy = {} if len(operators) == 1 else {"jaxrefineSymmetryCopy": 1 + nearest}

@@ -137,6 +137,12 @@ class RefineConfig:
     half_sets
         Whether two halves of the particles are refined independently, for a
         gold-standard FSC.
+    contrast_spread
+        Standard deviation of the particles' contrast, a factor about 1 of each one's
+        projection, which is refined; with 0 it is 1.
+    defocus_spread
+        Standard deviation of the particles' defocus about the given one, angstroms,
+        which is refined; with 0 it is as given.
     iterations
         Largest number of outer iterations.
     first_r_max
@@ -189,6 +195,8 @@ class RefineConfig:
     symmetry_relax: str = "C1"
     particle_diameter: float = PARTICLE_DIAMETER
     half_sets: bool = False
+    contrast_spread: float = 0.0
+    defocus_spread: float = 0.0
     iterations: int = 12
     first_r_max: int = 7
     search_r_max: int = 11
@@ -214,12 +222,12 @@ class RefineConfig:
     @property
     def refines_angles(self) -> bool:
         """Whether the angles are refined; if not, they stay as they are given."""
-        return self.max_angle > 0
+        return bool(self.max_angle > 0)
 
     @property
     def refines_shifts(self) -> bool:
         """Whether the shifts are refined; if not, they stay as they are given."""
-        return self.max_shift > 0
+        return bool(self.max_shift > 0)
 
     @property
     def operators(self) -> Float[np.ndarray, "order 3 3"]:
@@ -270,7 +278,7 @@ class RefineConfig:
             )
         if not self.shift_spread > 0:
             raise InputError(f"shift_spread must be positive, got {self.shift_spread}")
-        _check_at_least(self, 0, "max_shift")
+        _check_at_least(self, 0, "max_shift", "contrast_spread", "defocus_spread")
         if not 0 <= self.max_angle <= math.pi:
             raise InputError(
                 "max_angle must be at least 0 and at most pi radians, got "

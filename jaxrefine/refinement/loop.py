@@ -42,7 +42,14 @@ from jaxrefine.maps.fsc import crossing, fsc
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
 from jaxrefine.poses.prior import Prior
-from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
+from jaxrefine.refinement import (
+    half_sets,
+    insertion,
+    map_step,
+    optics_step,
+    pose_step,
+    schedule,
+)
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
 from jaxrefine.refinement.sets import ParticleSet, checked, divide
@@ -195,8 +202,10 @@ def _iterate(
     ):
         draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
         known, report = pose_step.update_poses(
-            particle_set, known, iteration, r_max, draw
+            optics_step.applied(particle_set, known), known, iteration, r_max, draw
         )
+        known, _ = optics_step.update_optics(particle_set, known, r_max)
+        particle_set = optics_step.applied(particle_set, known)
         everyone = np.ones(len(particle_set), bool)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, everyone, side
@@ -275,8 +284,10 @@ def _conclude(
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
     half_side = particle_sets[0].particles.image_size / 2
-    sums_of_sets, set_states = [], []
+    sums_of_sets, set_states, optics, errors = [], [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
+        known, error = optics_step.update_optics(particle_set, known, int(state.r_max))
+        particle_set = optics_step.applied(particle_set, known)
         # The second set is put into the frame of the first.
         aligned = known
         if set_states:
@@ -293,6 +304,9 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = aligned.evidence
         undetermined[indices] = ~determined
+        optics.append(optics_step.of_determined(known.optics, 1.0, 0.0, determined))
+        spreads = config.contrast_spread, config.defocus_spread
+        errors.append(optics_step.of_determined(error, *spreads, determined))
         sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
@@ -318,4 +332,6 @@ def _conclude(
         curve,
         final.tau,
         eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
+        optics_step.of_all(optics, [each.indices for each in particle_sets]),
+        optics_step.of_all(errors, [each.indices for each in particle_sets]),
     )

@@ -35,6 +35,7 @@ from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.resample import resample
 from jaxrefine.poses.hypotheses import Hypotheses, certain
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.optics_step import first_optics
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
@@ -81,6 +82,7 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
         noise=noise,
         tau=on_device(np.asarray(config.tau or 1.0, volume.dtype)),
         fold_fsc=ones,
+        optics=first_optics(particle_set),
     )
 
 

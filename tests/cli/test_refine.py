@@ -45,6 +45,7 @@ from jaxrefine.runs.options import declared
 
 N, COUNT, PIXEL = 16, 8, 2.0  # of the data
 STEP = 0.25
+CONTRAST, DEFOCUS = np.linspace(0.7, 1.3, COUNT), np.linspace(-300.0, 400.0, COUNT)
 
 
 class State(eqx.Module):
@@ -86,6 +87,10 @@ def stand_in():
                 set_states=[SimpleNamespace(fold_fsc=np.ones(N // 2 + 1))]
             ),
             tau=0.7,
+            optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
+            optics_errors=SimpleNamespace(
+                contrast=np.full(COUNT, 0.1), defocus=np.full(COUNT, 50.0)
+            ),
         )
 
     def init(particles, poses, *_, **__):
@@ -312,6 +317,42 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
         assert config.particle_diameter == pytest.approx(expected[4])
+
+
+@pytest.mark.parametrize("star", ["particles.star", "plain.star"])
+def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
+    """RELION's, if there are transfer functions; also of a second run from there."""
+    words = command(data, "--refine-scale", "--iterations", 1, star=star)
+    if star == "plain.star":
+        blamed = refine(*words, "--refine-defocus")
+        blamed.assert_refused("--refine-defocus must be given with particles that have")
+        assert refine(*words).code == 0
+        table = read_star(data / "out/particles.star")["particles"]
+        scale = [float(x) for x in table["jaxrefineScale"]]
+        np.testing.assert_allclose(scale, CONTRAST, atol=1e-6)
+        assert "rlnCtfScalefactor" not in table and "rlnDefocusU" not in table
+        return
+    assert refine(*words, "--refine-defocus").code == 0
+    (call,) = stand_in.calls
+    assert call.config.contrast_spread == 0.2 and call.config.defocus_spread == 300
+    given, written = (
+        read_particles(data / name).particles.ctf
+        for name in (star, "out/particles.star")
+    )
+    np.testing.assert_allclose(written.scale, given.scale * CONTRAST, rtol=1e-5)
+    for name in ("defocus_u", "defocus_v"):
+        change = np.asarray(getattr(written, name)) - np.asarray(getattr(given, name))
+        np.testing.assert_allclose(change, DEFOCUS, atol=1e-2)
+    np.testing.assert_array_equal(written.defocus_angle, given.defocus_angle)
+    table = read_star(data / "out/particles.star")["particles"]
+    for name, value in (("Scale", 0.1), ("Defocus", 50.0)):
+        np.testing.assert_allclose(
+            [float(x) for x in table[f"jaxrefine{name}Std"]], value, rtol=1e-6
+        )
+    again = command(data, "--iterations", 1, star="out/particles.star")
+    again[again.index(data / "out")] = data / "again"
+    assert refine(*again).code == 0
+    np.testing.assert_array_equal(stand_in.calls[1].particles.ctf.scale, written.scale)
 
 
 def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):

@@ -16,6 +16,10 @@ _DEFAULT = PRESETS[:1]
 ANGLE_SPREAD_OF_LIMIT = 1 / math.sqrt(5)
 SHIFT_SPREAD_OF_LIMIT = 1 / 2
 SHIFT_LIMIT_OF_SPREAD = 3
+# How well contrast and defocus are known: particles lie at several heights of a layer
+# of ice that is often 300 to 1000 angstroms thick, and their contrast varies with it.
+CONTRAST_SPREAD = 0.2
+DEFOCUS_SPREAD = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,18 @@ class RefineSettings:
         implies="Sets --initial-resolution to this if its default is finer, unless "
         "that is given.",
         help="finest detail that poses are compared in",
+    )
+    refine_scale: bool = option(
+        False,
+        presets=_DEFAULT,
+        help="refine the contrast of each particle, a factor of its projection, which "
+        f"is taken to be known to {CONTRAST_SPREAD:g} (standard deviation)",
+    )
+    refine_defocus: bool = option(
+        False,
+        presets=_DEFAULT,
+        help="refine the defocus of each particle, which is taken to be known to "
+        f"{DEFOCUS_SPREAD:g} angstroms (standard deviation)",
     )
     seed: int = shared.seed("everything random")
     batch_size: int | None = shared.batch_size(
