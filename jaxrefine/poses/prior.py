@@ -161,4 +161,4 @@ def priors_about(
     if operators is not None and len(operators) > 1:
         turned = np.asarray(poses.rotations, np.float64)[:, None] @ operators
         copies = on_device(turned.astype(dtype))
-    return Prior(poses.rotations, poses.shifts, *each, copies)
+    return Prior(poses.rotations, poses.shifts, *each, copies=copies)
