@@ -38,6 +38,7 @@ from jaxrefine.cli.engine import Engine
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
@@ -201,7 +202,7 @@ def _run(
     further = {
         "key": jax.random.key(settings.seed),
         "subsets": None if subsets is None else subsets[chosen.indices],
-        "mask": inputs.mask,
+        "mask": AutomaticMask() if inputs.makes_masks else inputs.mask,
     }
     state = _resumed(folder.history, lambda: engine.init(*data, config, **further))
     if state is None and not settings.images.trust_contrast:

@@ -90,7 +90,9 @@ def _motion(
     """
     config, size = particle_set.config, particle_set.particles.image_size
     r_max = slices.bucket(config.search_r_max, size)
-    moving, target = (particle_set.masked(each.mean_map) for each in (state, reference))
+    moving, target = (
+        particle_set.masked(each.mean_map, each.fold_fsc) for each in (state, reference)
+    )
 
     def aligned(volume):
         found = align.align_maps(volume, target, r_max)

@@ -39,6 +39,7 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import crossing, fsc
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
 from jaxrefine.poses.prior import Prior
@@ -67,7 +68,7 @@ def init(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
-    mask: Float[Array, "_ _ _"] | None = None,
+    mask: Float[Array, "_ _ _"] | AutomaticMask | None = None,
 ) -> RefineState:
     """Return the state that :func:`refine` begins with.
 
@@ -100,7 +101,7 @@ def refine(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
-    mask: Float[Array, "_ _ _"] | None = None,
+    mask: Float[Array, "_ _ _"] | AutomaticMask | None = None,
     state: RefineState | None = None,
     callback: Callback | None = None,
     watch: Watch = unwatched,
@@ -127,9 +128,9 @@ def refine(
         divides a cluster; dealt at random without it.
     mask
         From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
-        map's symmetry. Particles are compared with masked maps. Correlations are those
-        of maps without the mask, whose shape would correlate, too; nor are the returned
-        maps masked.
+        map's symmetry; or `AutomaticMask()`, which makes one of each map. Particles are
+        compared with masked maps. Correlations are those of maps without the mask,
+        whose shape would correlate, too; nor are the returned maps masked.
     state
         A state that the callback was given, to continue from; with the same other
         arguments the result is that of an uninterrupted run.

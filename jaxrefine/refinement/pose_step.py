@@ -217,7 +217,7 @@ def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float
 
 def reference_map(particle_set: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = particle_set.masked(state.maps[fold].coefficients)
+    volume = particle_set.masked(state.maps[fold].coefficients, state.fold_fsc)
     return filter_shells(volume, state.gain)
 
 

@@ -40,6 +40,7 @@ from jaxrefine.io import (
     write_star,
 )
 from jaxrefine.maps import centre
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import declared
 
@@ -317,6 +318,24 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
         assert config.particle_diameter == pytest.approx(expected[4])
+
+
+@pytest.mark.parametrize("half_sets", [False, True])
+def test_masks_may_be_made_of_the_maps(data, refine, stand_in, half_sets):
+    """The engine is told, and the mask of the final map is written."""
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    words = command(data, "--mask", "auto", "--iterations", 1)
+    assert refine(*words, *["--half-sets"] * half_sets).code == 0
+    (call,) = stand_in.calls
+    assert call.mask == AutomaticMask()
+    mask, voxel = read_mrc(data / "out/mask.mrc")
+    assert voxel == PIXEL and mask.min() >= 0 and mask.max() == 1
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["settings"]["mask"] == report["options"]["mask"] == "auto"
+    # A finished run is recognised; another mask is another run.
+    assert "finished" in refine(*words, *["--half-sets"] * half_sets).out
+    other = words[: words.index("--mask")] + ["--iterations", 1]
+    refine(*other, *["--half-sets"] * half_sets).assert_refused("mask")
 
 
 @pytest.mark.parametrize("star", ["particles.star", "plain.star"])

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jaxrefine.cli.commands import shared
 from jaxrefine.cli.commands.command import Command
@@ -22,6 +23,11 @@ CONTRAST_SPREAD = 0.2
 DEFOCUS_SPREAD = 300.0
 
 
+def _mask(text: str) -> Path | Literal["auto"]:
+    """Return what the text of ``--mask`` stands for."""
+    return "auto" if text == "auto" else Path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefineSettings:
     """How poses and map are refined."""
@@ -33,12 +39,14 @@ class RefineSettings:
     )
     map: Path = option(metavar="INIT.mrc", help="the map to start from")
     out: Path = option(affects_results=False, metavar="DIR", help="folder to write to")
-    mask: Path | None = option(
+    mask: Path | Literal["auto"] | None = option(
         None,
         presets=_DEFAULT,
-        metavar="MASK.mrc",
+        convert=_mask,
+        metavar="MASK.mrc|auto",
         help="1 in the particle, 0 in the solvent, soft edge: poses are refined with "
-        "masked maps; those that are written are not masked",
+        "masked maps; those that are written are not masked. `auto` makes masks of the "
+        "maps, tighter as these sharpen",
     )
     map_voxel_size: float | None = shared.map_voxel_size()
     resample: bool = shared.resample()
