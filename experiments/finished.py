@@ -1,7 +1,7 @@
 """Finished runs of comparisons, as figures and ``remeasure.py`` read them.
 
 Runs whose folders have no ``run.json`` are those of commits before 2026-12, with their
-settings in ``config.json`` and an empty file ``done``; the runs of ``results`` are.
+settings in ``config.json`` and an empty file ``done``; some runs of ``results`` are.
 """
 
 from collections.abc import Mapping, Sequence

@@ -169,30 +169,32 @@ def visit_blocks(
     """
     arrays, static = eqx.partition(shared, eqx.is_array)
 
-    def on_device(arrays, batch):
+    # Compiled on its own, it is traced once for its shapes and its results.
+    @jax.jit
+    def visit_block(arrays, batch, index):
         function, common = eqx.combine(arrays, static)
+        own = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * BLOCK, BLOCK), batch
+        )
+        return function(common, *own)
 
-        def cut(leaf, index):
-            return jax.lax.dynamic_slice_in_dim(leaf, index * BLOCK, BLOCK)
-
-        def visit_block(index):
-            return function(common, *jax.tree.map(lambda leaf: cut(leaf, index), batch))
-
+    def on_device(arrays, batch):
         def add(index, results):
             def put(leaf, values):
                 return jax.lax.dynamic_update_slice_in_dim(
                     leaf, values, index * BLOCK, 0
                 )
 
-            return jax.tree.map(put, results, visit_block(index))
+            return jax.tree.map(put, results, visit_block(arrays, batch, index))
 
         exists = batch[3]
-        shapes = eqx.filter_eval_shape(visit_block, jnp.zeros((), jnp.int32))
+        first = jnp.zeros((), jnp.int32)
+        shapes = visit_block.eval_shape(arrays, batch, first)
         empty = jax.tree.map(
             lambda leaf: jnp.zeros((len(exists), *leaf.shape[1:]), leaf.dtype), shapes
         )
-        rounds = (jnp.sum(exists.astype(jnp.int32)) + BLOCK - 1) // BLOCK
-        return jax.lax.fori_loop(0, rounds, add, empty)
+        rounds = (jnp.sum(exists, dtype=jnp.int32) + BLOCK - 1) // BLOCK
+        return jax.lax.fori_loop(first, rounds, add, empty)
 
     return jax.shard_map(
         on_device,

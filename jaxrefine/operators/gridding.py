@@ -158,6 +158,7 @@ class Spectrum(eqx.Module):
         """Evaluate the spectrum at frequencies in cycles per box."""
         return self.value_and_slopes((x, y, z), ())[0]
 
+    @eqx.filter_jit
     def value_and_slopes(
         self, points: Frequencies, directions: tuple[Frequencies, ...]
     ) -> tuple[Complex[Array, "*p"], ...]:
@@ -184,6 +185,7 @@ class Spectrum(eqx.Module):
             results.append(self._finish(slope.real, side * slope.imag))
         return tuple(results)
 
+    @eqx.filter_jit
     def slopes_along(
         self,
         values: Complex[Array, "*p"],

@@ -209,7 +209,7 @@ class RefineConfig:
     update: PoseUpdate = LevenbergMarquardt()
     regulariser: tv.Regulariser = tv.IsotropicTV()
     interpolation: Gridding = Gridding()
-    search_interpolation: Gridding = Gridding(3, 1.5)
+    search_interpolation: Gridding = Gridding(2, 2.0)
     insertion: Insertion | None = None
     batch_size: int = 256
     tuning: Tuning = Tuning()
