@@ -84,8 +84,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path):
     template = loop.init(
         here.particles, here.given, here.map, config, key=KEY, mask=auto
     )
-    save_checkpoint(tmp_path / "state", states[0])
-    state = load_checkpoint(tmp_path / "state", template)
+    save_checkpoint(tmp_path / "state", states[0], {})
+    state, _ = load_checkpoint(tmp_path / "state", template)
     again = here.refine(config, auto, state=state)
     np.testing.assert_array_equal(again.volume, whole.volume)
     np.testing.assert_array_equal(again.poses.rotations, whole.poses.rotations)
