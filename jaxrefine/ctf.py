@@ -144,6 +144,31 @@ class CTF(eqx.Module):
         ``frequencies`` are ``(x, y)`` in cycles per angstrom, and ``gamma`` is the
         offset there in radians (`Aberrations.gamma`), 0 by default.
         """
+        phase, envelope = self._phase_and_envelope(frequencies, gamma)
+        return envelope * jnp.sin(phase)
+
+    def value_and_slope(
+        self,
+        frequencies: Float[Array, "frequencies 2"],
+        gamma: Float[Array, " frequencies"] | None = None,
+    ) -> tuple[Float[Array, " frequencies"], Float[Array, " frequencies"]]:
+        r"""Return the CTF of one particle and its derivative by the defocus.
+
+        Both `defocus_u` and `defocus_v` change, so that the derivative is
+        :math:`\pi \lambda |u|^2\, s\, e^{-B |u|^2 / 4} \cos(\ldots)`, per angstrom.
+        Parameters as for a call.
+        """
+        phase, envelope = self._phase_and_envelope(frequencies, gamma)
+        squared = jnp.sum(frequencies**2, axis=-1)
+        rate = math.pi * electron_wavelength(self.voltage) * squared
+        return envelope * jnp.sin(phase), rate * envelope * jnp.cos(phase)
+
+    def _phase_and_envelope(
+        self,
+        frequencies: Float[Array, "frequencies 2"],
+        gamma: Float[Array, " frequencies"] | None,
+    ) -> tuple[Float[Array, " frequencies"], Float[Array, " frequencies"]]:
+        """Return the argument of the sine, and the factor before it."""
         x, y = frequencies[:, 0], frequencies[:, 1]
         squared = x**2 + y**2
         # |u|^2 cos 2(angle(u) - alpha), which needs no angle at u = 0.
@@ -161,8 +186,16 @@ class CTF(eqx.Module):
         )
         if gamma is not None:
             phase = phase - gamma
-        envelope = self.scale * jnp.exp(-self.b_factor / 4 * squared)
-        return envelope * jnp.sin(phase)
+        return phase, self.scale * jnp.exp(-self.b_factor / 4 * squared)
+
+
+def transparent(count: int) -> CTF:
+    """Return contrast-transfer functions of value 1, of so many particles.
+
+    Without defocus and aberration, all contrast is amplitude contrast.
+    """
+    zero = np.zeros(count)
+    return CTF(zero, zero, spherical_aberration=0.0, amplitude_contrast=1.0)
 
 
 def electron_wavelength(voltage: Scalar) -> Scalar:

@@ -68,6 +68,40 @@ def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
     return np.stack(elements)
 
 
+def representatives(group: str, subgroup: str = "C1") -> Float[np.ndarray, "index 3 3"]:
+    """Return operators of a group, of which a subgroup makes no two equivalent.
+
+    ``S`` and ``S U`` are equivalent for the operators ``U`` of the subgroup. Of each
+    such set the first operator is returned, the identity first.
+
+    Parameters
+    ----------
+    group, subgroup
+        As for `operators`.
+
+    Raises
+    ------
+    InputError
+        If there is no such group, or an operator of the subgroup is not in the group.
+    """
+    whole, part = operators(group), operators(subgroup)
+
+    def distance(element, elements):
+        return np.abs(elements - element).max(axis=(1, 2)).min()
+
+    if any(distance(element, whole) > _SAME for element in part):
+        raise InputError(
+            f"the symmetry that is relaxed must have the operators of {subgroup}, that "
+            f"of the map, with the same axes, got {group}"
+        )
+    kept = [whole[0]]
+    for element in whole[1:]:
+        equivalent = (np.stack(kept)[:, None] @ part).reshape(-1, 3, 3)
+        if distance(element, equivalent) > _SAME:
+            kept.append(element)
+    return np.stack(kept)
+
+
 def _axes(group: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
     """Return the axes that generate a group."""
     if group in _POLYHEDRAL:

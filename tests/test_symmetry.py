@@ -68,6 +68,27 @@ def test_equivalent_hypotheses_are_one():
     assert (apart.weights > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "subgroup", "count"),
+    [("C4", "C1", 4), ("C6", "C2", 3), ("D4", "C4", 2), ("O", "C4", 6), ("T", "T", 1)],
+)
+def test_representatives_and_a_subgroup_make_the_group(name, subgroup, count):
+    """Every operator once, as the product of one of either."""
+    whole, part = symmetry.operators(name), symmetry.operators(subgroup)
+    some = symmetry.representatives(name, subgroup)
+    assert len(some) == count
+    np.testing.assert_array_equal(some[0], np.eye(3))
+    products = (some[:, None] @ part).reshape(-1, 3, 3)
+    assert len(products) == len(whole)
+    assert gaps(products, whole).max() < 1e-6 and gaps(whole, products).max() < 1e-6
+
+
+@pytest.mark.parametrize(("name", "subgroup"), [("C4", "C3"), ("C1", "C2"), ("T", "O")])
+def test_what_is_no_subgroup(name, subgroup):
+    with pytest.raises(InputError, match=f"operators of {subgroup}, .* got {name}$"):
+        symmetry.representatives(name, subgroup)
+
+
 @pytest.mark.parametrize("name", ["", "C", "C0", "C100", "D", "I5", "c4", "T1", "S4"])
 def test_what_is_no_group(name):
     with pytest.raises(InputError, match=f"^symmetry must be C1 .* got '{name}'$"):

@@ -19,7 +19,12 @@ from jaxrefine._version import __version__
 from jaxrefine.cli import _processes, _signals
 from jaxrefine.cli.commands import COMMANDS, Command
 from jaxrefine.errors import InputError, LostProcess
-from jaxrefine.runs.options import add_options, settings_from
+from jaxrefine.runs.options import (
+    add_options,
+    declared,
+    settings_from,
+    with_numbers_joined,
+)
 
 # What commands that compute little take in the end (measured, 2 cores).
 _LEAST = {ADDRESS_SPACE: 2 * 2**30, DATA: 2**29}
@@ -69,7 +74,8 @@ def _run(
         if isinstance(stream, io.TextIOWrapper):
             # The names of files may have bytes that are no text.
             stream.reconfigure(errors="backslashreplace")
-    options, launched = _parser(commands).parse_args(arguments), None
+    given = with_numbers_joined(sys.argv[1:] if arguments is None else arguments)
+    options, launched = _parser(commands).parse_args(given), None
     (command,) = (each for each in commands if each.name == options.command)
     try:
         if in_own_process:
@@ -95,9 +101,10 @@ def _run(
 
         if not memory.ran_out(error):
             raise
-        return _refuse(
-            command, "there is not enough memory; try a smaller --batch-size"
-        )
+        sentence = "there is not enough memory"
+        if any(each.name == "batch_size" for each in declared(command.settings)):
+            sentence += "; try a smaller --batch-size"
+        return _refuse(command, sentence)
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

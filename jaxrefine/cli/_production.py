@@ -26,9 +26,11 @@ from jaxrefine.cli._particles import (
 )
 from jaxrefine.cli._refinement import Inputs, Outcome, Refinement
 from jaxrefine.cli._sign import check_same_sign
-from jaxrefine.cli._usable import usable
+from jaxrefine.cli._usable import Usable, usable
 from jaxrefine.cli.commands.refine import (
     ANGLE_SPREAD_OF_LIMIT,
+    CONTRAST_SPREAD,
+    DEFOCUS_SPREAD,
     SHIFT_LIMIT_OF_SPREAD,
     SHIFT_SPREAD_OF_LIMIT,
     RefineSettings,
@@ -38,6 +40,7 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import resolution
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
@@ -61,9 +64,17 @@ def prepare(settings: RefineSettings, inputs: Inputs, engine: Engine) -> Refinem
 
 def _configure(settings: RefineSettings, source: io.ParticleFile) -> RefineConfig:
     """Return the engine's parameters; those that are not given follow from others."""
+    if settings.refine_defocus and source.particles.ctf is None:
+        raise InputError(
+            "--refine-defocus must be given with particles that have a defocus, got "
+            f"none from {settings.particles}" + " and --no-ctf" * settings.images.no_ctf
+        )
     chosen: dict[str, Any] = {
         "half_sets": settings.half_sets,
         "symmetry": settings.symmetry,
+        "symmetry_relax": settings.symmetry_relax,
+        "contrast_spread": CONTRAST_SPREAD if settings.refine_scale else 0.0,
+        "defocus_spread": DEFOCUS_SPREAD if settings.refine_defocus else 0.0,
         "tau": settings.tau,
         **_rotations(settings),
         **_shifts(settings, source.particles.image_size),
@@ -193,7 +204,7 @@ def _run(
     further = {
         "key": jax.random.key(settings.seed),
         "subsets": None if subsets is None else subsets[chosen.indices],
-        "mask": inputs.mask,
+        "mask": AutomaticMask() if inputs.makes_masks else inputs.mask,
     }
     state = _resumed(folder.history, lambda: engine.init(*data, config, **further))
     if state is None and not settings.images.trust_contrast:
@@ -232,6 +243,7 @@ def _run(
         chosen.of_table(result.covariances, _prior_covariance(config)),
     )
     columns["jaxrefineUndetermined"] = undetermined.astype(int)
+    columns |= _optics_columns(result, chosen, source.particles, config)
     if subsets is not None and source.random_subset is None:
         columns["rlnRandomSubset"] = subsets
     if result.fsc is not None:
@@ -349,6 +361,34 @@ def _refined(settings: RefineSettings, given: Poses, refined: Poses) -> Poses:
     if settings.fix_shifts:
         return eqx.tree_at(lambda poses: poses.shifts, refined, given.shifts)
     return refined
+
+
+def _optics_columns(
+    result: Any, chosen: Usable, particles: Particles, config: RefineConfig
+) -> dict[str, np.ndarray]:
+    """Return contrast and defocus of each particle, if they are refined, for its table.
+
+    The contrast is in RELION's scale factor of the transfer function, which both
+    programs read; without transfer functions it is in a column of our own.
+    """
+    columns: dict[str, np.ndarray] = {}
+    ctf = particles.ctf
+    if config.contrast_spread:
+        contrast = chosen.of_table(result.optics.contrast, 1.0)
+        error = chosen.of_table(result.optics_errors.contrast, config.contrast_spread)
+        if ctf is None:
+            columns["jaxrefineScale"] = contrast
+        else:
+            columns["rlnCtfScalefactor"] = np.asarray(ctf.scale, float) * contrast
+        columns["jaxrefineScaleStd"] = error
+    if config.defocus_spread and ctf is not None:
+        change = chosen.of_table(result.optics.defocus, 0.0)
+        error = chosen.of_table(result.optics_errors.defocus, config.defocus_spread)
+        columns["rlnDefocusU"] = np.asarray(ctf.defocus_u, float) + change
+        columns["rlnDefocusV"] = np.asarray(ctf.defocus_v, float) + change
+        columns["jaxrefineDefocusChange"] = change
+        columns["jaxrefineDefocusStd"] = error
+    return columns
 
 
 def _columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:

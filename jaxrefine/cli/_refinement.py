@@ -25,12 +25,15 @@ class Inputs:
     volume
         The map to start from, on the grid of the images.
     mask
-        The solvent mask on the same grid, if there is one.
+        The solvent mask on the same grid, if one is given.
+    makes_masks
+        Whether masks are made of the maps.
     """
 
     source: io.ParticleFile
     volume: jax.Array
     mask: jax.Array | None = None
+    makes_masks: bool = False
 
 
 @final

@@ -1,5 +1,7 @@
 """``jaxrefine reconstruct``: a map from particles at the poses that they have."""
 
+import sys
+
 import jax
 
 from jaxrefine import io
@@ -9,6 +11,7 @@ from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
+from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs import provenance
 from jaxrefine.runs.progress import Bars
@@ -68,6 +71,12 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):
         io.write_mrc(path, volume, pixel)
+    if is_negative(result.volume) and not settings.images.trust_contrast:
+        remedy = "without" if settings.images.invert else "with"
+        print(
+            f"{out} seems to have dark protein: if it has, make it {remedy} --invert",
+            file=sys.stderr,
+        )
     names = ", ".join(str(path) for path in written)
     print(
         f"{len(chosen.indices)} particles, tau {result.tau:.4g}, lambda "

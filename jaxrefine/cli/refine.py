@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrefine import io
+from jaxrefine import io, symmetry
 from jaxrefine._processes import check_same, of_first, wait_for_first
 from jaxrefine.cli import (
     _ending,
@@ -25,6 +26,7 @@ from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
@@ -97,11 +99,11 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             print(f"{flag}: {text}", file=sys.stderr)
         with Bars() as bars:
             outcome = refinement.run(folder, bars)
-        changes = _changes(inputs.source.poses, outcome.poses)
+        changes = _changes(settings, inputs.source.poses, outcome.poses)
         outcome = replace(outcome, columns=outcome.columns | changes)
         if settings.recentre:
             inputs, outcome = _ending.recentred(settings, inputs, outcome)
-        _write(settings.out, inputs.source, outcome)
+        _write(settings.out, inputs, outcome)
         processed = _ending.postprocessed(settings, inputs, outcome)
         if isinstance(processed, Postprocessed):
             _write_processed(settings, inputs, outcome, processed)
@@ -144,12 +146,12 @@ def _read(settings: RefineSettings, *, diameter_used: bool) -> Inputs:
     volume, mask = _maps.read_map_and_mask_for(
         source,
         settings.map,
-        settings.mask,
+        _mask_file(settings),
         settings.map_voxel_size,
         settings.resample,
         settings.images.trust_contrast,
     )
-    return Inputs(source, volume, mask)
+    return Inputs(source, volume, mask, settings.mask == "auto")
 
 
 def _resolved_texts(resolved: dict[str, Any]) -> dict[str, str]:
@@ -163,23 +165,44 @@ def _resolved_texts(resolved: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _changes(given: Poses, refined: Poses) -> dict[str, np.ndarray]:
-    """Return how far each pose has moved: the angle of its turn, and pixels."""
-    before = given.rotations.astype(refined.rotations.dtype)
-    turn = jax.jit(geodesic_distance)(before, refined.rotations)
+def _changes(
+    settings: RefineSettings, given: Poses, refined: Poses
+) -> dict[str, np.ndarray]:
+    """Return how far each pose has moved: the angle of its turn, and pixels.
+
+    The turn is from the nearest copy of the given pose. If there are several, it is
+    said which one that is: the number of the row that ``jaxrefine expand`` writes of
+    it, from 1.
+    """
+    operators = symmetry.operators(settings.symmetry_relax)
+    dtype = refined.rotations.dtype
+    copies = (np.asarray(given.rotations)[:, None] @ operators).astype(dtype)
+    there = np.broadcast_to(np.asarray(refined.rotations)[:, None], copies.shape)
+    turn = np.asarray(jax.jit(geodesic_distance)(copies, there))
     move = np.asarray(refined.shifts, float) - np.asarray(given.shifts, float)
+    nearest = np.argmin(turn, axis=1)
+    copy = {} if len(operators) == 1 else {"jaxrefineSymmetryCopy": 1 + nearest}
     return {
-        "jaxrefineAngleChange": np.rad2deg(np.asarray(turn)),
+        "jaxrefineAngleChange": np.rad2deg(np.min(turn, axis=1)),
         "jaxrefineShiftChange": np.linalg.norm(move, axis=1),
+        **copy,
     }
 
 
-def _write(out: Path, source: io.ParticleFile, outcome: Outcome) -> None:
-    """Write the maps and the table of particles."""
+def _write(out: Path, inputs: Inputs, outcome: Outcome) -> None:
+    """Write the maps and the table of particles, and the mask if masks are made.
+
+    The mask is that of the map; with half sets, that of their maps takes its place.
+    """
+    source = inputs.source
     pixel = source.particles.pixel_size_in_angstroms
     io.write_mrc(out / "map.mrc", outcome.volume, pixel)
     for number, half in enumerate(outcome.half_maps or (), start=1):
         io.write_mrc(out / f"half{number}.mrc", half, pixel)
+    if inputs.makes_masks:
+        volume = jnp.asarray(outcome.volume)
+        mask = AutomaticMask().of(volume, pixel, 2 * pixel)
+        io.write_mrc(out / "mask.mrc", np.asarray(mask), pixel)
     io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
 
 
@@ -203,10 +226,16 @@ def _mask_of(settings: RefineSettings, outcome: Outcome) -> tuple[Path | None, b
     The file is None if the mask was made of them. A mask that has moved with the origin
     is in none but the one that is written.
     """
-    if settings.mask is None:
+    path = _mask_file(settings)
+    if path is None:
         return None, False
     moved = "recentred_by_in_voxels" in outcome.report
-    return (settings.out / "mask.mrc" if moved else settings.mask), moved
+    return (settings.out / "mask.mrc" if moved else path), moved
+
+
+def _mask_file(settings: RefineSettings) -> Path | None:
+    """Return the file of the given mask; None if there is none, or masks are made."""
+    return None if settings.mask == "auto" else settings.mask
 
 
 def _told_of(

@@ -3,7 +3,9 @@
 Beam tilt (``rlnBeamTiltX``, ``rlnBeamTiltY``, in milliradians), the coefficients of
 Zernike polynomials (``rlnOddZernike``, ``rlnEvenZernike``, in brackets) and the
 magnification matrix (``rlnMagMat00``, ...) are columns of the optics table from RELION
-3.1 on. Its programs read them nowhere else, and neither does this module.
+3.1 on. Its programs read them nowhere else, and neither does this module, but for the
+beam tilt in tables of RELION 3.0, which have no optics table: there particles of the
+same tilt, voltage and spherical aberration are a group.
 """
 
 from pathlib import Path
@@ -37,6 +39,9 @@ _MTF = "rlnMtfFileName"
 _NONE = dict(
     zip((*_OF_CTF, *_MATRIX), (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0), strict=True)
 )
+# Beam tilts of RELION 3.0's tables, one for each class of micrographs. More of them are
+# those of single particles, which no noise could be measured for.
+_MOST_TILTS = 1000
 _LARGEST_STRETCH = 1.25  # Pixel sizes may differ by as much.
 
 
@@ -88,12 +93,7 @@ def read_aberrations(
             numbers(optics, name, path)[rows] if name in optics else np.zeros(len(rows))
             for name in _TILT
         ]
-        voltage, aberration = (
-            of_each(blocks, particles, name, path)[first]
-            for name in ("rlnVoltage", "rlnSphericalAberration")
-        )
-        wavelength = np.asarray(jax.vmap(electron_wavelength)(jnp.asarray(voltage)))
-        odd = with_beam_tilt(odd, np.stack(tilt, axis=1), aberration, wavelength)
+        odd = _with_tilt(odd, np.stack(tilt, axis=1), blocks, path, first)
     matrix = _matrices(optics, path)[rows]
     aberrations = Aberrations(
         jnp.asarray(odd) if odd.any() else None,
@@ -104,6 +104,77 @@ def read_aberrations(
     return aberrations if aberrations.groups else None
 
 
+def tilt_groups(
+    blocks: dict[str, Table], path: Path, *, with_ctf: bool
+) -> Int[np.ndarray, " particles"] | None:
+    """Return the group of each particle by its beam tilt, in a table of RELION 3.0.
+
+    Particles with the same tilt, voltage and spherical aberration are one. There are no
+    groups, and the result is None, in tables that have optics groups, have no beam tilt
+    but 0 or more than a thousand different ones, and where there is no
+    contrast-transfer function.
+
+    Raises
+    ------
+    InputError
+        If a value is not a number.
+    """
+    particles = particle_table(blocks, path)
+    if not with_ctf or "rlnOpticsGroup" in particles or "optics" in blocks:
+        return None
+    if not any(name in particles and _has_effect(particles, name) for name in _TILT):
+        return None
+    names = (*_TILT, "rlnVoltage", "rlnSphericalAberration")
+    count = len(particles["rlnImageName"])
+    values = [
+        numbers(particles, name, path) if name in particles else np.zeros(count)
+        for name in names
+    ]
+    found, group = np.unique(np.stack(values, axis=1), axis=0, return_inverse=True)
+    return None if len(found) > _MOST_TILTS else group.ravel()
+
+
+def read_tilts(
+    blocks: dict[str, Table],
+    path: Path,
+    group: Int[np.ndarray, " particles"],
+    *,
+    pixel_size: float,
+) -> Aberrations:
+    """Return the beam tilt of each of the groups of `tilt_groups`.
+
+    Parameters and errors as for `read_aberrations`.
+    """
+    particles = particle_table(blocks, path)
+    _, first = np.unique(group, return_index=True)
+    tilt = [
+        numbers(particles, name, path)[first] if name in particles else 0.0 * first
+        for name in _TILT
+    ]
+    none = np.zeros((len(first), 0))
+    odd = _with_tilt(none, np.stack(tilt, axis=1), blocks, path, first)
+    aberrations = Aberrations(jnp.asarray(odd), None, None)
+    _require_finite(aberrations, pixel_size, path)
+    return aberrations
+
+
+def _with_tilt(
+    odd: Float64[np.ndarray, "groups _"],
+    tilt: Float64[np.ndarray, "groups 2"],
+    blocks: dict[str, Table],
+    path: Path,
+    first: Int[np.ndarray, " groups"],
+) -> Float64[np.ndarray, "groups _"]:
+    """Return the odd coefficients of groups, of which a particle each is given."""
+    particles = particle_table(blocks, path)
+    voltage, aberration = (
+        of_each(blocks, particles, name, path)[first]
+        for name in ("rlnVoltage", "rlnSphericalAberration")
+    )
+    wavelength = np.asarray(jax.vmap(electron_wavelength)(jnp.asarray(voltage)))
+    return with_beam_tilt(odd, tilt, aberration, wavelength)
+
+
 def ignored(blocks: dict[str, Table], path: Path, *, with_ctf: bool) -> list[str]:
     """Return the columns or fields of optics that RELION uses and this package not.
 
@@ -111,7 +182,8 @@ def ignored(blocks: dict[str, Table], path: Path, *, with_ctf: bool) -> list[str
     contrast-transfer function, and the transfer function of the detector.
     """
     optics, particles = blocks.get("optics", {}), particle_table(blocks, path)
-    unused = [(particles, name) for name in (*_OF_CTF, *_MATRIX)]
+    used = () if tilt_groups(blocks, path, with_ctf=with_ctf) is None else _TILT
+    unused = [(particles, name) for name in (*_OF_CTF, *_MATRIX) if name not in used]
     if not with_ctf:
         unused += [(optics, name) for name in _OF_CTF]
     names = [

@@ -22,7 +22,12 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.io.aberrations import ignored, read_aberrations
+from jaxrefine.io.aberrations import (
+    ignored,
+    read_aberrations,
+    read_tilts,
+    tilt_groups,
+)
 from jaxrefine.io.clusters import clusters
 from jaxrefine.io.columns import (
     fixed,
@@ -201,7 +206,8 @@ def read_particles(
     there is a column ``rlnDefocusU``; columns of the particles take precedence over
     those of their optics group. Each optics group has its own noise spectrum
     (`particles.Particles`) and its own aberrations (`aberrations.read_aberrations`);
-    without optics groups there is a single one, and there are no aberrations.
+    without optics groups there is a single one, and there are no aberrations, but for
+    particles of different beam tilts in a table of RELION 3.0, which are then groups.
 
     Rows that are not independent form a cluster: those of one image; those of one
     particle, which have the same ``rlnImageOriginalName`` (if they were expanded, and
@@ -282,9 +288,11 @@ def read_particles(
     aberrations = read_aberrations(
         blocks, path, optics_group, with_ctf=has_ctf, pixel_size=pixel_size
     )
-    noise_group = None
+    noise_group = tilt_groups(blocks, path, with_ctf=has_ctf)
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
+    elif noise_group is not None:
+        aberrations = read_tilts(blocks, path, noise_group, pixel_size=pixel_size)
     cluster, shared = clusters(table, images, path)
     return ParticleFile(
         path,

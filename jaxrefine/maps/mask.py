@@ -1,6 +1,7 @@
 """Solvent masks: made from a map, or checked if given by the user."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,56 @@ from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.scale import hot_voxel
 
+# Of a mask by default: angstroms, and voxels.
+_LOW_PASS, _EXTEND, _EDGE = 15.0, 3.0, 6.0
 _BINS = 256  # of the histogram of densities; the threshold's accuracy is one bin.
+
+
+@final
+@dataclass(frozen=True)
+class AutomaticMask:
+    """A request to make a mask of each map that particles are compared with.
+
+    The mask is a function of that very map and of one number, the resolution of the
+    set, so a particle is told nothing by it that the map does not tell: with half sets
+    nothing of the other half, and with folds nothing of its own noise, which is not in
+    the map. A run that carries on makes the same masks of the same maps.
+
+    It is made by `soft_mask`, which is tightened as the map sharpens: the map is
+    low-pass filtered to its resolution, but to no finer detail than there; the
+    particle is extended by half of the filter's cut-off, and the edge is as wide as the
+    cut-off, both at least as wide as there.
+    """
+
+    def of(
+        self,
+        volume: Volume,
+        voxel_size_in_angstroms: float,
+        resolution_in_angstroms: float,
+    ) -> Volume:
+        """Return the mask of a map; 1 everywhere if none can be made of it.
+
+        Parameters
+        ----------
+        volume
+            The map.
+        voxel_size_in_angstroms
+            Edge of a voxel.
+        resolution_in_angstroms
+            Period of the finest detail that it shows.
+        """
+        cut_off = max(_LOW_PASS, resolution_in_angstroms)
+        voxels = cut_off / voxel_size_in_angstroms
+        try:
+            return soft_mask(
+                volume,
+                voxel_size_in_angstroms,
+                low_pass_in_angstroms=cut_off,
+                extend=max(_EXTEND, voxels / 2),
+                edge=max(_EDGE, voxels),
+            )
+        except InputError:  # an empty map, or one of noise
+            return jnp.ones_like(volume)
 
 
 def soft_mask(
@@ -19,9 +69,9 @@ def soft_mask(
     voxel_size_in_angstroms: float,
     *,
     threshold: float | None = None,
-    low_pass_in_angstroms: float = 15.0,
-    extend: float = 3.0,
-    edge: float = 6.0,
+    low_pass_in_angstroms: float = _LOW_PASS,
+    extend: float = _EXTEND,
+    edge: float = _EDGE,
 ) -> Volume:
     """Return a mask that separates the particle from the solvent, with a soft edge.
 

@@ -212,6 +212,9 @@ class Search(eqx.Module):
     ) -> tuple[Float[Array, "keep 3 3"], Float[Array, "keep 2"]]:
         """Return the best candidate poses of one particle, none near another.
 
+        If the rotation is known only up to a group, the best candidate near each of its
+        copies is among them.
+
         Parameters
         ----------
         reference, observation
@@ -240,12 +243,14 @@ class Search(eqx.Module):
         likelihoods = jax.lax.fori_loop(0, rounds, compare, empty)
 
         shifts = shift[None] + self.offsets
-        turned = jnp.einsum("rij,ij->r", rotations, prior.rotations, precision=_HIGHEST)
+        turned = jnp.einsum("rij,kij->rk", rotations, prior.centres, precision=_HIGHEST)
         moved = jnp.sum((shifts - prior.shifts[None]) ** 2, axis=-1)
         # 3 - tr is the squared angle to fourth order.
-        by_rotation = -(3.0 - turned) / (2 * prior.angle_spread**2)
+        by_rotation = jax.nn.logsumexp(
+            -(3.0 - turned) / (2 * prior.angle_spread**2), axis=1
+        )
         within = 2.0 * (1.0 - jnp.cos(jnp.minimum(prior.max_angle, jnp.pi)))
-        is_allowed = (3.0 - turned <= within + 1e-6) & (
+        is_allowed = (3.0 - jnp.max(turned, axis=1) <= within + 1e-6) & (
             jnp.arange(room, dtype=total.dtype) < total
         )
         by_rotation = jnp.where(is_allowed, by_rotation, -jnp.inf)
@@ -256,14 +261,23 @@ class Search(eqx.Module):
         score = jax.nn.logsumexp(posterior, axis=1) + by_rotation
         best_shift = shifts[jnp.argmax(posterior, axis=1)]
 
-        def pick(score, _):
-            index = jnp.argmax(score)
+        # First the best candidate near each copy of the given rotation, then the best
+        # of all that are left.
+        copy = jnp.argmax(turned, axis=1)
+        count = turned.shape[1]
+
+        def pick(carry, number):
+            score, is_missing = carry
+            wanted = (number >= count) | is_missing[copy]
+            index = jnp.argmax(jnp.where(wanted, score, -jnp.inf))
             chosen = rotations[index]
             cosine = jnp.einsum("rij,ij->r", rotations, chosen, precision=_HIGHEST)
             rest = jnp.where(3.0 - cosine < self.separation**2, -jnp.inf, score)
+            rest = (rest, is_missing.at[copy[index]].set(False))
             return rest, (chosen, best_shift[index])
 
-        return jax.lax.scan(pick, score, None, self.keep)[1]
+        start = (score, jnp.ones(count, bool))
+        return jax.lax.scan(pick, start, jnp.arange(self.keep))[1]
 
 
 def _without_shift(observation: Observation, shift: Float[Array, "2"]) -> Observation:

@@ -33,6 +33,7 @@ from jaxrefine.poses.polish import Polish, Polished, weigh
 from jaxrefine.poses.prior import Prior
 from jaxrefine.poses.search import Search
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 # At a time: particles that are searched for, but no more than have 4 MiB of
 # scores; and candidates that are polished. The numbers are a convention.
 _SEARCHED, _POLISHED, _SCORES = 16, 64, 2**20
@@ -266,7 +267,15 @@ def _search_one(steps: Steps, reference: Reference, observe, known: Known):
     """Return the best candidates of one particle that a search finds."""
     key = jax.random.fold_in(steps.key, known.index)
     current = known.hypotheses
-    given = jnp.broadcast_to(known.prior.rotations, current.rotations.shape)
+    given = known.prior.centres
+    count, keep = len(given), len(current.rotations)
+    # A pose that is known up to a group is searched for about all of its copies.
+    turns = jnp.einsum("ji,kjl->kil", given[0], given[1:], precision=_HIGHEST)
+    copies = jnp.matmul(current.rotations[0], turns, precision=_HIGHEST)
+    given = given[np.minimum(np.arange(2 * keep), count - 1)]
+    about = jnp.concatenate(
+        [current.rotations[:1], copies, current.rotations[1:], current.rotations]
+    )[: 2 * keep]
 
     def search(number, carry):
         centres, shift, *_ = carry
@@ -277,7 +286,7 @@ def _search_one(steps: Steps, reference: Reference, observe, known: Known):
             reference.view.up_to(steps.search_r_max[number]).observation(*observe),
             jax.random.fold_in(key, number),
             known.prior,
-            jnp.where(is_wide, jnp.tile(given, (2, 1, 1)), centres),
+            jnp.where(is_wide, given, centres),
             jnp.where(is_wide, known.prior.shifts, shift),
         )
         # The second search is about all that is known: what the first one has found,
@@ -287,7 +296,7 @@ def _search_one(steps: Steps, reference: Reference, observe, known: Known):
         return centres, shift, rotations, shifts
 
     start = (
-        jnp.tile(current.rotations, (2, 1, 1)),
+        about,
         current.shifts[0],
         current.rotations,
         current.shifts,

@@ -128,12 +128,22 @@ class RefineConfig:
     symmetry
         Point group of the map, see :mod:`jaxrefine.symmetry`. The given poses are those
         of a map whose axes are the group's.
+    symmetry_relax
+        Point group up to whose operators the given poses are known, which the map need
+        not have: every search tries all copies of a pose. It has the operators of
+        `symmetry`, whose copies are the same.
     particle_diameter
         As a fraction of the box. The larger the particle, the farther a rotation moves
         its rim, and the more densely rotations are searched.
     half_sets
         Whether two halves of the particles are refined independently, for a
         gold-standard FSC.
+    contrast_spread
+        Standard deviation of the particles' contrast, a factor about 1 of each one's
+        projection, which is refined; with 0 it is 1.
+    defocus_spread
+        Standard deviation of the particles' defocus about the given one, angstroms,
+        which is refined; with 0 it is as given.
     iterations
         Largest number of outer iterations.
     first_r_max
@@ -148,7 +158,8 @@ class RefineConfig:
         Outer iterations, from 0, that search the whole prior, not just about the
         current poses.
     hypotheses
-        Number of candidate poses of each particle that are kept.
+        Number of candidate poses of each particle that are kept, if these are near one
+        copy of the given pose; see `places`.
     candidates
         Number of orientations that a local search tries for each hypothesis.
     admm_iterations
@@ -173,7 +184,8 @@ class RefineConfig:
     Raises
     ------
     InputError
-        If a parameter is out of range, or there is no such point group.
+        If a parameter is out of range, there is no such point group, or
+        `symmetry_relax` has not all operators of `symmetry`.
     """
 
     angle_spread: float = 0.45
@@ -181,8 +193,11 @@ class RefineConfig:
     max_angle: float = np.pi
     max_shift: float = 6.0
     symmetry: str = "C1"
+    symmetry_relax: str = "C1"
     particle_diameter: float = PARTICLE_DIAMETER
     half_sets: bool = False
+    contrast_spread: float = 0.0
+    defocus_spread: float = 0.0
     iterations: int = 12
     first_r_max: int = 7
     search_r_max: int = 11
@@ -208,17 +223,36 @@ class RefineConfig:
     @property
     def refines_angles(self) -> bool:
         """Whether the angles are refined; if not, they stay as they are given."""
-        return self.max_angle > 0
+        return bool(self.max_angle > 0)
 
     @property
     def refines_shifts(self) -> bool:
         """Whether the shifts are refined; if not, they stay as they are given."""
-        return self.max_shift > 0
+        return bool(self.max_shift > 0)
 
     @property
     def operators(self) -> Float[np.ndarray, "order 3 3"]:
         """The operators of the map's symmetry."""
         return symmetry.operators(self.symmetry)
+
+    @property
+    def copies(self) -> Float[np.ndarray, "copies 3 3"]:
+        """The operators up to which the given poses are known, the identity first.
+
+        Of those that the map's symmetry makes equivalent, one.
+        """
+        if self.symmetry_relax == "C1":
+            return np.eye(3)[None]
+        return symmetry.representatives(self.symmetry_relax, self.symmetry)
+
+    @property
+    def places(self) -> int:
+        """How many candidate poses of each particle are kept.
+
+        One for each copy of the given pose, and the other `hypotheses` wherever they
+        are.
+        """
+        return self.hypotheses + len(self.copies) - 1
 
     def half_period_turn(self, r_max: int) -> float:
         """Return `search.half_period_turn` of the particle, radians."""
@@ -233,6 +267,11 @@ class RefineConfig:
 
     def __post_init__(self):
         symmetry.operators(self.symmetry)
+        if len(self.copies) > 1 and not self.refines_angles:
+            raise InputError(
+                "symmetry_relax must be C1 if angles are fixed, got "
+                f"{self.symmetry_relax}"
+            )
         if not 0 < self.angle_spread <= math.pi:
             raise InputError(
                 "angle_spread must be more than 0 and at most pi radians, got "
@@ -240,7 +279,7 @@ class RefineConfig:
             )
         if not self.shift_spread > 0:
             raise InputError(f"shift_spread must be positive, got {self.shift_spread}")
-        _check_at_least(self, 0, "max_shift")
+        _check_at_least(self, 0, "max_shift", "contrast_spread", "defocus_spread")
         if not 0 <= self.max_angle <= math.pi:
             raise InputError(
                 "max_angle must be at least 0 and at most pi radians, got "

@@ -84,15 +84,34 @@ def _motion(
 ) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
     """Return the motion that aligns a set's map to another's, up to the search's band.
 
-    With fixed angles there is no rotation, with fixed shifts no translation.
+    If the given poses are known only up to a group, it is the best of the motions that
+    begin with its operators: either set may have ended in another copy. With fixed
+    angles there is no rotation, with fixed shifts no translation.
     """
     config, size = particle_set.config, particle_set.particles.image_size
-    rotation, translation = align.align_maps(
-        particle_set.masked(state.mean_map),
-        particle_set.masked(reference.mean_map),
-        slices.bucket(config.search_r_max, size),
+    r_max = slices.bucket(config.search_r_max, size)
+    moving, target = (
+        particle_set.masked(each.mean_map, each.fold_fsc) for each in (state, reference)
     )
-    rotation, translation = on_axes(rotation, translation, config.operators)
+
+    def aligned(volume):
+        found = align.align_maps(volume, target, r_max)
+        return on_axes(*found, config.operators)
+
+    def from_copy(operator):
+        still = jnp.zeros(3, moving.dtype)
+        turned = align.move_map(moving, operator, still, r_max)
+        rotation, translation = aligned(turned)
+        curve = fsc(align.move_map(turned, rotation, translation, r_max), target)
+        whole = jnp.matmul(operator, rotation, precision=_HIGHEST)
+        return float(jnp.mean(curve[1 : r_max + 1])), whole, translation
+
+    if len(config.copies) == 1:
+        rotation, translation = aligned(moving)
+    else:
+        operators = jnp.asarray(config.copies, moving.dtype)
+        found = map(from_copy, operators)
+        _, rotation, translation = max(found, key=lambda each: each[0])
     if not config.refines_angles:
         rotation = jnp.eye(3, dtype=rotation.dtype)
     if not config.refines_shifts:

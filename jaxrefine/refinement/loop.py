@@ -39,11 +39,19 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
 from jaxrefine.poses.presence import LEAST_EVIDENCE
 from jaxrefine.poses.prior import Prior
-from jaxrefine.refinement import half_sets, insertion, map_step, pose_step, schedule
+from jaxrefine.refinement import (
+    half_sets,
+    insertion,
+    map_step,
+    optics_step,
+    pose_step,
+    schedule,
+)
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
 from jaxrefine.refinement.sets import ParticleSet, checked, divide
@@ -61,7 +69,7 @@ def init(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
-    mask: Float[Array, "_ _ _"] | None = None,
+    mask: Float[Array, "_ _ _"] | AutomaticMask | None = None,
 ) -> RefineState:
     """Return the state that :func:`refine` begins with.
 
@@ -94,7 +102,7 @@ def refine(
     *,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None = None,
-    mask: Float[Array, "_ _ _"] | None = None,
+    mask: Float[Array, "_ _ _"] | AutomaticMask | None = None,
     state: RefineState | None = None,
     callback: Callback | None = None,
     watch: Watch = unwatched,
@@ -121,9 +129,9 @@ def refine(
         divides a cluster; dealt at random without it.
     mask
         From 0 in the solvent to 1 in the particle, of shape ``(n, n, n)`` and with the
-        map's symmetry. Particles are compared with masked maps. Correlations are those
-        of maps without the mask, whose shape would correlate, too; nor are the returned
-        maps masked.
+        map's symmetry; or `AutomaticMask()`, which makes one of each map. Particles are
+        compared with masked maps. Correlations are those of maps without the mask,
+        whose shape would correlate, too; nor are the returned maps masked.
     state
         A state that the callback was given, to continue from; with the same other
         arguments the result is that of an uninterrupted run.
@@ -203,8 +211,10 @@ def _iterate(
     ):
         draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
         known, report = pose_step.update_poses(
-            particle_set, known, iteration, r_max, draw
+            optics_step.applied(particle_set, known), known, iteration, r_max, draw
         )
+        known, _ = optics_step.update_optics(particle_set, known, r_max)
+        particle_set = optics_step.applied(particle_set, known)
         everyone = np.ones(len(particle_set), bool)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, everyone, side
@@ -283,8 +293,10 @@ def _conclude(
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
     half_side = particle_sets[0].particles.image_size / 2
-    sums_of_sets, set_states = [], []
+    sums_of_sets, set_states, optics, errors = [], [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
+        known, error = optics_step.update_optics(particle_set, known, int(state.r_max))
+        particle_set = optics_step.applied(particle_set, known)
         # The second set is put into the frame of the first.
         aligned = known
         if set_states:
@@ -304,6 +316,9 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = found
         undetermined[indices] = ~determined
+        optics.append(optics_step.of_determined(known.optics, 1.0, 0.0, determined))
+        spreads = config.contrast_spread, config.defocus_spread
+        errors.append(optics_step.of_determined(error, *spreads, determined))
         sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
@@ -334,4 +349,6 @@ def _conclude(
         informed_up_to,
         final.tau,
         eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
+        optics_step.of_all(optics, [each.indices for each in particle_sets]),
+        optics_step.of_all(errors, [each.indices for each in particle_sets]),
     )

@@ -35,6 +35,7 @@ from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.resample import resample
 from jaxrefine.poses.hypotheses import Hypotheses, certain
 from jaxrefine.refinement.config import RefineConfig
+from jaxrefine.refinement.optics_step import first_optics
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
 
@@ -64,11 +65,13 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     """
     count, config = len(particle_set), particle_set.config
     given = Poses(particle_set.prior.rotations, particle_set.prior.shifts)
-    hypotheses = certain(given, config.hypotheses)
+    hypotheses = certain(given, config.places)
     shells = particle_set.particles.image_size // 2 + 1
     ones = on_device(np.ones(shells, volume.dtype))
     volume = _up_to(at_unit_scale(volume), config.first_r_max)
-    sums = _measure(particle_set, hypotheses, [volume] * FOLDS)
+    # Of a map that is cut off there, nothing is known beyond.
+    made = on_device((np.arange(shells) <= config.first_r_max).astype(volume.dtype))
+    sums = _measure(particle_set, hypotheses, [volume] * FOLDS, made)
     share = on_device(np.asarray(particle_set.particles.noise_share, volume.dtype))
     scale, noise = _first_levels(sums, share, particle_set.last_shell)
     first = admm.init(scale * volume)
@@ -80,7 +83,8 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
         gain=ones,
         noise=noise,
         tau=on_device(np.asarray(config.tau or 1.0, volume.dtype)),
-        fold_fsc=ones,
+        fold_fsc=made,
+        optics=first_optics(particle_set),
     )
 
 
@@ -131,7 +135,10 @@ def compare_shells(
 
 
 def _measure(
-    particle_set: ParticleSet, hypotheses: Hypotheses, maps: Sequence[Volume]
+    particle_set: ParticleSet,
+    hypotheses: Hypotheses,
+    maps: Sequence[Volume],
+    fold_fsc: Float[Array, "shells"],
 ) -> ShellSums:
     """Compare a sample of images with the masked maps of the other fold, by groups."""
     particles, dtype = particle_set.particles, maps[0].dtype
@@ -154,7 +161,7 @@ def _measure(
     chosen = np.concatenate(samples)
     stage = Stage(particle_set.watch, "noise", len(chosen))
     for fold, sample in enumerate(samples):
-        volume = particle_set.masked(maps[fold])
+        volume = particle_set.masked(maps[fold], fold_fsc)
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell
         )
@@ -239,7 +246,7 @@ def assess(
     last_made = n // 2 if side in (None, n) else (side - 1) // 2
     made = on_device(np.arange(n // 2 + 1) <= last_made)
     volumes = [fold.coefficients for fold in state.maps]
-    sums = _measure(particle_set, state.hypotheses, volumes)
+    sums = _measure(particle_set, state.hypotheses, volumes, state.fold_fsc)
     share = on_device(np.asarray(particle_set.particles.noise_share, state.noise.dtype))
     gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
     correlation = on_device(np.where(made, fsc(*volumes), 0).astype(gain.dtype))

@@ -189,7 +189,7 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     insertions = (_SUMS + threads * (inserted_sums + grid)) * cube + threads * inserted
     volume = max(_DATA_TERMS * cube, insertions)
     held = (_STATE * sets + _SUMS * (sets - 1)) * cube
-    held += _HYPOTHESIS * (config.hypotheses + 1) * particles
+    held += _HYPOTHESIS * (config.places + 1) * particles
     programs = _PROGRAMS if on_cpu else 0
     return int(programs + held + max(pose, volume))
 

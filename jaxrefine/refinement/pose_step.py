@@ -183,7 +183,7 @@ def visit_steps(
     """
     first = slices.bucket(config.first_r_max, image_size)
     cell = config.search_cell(first if is_wide else search_r_max)
-    centres = config.hypotheses * (2 if is_wide else 1)
+    centres = config.places * (2 if is_wide else 1)
     searches = (
         wide_search(config, image_size),
         local_search(config, image_size, search_r_max, cell, centres),
@@ -217,7 +217,7 @@ def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float
 
 def reference_map(particle_set: ParticleSet, state: SetState, fold: int) -> Volume:
     """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = particle_set.masked(state.maps[fold].coefficients)
+    volume = particle_set.masked(state.maps[fold].coefficients, state.fold_fsc)
     return filter_shells(volume, state.gain)
 
 
@@ -239,7 +239,10 @@ def wide_search(config: RefineConfig, image_size: int) -> Search:
     """
     r_max = slices.bucket(config.first_r_max, image_size)
     count, steps = _wide_extent(config, image_size, r_max)
-    return _search(config, image_size, r_max, config.angle_spread, count, 1, steps)
+    centres = len(config.copies)
+    return _search(
+        config, image_size, r_max, config.angle_spread, count, centres, steps
+    )
 
 
 def local_search(
@@ -259,7 +262,7 @@ def local_search(
         Number of orientations to search about, which share the candidates.
     """
     steps = config.tuning.local_shift_steps
-    count = max(1, config.candidates * config.hypotheses // centres)
+    count = max(1, config.candidates * config.places // centres)
     return _search(config, image_size, r_max, spread, count, centres, steps)
 
 
@@ -287,12 +290,13 @@ def _search(
     """Return a search whose arrays have the shapes of all searches of a refinement."""
     first = slices.bucket(config.first_r_max, image_size)
     most, most_steps = _wide_extent(config, image_size, first)
-    most = max(most, config.candidates * config.hypotheses, 2 * config.hypotheses)
+    most = max(most * len(config.copies), config.candidates * config.places)
+    most = max(most, 2 * config.places)
     most_steps = max(most_steps, config.tuning.local_shift_steps)
     if not config.refines_shifts:
         steps = most_steps = 0
     if not config.refines_angles:
-        count, most = 1, 2 * config.hypotheses
+        count, most = 1, 2 * config.places
     grid = shift_grid(most_steps)
     tried = len(shift_grid(steps))
     step = _shift_step(config, image_size, r_max)
@@ -304,7 +308,7 @@ def _search(
         on_device(np.int32(count)),
         on_device(np.int32(centres)),
         most,
-        config.hypotheses,
+        config.places,
     )
 
 

@@ -14,7 +14,8 @@ from jaxrefine._watch import Watch, unwatched
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
-from jaxrefine.maps.mask import check_mask
+from jaxrefine.maps.fsc import crossing
+from jaxrefine.maps.mask import AutomaticMask, check_mask
 from jaxrefine.operators.gridding import Insertion, default_insertion
 from jaxrefine.poses.prior import Prior, priors_about
 from jaxrefine.refinement.config import RefineConfig
@@ -41,8 +42,8 @@ class ParticleSet:
     config
         Parameters.
     mask
-        What a map is multiplied by before the particles are compared with it; None if
-        they are compared with all of it.
+        What a map is multiplied by before the particles are compared with it, or a
+        request to make it of each map; None if they are compared with all of it.
     watch
         Told how far each stage of a computation is.
     """
@@ -52,12 +53,28 @@ class ParticleSet:
     prior: Prior
     fold: Int[np.ndarray, " particles"]
     config: RefineConfig
-    mask: Volume | None = None
+    mask: Volume | AutomaticMask | None = None
     watch: Watch = unwatched
 
-    def masked(self, volume: Volume) -> Volume:
-        """Return the part of a map that the particles are compared with."""
-        return volume if self.mask is None else volume * self.mask
+    def masked(self, volume: Volume, fold_fsc: Float[Array, "shells"]) -> Volume:
+        """Return the part of a map that the particles are compared with.
+
+        Parameters
+        ----------
+        volume
+            The map.
+        fold_fsc
+            Correlation of the folds' maps, whose fall to ``Tuning.supported_fsc`` is
+            the resolution that an automatic mask is made for.
+        """
+        if self.mask is None:
+            return volume
+        if not isinstance(self.mask, AutomaticMask):
+            return volume * self.mask
+        shell = float(crossing(fold_fsc, self.config.tuning.supported_fsc))
+        resolution = self.particles.box_in_angstroms / max(shell, 1.0)
+        voxel = self.particles.pixel_size_in_angstroms
+        return volume * self.mask.of(volume, voxel, resolution)
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -83,7 +100,7 @@ def make_particle_set(
     poses: Poses,
     key: PRNGKeyArray,
     config: RefineConfig,
-    mask: Volume | None = None,
+    mask: Volume | AutomaticMask | None = None,
     indices: Int[np.ndarray, " chosen"] | None = None,
     watch: Watch = unwatched,
 ) -> ParticleSet:
@@ -114,6 +131,7 @@ def make_particle_set(
         config.shift_spread,
         config.max_angle,
         config.max_shift,
+        config.copies,
     )
     cluster = None if is_dominated(particles.cluster) else particles.cluster
     fold = _dealt(len(particles), cluster, key)
@@ -126,7 +144,7 @@ def divide(
     config: RefineConfig,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None,
-    mask: Float[Array, "_ _ _"] | None = None,
+    mask: Float[Array, "_ _ _"] | AutomaticMask | None = None,
     watch: Watch = unwatched,
 ) -> tuple[PRNGKeyArray, list[ParticleSet]]:
     """Deal the particles into sets and folds.
@@ -142,7 +160,7 @@ def divide(
     subsets
         With half sets, the set of each particle, 1 or 2; dealt at random without it.
     mask
-        From 0 in the solvent to 1, of the map's side ``n``.
+        From 0 in the solvent to 1, of the map's side ``n``, or a request to make masks.
     watch
         Told how far each stage of a computation is.
 
@@ -157,7 +175,7 @@ def divide(
         the subsets.
     """
     dealing, fold, draw = jax.random.split(key, 3)
-    if mask is not None:
+    if mask is not None and not isinstance(mask, AutomaticMask):
         mask = _checked_mask(mask, particles.image_size)
     indices_of_sets = [np.arange(len(particles))]
     if config.half_sets:

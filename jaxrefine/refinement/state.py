@@ -11,6 +11,7 @@ from jaxrefine._types import Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm
 from jaxrefine.poses.hypotheses import Hypotheses
+from jaxrefine.poses.optics import Optics
 
 
 @final
@@ -34,6 +35,8 @@ class SetState(eqx.Module):
         Weight of the regulariser.
     fold_fsc
         Correlation of the folds' maps.
+    optics
+        Contrast and defocus of each particle; None if neither is refined.
     """
 
     hypotheses: Hypotheses
@@ -44,6 +47,7 @@ class SetState(eqx.Module):
     noise: Float[Array, "groups shells"]
     tau: Float[Array, ""]
     fold_fsc: Float[Array, "shells"]
+    optics: Optics | None = None
 
     @property
     def mean_map(self) -> Volume:

@@ -10,7 +10,8 @@ The settings of a command are a frozen dataclass whose fields carry the declarat
         )
 
 The type of a field is its annotation: ``bool``, ``int``, ``float``, ``str`` or
-``Path``, each of which may be None. (Settings that no command line gives may also hold
+``Path``, each of which may be None, or a word, ``Literal["auto"]``, which the option's
+``convert`` then knows. (Settings that no command line gives may also hold
 tuples of these, whose entries their reader checks.) From the declarations follow the
 parser (:func:`add_options`, :func:`settings_from`), the checks of the values
 (:func:`check`), the words that give the same settings again (:func:`words`), the
@@ -29,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, final, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
 from jaxrefine.errors import InputError
 from jaxrefine.runs import entries
@@ -217,8 +218,13 @@ def declared(settings_class: type) -> tuple[Option, ...]:
 
 
 def _without_none(annotation: Any) -> Any:
+    """Return the type of a value, without None and single words beside it."""
     if get_origin(annotation) in (UnionType, Union):
-        (annotation,) = set(get_args(annotation)) - {type(None)}
+        (annotation,) = {
+            each
+            for each in get_args(annotation)
+            if each is not type(None) and get_origin(each) is not Literal
+        }
     return annotation
 
 
@@ -247,6 +253,30 @@ def add_options(parser: argparse.ArgumentParser, settings_class: type) -> None:
             add(each.flag, required=True, **keywords)
         else:
             add(each.flag, default=each.default, **keywords)
+
+
+def with_numbers_joined(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line, negative numbers joined to their options.
+
+    ``--b-factor -1e6`` becomes ``--b-factor=-1e6``: argparse takes a number with an
+    exponent for an option.
+    """
+    joined: list[str] = []
+    for word in arguments:
+        follows = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
+        if follows and joined[-1] != "--" and _is_negative_number(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_negative_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return word.startswith("-")
 
 
 def settings_from(settings_class: type, values: Mapping[str, Any]) -> Any:

@@ -13,6 +13,8 @@ import pytest
 from jaxrefine import cli
 from jaxrefine.cli.commands import COMMANDS, Command
 from jaxrefine.cli.commands.fsc import FscSettings
+from jaxrefine.cli.commands.postprocess import PostprocessSettings
+from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.io import write_mrc
 
 PROGRAM = [sys.executable, "-m", "jaxrefine.cli"]
@@ -106,6 +108,27 @@ def test_interruptions_and_refusals_are_a_sentence(run, error, code, words):
     assert (result.code, result.out) == (code, "")
     assert result.err.count("\n") == 1 and words in result.err
     assert "None" not in result.err
+
+
+@pytest.mark.parametrize("settings", [FscSettings, ReconstructSettings])
+def test_a_smaller_batch_is_advised_where_there_is_one(run, settings):
+    def fail(settings):
+        raise MemoryError
+
+    command = Command("fail", "summary", "description", settings, fail)
+    words = ["a.mrc", "b.mrc"] if settings is FscSettings else ["a", "--out", "b"]
+    err = run("fail", *words, commands=[command]).err
+    assert ("--batch-size" in err) == (settings is ReconstructSettings)
+
+
+def test_a_negative_number_may_have_an_exponent(run):
+    seen = []
+    command = Command(
+        "sharpen", "summary", "description", PostprocessSettings, seen.append
+    )
+    words = ["a.mrc", "b.mrc", "--out", "out", "--b-factor", "-1e6"]
+    assert run("sharpen", *words, commands=[command]).code == 0
+    assert seen[0].b_factor == -1e6
 
 
 def test_an_error_of_ours_is_not_hidden(run):

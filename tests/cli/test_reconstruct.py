@@ -57,6 +57,26 @@ def test_reconstruct_writes_maps(data, reconstruct, calls):
     assert calls[0][2].batch_size == 3 and len(calls[0][0]) == COUNT
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_map_of_dark_protein_is_told_of(data, run, sign):
+    """It is written as it is: nothing is at hand that says what the sign should be."""
+
+    def stand_in(particles, poses, config, *, key, subsets, watch):
+        n = particles.image_size
+        volume = np.zeros((n, n, n))
+        volume[4:8, 4:8, 4:8] = sign
+        return SimpleNamespace(volume=volume, half_maps=(), lam=0.5, tau=2)
+
+    engine = Engine(reconstruct=cast(Any, stand_in))
+    command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
+    words = ["reconstruct", data / "particles.star", "--out", data / "map.mrc"]
+    for further, told in (([], "with --invert"), (["--trust-contrast"], "")):
+        code, _, err = run(*words, *further, commands=[command])
+        assert code == 0 and (data / "map.mrc").exists()
+        assert ("seems to have dark protein" in err) == (sign < 0 and bool(told))
+        assert told in err or sign > 0
+
+
 def test_reconstruct_refuses(data, reconstruct, calls):
     words = [data / "particles.star", "--out"]
     for further, sentence in (

@@ -22,12 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import interrupted_after
+from scipy.spatial.transform import Rotation
 
-from jaxrefine import simulate
+from jaxrefine import simulate, symmetry
 from jaxrefine.cli import refine as cli_refine
 from jaxrefine.cli.commands.postprocess import POSTPROCESS
 from jaxrefine.cli.commands.refine import REFINE, RefineSettings
 from jaxrefine.cli.engine import Engine
+from jaxrefine.cli.refine import _changes
+from jaxrefine.geometry import Poses
 from jaxrefine.io import (
     read_mrc,
     read_particles,
@@ -37,11 +40,13 @@ from jaxrefine.io import (
     write_star,
 )
 from jaxrefine.maps import centre
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import declared
 
 N, COUNT, PIXEL = 16, 8, 2.0  # of the data
 STEP = 0.25
+CONTRAST, DEFOCUS = np.linspace(0.7, 1.3, COUNT), np.linspace(-300.0, 400.0, COUNT)
 
 
 class State(eqx.Module):
@@ -82,6 +87,10 @@ def stand_in():
             informed_up_to=6 if config.half_sets else None,
             state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
+            optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
+            optics_errors=SimpleNamespace(
+                contrast=np.full(COUNT, 0.1), defocus=np.full(COUNT, 50.0)
+            ),
         )
 
     def init(particles, poses, *_, **__):
@@ -308,6 +317,91 @@ def test_band_limits_and_symmetry(data, refine, stand_in):
         found = config.symmetry, config.first_r_max, config.search_r_max
         assert (*found, config.max_r_max) == expected[:4]
         assert config.particle_diameter == pytest.approx(expected[4])
+
+
+@pytest.mark.parametrize("half_sets", [False, True])
+def test_masks_may_be_made_of_the_maps(data, refine, stand_in, half_sets):
+    """The engine is told, and the mask of the final map is written."""
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    words = command(data, "--mask", "auto", "--iterations", 1)
+    assert refine(*words, *["--half-sets"] * half_sets).code == 0
+    (call,) = stand_in.calls
+    assert call.mask == AutomaticMask()
+    mask, voxel = read_mrc(data / "out/mask.mrc")
+    assert voxel == PIXEL and mask.min() >= 0 and mask.max() == 1
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["settings"]["mask"] == report["options"]["mask"] == "auto"
+    # A finished run is recognised; another mask is another run.
+    assert "finished" in refine(*words, *["--half-sets"] * half_sets).out
+    other = words[: words.index("--mask")] + ["--iterations", 1]
+    refine(*other, *["--half-sets"] * half_sets).assert_refused("mask")
+
+
+@pytest.mark.parametrize("star", ["particles.star", "plain.star"])
+def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
+    """RELION's, if there are transfer functions; also of a second run from there."""
+    words = command(data, "--refine-scale", "--iterations", 1, star=star)
+    if star == "plain.star":
+        blamed = refine(*words, "--refine-defocus")
+        blamed.assert_refused("--refine-defocus must be given with particles that have")
+        assert refine(*words).code == 0
+        table = read_star(data / "out/particles.star")["particles"]
+        scale = [float(x) for x in table["jaxrefineScale"]]
+        np.testing.assert_allclose(scale, CONTRAST, atol=1e-6)
+        assert "rlnCtfScalefactor" not in table and "rlnDefocusU" not in table
+        return
+    assert refine(*words, "--refine-defocus").code == 0
+    (call,) = stand_in.calls
+    assert call.config.contrast_spread == 0.2 and call.config.defocus_spread == 300
+    given, written = (
+        read_particles(data / name).particles.ctf
+        for name in (star, "out/particles.star")
+    )
+    np.testing.assert_allclose(written.scale, given.scale * CONTRAST, rtol=1e-5)
+    for name in ("defocus_u", "defocus_v"):
+        change = np.asarray(getattr(written, name)) - np.asarray(getattr(given, name))
+        np.testing.assert_allclose(change, DEFOCUS, atol=1e-2)
+    np.testing.assert_array_equal(written.defocus_angle, given.defocus_angle)
+    table = read_star(data / "out/particles.star")["particles"]
+    for name, value in (("Scale", 0.1), ("Defocus", 50.0)):
+        np.testing.assert_allclose(
+            [float(x) for x in table[f"jaxrefine{name}Std"]], value, rtol=1e-6
+        )
+    again = command(data, "--iterations", 1, star="out/particles.star")
+    again[again.index(data / "out")] = data / "again"
+    assert refine(*again).code == 0
+    np.testing.assert_array_equal(stand_in.calls[1].particles.ctf.scale, written.scale)
+
+
+def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):
+    """The engine is told; the table says which copy a pose is in, and how far off."""
+    words = ["--symmetry-relax", "d2", "--symmetry", "c2", "--iterations", 1]
+    assert refine(*command(data, *words)).code == 0
+    (call,) = stand_in.calls
+    assert (call.config.symmetry_relax, call.config.symmetry) == ("D2", "C2")
+    table = read_star(data / "out/particles.star")["particles"]
+    assert table["jaxrefineSymmetryCopy"] == ["1"] * COUNT
+    turned = [float(x) for x in table["jaxrefineAngleChange"]]
+    np.testing.assert_allclose(turned, 0, atol=1e-4)
+
+
+def test_the_change_of_a_pose_is_that_from_the_nearest_copy():
+    """The copy has the number of the row that `expand` would write."""
+    operators = symmetry.operators("C4")
+    rng = np.random.default_rng(0)
+    given = Rotation.random(12, rng).as_matrix()
+    turns = Rotation.from_rotvec(0.1 * rng.normal(size=(12, 3)))
+    copy = rng.integers(0, 4, 12)
+    refined = turns.as_matrix() @ given @ operators[copy]
+    shifts = np.zeros((12, 2))
+    settings = RefineSettings(
+        particles=Path(), map=Path(), out=Path(), symmetry_relax="C4"
+    )
+    columns = _changes(settings, Poses(given, shifts), Poses(refined, shifts))
+    np.testing.assert_array_equal(columns["jaxrefineSymmetryCopy"], copy + 1)
+    np.testing.assert_allclose(
+        columns["jaxrefineAngleChange"], np.rad2deg(turns.magnitude()), rtol=1e-6
+    )
 
 
 @pytest.mark.slow

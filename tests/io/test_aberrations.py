@@ -130,6 +130,48 @@ def test_what_is_ignored_is_named(table):
     assert file.ignored == ("rlnBeamTiltX", "rlnMtfFileName")
 
 
+def old(table, columns):
+    """A table of RELION 3.0: without optics, all columns in that of particles."""
+    path = table({}, columns)
+    rows = read_star(path)["particles"]
+    del rows["rlnOpticsGroup"]
+    optics = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+    for name in optics:
+        rows.setdefault(name, [OPTICS[name][0]] * COUNT)
+    rows["rlnMagnification"] = ["10000"] * COUNT
+    rows["rlnDetectorPixelSize"] = [str(PIXEL)] * COUNT
+    write_star(path, {"": rows})
+    return path
+
+
+def test_beam_tilts_of_relion_3_0_are_groups(table):
+    """Those of a group of RELION 3.1 with the same tilt; written back as they were."""
+    columns = {
+        "rlnBeamTiltX": ["0.5", "0", "0.5", "0.5", "0"],
+        "rlnBeamTiltY": ["-0.25", "0.125", "-0.25", "-0.25", "0.125"],
+    }
+    new = read_particles(table({name: ABERRATIONS[name] for name in columns}))
+    path = old(table, columns | {"rlnVoltage": ["300", "200", "300", "300", "200"]})
+    file = read_particles(path)
+    assert file.optics_group is None and "rlnBeamTiltX" not in file.ignored
+    assert there(file.particles.group).tolist() == [1, 0, 1, 1, 0]
+    odd = there(there(file.particles.aberrations).odd)
+    exact = np.asarray(there(there(new.particles.aberrations).odd))
+    np.testing.assert_allclose(odd[1], exact[1], rtol=1e-6)
+    assert file.particles.aberrations.even is None
+    write_particles(path.with_name("out.star"), file, file.poses)
+    again = read_particles(path.with_name("out.star"))
+    np.testing.assert_array_equal(again.particles.group, file.particles.group)
+    assert read_particles(path, with_ctf=False).particles.group is None
+
+
+def test_no_tilt_and_no_number(table):
+    zeros = {"rlnBeamTiltX": ["0"] * COUNT}
+    assert read_particles(old(table, zeros)).particles.aberrations is None
+    with pytest.raises(InputError, match="rlnBeamTiltX.*finite"):
+        read_particles(old(table, {"rlnBeamTiltX": ["1", "nan", "1", "1", "1"]}))
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

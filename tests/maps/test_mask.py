@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from jaxrefine import simulate
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_mrc
-from jaxrefine.maps.mask import soft_mask
+from jaxrefine.maps.mask import AutomaticMask, soft_mask
 
 N, VOXEL = 32, 2.5
 ONES = jnp.ones((N, N, N))
@@ -121,3 +121,25 @@ def test_a_mask_is_not_made_from_a_hot_voxel():
     volume[2, 3, 4] = 3e38
     with pytest.raises(InputError, match="single voxel of 3e.38"):
         soft_mask(jnp.asarray(volume), 2.0)
+
+
+# --- masks that are made of each map
+
+
+def test_an_automatic_mask_is_tighter_the_sharper_the_map_is():
+    """At 15 angstroms it is the mask of post-processing; before, it contains it."""
+    volume = jnp.asarray(simulate.phantom(jax.random.key(0), 32))
+    masks = [AutomaticMask().of(volume, 5.0, each) for each in (60.0, 30.0, 15.0, 4.0)]
+    sizes = [float(jnp.sum(mask)) for mask in masks]
+    assert sizes[0] > 1.2 * sizes[1] > 1.4 * sizes[2]
+    for mask in masks[2:]:
+        np.testing.assert_array_equal(mask, soft_mask(volume, 5.0))
+    particle = np.asarray(volume) > 0.1
+    for mask in masks:
+        assert np.mean(np.asarray(mask)[particle] > 0.99) > 0.99
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_of_a_map_without_a_particle_there_is_no_mask(value):
+    volume = jnp.full((16, 16, 16), value)
+    np.testing.assert_array_equal(AutomaticMask().of(volume, 2.0, 8.0), 1)

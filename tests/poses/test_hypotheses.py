@@ -1,5 +1,7 @@
 """What is believed of poses: densities, derivatives and rankings by other routes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import multivariate_normal
 
+from jaxrefine import symmetry
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.poses import hypotheses, solvers
 from jaxrefine.poses.hypotheses import certain
@@ -151,6 +154,49 @@ def test_priors_of_many_particles():
         assert float(costs[i]) == pytest.approx(
             float(cost(one, rotations[i], shifts[i]))
         )
+
+
+@pytest.fixture
+def relaxed():
+    """A pose that is known up to the operators of C3; copies overlap a little."""
+    poses = Poses(draw_rotations(1, 4), jnp.array([[0.3, -0.8]]))
+    numbers = (0.7, SHIFT_STD, MAX_ANGLE, MAX_SHIFT)
+    many = priors_about(poses, *numbers, symmetry.operators("C3"))
+    return jax.tree.map(lambda leaf: leaf[0], many)
+
+
+def poses_anywhere(count):
+    shifts = np.random.default_rng(6).normal(size=(count, 2))
+    return zip(draw_rotations(count, 9), jnp.asarray(shifts), strict=True)
+
+
+def test_the_prior_of_copies_is_their_mixture(relaxed):
+    """The mean of the densities about each copy, of which the given pose is one."""
+    copies = np.asarray(relaxed.rotations) @ symmetry.operators("C3")
+    np.testing.assert_allclose(relaxed.centres, copies, atol=1e-12)
+    ones = [
+        dataclasses.replace(relaxed, rotations=jnp.asarray(copy), copies=None)
+        for copy in copies
+    ]
+    slope = jax.jit(jax.jacfwd(cost_along))
+    for pose in poses_anywhere(8):
+        densities = [np.exp(-float(cost(one, *pose))) for one in ones]
+        assert float(cost(relaxed, *pose)) == pytest.approx(-np.log(np.mean(densities)))
+        twin = slope(jnp.zeros(5), relaxed, pose)
+        np.testing.assert_allclose(gradient(relaxed, *pose), twin, rtol=1e-8, atol=1e-9)
+
+
+def test_limits_of_copies_are_those_from_the_nearest(relaxed):
+    for rotation, shift in poses_anywhere(12):
+        there = jnp.broadcast_to(rotation, (3, 3, 3))
+        angle = distance(relaxed.centres, there)
+        nearest = relaxed.centres[np.argmin(angle)]
+        np.testing.assert_array_equal(relaxed.nearest(rotation), nearest)
+        new, _ = clip(relaxed, rotation, shift)
+        least = min(float(angle.min()), MAX_ANGLE)
+        assert float(distance(new, nearest)) == pytest.approx(least, rel=1e-8)
+        turned = float(distance(new, rotation))
+        assert turned == pytest.approx(float(angle.min()) - least, abs=1e-8)
 
 
 # --- Hypotheses

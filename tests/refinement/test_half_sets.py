@@ -96,6 +96,38 @@ def test_a_set_that_drifted_is_brought_back(fixed):
 
 
 @pytest.mark.slow
+def test_sets_that_ended_in_other_copies_are_brought_together():
+    """Poses that are known up to a group give either set a copy of its own."""
+    single = jnp.float32
+    volume = simulate.blur(simulate.phantom(jax.random.key(0), N), 1.0)
+    operator = jnp.asarray(symmetry.operators("C4")[3], single)
+    turn = operator @ rotvec_to_matrix(TURN.astype(single))
+    drifted = align.move_map(volume, turn, OFFSET.astype(single))
+    poses = Poses(
+        simulate.equidistributed_rotations(jax.random.key(1), COUNT, single),
+        jnp.zeros((COUNT, 2), single),
+    )
+    images = np.zeros((COUNT, N, N), np.float32)
+    config = RefineConfig(symmetry_relax="C4")
+    whole = make_particle_set(Particles(images), poses, jax.random.key(3), config)
+    here, there = (
+        eqx.tree_at(
+            lambda s: s.maps,
+            map_step.start(whole, volume),
+            (admm.init(one), admm.init(one)),
+        )
+        for one in (volume, drifted)
+    )
+    back = half_sets.turned(there, here, whole)
+    band = slice(1, N // 2 - 1)
+    assert float(jnp.min(fsc(volume, back.mean_map)[band])) > 0.999
+    assert float(jnp.min(half_sets.correlation(here, there, whole)[band])) > 0.999
+    turned = there.hypotheses.best().rotations @ turn.T
+    # The motion that brings the set back is the inverse of the one that it made.
+    np.testing.assert_allclose(back.hypotheses.best().rotations, turned, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_no_pose_leaves_its_limits():
     """A particle at its limit stays there when its set is turned."""
     volume = simulate.blur(simulate.phantom(jax.random.key(0), N), 1.0)

@@ -4,6 +4,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -127,6 +128,42 @@ def test_bad_values_are_one_sentence(given, sentence):
 def test_bounds_are_in_the_range_or_not_as_declared():
     for words in (["--max-angle", "180"], ["--max-angle", "1e-9"], ["--count", "1"]):
         parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [
+        (["--b-factor", "-1e6", "a.mrc"], ["--b-factor=-1e6", "a.mrc"]),
+        (["--b-factor", "-.5", "--count", "3"], ["--b-factor=-.5", "--count", "3"]),
+        (["--b-factor", "-inf"], ["--b-factor=-inf"]),
+        (["--b-factor=-1e6", "-2"], ["--b-factor=-1e6", "-2"]),
+        (["a.mrc", "-1e6", "--", "-2"], ["a.mrc", "-1e6", "--", "-2"]),
+        (["--b-factor", "1e6", "--fix-angles", "-o"],) * 2,
+    ],
+)
+def test_negative_numbers_are_not_taken_for_options(given, joined):
+    assert options.with_numbers_joined(given) == joined
+
+
+def test_a_word_may_stand_beside_a_type():
+    """Its option's conversion knows it; a file of this name has a folder before it."""
+
+    def convert(text):
+        return "auto" if text == "auto" else Path(text)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Masked:
+        mask: Path | Literal["auto"] | None = option(None, convert=convert, help="it")
+
+    (declared,) = options.declared(Masked)
+    assert declared.kind is Path
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, Masked)
+    for words, value in (([], None), (["--mask", "auto"], "auto")):
+        settings = options.settings_from(Masked, vars(parser.parse_args(words)))
+        assert settings.mask == value and options.words(settings) == words
+    given = vars(parser.parse_args(["--mask", "./auto"]))
+    assert options.settings_from(Masked, given).mask == Path("auto")
 
 
 def test_the_help_says_units_defaults_and_effects():

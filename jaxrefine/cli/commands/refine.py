@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jaxrefine.cli.commands import shared
 from jaxrefine.cli.commands.command import Command
@@ -16,6 +17,15 @@ _DEFAULT = PRESETS[:1]
 ANGLE_SPREAD_OF_LIMIT = 1 / math.sqrt(5)
 SHIFT_SPREAD_OF_LIMIT = 1 / 2
 SHIFT_LIMIT_OF_SPREAD = 3
+# How well contrast and defocus are known: particles lie at several heights of a layer
+# of ice that is often 300 to 1000 angstroms thick, and their contrast varies with it.
+CONTRAST_SPREAD = 0.2
+DEFOCUS_SPREAD = 300.0
+
+
+def _mask(text: str) -> Path | Literal["auto"]:
+    """Return what the text of ``--mask`` stands for."""
+    return "auto" if text == "auto" else Path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +39,14 @@ class RefineSettings:
     )
     map: Path = option(metavar="INIT.mrc", help="the map to start from")
     out: Path = option(affects_results=False, metavar="DIR", help="folder to write to")
-    mask: Path | None = option(
+    mask: Path | Literal["auto"] | None = option(
         None,
         presets=_DEFAULT,
-        metavar="MASK.mrc",
+        convert=_mask,
+        metavar="MASK.mrc|auto",
         help="1 in the particle, 0 in the solvent, soft edge: poses are refined with "
-        "masked maps; those that are written are not masked",
+        "masked maps; those that are written are not masked. `auto` makes masks of the "
+        "maps, tighter as these sharpen",
     )
     map_voxel_size: float | None = shared.map_voxel_size()
     resample: bool = shared.resample()
@@ -120,6 +132,16 @@ class RefineSettings:
         False, presets=_DEFAULT, help="keep the positions, refine the angles alone"
     )
     symmetry: str = shared.symmetry(presets=_DEFAULT)
+    symmetry_relax: str = option(
+        "C1",
+        convert=str.upper,
+        metavar="GROUP",
+        presets=_DEFAULT,
+        excludes=("fix_angles",),
+        help="point group up to which the given poses are known, where the map does "
+        "not have it: searches try all copies of a pose, and --max-angle and "
+        "--angle-spread count from the nearest one",
+    )
     initial_resolution: float | None = option(
         None,
         unit="angstroms",
@@ -139,6 +161,18 @@ class RefineSettings:
         implies="Sets --initial-resolution to this if its default is finer, unless "
         "that is given.",
         help="finest detail that poses are compared in",
+    )
+    refine_scale: bool = option(
+        False,
+        presets=_DEFAULT,
+        help="refine the contrast of each particle, a factor of its projection, which "
+        f"is taken to be known to {CONTRAST_SPREAD:g} (standard deviation)",
+    )
+    refine_defocus: bool = option(
+        False,
+        presets=_DEFAULT,
+        help="refine the defocus of each particle, which is taken to be known to "
+        f"{DEFOCUS_SPREAD:g} angstroms (standard deviation)",
     )
     seed: int = shared.seed("everything random")
     batch_size: int | None = shared.batch_size(

@@ -1,0 +1,208 @@
+"""The update of contrast and defocus of an outer iteration, for one set of particles.
+
+Both are found anew in each iteration, at the best pose of each particle, from the map
+of the fold that it is not in (:mod:`jaxrefine.poses.optics`). From there on they are in
+its transfer function, and so in its likelihood, in its noise, and in the weights with
+which it is summed up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrefine._arrays import on_device
+from jaxrefine._types import Images
+from jaxrefine._watch import Stage
+from jaxrefine.aberrations import magnified
+from jaxrefine.ctf import CTF, transparent
+from jaxrefine.data import observation
+from jaxrefine.data.observation import View
+from jaxrefine.data.visit import visit
+from jaxrefine.maps.folds import FOLDS
+from jaxrefine.operators.gridding import Spectrum
+from jaxrefine.poses import optics
+from jaxrefine.poses.optics import Optics, OpticsEstimate, OpticsPrior
+from jaxrefine.refinement.pose_step import reference_map
+from jaxrefine.refinement.sets import ParticleSet
+from jaxrefine.refinement.state import SetState
+
+
+def first_optics(particle_set: ParticleSet) -> Optics | None:
+    """Return contrast and defocus as they are given; None if neither is refined."""
+    if _prior(particle_set) is None:
+        return None
+    count = len(particle_set)
+    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.float32)
+    return Optics(on_device(ones), on_device(zeros))
+
+
+def applied(particle_set: ParticleSet, state: SetState) -> ParticleSet:
+    """Return the particles with the contrast and the defocus that are in their state.
+
+    Parameters
+    ----------
+    particle_set
+        The particles with the optics that are given.
+    state
+        What is known of them.
+    """
+    if state.optics is None:
+        return particle_set
+    found, given = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), each)
+        for each in (state.optics, _given(particle_set))
+    )
+    ctf = found.applied(given)
+    return replace(particle_set, particles=replace(particle_set.particles, ctf=ctf))
+
+
+def update_optics(
+    particle_set: ParticleSet, state: SetState, r_max: int
+) -> tuple[SetState, Optics | None]:
+    """Find the contrast and the defocus of all particles at their best poses.
+
+    The contrast is divided by its mean over the set, as the images do not tell it from
+    the scale of the map.
+
+    Parameters
+    ----------
+    particle_set
+        The particles with the optics that are given.
+    state
+        What is known of them, poses among others.
+    r_max
+        Band limit, cycles per box.
+
+    Returns
+    -------
+    The state with contrast and defocus, and their standard deviations; the state as it
+    is, and None, if neither is refined.
+    """
+    prior = _prior(particle_set)
+    if prior is None:
+        return state, None
+    particles, config = particle_set.particles, particle_set.config
+    particles = replace(particles, ctf=_given(particle_set))
+    view = observation.view(
+        particles, particle_set.last_shell, state.noise, observation.PART
+    )
+    best = state.hypotheses.best()
+    poses = np.asarray(best.rotations), np.asarray(best.shifts)
+    stage = Stage(particle_set.watch, "optics", len(particle_set))
+    members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
+    of_folds = []
+    for fold, owners in enumerate(members):
+        volume = reference_map(particle_set, state, fold)
+        reference = config.interpolation.spectrum(volume, particle_set.last_shell)
+        of_folds.append(
+            visit(
+                _Measure(prior),
+                (reference, view, on_device(np.int32(r_max))),
+                particles,
+                owners,
+                jax.tree.map(lambda leaf, at=owners: leaf[at], poses),
+                config.batch_size,
+                stage,
+            )
+        )
+    back = np.argsort(np.concatenate(members))
+    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
+    scale = np.mean(found.optics.contrast, dtype=np.float64)
+    contrast = (found.optics.contrast / scale).astype(np.float32)
+    new = Optics(on_device(contrast), on_device(found.optics.defocus))
+    state = eqx.tree_at(
+        lambda s: s.optics, state, new, is_leaf=lambda leaf: leaf is None
+    )
+    return state, found.errors
+
+
+def of_determined(
+    found: Optics | None,
+    contrast: float,
+    defocus: float,
+    determined: Bool[np.ndarray, " particles"],
+) -> Optics | None:
+    """Return contrast and defocus, and the given values for what is not determined."""
+    if found is None:
+        return None
+    return Optics(
+        np.where(determined, found.contrast, contrast),
+        np.where(determined, found.defocus, defocus),
+    )
+
+
+def of_all(
+    of_sets: Sequence[Optics | None], indices: Sequence[Int[np.ndarray, " chosen"]]
+) -> Optics | None:
+    """Return contrast and defocus of all particles from those of the sets.
+
+    Parameters
+    ----------
+    of_sets
+        Those of each set; None if neither is refined.
+    indices
+        Where the particles of each set are among all.
+    """
+    if any(each is None for each in of_sets):
+        return None
+    back = np.argsort(np.concatenate(indices))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_sets)
+
+
+@final
+class _Measure(eqx.Module):
+    """The block function that estimates contrast and defocus; see `visit`."""
+
+    prior: OpticsPrior
+
+    def __call__(
+        self,
+        common: tuple[Spectrum, View, Int[Array, ""]],
+        images: Images,
+        ctf: CTF,
+        group: Int[Array, "p"],
+        exists: Bool[Array, "p"],
+        poses: tuple[Float[Array, "p 3 3"], Float[Array, "p 2"]],
+    ) -> OpticsEstimate:
+        del exists
+        reference, view, r_max = common
+        view = view.up_to(r_max)
+        spectra, moved = view.spectra(images, group), view.magnifications(group)
+        factor, gamma = jax.tree.map(
+            lambda leaf: leaf[group], (view.factor, view.gamma)
+        )
+
+        def measure(spectrum, factor, magnification, gamma, ctf, rotation, shift):
+            frequencies = magnified(
+                magnification, view.frequencies_in_inverse_angstroms
+            )
+            seen = optics.compare(
+                reference,
+                view.observation(spectrum, factor, magnification),
+                rotation,
+                shift,
+                frequencies,
+                gamma,
+            )
+            return optics.estimate(self.prior, ctf, seen)
+
+        return jax.vmap(measure)(spectra, factor, moved, gamma, ctf, *poses)
+
+
+def _prior(particle_set: ParticleSet) -> OpticsPrior | None:
+    """Return how well contrast and defocus are known; None if neither is refined."""
+    config = particle_set.config
+    if not (config.contrast_spread or config.defocus_spread):
+        return None
+    return OpticsPrior(config.contrast_spread, config.defocus_spread)
+
+
+def _given(particle_set: ParticleSet) -> CTF:
+    """Return the transfer functions that are given, of value 1 if there are none."""
+    particles = particle_set.particles
+    return transparent(len(particles)) if particles.ctf is None else particles.ctf
