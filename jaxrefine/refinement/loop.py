@@ -215,12 +215,12 @@ def _iterate(
         )
         known, _ = optics_step.update_optics(particle_set, known, r_max)
         particle_set = optics_step.applied(particle_set, known)
-        everyone = np.ones(len(particle_set), bool)
+        included = pose_step.included(particle_set, known)
         sums = insertion.sum_up(
-            particle_set, known.hypotheses, known.noise, everyone, side
+            particle_set, known.hypotheses, known.noise, included, side
         )
         known = map_step.update_maps(particle_set, known, folds.folds(sums))
-        set_states.append(map_step.assess(particle_set, known, side))
+        set_states.append(map_step.assess(particle_set, known, included, side))
         reports.append(report)
 
     def mean(name: str) -> float:
@@ -303,9 +303,8 @@ def _conclude(
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
         inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
-        # Of the set as it was, in whose frame the priors are. All processes take what
-        # the first one finds, as in `refine`.
-        found = of_first(pose_step.evidence_anywhere(particle_set, known))
+        # Of the set as it was, in whose frame the priors are.
+        found = pose_step.evidence_anywhere(particle_set, known)
         determined = (found > LEAST_EVIDENCE) & inside
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]

@@ -71,7 +71,8 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     volume = _up_to(at_unit_scale(volume), config.first_r_max)
     # Of a map that is cut off there, nothing is known beyond.
     made = on_device((np.arange(shells) <= config.first_r_max).astype(volume.dtype))
-    sums = _measure(particle_set, hypotheses, [volume] * FOLDS, made)
+    everyone = np.ones(count, bool)
+    sums = _measure(particle_set, hypotheses, [volume] * FOLDS, made, everyone)
     share = on_device(np.asarray(particle_set.particles.noise_share, volume.dtype))
     scale, noise = _first_levels(sums, share, particle_set.last_shell)
     first = admm.init(scale * volume)
@@ -139,6 +140,7 @@ def _measure(
     hypotheses: Hypotheses,
     maps: Sequence[Volume],
     fold_fsc: Float[Array, "shells"],
+    included: Bool[np.ndarray, " particles"],
 ) -> ShellSums:
     """Compare a sample of images with the masked maps of the other fold, by groups."""
     particles, dtype = particle_set.particles, maps[0].dtype
@@ -152,6 +154,7 @@ def _measure(
     samples, of_folds = [], []
     for fold in range(FOLDS):
         of_fold = particle_set.of_fold(fold)
+        of_fold = of_fold[included[of_fold]]
         group = particles.group_of(of_fold)
         share = max(tuning.sample // len(groups), tuning.least_per_group) // FOLDS
         members = [of_fold[group == g] for g in groups]
@@ -222,7 +225,10 @@ def _resized(coefficients: Volume, side: int) -> Float[Array, "{side} {side} {si
 
 
 def assess(
-    particle_set: ParticleSet, state: SetState, side: int | None = None
+    particle_set: ParticleSet,
+    state: SetState,
+    included: Bool[np.ndarray, " particles"],
+    side: int | None = None,
 ) -> SetState:
     """Measure scale and noise from the images, and the correlation of the maps.
 
@@ -236,6 +242,8 @@ def assess(
         The particles, a sample of which is compared with the maps.
     state
         Their poses, the folds' maps, and the noise by which groups are weighted.
+    included
+        Which particles the maps were made of: the others are not in the sample.
     side
         Side of the sums that the maps were made from, by default that of the images.
         Scale and correlation are zero in the shells that a smaller side leaves out,
@@ -246,7 +254,8 @@ def assess(
     last_made = n // 2 if side in (None, n) else (side - 1) // 2
     made = on_device(np.arange(n // 2 + 1) <= last_made)
     volumes = [fold.coefficients for fold in state.maps]
-    sums = _measure(particle_set, state.hypotheses, volumes, state.fold_fsc)
+    known = (state.hypotheses, volumes, state.fold_fsc)
+    sums = _measure(particle_set, *known, included)
     share = on_device(np.asarray(particle_set.particles.noise_share, state.noise.dtype))
     gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
     correlation = on_device(np.where(made, fsc(*volumes), 0).astype(gain.dtype))

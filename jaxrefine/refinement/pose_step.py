@@ -11,9 +11,10 @@ from typing import final
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from jaxrefine._arrays import on_device
+from jaxrefine._processes import of_first
 from jaxrefine._types import Volume
 from jaxrefine._watch import Stage
 from jaxrefine.data import observation
@@ -26,7 +27,7 @@ from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.polish import Polish
 from jaxrefine.poses.search import Search, covering_count, shift_grid
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import ParticleSet
+from jaxrefine.refinement.sets import FEWEST, ParticleSet
 from jaxrefine.refinement.state import SetState
 
 
@@ -346,17 +347,31 @@ def evidence_anywhere(
 
     It is taken over all rotations, and over all positions at which the particle lies
     within its image, but no fewer than may be searched. What the configuration fixes is
-    taken to be known; see :mod:`jaxrefine.poses.presence`.
+    taken to be known; see :mod:`jaxrefine.poses.presence`. All processes take what the
+    first one finds, as decisions are made of it.
     """
     config, size = particle_set.config, particle_set.particles.image_size
     radius = max((1 - config.particle_diameter) * size / 2, config.max_shift)
     space = presence.Space.of(len(config.operators), radius)
-    return np.asarray(
-        presence.evidence_anywhere(
-            space,
-            particle_set.prior,
-            state.hypotheses,
-            state.information,
-            state.evidence,
-        )
+    found = presence.evidence_anywhere(
+        space,
+        particle_set.prior,
+        state.hypotheses,
+        state.information,
+        state.evidence,
     )
+    return of_first(np.asarray(found))
+
+
+def included(
+    particle_set: ParticleSet, state: SetState
+) -> Bool[np.ndarray, " particles"]:
+    """Return which particles to make maps of: those whose images show one.
+
+    If there are too few of them in a fold for a map, as at a start that leads nowhere,
+    it is everyone.
+    """
+    shown = evidence_anywhere(particle_set, state) > presence.LEAST_EVIDENCE
+    of_folds = [shown[particle_set.of_fold(fold)] for fold in range(FOLDS)]
+    enough = min(int(of_fold.sum()) for of_fold in of_folds) >= FEWEST // FOLDS
+    return shown if enough else np.ones_like(shown)

@@ -75,7 +75,7 @@ def reconstruct(
     everyone = np.ones(len(particles), bool)
     sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state = map_step.update_maps(particle_set, state, folds.folds(sums))
-    state = map_step.assess(particle_set, state)
+    state = map_step.assess(particle_set, state, everyone)
     sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
     final = map_step.final_map(config, sums, state, watch)

@@ -238,7 +238,7 @@ def assessed(scene, images, group):
     first = np.asarray(state.noise)
     maps = tuple(admm.init(scene.truth) for _ in state.maps)
     state = eqx.tree_at(lambda s: s.maps, state, maps)
-    found = map_step.assess(whole, state)
+    found = map_step.assess(whole, state, np.ones(len(whole), bool))
     return np.asarray(found.noise), first, np.asarray(found.gain)
 
 

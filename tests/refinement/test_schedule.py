@@ -65,7 +65,7 @@ def test_maps_of_fewer_voxels_are_as_good(n):
             particle_set, start.hypotheses, start.noise, everyone, each
         )
         state = map_step.update_maps(particle_set, start, folds.folds(sums))
-        state = map_step.assess(particle_set, state, each)
+        state = map_step.assess(particle_set, state, everyone, each)
         scores[each] = np.asarray(fsc(state.mean_map, truth))
         if each == side:
             assert not np.any(state.fold_fsc[side // 2 :])
