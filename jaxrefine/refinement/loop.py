@@ -201,11 +201,11 @@ def _iterate(
 
     r_max = next_band_limit(int(state.r_max), before)
     set_states, reports = [], []
-    size = side = particle_sets[0].particles.image_size
-    # Only where another iteration follows for certain: what a run ends with, and what
-    # decides whether it does, is measured in all shells.
-    if is_early and iteration + 1 < config.iterations:
-        side = schedule.map_side(r_max, size)
+    size = particle_sets[0].particles.image_size
+    side = schedule.map_side(iteration, r_max, size, config)
+    # Smaller maps lack shells, so that their score says nothing about larger ones.
+    before_side = schedule.map_side(iteration - 1, int(state.r_max), size, config)
+    best = -np.inf if before_side < side else schedule.score(before, last)
     for i, (particle_set, known) in enumerate(
         zip(particle_sets, state.set_states, strict=True)
     ):
@@ -227,7 +227,7 @@ def _iterate(
         return float(np.mean([getattr(report, name) for report in reports]))
 
     fold_fsc = np.mean([np.asarray(known.fold_fsc) for known in set_states], axis=0)
-    correlation, gold_score, best = fold_fsc, None, schedule.score(before, last)
+    correlation, gold_score = fold_fsc, None
     if len(set_states) == 2:
         gold = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
         # That of folds is zero in the shells that were not made, where maps have only
