@@ -13,11 +13,14 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    folds, and a TV-regularised map is made of each, with larger voxels as long as the
    band limit is low (`schedule.map_side`). A particle is compared with the map of the
    fold that it is not in;
-4. scale, noise and supported resolution are measured shell by shell from the folds.
+4. scale and noise are measured shell by shell from the folds; the supported resolution
+   is measured from the half sets or, without half sets, from the folds.
 
-Half sets go through this independently. Since nothing in the data holds them to a
-common frame, the second is rotated and shifted into the frame of the first before they
-are compared or joined (:mod:`jaxrefine.refinement.half_sets`).
+Half sets go through this independently, but for the band limit and for whether an
+iteration is kept, which both have in common and which the correlation of their maps
+decides. Since nothing in the data holds them to a common frame, the second is rotated
+and shifted into the frame of the first before they are compared or joined
+(:mod:`jaxrefine.refinement.half_sets`).
 
 At the end the regulariser's weight is chosen by cross-validation, and one map is made
 of all particles. Images are read in batches, and need not fit into memory.
@@ -331,7 +334,8 @@ def _conclude(
         curve = np.asarray(fsc(*maps))
         last = particle_sets[0].last_shell
         known = np.asarray(state.correlation)
-        informed_up_to = int(schedule.supported(known, config, last))
+        supported = schedule.supported(known, config, last)
+        informed_up_to = int(min(supported, int(state.r_max)))
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
         tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
         joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)

@@ -84,7 +84,7 @@ def stand_in():
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
-            informed_up_to=6 if config.half_sets else None,
+            informed_up_to=7 if config.half_sets else None,
             state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
             optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
@@ -417,8 +417,8 @@ def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
         np.testing.assert_array_equal(half, read_mrc(data / "init.mrc")[0][::sign])
     report = json.loads((data / "out/run.json").read_text())
     assert report["half_set_fsc"] == [1.0] * (N // 2 + 1)
-    # 16 pixels of 2 A: the sixth shell has the period 5.333 A.
-    assert report["poses_informed_to_in_angstroms"] == 5.333
+    # 16 pixels of 2 A: the seventh shell has the period 4.571 A.
+    assert report["poses_informed_to_in_angstroms"] == 4.571
     assert report["limits"] in out and "--max-resolution" in report["limits"]
     # A file that says so decides.
     blocks = read_star(data / "particles.star")
