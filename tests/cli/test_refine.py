@@ -58,6 +58,7 @@ class State(eqx.Module):
 def stand_in():
     """An engine that moves every particle; a record of its calls, and where to stop."""
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[], undetermined=[3])
+    seen.discarded = None
 
     def refine(
         particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
@@ -71,6 +72,8 @@ def stand_in():
             state = State(state.iteration + 1, state.shifts + STEP)
             seen.iterations.append(int(state.iteration))
             row = {"iteration": int(state.iteration), "tau": [1.0, math.nan]}
+            if seen.discarded == int(state.iteration):
+                row["is_kept"] = False
             callback(state, SimpleNamespace(row=lambda row=row: row))
             if seen.stop_after == int(state.iteration):
                 raise KeyboardInterrupt
@@ -989,7 +992,7 @@ def test_what_is_left_out_is_counted_apart(data, refine):
     path.write_bytes(content)
     done = refine(*command(data, "--iterations", 1))
     words = "; 1 show no particle, and are not in the map; 2 were left out\n"
-    assert done.code == 0 and done.out.endswith(words)
+    assert done.code == 0 and words in done.out
     report = json.loads((data / "out/run.json").read_text())
     assert (report["undetermined"], report["left_out"]) == (1, 2)
     table = read_star(data / "out/particles.star")["particles"]
@@ -1008,6 +1011,17 @@ def test_images_that_are_mostly_noise_are_told_of(data, refine, stand_in, count)
     assert (warning in page) == ("reference bias" in page) == is_most
     report = json.loads((data / "out/run.json").read_text())
     assert report["reference_bias"] is is_most
+
+
+@pytest.mark.parametrize("discarded", [None, 1, 2])
+def test_an_iteration_that_was_discarded_is_told_of(data, refine, stand_in, discarded):
+    """If it is the last, whose poses and map are then not those that are written."""
+    stand_in.discarded = discarded
+    done = refine(*command(data, "--iterations", 2))
+    words = "the last iteration made the half sets agree less and was discarded"
+    page = (data / "out/report.html").read_text()
+    assert done.code == 0
+    assert (words in done.out.splitlines()) == (words in page) == (discarded == 2)
 
 
 def test_a_finished_run_of_a_published_preset_is_not_prepared_again(
