@@ -1,6 +1,7 @@
 """The schedule of band limits."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +197,55 @@ def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
     assert small > whole == same
     assert all(info.is_kept for info in rows)
     np.testing.assert_allclose(result.state.correlation[8:], curve[8:], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_half_sets_decide_the_band_limit():
+    """Where noise is strong, the folds would have it grow farther."""
+    n, count, first = 24, 60, 4
+    truth = simulate.phantom(jax.random.key(0), n)
+    dataset = simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        count,
+        max_shift=1.0,
+        max_angle_error=0.2,
+        snr_db=-6.0,
+        project=simulate.slice_projector(truth),
+    )
+    config = RefineConfig(
+        half_sets=True,
+        first_r_max=first,
+        search_r_max=first,
+        iterations=3,
+        multi_start=(0,),
+        candidates=16,
+        tau=1.0,
+    )
+    key, seen = jax.random.key(2), []
+    particles = Particles(np.asarray(dataset.images))
+    result = refine(
+        particles,
+        dataset.initial,
+        simulate.blur(truth, 2.0),
+        config,
+        key=key,
+        callback=lambda *each: seen.append(each),
+    )
+    either = make_particle_set(particles, dataset.initial, key, config)
+
+    def limit(r_max, curve):
+        supported = schedule.supported(np.asarray(curve), config, either.last_shell)
+        return schedule.next_band_limit(r_max, supported, either)
+
+    of_folds = []
+    for (before, _), (_, info) in itertools.pairwise(seen):
+        assert info.r_max == limit(int(before.r_max), before.correlation)
+        curve = np.mean([each.fold_fsc for each in before.set_states], axis=0)
+        of_folds.append(limit(int(before.r_max), curve))
+    assert of_folds != [info.r_max for _, info in seen[1:]]
+    # What is reported of it is no finer than where poses were compared.
+    supported = schedule.supported(
+        np.asarray(result.state.correlation), config, either.last_shell
+    )
+    assert result.informed_up_to == min(int(supported), int(result.state.r_max))
