@@ -250,7 +250,13 @@ def _run(
         report["half_set_fsc"] = np.asarray(result.fsc).tolist()
         informed = _period(result.informed_up_to, particles)
         report["poses_informed_to_in_angstroms"] = informed
-        report["limits"] = _limits(np.asarray(result.fsc), informed, config, particles)
+        report["limits"] = _limits(
+            np.asarray(result.fsc),
+            result.informed_up_to,
+            not report["reference_bias"],
+            config,
+            particles,
+        )
     else:
         report["fold_fsc"] = np.asarray(result.state.correlation).tolist()
         report["limits"] = (
@@ -267,40 +273,54 @@ def _period(shell: int, particles: Particles) -> float:
 
     As an option it is read as the same shell, see `_particles.shell_of`.
     """
-    period = particles.box_in_angstroms / shell
-    digit = 10.0 ** (math.floor(math.log10(period)) - 3)
-    return float(f"{math.floor(period / digit) * digit:.4g}")
+    box = particles.box_in_angstroms
+    digit = 10.0 ** (math.floor(math.log10(box / shell)) - 3)
+    count = math.floor(box / shell / digit)
+    while math.floor(box / float(f"{count * digit:.4g}")) < shell:
+        count -= 1
+    return float(f"{count * digit:.4g}")
 
 
 def _limits(
     curve: Float[np.ndarray, " shells"],
-    informed: float,
+    informed_up_to: int,
+    is_trusted: bool,
     config: RefineConfig,
     particles: Particles,
 ) -> str:
-    """Return how far half maps agree and poses are informed, in a sentence.
+    """Return how far half maps and half sets agree, in a sentence.
+
+    The second number is recommended as a limit where it says something: not if half
+    maps agree no farther than the initial map was taken, nor if it is less than that.
 
     Parameters
     ----------
     curve
         Correlation of the half maps.
-    informed
-        Finest detail in which the maps that poses are compared with are right,
-        angstroms.
+    informed_up_to
+        As of `result.Result`.
+    is_trusted
+        Whether most of the images show a particle. If not, nothing is recommended.
     config, particles
         Parameters and images.
     """
     size, pixel = particles.image_size, particles.pixel_size_in_angstroms
     agreement, box = resolution(curve, size, pixel), particles.box_in_angstroms
+    informed = _period(informed_up_to, particles)
     text = (
-        f"the half maps agree to {agreement.text()} without a mask; poses carry "
-        f"information to {informed:g} A, the --max-resolution for these particles"
+        f"the half maps agree to {agreement.text()} without a mask; poses were "
+        "compared, and the regularised maps of the half sets agree (FSC 0.5), to "
+        f"{informed:g} A"
     )
-    if not agreement.is_a_bound and box / agreement.in_angstroms <= config.first_r_max:
-        text += (
-            f"; the initial map was taken to {box / config.first_r_max:.4g} A, so that "
-            "the particles have told nothing that it has not"
+    # The crossing lies between the last shell that agrees and the next.
+    agree_up_to = math.floor(box / agreement.in_angstroms)
+    if not agreement.is_a_bound and agree_up_to <= config.first_r_max:
+        return (
+            f"{text}; the initial map was taken to {box / config.first_r_max:.4g} A, "
+            "so that the particles have told nothing that it has not"
         )
+    if is_trusted and informed_up_to >= config.first_r_max:
+        text += f", which bears out --max-resolution {informed:g} for these particles"
     return text
 
 

@@ -1,6 +1,7 @@
 """``jaxrefine refine``: particles, a map and rough poses in; all three refined out."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,12 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
             _write_processed(settings, inputs, outcome, processed)
         usage = provenance.usage(folder.history.elapsed_s)
         origin = {name: details[name] for name in ("command", "versions", "device")}
+        rows = folder.history.rows()
         report = html.Report(
             title=f"Refinement of {settings.particles.name}",
             settings=resolved,
-            rows=folder.history.rows(),
+            rows=rows,
+            remarks=_remarks(outcome, processed, rows),
             **_results(settings, inputs, outcome, processed),
             **origin,
             **usage,
@@ -273,7 +276,6 @@ def _results(
         "half_set_fsc": None if curve is None else np.asarray(curve),
         "postprocessed": processed if isinstance(processed, Postprocessed) else None,
         "mask": f"{mask}, moved with the origin" if moved else mask,
-        "remarks": _remarks(outcome, processed),
         "fold_fsc": None if folds is None else np.asarray(folds),
         "angle_std_in_degrees": columns.get("jaxrefineAngleStd"),
         "shift_std_in_pixels": columns.get("jaxrefineShiftStd"),
@@ -313,7 +315,9 @@ def _summary(
     return "\n".join(lines)
 
 
-def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[str]:
+def _remarks(
+    outcome: Outcome, processed: Postprocessed | str | None, rows: Sequence[html.Row]
+) -> list[str]:
     """Return what is known, what to be wary of, and what was not done, in sentences."""
     remarks = []
     if outcome.report.get("reference_bias"):
@@ -324,6 +328,10 @@ def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[st
             "aligned to a map comes to resemble it (reference bias), so neither the "
             "map nor a resolution can be trusted: look at what was picked, and see "
             "whether the initial map is that of these particles"
+        )
+    if rows and not rows[-1].get("is_kept", True):
+        remarks.append(
+            "the last iteration made the half sets agree less and was discarded"
         )
     if "limits" in outcome.report:
         remarks.append(outcome.report["limits"])

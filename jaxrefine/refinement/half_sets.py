@@ -3,7 +3,10 @@
 A rotation and shift of a map together with its poses changes no image, so nothing in
 the data holds two sets to one frame, and they come to differ by a fraction of a degree.
 Before their maps are compared or joined, the second is moved into the frame of the
-first. This motion is all that one set is told of the other.
+first. Each set is told no more of the other than this motion, which is used where maps
+are compared or joined, and what both have in common: the band limit, and whether an
+iteration is kept. The correlation of their maps decides these
+(:mod:`jaxrefine.refinement.schedule`, :mod:`jaxrefine.refinement.loop`).
 """
 
 import equinox as eqx
@@ -25,11 +28,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def correlation(
     first: SetState, second: SetState, particle_set: ParticleSet
 ) -> Float[Array, "shells"]:
-    """Return the FSC of two sets' maps, in one frame.
+    """Return the FSC of two sets' regularised maps, in one frame.
 
-    The maps are regularised, and their prior makes them agree better than the images
-    alone would. This curve therefore only tells whether an iteration has improved them;
-    the resolution is that of `result.Result.fsc`.
+    It decides how far poses are compared next (`schedule.supported`), and its mean
+    decides whether an iteration is kept (`schedule.score`). The prior of the maps makes
+    them agree better than the images alone would, so that this curve is not where a
+    resolution is read: that is `result.Result.fsc`.
 
     Parameters
     ----------

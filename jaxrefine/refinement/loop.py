@@ -13,11 +13,14 @@ One outer iteration, at a band limit ``r_max`` that grows with what the map supp
    folds, and a TV-regularised map is made of each, with larger voxels as long as the
    band limit is low (`schedule.map_side`). A particle is compared with the map of the
    fold that it is not in;
-4. scale, noise and supported resolution are measured shell by shell from the folds.
+4. scale and noise are measured shell by shell from the folds; the supported resolution
+   is measured from the half sets or, without half sets, from the folds.
 
-Half sets go through this independently. Since nothing in the data holds them to a
-common frame, the second is rotated and shifted into the frame of the first before they
-are compared or joined (:mod:`jaxrefine.refinement.half_sets`).
+Half sets go through this independently, but for the band limit and for whether an
+iteration is kept, which both have in common and which the correlation of their maps
+decides. Since nothing in the data holds them to a common frame, the second is rotated
+and shifted into the frame of the first before they are compared or joined
+(:mod:`jaxrefine.refinement.half_sets`).
 
 At the end the regulariser's weight is chosen by cross-validation, and one map is made
 of all particles. Images are read in batches, and need not fit into memory.
@@ -201,11 +204,11 @@ def _iterate(
 
     r_max = next_band_limit(int(state.r_max), before)
     set_states, reports = [], []
-    size = side = particle_sets[0].particles.image_size
-    # Only where another iteration follows for certain: what a run ends with, and what
-    # decides whether it does, is measured in all shells.
-    if is_early and iteration + 1 < config.iterations:
-        side = schedule.map_side(r_max, size)
+    size = particle_sets[0].particles.image_size
+    side = schedule.map_side(iteration, r_max, size, config)
+    # Smaller maps lack shells, so that their score says nothing about larger ones.
+    before_side = schedule.map_side(iteration - 1, int(state.r_max), size, config)
+    best = -np.inf if before_side < side else schedule.score(before, last)
     for i, (particle_set, known) in enumerate(
         zip(particle_sets, state.set_states, strict=True)
     ):
@@ -227,7 +230,7 @@ def _iterate(
         return float(np.mean([getattr(report, name) for report in reports]))
 
     fold_fsc = np.mean([np.asarray(known.fold_fsc) for known in set_states], axis=0)
-    correlation, gold_score, best = fold_fsc, None, schedule.score(before, last)
+    correlation, gold_score = fold_fsc, None
     if len(set_states) == 2:
         gold = half_sets.correlation(set_states[0], set_states[1], particle_sets[0])
         # That of folds is zero in the shells that were not made, where maps have only
@@ -331,7 +334,8 @@ def _conclude(
         curve = np.asarray(fsc(*maps))
         last = particle_sets[0].last_shell
         known = np.asarray(state.correlation)
-        informed_up_to = int(schedule.supported(known, config, last))
+        supported = schedule.supported(known, config, last)
+        informed_up_to = int(min(supported, int(state.r_max)))
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
         tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
         joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)

@@ -116,8 +116,9 @@ class Result:
     half_maps, fsc
         With half sets, their maps, not regularised, and the FSC of these; else None.
     informed_up_to
-        With half sets, the last shell in which the maps that poses are compared with
-        are right, see `schedule.supported`; else None.
+        With half sets, the last shell in which poses were compared and in which the
+        regularised maps of the half sets agree (FSC 0.5, see `schedule.supported`);
+        else None.
     tau
         Weight of the regulariser.
     state

@@ -59,25 +59,33 @@ def next_band_limit(r_max: int, supported: float, particle_set: ParticleSet) -> 
     return max(r_max, slices.bucket(reached, particle_set.particles.image_size))
 
 
-def map_side(r_max: int, image_size: int) -> int:
-    """Return the side of the maps that are made after poses were found at a band limit.
+def map_side(iteration: int, r_max: int, image_size: int, config: RefineConfig) -> int:
+    """Return the side of the maps that an iteration makes, of poses at a band limit.
 
     The next band limit is at most twice this one (`next_band_limit`), and no map needs
     finer voxels before. Where a map of at most half the images' side holds these
-    frequencies, it is made at this side, which saves most of a volume update.
+    frequencies, it is made at this side, which saves most of a volume update. That is
+    so only where another iteration follows for certain: what a run ends with, and what
+    decides whether it does, is measured in all shells.
 
     Parameters
     ----------
+    iteration
+        Number of the iteration, from 0; before that, maps are as large as the images.
     r_max
-        Band limit so far, cycles per box.
+        Band limit of the iteration, cycles per box.
     image_size
         Side of the images, pixels.
+    config
+        Parameters.
     """
     from scipy.fft import next_fast_len  # slow to import
 
+    is_followed = iteration <= config.last_multi_start
+    is_followed = is_followed and 0 <= iteration < config.iterations - 1
     half: int = next_fast_len(2 * r_max + 2)  # pyright: ignore[reportAssignmentType]
     is_worth_while = image_size >= _LEAST_TO_CROP and 4 * half <= image_size
-    return 2 * half if is_worth_while else image_size
+    return 2 * half if is_followed and is_worth_while else image_size
 
 
 def median_error_bar(set_states: Sequence[SetState], config: RefineConfig) -> float:

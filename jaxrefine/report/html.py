@@ -421,7 +421,8 @@ def _histogram(
 
 
 def _band_pictures(report: Report) -> Iterator[Element]:
-    rows = [row for row in report.rows if "r_max" in row]
+    kept = (row for row in report.rows if row.get("is_kept", True))
+    rows = [row for row in kept if "r_max" in row]
     if rows:
         yield _figure(
             "Band limits of the poses and of the search. Iterations without a search "

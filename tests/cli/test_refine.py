@@ -58,6 +58,7 @@ class State(eqx.Module):
 def stand_in():
     """An engine that moves every particle; a record of its calls, and where to stop."""
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[], undetermined=[3])
+    seen.discarded = None
 
     def refine(
         particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
@@ -71,6 +72,8 @@ def stand_in():
             state = State(state.iteration + 1, state.shifts + STEP)
             seen.iterations.append(int(state.iteration))
             row = {"iteration": int(state.iteration), "tau": [1.0, math.nan]}
+            if seen.discarded == int(state.iteration):
+                row["is_kept"] = False
             callback(state, SimpleNamespace(row=lambda row=row: row))
             if seen.stop_after == int(state.iteration):
                 raise KeyboardInterrupt
@@ -84,7 +87,7 @@ def stand_in():
             volume=2 * np.asarray(volume),
             half_maps=half_maps if config.half_sets else None,
             fsc=np.ones(N // 2 + 1) if config.half_sets else None,
-            informed_up_to=6 if config.half_sets else None,
+            informed_up_to=7 if config.half_sets else None,
             state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
             optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
@@ -417,8 +420,8 @@ def test_half_sets_are_the_files_or_dealt(data, refine, stand_in):
         np.testing.assert_array_equal(half, read_mrc(data / "init.mrc")[0][::sign])
     report = json.loads((data / "out/run.json").read_text())
     assert report["half_set_fsc"] == [1.0] * (N // 2 + 1)
-    # 16 pixels of 2 A: the sixth shell has the period 5.333 A.
-    assert report["poses_informed_to_in_angstroms"] == 5.333
+    # 16 pixels of 2 A: the seventh shell has the period 4.571 A.
+    assert report["poses_informed_to_in_angstroms"] == 4.571
     assert report["limits"] in out and "--max-resolution" in report["limits"]
     # A file that says so decides.
     blocks = read_star(data / "particles.star")
@@ -1008,6 +1011,17 @@ def test_images_that_are_mostly_noise_are_told_of(data, refine, stand_in, count)
     assert (warning in page) == ("reference bias" in page) == is_most
     report = json.loads((data / "out/run.json").read_text())
     assert report["reference_bias"] is is_most
+
+
+@pytest.mark.parametrize("discarded", [None, 1, 2])
+def test_an_iteration_that_was_discarded_is_told_of(data, refine, stand_in, discarded):
+    """If it is the last, whose poses and map are then not those that are written."""
+    stand_in.discarded = discarded
+    done = refine(*command(data, "--iterations", 2))
+    words = "the last iteration made the half sets agree less and was discarded"
+    page = (data / "out/report.html").read_text()
+    assert done.code == 0
+    assert (words in done.out.splitlines()) == (words in page) == (discarded == 2)
 
 
 def test_a_finished_run_of_a_published_preset_is_not_prepared_again(

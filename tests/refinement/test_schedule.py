@@ -1,5 +1,8 @@
 """The schedule of band limits."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.operators import slices
-from jaxrefine.refinement import insertion, map_step, schedule
+from jaxrefine.refinement import half_sets, insertion, map_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
 
@@ -32,11 +35,22 @@ def test_the_largest_band_limit_is_kept():
 @pytest.mark.parametrize("size", [16, 64, 95, 96, 127, 128, 200, 256, 360])
 def test_a_smaller_map_holds_the_next_band(size):
     """Whatever the next band limit turns out to be; and it is worth while."""
+    config = RefineConfig()
     for r_max in range(1, (size - 1) // 2 + 1):
-        side = schedule.map_side(r_max, size)
+        side = schedule.map_side(0, r_max, size, config)
         assert side == size or (size >= 96 and 2 * side <= size)
         assert (side - 1) // 2 > min(2 * r_max, (size - 1) // 2) or side == size
-    assert (schedule.map_side(7, size) < size) == (size >= 96)
+    assert (schedule.map_side(0, 7, size, config) < size) == (size >= 96)
+
+
+def test_only_maps_that_others_follow_for_certain_are_smaller():
+    config = RefineConfig(multi_start=(0, 2), iterations=8)
+    for iterations, small in ((8, [0, 1, 2]), (3, [0, 1]), (1, [])):
+        config = dataclasses.replace(config, iterations=iterations)
+        sides = [schedule.map_side(i, 7, 128, config) for i in range(-1, 9)]
+        assert [i - 1 for i, side in enumerate(sides) if side < 128] == small
+    config = dataclasses.replace(config, multi_start=(), iterations=8)
+    assert schedule.map_side(0, 7, 128, config) == 128
 
 
 @pytest.mark.parametrize("n", [48, 49])
@@ -134,8 +148,104 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
     np.testing.assert_allclose(noise[0][0, 1:23], noise[1][0, 1:23], rtol=0.1)
     scores = [each[-1][1].gold_score for each in (few, many)]
     assert abs(scores[0] - scores[1]) < 0.02
-    # No small map has set a score that others must exceed.
+    # The last small maps lack shells; the first whole ones are kept in any case.
     correlation = few[config.last_multi_start][0].correlation
     assert np.any(correlation) and not np.any(correlation[12:])
+    assert few[config.last_multi_start + 1][1].is_kept
     gap = fsc(jnp.asarray(small.volume), truth) - fsc(jnp.asarray(whole.volume), truth)
     assert abs(float(jnp.mean(gap[1:]))) < 0.01
+
+
+@pytest.mark.slow
+def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
+    """Here half sets disagree in the shells that small maps lack."""
+    n, count, key = 32, 40, jax.random.key(0)
+    truth = simulate.phantom(key, n)
+    dataset = simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        count,
+        max_shift=1.0,
+        max_angle_error=0.2,
+        snr_db=10.0,
+        project=simulate.slice_projector(truth),
+    )
+    config = RefineConfig(
+        half_sets=True,
+        max_r_max=3,
+        first_r_max=3,
+        search_r_max=3,
+        iterations=4,
+        multi_start=(0,),
+        candidates=16,
+        tau=1.0,
+    )
+    curve = np.where(np.arange(n // 2 + 1) < 8, 0.5, -0.2)
+    monkeypatch.setattr(half_sets, "correlation", lambda *_: curve)
+    monkeypatch.setattr(schedule, "_LEAST_TO_CROP", 16)
+    rows, particles = [], Particles(np.asarray(dataset.images))
+    result = refine(
+        particles,
+        dataset.initial,
+        simulate.blur(truth, 3.0),
+        config,
+        key=key,
+        callback=lambda state, info: rows.append(info),
+    )
+    # The third maps agree as well as the second ones, which ends the run.
+    small, whole, same = (info.gold_score for info in rows)
+    assert small > whole == same
+    assert all(info.is_kept for info in rows)
+    np.testing.assert_allclose(result.state.correlation[8:], curve[8:], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_half_sets_decide_the_band_limit():
+    """Where noise is strong, the folds would have it grow farther."""
+    n, count, first = 24, 60, 4
+    truth = simulate.phantom(jax.random.key(0), n)
+    dataset = simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        count,
+        max_shift=1.0,
+        max_angle_error=0.2,
+        snr_db=-6.0,
+        project=simulate.slice_projector(truth),
+    )
+    config = RefineConfig(
+        half_sets=True,
+        first_r_max=first,
+        search_r_max=first,
+        iterations=3,
+        multi_start=(0,),
+        candidates=16,
+        tau=1.0,
+    )
+    key, seen = jax.random.key(2), []
+    particles = Particles(np.asarray(dataset.images))
+    result = refine(
+        particles,
+        dataset.initial,
+        simulate.blur(truth, 2.0),
+        config,
+        key=key,
+        callback=lambda *each: seen.append(each),
+    )
+    either = make_particle_set(particles, dataset.initial, key, config)
+
+    def limit(r_max, curve):
+        supported = schedule.supported(np.asarray(curve), config, either.last_shell)
+        return schedule.next_band_limit(r_max, supported, either)
+
+    of_folds = []
+    for (before, _), (_, info) in itertools.pairwise(seen):
+        assert info.r_max == limit(int(before.r_max), before.correlation)
+        curve = np.mean([each.fold_fsc for each in before.set_states], axis=0)
+        of_folds.append(limit(int(before.r_max), curve))
+    assert of_folds != [info.r_max for _, info in seen[1:]]
+    # What is reported of it is no finer than where poses were compared.
+    supported = schedule.supported(
+        np.asarray(result.state.correlation), config, either.last_shell
+    )
+    assert result.informed_up_to == min(int(supported), int(result.state.r_max))

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
+from xml.etree.ElementTree import tostring
 
 import jax.numpy as jnp
 import matplotlib.image
@@ -263,6 +264,17 @@ def test_pose_changes_are_those_of_the_poses(pages):
         )
         assert f"median {np.rad2deg(0.25):.3g} degrees" in turn
         assert f"median {3 * 2**0.5:.3g} pixels" in move
+
+
+def test_the_band_limits_are_those_of_iterations_that_were_kept(reports):
+    kept = [row(1, 7, 7, 0.7) | {"is_kept": True}, row(2, 11, 0, 0.8)]
+    discarded = row(3, 20, 0, 0.75) | {"is_kept": False}
+    pictures = [
+        tostring(picture)
+        for rows in (kept, [*kept, discarded])
+        for picture in html._band_pictures(replace(reports["default"], rows=rows))
+    ]
+    assert pictures[0] == pictures[1] and b"from 7 to 11 cycles" in pictures[0]
 
 
 def test_undetermined_particles_are_left_out_of_the_pictures(pages):
