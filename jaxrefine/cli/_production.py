@@ -233,6 +233,7 @@ def _run(
     report: dict[str, Any] = {
         "undetermined": int(result.undetermined.sum()),
         "reference_bias": bool(result.undetermined.mean() > 0.5),
+        "fixed_and_not_paid_for": _fixed(config),
         "left_out": int(chosen.left_out.sum()),
         "tau": float(result.tau),
         "planned_batch_size": batch_size,
@@ -266,6 +267,12 @@ def _run(
     refined = chosen.poses(source.poses, result.poses)
     poses = _refined(settings, source.poses, refined)
     return Outcome(poses, np.asarray(result.volume), result.half_maps, columns, report)
+
+
+def _fixed(config: RefineConfig) -> list[str]:
+    """Return what is fixed, and costs the evidence for a particle nothing."""
+    refines = {"angles": config.refines_angles, "shifts": config.refines_shifts}
+    return [name for name, is_refined in refines.items() if not is_refined]
 
 
 def _period(shell: int, particles: Particles) -> float:

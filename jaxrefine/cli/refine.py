@@ -322,12 +322,25 @@ def _remarks(
     remarks = []
     if outcome.report.get("reference_bias"):
         count = len(outcome.poses) - outcome.report["left_out"]
+        undetermined = outcome.report["undetermined"]
+        if undetermined == count:
+            consequence = "No image is left to make a map of, and the map is empty"
+        else:
+            consequence = (
+                "Noise that is aligned to a map comes to resemble it (reference bias), "
+                "so neither the map nor a resolution can be trusted"
+            )
         remarks.append(
-            f"{outcome.report['undetermined']} of {count} images show no more of the "
-            "particle than images of noise do after such a search. Noise that is "
-            "aligned to a map comes to resemble it (reference bias), so neither the "
-            "map nor a resolution can be trusted: look at what was picked, and see "
-            "whether the initial map is that of these particles"
+            f"{undetermined} of {count} images show no more of the particle than "
+            f"images of noise do after such a search. {consequence}: look at what was "
+            "picked, and see whether the initial map is that of these particles"
+        )
+    if fixed := outcome.report.get("fixed_and_not_paid_for"):
+        remarks.append(
+            f"the {' and the '.join(fixed)} are fixed, and taken to be known for "
+            "certain. If they were found in these images by a search, such as that of "
+            "jaxrefine match, images of noise may pass for particles, because the "
+            "evidence does not pay for that search"
         )
     if rows and not rows[-1].get("is_kept", True):
         remarks.append(

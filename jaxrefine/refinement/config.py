@@ -124,7 +124,8 @@ class RefineConfig:
         the rotation vector (radians, at most ``pi``) and of the shift (pixels).
     max_angle, max_shift
         Largest changes of the given poses, radians (at most ``pi``) and pixels. With 0
-        the angles, or the shifts, stay as they are given.
+        the angles, or the shifts, stay as they are given, and are taken to be known for
+        certain: see :mod:`jaxrefine.poses.presence`.
     symmetry
         Point group of the map, see :mod:`jaxrefine.symmetry`. The given poses are those
         of a map whose axes are the group's.

@@ -347,8 +347,8 @@ def evidence_anywhere(
 
     It is taken over all rotations, and over all positions at which the particle lies
     within its image, but no fewer than may be searched. What the configuration fixes is
-    taken to be known; see :mod:`jaxrefine.poses.presence`. All processes take what the
-    first one finds, as decisions are made of it.
+    taken to be known, even if a search found it; see :mod:`jaxrefine.poses.presence`.
+    All processes take what the first one finds, as decisions are made of it.
     """
     config, size = particle_set.config, particle_set.particles.image_size
     radius = max((1 - config.particle_diameter) * size / 2, config.max_shift)

@@ -108,7 +108,7 @@ class Result:
         the particle, at any pose, than without, see :mod:`jaxrefine.poses.presence`.
     undetermined
         Whether an image does not show that it has a particle: its evidence is at most
-        that which one image of noise in 20 has (`presence.LEAST_EVIDENCE`), or its
+        that which one image of noise in 20 exceeds (`presence.LEAST_EVIDENCE`), or its
         refined position is outside of the image. Such particles keep their given poses,
         and are left out of the maps.
     volume

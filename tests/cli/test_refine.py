@@ -1024,6 +1024,32 @@ def test_an_iteration_that_was_discarded_is_told_of(data, refine, stand_in, disc
     assert (words in done.out.splitlines()) == (words in page) == (discarded == 2)
 
 
+def test_a_map_of_no_image_is_said_to_be_empty(data, refine, stand_in):
+    stand_in.undetermined = list(range(COUNT))
+    done = refine(*command(data, "--iterations", 1))
+    assert done.code == 0 and f"{COUNT} of {COUNT} images show no more" in done.out
+    assert "the map is empty" in done.out and "resemble" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "fixed"),
+    [
+        ([], []),
+        (["--fix-angles"], ["angles"]),
+        (["--fix-shifts"], ["shifts"]),
+        (["--fix-angles", "--fix-shifts"], ["angles", "shifts"]),
+    ],
+)
+def test_what_is_fixed_is_said_not_to_be_paid_for(data, refine, words, fixed):
+    """By the evidence for a particle; in the line, the report and run.json."""
+    done = refine(*command(data, *words, "--iterations", 1))
+    said = f"the {' and the '.join(fixed)} are fixed, and taken to be known for certain"
+    page = (data / "out/report.html").read_text()
+    assert done.code == 0 and (said in done.out) == (said in page) == bool(fixed)
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["fixed_and_not_paid_for"] == fixed
+
+
 def test_a_finished_run_of_a_published_preset_is_not_prepared_again(
     data, run, monkeypatch
 ):

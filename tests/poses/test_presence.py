@@ -1,13 +1,14 @@
 """The evidence of a particle at any pose, against integrals that are known."""
 
-import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import quad
 
+from jaxrefine import symmetry
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.presence import Space, evidence_anywhere
@@ -36,13 +37,10 @@ def found(known, ratios, informations, **limits):
     centre = Poses(jnp.eye(3)[None], jnp.zeros((1, 2)))
     prior = priors_about(centre, angle_spread, shift_spread, **limits)
     count = len(ratios)
-    axes = np.eye(3)[np.arange(count)]
+    axes = np.eye(3)[np.arange(count) % 3]
     turns = rotvec_to_matrix(jnp.asarray(distance * angle_spread * axes))
     shifts = jnp.asarray(np.tile([distance * shift_spread, 0.0], (count, 1)))
-    one = prior.take(np.array([0]))
-    one = dataclasses.replace(
-        one, **{f.name: getattr(one, f.name)[0] for f in dataclasses.fields(one)}
-    )
+    one = jax.tree.map(lambda leaf: leaf[0], prior)
     free, known = np.asarray(one.free), np.asarray(one.information())
     posteriors = [free[:, None] * free * a + known for a in informations]
     evidence = np.array(
@@ -127,3 +125,69 @@ def test_what_is_fixed_costs_nothing():
     both = 7.0 - found(known, [7.0], [information])
     assert sum(prices) == pytest.approx(both, abs=1e-6)
     assert min(prices) > 1
+
+
+@pytest.mark.parametrize("group", ["C1", "D2", "I"])
+@pytest.mark.parametrize("known", KNOWN)
+def test_the_same_poses_do_not_count_several_times(known, group):
+    """Of images that say nothing: however many candidates and copies there are."""
+    operators = symmetry.operators(group)
+    flat = found(known, [0.0] * 6, [np.zeros((5, 5))] * 6, operators=operators)
+    assert flat <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 10.0])
+def test_a_mean_is_at_most_the_largest_value(scale):
+    """And not changed where it is less, with candidates that do not overlap."""
+    information, ratios = scale * information_of(0), [7.0, 7.0, 6.5, 7.0]
+    _, determinant = np.linalg.slogdet(
+        np.eye(5)
+        + information
+        @ np.diag(np.repeat([SPACE.angle_spread, SPACE.shift_spread], [3, 2]) ** 2)
+    )
+    total = np.logaddexp.reduce(ratios) - determinant / 2
+    value = found(KNOWN[0], ratios, [information] * 4)
+    assert value == pytest.approx(min(total, 7.0), abs=1e-4)
+
+
+def many(count, group="C1"):
+    """Return arguments of ``count`` different particles with eight candidates each."""
+    random, shape = np.random.default_rng(count), (count, 8)
+    given = Poses(
+        rotvec_to_matrix(jnp.asarray(random.normal(size=(count, 3)))),
+        jnp.asarray(random.normal(size=(count, 2))),
+    )
+    limits = {"max_angle": math.pi, "max_shift": 6.0}
+    operators = symmetry.operators(group)
+    prior = priors_about(given, 0.45, 2.0, **limits, operators=operators)
+    hypotheses = Hypotheses(
+        rotvec_to_matrix(jnp.asarray(random.normal(size=(*shape, 3)))),
+        jnp.asarray(random.normal(size=(*shape, 2))),
+        jax.nn.log_softmax(jnp.asarray(random.normal(size=shape))),
+    )
+    information = np.stack([information_of(seed) for seed in range(count)])
+    evidence = jnp.asarray(9 * random.normal(size=count))
+    return prior, hypotheses, jnp.asarray(information + np.eye(5)), evidence
+
+
+def test_each_particle_is_on_its_own():
+    """Whichever others there are: more than one batch of them, and the last one."""
+    arguments = many(300)
+    together = np.asarray(evidence_anywhere(SPACE, *arguments))
+    for index in (0, 150, 299):
+        one = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], arguments)
+        alone = evidence_anywhere(SPACE, *one)
+        assert float(alone[0]) == pytest.approx(together[index], rel=1e-5)
+
+
+def test_its_memory_is_that_of_a_batch():
+    """With 60 copies of each rotation, a thousand more particles take no more."""
+
+    def temporary(count):
+        arguments = jax.tree.map(
+            lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), many(2, "I")
+        )
+        compiled = evidence_anywhere.lower(SPACE, *arguments).compile()
+        return compiled.compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(1300) - temporary(300) < 1000 * 1000
