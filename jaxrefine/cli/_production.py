@@ -369,18 +369,18 @@ def _optics_columns(
     """Return contrast and defocus of each particle, if they are refined, for its table.
 
     The contrast is in RELION's scale factor of the transfer function, which both
-    programs read; without transfer functions it is in a column of our own.
+    programs read; without transfer functions it is in a column of our own. Its error
+    bar is in the same unit, that of the factor which was given.
     """
     columns: dict[str, np.ndarray] = {}
     ctf = particles.ctf
     if config.contrast_spread:
         contrast = chosen.of_table(result.optics.contrast, 1.0)
         error = chosen.of_table(result.optics_errors.contrast, config.contrast_spread)
-        if ctf is None:
-            columns["jaxrefineScale"] = contrast
-        else:
-            columns["rlnCtfScalefactor"] = np.asarray(ctf.scale, float) * contrast
-        columns["jaxrefineScaleStd"] = error
+        given = 1.0 if ctf is None else np.asarray(ctf.scale, float)
+        name = "jaxrefineScale" if ctf is None else "rlnCtfScalefactor"
+        columns[name] = given * contrast
+        columns["jaxrefineScaleStd"] = np.abs(given) * error
     if config.defocus_spread and ctf is not None:
         change = chosen.of_table(result.optics.defocus, 0.0)
         error = chosen.of_table(result.optics_errors.defocus, config.defocus_spread)

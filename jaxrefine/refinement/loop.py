@@ -24,6 +24,7 @@ of all particles. Images are read in batches, and need not fit into memory.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -213,9 +214,9 @@ def _iterate(
         known, report = pose_step.update_poses(
             optics_step.applied(particle_set, known), known, iteration, r_max, draw
         )
-        known, _ = optics_step.update_optics(particle_set, known, r_max)
-        particle_set = optics_step.applied(particle_set, known)
         included = pose_step.included(particle_set, known)
+        known, _ = optics_step.update_optics(particle_set, known, r_max, included)
+        particle_set = optics_step.applied(particle_set, known)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, included, side
         )
@@ -295,8 +296,6 @@ def _conclude(
     half_side = particle_sets[0].particles.image_size / 2
     sums_of_sets, set_states, optics, errors = [], [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
-        known, error = optics_step.update_optics(particle_set, known, int(state.r_max))
-        particle_set = optics_step.applied(particle_set, known)
         # The second set is put into the frame of the first.
         aligned = known
         if set_states:
@@ -306,6 +305,11 @@ def _conclude(
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
         determined = (found > LEAST_EVIDENCE) & inside
+        known, error = optics_step.update_optics(
+            particle_set, known, int(state.r_max), determined
+        )
+        aligned = replace(aligned, optics=known.optics)
+        particle_set = optics_step.applied(particle_set, known)
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:

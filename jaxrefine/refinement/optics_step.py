@@ -62,12 +62,16 @@ def applied(particle_set: ParticleSet, state: SetState) -> ParticleSet:
 
 
 def update_optics(
-    particle_set: ParticleSet, state: SetState, r_max: int
+    particle_set: ParticleSet,
+    state: SetState,
+    r_max: int,
+    shown: Bool[np.ndarray, " particles"],
 ) -> tuple[SetState, Optics | None]:
     """Find the contrast and the defocus of all particles at their best poses.
 
-    The contrast is divided by its mean over the set, as the images do not tell it from
-    the scale of the map.
+    The contrast and its standard deviation are divided by the mean contrast of the
+    images that show a particle, as these do not tell it from the scale of the map. The
+    others, whose contrast is near the least that is allowed, would move the mean.
 
     Parameters
     ----------
@@ -77,6 +81,8 @@ def update_optics(
         What is known of them, poses among others.
     r_max
         Band limit, cycles per box.
+    shown
+        Which images show a particle; if there are none, no contrast is divided.
 
     Returns
     -------
@@ -112,13 +118,18 @@ def update_optics(
         )
     back = np.argsort(np.concatenate(members))
     found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
-    scale = np.mean(found.optics.contrast, dtype=np.float64)
-    contrast = (found.optics.contrast / scale).astype(np.float32)
+    scale = 1.0
+    if config.contrast_spread and shown.any():
+        scale = np.mean(found.optics.contrast[shown], dtype=np.float64)
+    contrast, error = (
+        (each.contrast / scale).astype(np.float32)
+        for each in (found.optics, found.errors)
+    )
     new = Optics(on_device(contrast), on_device(found.optics.defocus))
     state = eqx.tree_at(
         lambda s: s.optics, state, new, is_leaf=lambda leaf: leaf is None
     )
-    return state, found.errors
+    return state, replace(found.errors, contrast=error)
 
 
 def of_determined(

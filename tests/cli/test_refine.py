@@ -367,10 +367,20 @@ def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
         np.testing.assert_allclose(
             [float(x) for x in table[f"jaxrefine{name}Std"]], value, rtol=1e-6
         )
-    again = command(data, "--iterations", 1, star="out/particles.star")
+    again = command(
+        data, "--refine-scale", "--iterations", 1, star="out/particles.star"
+    )
     again[again.index(data / "out")] = data / "again"
     assert refine(*again).code == 0
     np.testing.assert_array_equal(stand_in.calls[1].particles.ctf.scale, written.scale)
+    # The error bar is that of the factor in the table, whatever was given.
+    table = read_star(data / "again/particles.star")["particles"]
+    factor, error = (
+        np.array([float(x) for x in table[name]])
+        for name in ("rlnCtfScalefactor", "jaxrefineScaleStd")
+    )
+    np.testing.assert_allclose(factor, CONTRAST**2, rtol=1e-5)
+    np.testing.assert_allclose(error, 0.1 * CONTRAST, rtol=1e-5)
 
 
 def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):

@@ -155,3 +155,31 @@ def test_without_a_spread_there_are_no_optics():
 def test_spreads_that_are_none(name):
     with pytest.raises(InputError, match=f"{name} must be at least 0, got -1"):
         dataclasses.replace(CONFIG, **{name: -1.0})
+
+
+@pytest.mark.slow
+def test_images_of_noise_do_not_move_the_mean():
+    """That of the particles is 1, also where many images show none.
+
+    The mean of all would be lower: that of noise is at the least contrast, 0.4.
+    """
+    count = 100
+    here = scene()
+    rng = np.random.default_rng(5)
+    images = here.images[: 2 * count].copy()
+    images[count:] = images.std() * rng.normal(size=(count, N, N))
+    ctf = jax.tree.map(lambda leaf: leaf[: 2 * count], here.ctf)
+    particles = Particles(images, ctf, PIXEL)
+    given = jax.tree.map(lambda leaf: leaf[: 2 * count], here.given)
+    config = dataclasses.replace(CONFIG, iterations=1, contrast_spread=0.2)
+    result = loop.refine(particles, given, here.map, config, key=KEY)
+    noise = np.arange(2 * count) >= count
+    assert np.mean(result.undetermined == noise) > 0.9
+    shown = ~result.undetermined
+    assert np.mean(result.optics.contrast[shown]) == pytest.approx(1, abs=1e-5)
+    # In the last state those that show none have the contrast that was found.
+    (state,) = result.state.set_states
+    of_all = np.asarray(state.optics.contrast)
+    assert np.mean(of_all[shown]) == pytest.approx(1, abs=1e-5)
+    assert np.mean(of_all[~shown]) < 0.85
+    np.testing.assert_array_equal(result.optics.contrast[~shown], 1)
