@@ -337,6 +337,31 @@ def test_masks_may_be_made_of_the_maps(data, refine, stand_in, half_sets):
     refine(*other, *["--half-sets"] * half_sets).assert_refused("mask")
 
 
+def test_a_mask_that_memory_runs_out_for_takes_no_table_away(data, refine, monkeypatch):
+    def of(*_):
+        raise MemoryError
+
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    monkeypatch.setattr(AutomaticMask, "of", of)
+    done = refine(*command(data, "--mask", "auto", "--iterations", 1))
+    written = {path.name for path in (data / "out").iterdir()}
+    assert done.code == 0 and {"particles.star", "map.mrc"} <= written
+    assert "mask.mrc" not in written
+    report = json.loads((data / "out/run.json").read_text())
+    assert "the memory must hold some more maps" in report["no_mask_because"]
+    assert report["no_mask_because"] in done.out
+
+
+def test_a_map_that_no_mask_can_be_made_of_is_told_of(data, refine, monkeypatch):
+    monkeypatch.setattr(AutomaticMask, "of", lambda _, volume, *__: 0 * volume + 1)
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    done = refine(*command(data, "--mask", "auto", "--iterations", 1))
+    report = json.loads((data / "out/run.json").read_text())
+    reason = report["no_mask_because"]
+    assert done.code == 0 and "refined without a mask" in reason
+    assert reason in done.err and not (data / "out/mask.mrc").exists()
+
+
 @pytest.mark.parametrize("star", ["particles.star", "plain.star"])
 def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
     """RELION's, if there are transfer functions; also of a second run from there."""
