@@ -334,6 +334,9 @@ def _remarks(outcome: Outcome, processed: Postprocessed | str | None) -> list[st
         )
     if "limits" in outcome.report:
         remarks.append(outcome.report["limits"])
+    for name in ("contrast_limits", "defocus_limits"):
+        if name in outcome.report:
+            remarks.append(outcome.report[name])
     if "not_recentred_because" in outcome.report:
         reason = outcome.report["not_recentred_because"]
         remarks.append(f"the origin was not moved: {reason}")

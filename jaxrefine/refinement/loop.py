@@ -294,7 +294,7 @@ def _conclude(
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
     half_side = particle_sets[0].particles.image_size / 2
-    sums_of_sets, set_states, optics, errors = [], [], [], []
+    sums_of_sets, set_states, optics = [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
         # The second set is put into the frame of the first.
         aligned = known
@@ -305,7 +305,7 @@ def _conclude(
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
         determined = (found > LEAST_EVIDENCE) & inside
-        known, error = optics_step.update_optics(
+        known, estimate = optics_step.update_optics(
             particle_set, known, int(state.r_max), determined
         )
         aligned = replace(aligned, optics=known.optics)
@@ -319,9 +319,7 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = found
         undetermined[indices] = ~determined
-        optics.append(optics_step.of_determined(known.optics, 1.0, 0.0, determined))
-        spreads = config.contrast_spread, config.defocus_spread
-        errors.append(optics_step.of_determined(error, *spreads, determined))
+        optics.append(optics_step.of_determined(estimate, config, determined))
         sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
@@ -353,5 +351,4 @@ def _conclude(
         final.tau,
         eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
         optics_step.of_all(optics, [each.indices for each in particle_sets]),
-        optics_step.of_all(errors, [each.indices for each in particle_sets]),
     )

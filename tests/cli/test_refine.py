@@ -41,6 +41,7 @@ from jaxrefine.io import (
 )
 from jaxrefine.maps import centre
 from jaxrefine.maps.mask import AutomaticMask
+from jaxrefine.poses.optics import AtLimit, Optics, OpticsEstimate
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import declared
 
@@ -58,6 +59,7 @@ class State(eqx.Module):
 def stand_in():
     """An engine that moves every particle; a record of its calls, and where to stop."""
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[], undetermined=[3])
+    seen.at_limit = 0
 
     def refine(
         particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
@@ -87,9 +89,10 @@ def stand_in():
             informed_up_to=6 if config.half_sets else None,
             state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
-            optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
-            optics_errors=SimpleNamespace(
-                contrast=np.full(COUNT, 0.1), defocus=np.full(COUNT, 50.0)
+            estimated_optics=OpticsEstimate(
+                Optics(CONTRAST, DEFOCUS),
+                Optics(np.full(COUNT, 0.1), np.full(COUNT, 50.0)),
+                AtLimit(np.zeros(COUNT, bool), np.arange(COUNT) < seen.at_limit),
             ),
         )
 
@@ -406,6 +409,17 @@ def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
     )
     np.testing.assert_allclose(factor, CONTRAST**2, rtol=1e-5)
     np.testing.assert_allclose(error, 0.1 * CONTRAST, rtol=1e-5)
+
+
+def test_what_is_at_a_limit_is_counted(data, refine, stand_in):
+    stand_in.at_limit = 3
+    words = command(data, "--refine-scale", "--refine-defocus", "--iterations", 1)
+    done = refine(*words)
+    report = json.loads((data / "out/run.json").read_text())
+    told = report["defocus_limits"]
+    assert f"3 of {COUNT} particles have a defocus at the limit of 900 angs" in told
+    assert report["defocus_at_limit"] == 3 and told in done.out
+    assert "contrast_limits" not in report
 
 
 def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):
