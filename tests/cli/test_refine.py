@@ -340,6 +340,21 @@ def test_masks_may_be_made_of_the_maps(data, refine, stand_in, half_sets):
     refine(*other, *["--half-sets"] * half_sets).assert_refused("mask")
 
 
+def test_a_file_that_is_named_like_automatic_masks_stays_a_file(
+    data, refine, stand_in, monkeypatch
+):
+    write_mrc(data / "auto", np.ones((N, N, N)), PIXEL)
+    monkeypatch.chdir(data)
+    words = command(data, "--mask", "./auto", "--iterations", 1)
+    assert refine(*words).code == 0
+    assert not isinstance(stand_in.calls[0].mask, AutomaticMask)
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["options"]["mask"] == str(data / "auto")
+    given = shlex.split(report["command"])
+    assert given[given.index("--mask") + 1] == str(data / "auto")
+    assert "finished" in refine(*given[1:]).out
+
+
 def test_a_mask_that_memory_runs_out_for_takes_no_table_away(data, refine, monkeypatch):
     def of(*_):
         raise MemoryError
