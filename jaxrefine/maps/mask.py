@@ -35,7 +35,8 @@ class AutomaticMask:
     It is made by `soft_mask`, which is tightened as the map sharpens: the map is
     low-pass filtered to its resolution, but to no finer detail than there; the
     particle is extended by half of the filter's cut-off, and the edge is as wide as the
-    cut-off, both at least as wide as there.
+    cut-off, both at least as wide as there. Only the largest connected component is
+    kept, as there.
     """
 
     def of(

@@ -93,7 +93,7 @@ class OpticsPrior(eqx.Module):
     ----------
     contrast_spread
         Standard deviation ``s_a`` of the contrast about 1; with 0 it is 1. It is cut
-        off at three spreads, and at a contrast of 0.1.
+        off at three spreads, and at a contrast of 0.1, before any division by a mean.
     defocus_spread
         Standard deviation of the defocus about the given one, angstroms, cut off at
         three spreads; with 0 it is as given.

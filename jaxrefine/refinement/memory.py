@@ -14,6 +14,8 @@ themselves come on top, as a constant that was fitted to measured peaks, of prog
 that were compiled anew: at n = 64 and 128 these are within 15 % of the estimates.
 Programs that are found in the cache take some 350 MiB less. On accelerators none of
 this has been checked. Images are read from where they are kept, and not counted.
+Neither are automatic masks, which take some maps on the host while they are made, nor
+what each optics group with a beam tilt or other aberrations takes.
 """
 
 import math
