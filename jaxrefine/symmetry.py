@@ -45,13 +45,15 @@ _POLYHEDRAL = {
 }
 
 
-def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
+def operators(group: str, name: str = "symmetry") -> Float[np.ndarray, "order 3 3"]:
     """Return the rotation matrices of a point group, the identity first.
 
     Parameters
     ----------
     group
         C1 to C99, D1 to D99, T, O, I or I1 to I4.
+    name
+        What a refusal calls it.
 
     Raises
     ------
@@ -59,7 +61,7 @@ def operators(group: str) -> Float[np.ndarray, "order 3 3"]:
         If there is no such group.
     """
     elements = [np.eye(3)]
-    generators = [_rotation(*axis) for axis in _axes(group)]
+    generators = [_rotation(*axis) for axis in _axes(group, name)]
     for element in elements:  # The list grows until no product is a new element.
         for generator in generators:
             product = element @ generator
@@ -102,14 +104,14 @@ def representatives(group: str, subgroup: str = "C1") -> Float[np.ndarray, "inde
     return np.stack(kept)
 
 
-def _axes(group: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
+def _axes(group: str, name: str) -> tuple[tuple[int, tuple[float, float, float]], ...]:
     """Return the axes that generate a group."""
     if group in _POLYHEDRAL:
         return _POLYHEDRAL[group]
     match = re.fullmatch("([CD])([1-9][0-9]?)", group)
     if match is None:
         raise InputError(
-            f"symmetry must be C1 to C99, D1 to D99, T, O, I or I1 to I4, got {group!r}"
+            f"{name} must be C1 to C99, D1 to D99, T, O, I or I1 to I4, got {group!r}"
         )
     main_axis = (int(match[2]), _Z)
     return (main_axis, (2, (1.0, 0.0, 0.0))) if match[1] == "D" else (main_axis,)

@@ -13,6 +13,7 @@ from jaxrefine.cli.commands.refine import RefineSettings
 from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.maps import centre
+from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
 from jaxrefine.refinement.memory import explained
 from jaxrefine.symmetry import operators
@@ -120,6 +121,29 @@ def postprocessed(
         return result
 
     return _or_reason(processed)
+
+
+def automatic_mask(inputs: Inputs, outcome: Outcome) -> np.ndarray | str:
+    """Make the mask of the final map, as masks are made of those before.
+
+    Returns
+    -------
+    The mask; a sentence that says why there is none if memory runs out, or if it would
+    be 1 everywhere.
+    """
+    pixel = inputs.source.particles.pixel_size_in_angstroms
+
+    def made() -> np.ndarray:
+        mask = AutomaticMask().of(jnp.asarray(outcome.volume), pixel, 2 * pixel)
+        if bool((mask == 1).all()):
+            raise InputError(
+                "it would be 1 everywhere, as no particle stands out from the solvent "
+                "of the map, or it fills the box. If that is so in the maps before, "
+                "too, poses were refined without a mask"
+            )
+        return np.asarray(mask)
+
+    return _or_reason(made)
 
 
 def _or_reason(work: Callable[[], _T]) -> _T | str:

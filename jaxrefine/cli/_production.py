@@ -41,6 +41,7 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.fsc import resolution
 from jaxrefine.maps.mask import AutomaticMask
+from jaxrefine.poses.optics import OpticsPrior
 from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.contrast import contrast
@@ -245,6 +246,7 @@ def _run(
     )
     columns["jaxrefineUndetermined"] = undetermined.astype(int)
     columns |= _optics_columns(result, chosen, source.particles, config)
+    report |= _at_limits(result, config)
     if subsets is not None and source.random_subset is None:
         columns["rlnRandomSubset"] = subsets
     if result.fsc is not None:
@@ -396,26 +398,60 @@ def _optics_columns(
     """Return contrast and defocus of each particle, if they are refined, for its table.
 
     The contrast is in RELION's scale factor of the transfer function, which both
-    programs read; without transfer functions it is in a column of our own.
+    programs read; without transfer functions it is in a column of our own. Its error
+    bar is in the same unit, that of the factor which was given.
     """
     columns: dict[str, np.ndarray] = {}
-    ctf = particles.ctf
+    ctf, known = particles.ctf, result.estimated_optics
     if config.contrast_spread:
-        contrast = chosen.of_table(result.optics.contrast, 1.0)
-        error = chosen.of_table(result.optics_errors.contrast, config.contrast_spread)
-        if ctf is None:
-            columns["jaxrefineScale"] = contrast
-        else:
-            columns["rlnCtfScalefactor"] = np.asarray(ctf.scale, float) * contrast
-        columns["jaxrefineScaleStd"] = error
+        contrast = chosen.of_table(known.optics.contrast, 1.0)
+        error = chosen.of_table(known.errors.contrast, config.contrast_spread)
+        given = 1.0 if ctf is None else np.asarray(ctf.scale, float)
+        name = "jaxrefineScale" if ctf is None else "rlnCtfScalefactor"
+        columns[name] = given * contrast
+        columns["jaxrefineScaleStd"] = np.abs(given) * error
     if config.defocus_spread and ctf is not None:
-        change = chosen.of_table(result.optics.defocus, 0.0)
-        error = chosen.of_table(result.optics_errors.defocus, config.defocus_spread)
+        change = chosen.of_table(known.optics.defocus, 0.0)
+        error = chosen.of_table(known.errors.defocus, config.defocus_spread)
         columns["rlnDefocusU"] = np.asarray(ctf.defocus_u, float) + change
         columns["rlnDefocusV"] = np.asarray(ctf.defocus_v, float) + change
         columns["jaxrefineDefocusChange"] = change
         columns["jaxrefineDefocusStd"] = error
     return columns
+
+
+def _at_limits(result: Any, config: RefineConfig) -> dict[str, Any]:
+    """Return how many particles have a contrast or a defocus at a limit, in sentences.
+
+    Each entry is there if there are such particles.
+    """
+    known = result.estimated_optics
+    if known is None:
+        return {}
+    prior = OpticsPrior(config.contrast_spread, config.defocus_spread)
+    low, high = prior.contrast_limits
+    count, told = len(result.undetermined), {}
+    for name, limit, others in (
+        (
+            "contrast",
+            f"{low:g} or {high:g}",
+            "their images are unlike the rest, or show something else",
+        ),
+        (
+            "defocus",
+            f"{prior.defocus_limit:g} angstroms",
+            "the given defocus is farther off, or the images do not tell it",
+        ),
+    ):
+        found = int(np.sum(getattr(known.at_limit, name)))
+        if found:
+            told[f"{name}_at_limit"] = found
+            told[f"{name}_limits"] = (
+                f"{found} of {count} particles have a {name} at the limit of {limit}: "
+                f"{others}, or poses are wrong. It is no measurement, and its error "
+                "bar is the spread of the prior"
+            )
+    return told
 
 
 def _columns(log_likelihood: Any, covariances: Any) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io, symmetry
@@ -27,7 +26,6 @@ from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, geodesic_distance
 from jaxrefine.maps.fsc import HALF_MAP_THRESHOLD, resolution
-from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.postprocess import Postprocessed
 from jaxrefine.report import html
 from jaxrefine.runs import entries, options, provenance
@@ -108,6 +106,8 @@ def run(settings: RefineSettings, engine: Engine = DEFAULT) -> None:
         processed = _ending.postprocessed(settings, inputs, outcome)
         if isinstance(processed, Postprocessed):
             _write_processed(settings, inputs, outcome, processed)
+        elif inputs.makes_masks:
+            outcome = _with_mask(settings.out, inputs, outcome)
         usage = provenance.usage(folder.history.elapsed_s)
         origin = {name: details[name] for name in ("command", "versions", "device")}
         rows = folder.history.rows()
@@ -193,20 +193,27 @@ def _changes(
 
 
 def _write(out: Path, inputs: Inputs, outcome: Outcome) -> None:
-    """Write the maps and the table of particles, and the mask if masks are made.
-
-    The mask is that of the map; with half sets, that of their maps takes its place.
-    """
+    """Write the maps and the table of particles."""
     source = inputs.source
     pixel = source.particles.pixel_size_in_angstroms
     io.write_mrc(out / "map.mrc", outcome.volume, pixel)
     for number, half in enumerate(outcome.half_maps or (), start=1):
         io.write_mrc(out / f"half{number}.mrc", half, pixel)
-    if inputs.makes_masks:
-        volume = jnp.asarray(outcome.volume)
-        mask = AutomaticMask().of(volume, pixel, 2 * pixel)
-        io.write_mrc(out / "mask.mrc", np.asarray(mask), pixel)
     io.write_particles(out / "particles.star", source, outcome.poses, outcome.columns)
+
+
+def _with_mask(out: Path, inputs: Inputs, outcome: Outcome) -> Outcome:
+    """Write the mask of the map; if there is none, the report says why, and a line.
+
+    With half sets there is the mask of their maps, if they can be processed.
+    """
+    mask = _ending.automatic_mask(inputs, outcome)
+    if isinstance(mask, str):
+        print(f"no mask was made of the map: {mask}", file=sys.stderr)
+        return replace(outcome, report=outcome.report | {"no_mask_because": mask})
+    pixel = inputs.source.particles.pixel_size_in_angstroms
+    io.write_mrc(out / "mask.mrc", mask, pixel)
+    return outcome
 
 
 def _write_processed(
@@ -348,9 +355,15 @@ def _remarks(
         )
     if "limits" in outcome.report:
         remarks.append(outcome.report["limits"])
+    for name in ("contrast_limits", "defocus_limits"):
+        if name in outcome.report:
+            remarks.append(outcome.report[name])
     if "not_recentred_because" in outcome.report:
         reason = outcome.report["not_recentred_because"]
         remarks.append(f"the origin was not moved: {reason}")
+    if "no_mask_because" in outcome.report:
+        reason = outcome.report["no_mask_because"]
+        remarks.append(f"no mask was made of the map: {reason}")
     if isinstance(processed, str):
         remarks.append(f"the half maps were not post-processed: {processed}")
     return remarks

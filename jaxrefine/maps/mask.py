@@ -18,6 +18,11 @@ _BINS = 256  # of the histogram of densities; the threshold's accuracy is one bi
 
 
 @final
+class NoParticleError(InputError):
+    """A map shows no particle that a mask could be made of."""
+
+
+@final
 @dataclass(frozen=True)
 class AutomaticMask:
     """A request to make a mask of each map that particles are compared with.
@@ -30,7 +35,8 @@ class AutomaticMask:
     It is made by `soft_mask`, which is tightened as the map sharpens: the map is
     low-pass filtered to its resolution, but to no finer detail than there; the
     particle is extended by half of the filter's cut-off, and the edge is as wide as the
-    cut-off, both at least as wide as there.
+    cut-off, both at least as wide as there. Only the largest connected component is
+    kept, as there.
     """
 
     def of(
@@ -49,6 +55,11 @@ class AutomaticMask:
             Edge of a voxel.
         resolution_in_angstroms
             Period of the finest detail that it shows.
+
+        Raises
+        ------
+        InputError
+            If the map is not finite.
         """
         cut_off = max(_LOW_PASS, resolution_in_angstroms)
         voxels = cut_off / voxel_size_in_angstroms
@@ -60,7 +71,7 @@ class AutomaticMask:
                 extend=max(_EXTEND, voxels / 2),
                 edge=max(_EDGE, voxels),
             )
-        except InputError:  # an empty map, or one of noise
+        except NoParticleError:
             return jnp.ones_like(volume)
 
 
@@ -103,9 +114,10 @@ def soft_mask(
 
     Raises
     ------
+    NoParticleError
+        If the map is constant or a single voxel, or if no voxel is above the threshold.
     InputError
-        If the map is constant, not finite or a single voxel, if no voxel is above the
-        threshold, or if a number is out of range.
+        If the map is not finite, or a number is out of range.
     """
     from scipy import ndimage  # slow to import
 
@@ -113,14 +125,16 @@ def soft_mask(
         raise InputError(
             f"extend and edge must be at least 0, got {extend:g} and {edge:g} voxels"
         )
-    if not (jnp.isfinite(volume).all() and jnp.ptp(volume) > 0):
-        raise InputError(
+    is_finite = bool(jnp.isfinite(volume).all())
+    if not (is_finite and jnp.ptp(volume) > 0):
+        refusal = NoParticleError if is_finite else InputError
+        raise refusal(
             "the map that a mask is made from must be finite and not constant, got "
             f"values from {volume.min():g} to {volume.max():g}"
         )
     hot = hot_voxel(np.asarray(volume))
     if hot is not None:
-        raise InputError(
+        raise NoParticleError(
             "the map that a mask is made from must be that of a particle, got one with "
             f"most of its power in a single voxel of {hot:g}"
         )
@@ -131,7 +145,7 @@ def soft_mask(
     labelled: Any = ndimage.label(smooth > level)
     components, count = labelled
     if not count:
-        raise InputError(
+        raise NoParticleError(
             "the threshold of a mask must be below the largest density of the filtered "
             f"map, {smooth.max():g}, got {level:g}"
         )

@@ -25,7 +25,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrefine._types import Scalar
 from jaxrefine.ctf import CTF
@@ -37,6 +37,7 @@ from jaxrefine.operators.slices import check_spectrum, on_plane, phases
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Spreads beyond which neither contrast nor defocus goes, and the least contrast.
 _REACH, _LEAST = 3.0, 0.1
+_NEAR = 1e-4  # What is as near to a limit, of contrast and as a share, is at it.
 # Offsets on the grid. The cost oscillates with the offset. At 2 angstroms and 300 kV,
 # steps of 56 angstroms (a spread of 300) change the phase of the transfer function by
 # 0.9 radians: one of them is in the valley of the minimum.
@@ -74,6 +75,17 @@ class Optics(eqx.Module):
 
 
 @final
+class AtLimit(eqx.Module):
+    """Whose contrast and defocus are at the limit of what is allowed.
+
+    They are not measured there: the truth may be beyond, or the pose is wrong.
+    """
+
+    contrast: Bool[Array | np.ndarray, "*particles"]
+    defocus: Bool[Array | np.ndarray, "*particles"]
+
+
+@final
 class OpticsPrior(eqx.Module):
     """How well contrast and defocus are known.
 
@@ -81,7 +93,7 @@ class OpticsPrior(eqx.Module):
     ----------
     contrast_spread
         Standard deviation ``s_a`` of the contrast about 1; with 0 it is 1. It is cut
-        off at three spreads, and at a contrast of 0.1.
+        off at three spreads, and at a contrast of 0.1, before any division by a mean.
     defocus_spread
         Standard deviation of the defocus about the given one, angstroms, cut off at
         three spreads; with 0 it is as given.
@@ -89,6 +101,17 @@ class OpticsPrior(eqx.Module):
 
     contrast_spread: float = eqx.field(static=True)
     defocus_spread: float = eqx.field(static=True)
+
+    @property
+    def contrast_limits(self) -> tuple[float, float]:
+        """The least and the largest contrast."""
+        reach = _REACH * self.contrast_spread
+        return max(1 - reach, _LEAST), 1 + reach
+
+    @property
+    def defocus_limit(self) -> float:
+        """The largest offset of the defocus to either side, angstroms."""
+        return _REACH * self.defocus_spread
 
 
 @final
@@ -120,11 +143,15 @@ class OpticsEstimate(eqx.Module):
         Where the posterior is largest.
     errors
         Their standard deviations at the given pose, from the Gauss-Newton information
-        of both and their priors; 0 for what is not estimated.
+        of both and their priors; those of the priors for what is at a limit, 0 for what
+        is not estimated.
+    at_limit
+        Whether they are at their limits.
     """
 
     optics: Optics
     errors: Optics
+    at_limit: AtLimit
 
 
 def compare(
@@ -192,10 +219,10 @@ def objective(
     across, steep = (jnp.sum(each * change * seen.power) for each in (value, change))
     turn = jnp.sum(change * seen.overlap)
     known, wanted = map(_inverse_square, (prior.contrast_spread, prior.defocus_spread))
-    contrast, most = jnp.ones_like(defocus), _REACH * prior.contrast_spread
+    contrast = jnp.ones_like(defocus)
     if prior.contrast_spread:
         contrast = (known + pull) / (known + energy)
-        contrast = jnp.clip(contrast, max(1 - most, _LEAST), 1 + most)
+        contrast = jnp.clip(contrast, *prior.contrast_limits)
     cost = contrast**2 * energy / 2 - contrast * pull
     cost = cost + known * (contrast - 1) ** 2 / 2 + wanted * defocus**2 / 2
     slope = contrast * (contrast * across - turn) + wanted * defocus
@@ -227,8 +254,8 @@ def estimate(prior: OpticsPrior, ctf: CTF, seen: Comparison) -> OpticsEstimate:
 
     defocus = jnp.zeros((), dtype)
     if prior.defocus_spread:
-        offsets = prior.defocus_spread * np.linspace(-_REACH, _REACH, _TRIED)
-        offsets = jnp.asarray(offsets, dtype)
+        most = prior.defocus_limit
+        offsets = jnp.asarray(np.linspace(-most, most, _TRIED), dtype)
         costs = jax.lax.map(lambda offset: at(offset)[0], offsets)
         defocus = offsets[jnp.argmin(costs)]
 
@@ -237,7 +264,6 @@ def estimate(prior: OpticsPrior, ctf: CTF, seen: Comparison) -> OpticsEstimate:
             _, _, slope, information = values
             curvature = _schur(prior, information)
             tried = defocus - slope / (curvature * (1 + damping))
-            most = _REACH * prior.defocus_spread
             tried = jnp.clip(tried, -most, most)
             new = at(tried)
             better = new[0] < values[0]
@@ -251,13 +277,20 @@ def estimate(prior: OpticsPrior, ctf: CTF, seen: Comparison) -> OpticsEstimate:
         (defocus, *_), _ = jax.lax.scan(iterate, start, None, _STEPS)
     _, contrast, _, information = at(defocus)
     (of_contrast, across), (_, of_defocus) = information
-    errors = [jnp.zeros((), dtype)] * 2
+    errors, at_limit = [jnp.zeros((), dtype)] * 2, [jnp.zeros((), bool)] * 2
     if prior.contrast_spread:
+        low, high = prior.contrast_limits
+        at_limit[0] = (contrast <= low + _NEAR) | (contrast >= high - _NEAR)
         rest = across**2 / of_defocus if prior.defocus_spread else 0.0
-        errors[0] = 1 / jnp.sqrt(of_contrast - rest)
+        found = 1 / jnp.sqrt(of_contrast - rest)
+        errors[0] = jnp.where(at_limit[0], prior.contrast_spread, found)
     if prior.defocus_spread:
-        errors[1] = 1 / jnp.sqrt(_schur(prior, information))
-    return OpticsEstimate(Optics(contrast, defocus), Optics(*errors))
+        at_limit[1] = jnp.abs(defocus) >= (1 - _NEAR) * prior.defocus_limit
+        found = 1 / jnp.sqrt(_schur(prior, information))
+        errors[1] = jnp.where(at_limit[1], prior.defocus_spread, found)
+    return OpticsEstimate(
+        Optics(contrast, defocus), Optics(*errors), AtLimit(*at_limit)
+    )
 
 
 def _schur(prior: OpticsPrior, information: Float[Array, "2 2"]) -> Scalar:

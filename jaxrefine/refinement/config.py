@@ -132,7 +132,7 @@ class RefineConfig:
     symmetry_relax
         Point group up to whose operators the given poses are known, which the map need
         not have: every search tries all copies of a pose. It has the operators of
-        `symmetry`, whose copies are the same.
+        `symmetry`, whose copies are the same, and others; C1 relaxes nothing.
     particle_diameter
         As a fraction of the box. The larger the particle, the farther a rotation moves
         its rim, and the more densely rotations are searched.
@@ -186,7 +186,8 @@ class RefineConfig:
     ------
     InputError
         If a parameter is out of range, there is no such point group, or
-        `symmetry_relax` has not all operators of `symmetry`.
+        `symmetry_relax` has not all operators of `symmetry`, or no others (unless it is
+        C1).
     """
 
     angle_spread: float = 0.45
@@ -268,6 +269,14 @@ class RefineConfig:
 
     def __post_init__(self):
         symmetry.operators(self.symmetry)
+        symmetry.operators(self.symmetry_relax, "symmetry_relax")
+        if self.symmetry_relax != "C1" and len(self.copies) == 1:
+            both = f"{self.symmetry} and {self.symmetry_relax}"
+            if self.symmetry == self.symmetry_relax:
+                both = f"{self.symmetry} for both"
+            raise InputError(
+                f"symmetry_relax must have operators that symmetry has not, got {both}"
+            )
         if len(self.copies) > 1 and not self.refines_angles:
             raise InputError(
                 "symmetry_relax must be C1 if angles are fixed, got "

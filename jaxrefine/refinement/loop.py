@@ -27,6 +27,7 @@ of all particles. Images are read in batches, and need not fit into memory.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -216,9 +217,9 @@ def _iterate(
         known, report = pose_step.update_poses(
             optics_step.applied(particle_set, known), known, iteration, r_max, draw
         )
-        known, _ = optics_step.update_optics(particle_set, known, r_max)
-        particle_set = optics_step.applied(particle_set, known)
         included = pose_step.included(particle_set, known)
+        known, _ = optics_step.update_optics(particle_set, known, r_max, included)
+        particle_set = optics_step.applied(particle_set, known)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, included, side
         )
@@ -296,10 +297,8 @@ def _conclude(
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
     half_side = particle_sets[0].particles.image_size / 2
-    sums_of_sets, set_states, optics, errors = [], [], [], []
+    sums_of_sets, set_states, optics = [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
-        known, error = optics_step.update_optics(particle_set, known, int(state.r_max))
-        particle_set = optics_step.applied(particle_set, known)
         # The second set is put into the frame of the first.
         aligned = known
         if set_states:
@@ -309,6 +308,11 @@ def _conclude(
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
         determined = (found > LEAST_EVIDENCE) & inside
+        known, estimate = optics_step.update_optics(
+            particle_set, known, int(state.r_max), determined
+        )
+        aligned = replace(aligned, optics=known.optics)
+        particle_set = optics_step.applied(particle_set, known)
         if config.refines_angles:
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:
@@ -318,9 +322,7 @@ def _conclude(
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = found
         undetermined[indices] = ~determined
-        optics.append(optics_step.of_determined(known.optics, 1.0, 0.0, determined))
-        spreads = config.contrast_spread, config.defocus_spread
-        errors.append(optics_step.of_determined(error, *spreads, determined))
+        optics.append(optics_step.of_determined(estimate, config, determined))
         sums = insertion.sum_up(
             particle_set, aligned.hypotheses, aligned.noise, determined
         )
@@ -353,5 +355,4 @@ def _conclude(
         final.tau,
         eqx.tree_at(lambda s: s.set_states, state, tuple(set_states)),
         optics_step.of_all(optics, [each.indices for each in particle_sets]),
-        optics_step.of_all(errors, [each.indices for each in particle_sets]),
     )

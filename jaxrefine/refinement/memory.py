@@ -15,6 +15,8 @@ programs that were compiled anew; those that are found in the cache take some 30
 less. The arrays of the volume update are never all there at once: the estimate is 2 %
 above the peak at n = 64, 26 % at 128 and 57 % at 192. On accelerators none of this has
 been checked. Images are read from where they are kept, and not counted.
+Neither are automatic masks, which take some maps on the host while they are made, nor
+what each optics group with a beam tilt or other aberrations takes.
 """
 
 import math

@@ -26,7 +26,8 @@ from jaxrefine.data.visit import visit
 from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import optics
-from jaxrefine.poses.optics import Optics, OpticsEstimate, OpticsPrior
+from jaxrefine.poses.optics import AtLimit, Optics, OpticsEstimate, OpticsPrior
+from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.pose_step import reference_map
 from jaxrefine.refinement.sets import ParticleSet
 from jaxrefine.refinement.state import SetState
@@ -62,12 +63,16 @@ def applied(particle_set: ParticleSet, state: SetState) -> ParticleSet:
 
 
 def update_optics(
-    particle_set: ParticleSet, state: SetState, r_max: int
-) -> tuple[SetState, Optics | None]:
+    particle_set: ParticleSet,
+    state: SetState,
+    r_max: int,
+    shown: Bool[np.ndarray, " particles"],
+) -> tuple[SetState, OpticsEstimate | None]:
     """Find the contrast and the defocus of all particles at their best poses.
 
-    The contrast is divided by its mean over the set, as the images do not tell it from
-    the scale of the map.
+    The contrast and its standard deviation are divided by the mean contrast of the
+    images that show a particle, as these do not tell it from the scale of the map. The
+    others, whose contrast is near the least that is allowed, would move the mean.
 
     Parameters
     ----------
@@ -77,11 +82,13 @@ def update_optics(
         What is known of them, poses among others.
     r_max
         Band limit, cycles per box.
+    shown
+        Which images show a particle; if there are none, no contrast is divided.
 
     Returns
     -------
-    The state with contrast and defocus, and their standard deviations; the state as it
-    is, and None, if neither is refined.
+    The state with contrast and defocus, and what is known of them; the state as it is,
+    and None, if neither is refined. The limits are those before the division.
     """
     prior = _prior(particle_set)
     if prior is None:
@@ -112,39 +119,52 @@ def update_optics(
         )
     back = np.argsort(np.concatenate(members))
     found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
-    scale = np.mean(found.optics.contrast, dtype=np.float64)
-    contrast = (found.optics.contrast / scale).astype(np.float32)
+    scale = 1.0
+    if config.contrast_spread and shown.any():
+        scale = np.mean(found.optics.contrast[shown], dtype=np.float64)
+    contrast, error = (
+        (each.contrast / scale).astype(np.float32)
+        for each in (found.optics, found.errors)
+    )
     new = Optics(on_device(contrast), on_device(found.optics.defocus))
     state = eqx.tree_at(
         lambda s: s.optics, state, new, is_leaf=lambda leaf: leaf is None
     )
-    return state, found.errors
+    errors = replace(found.errors, contrast=error)
+    return state, replace(found, optics=new, errors=errors)
 
 
 def of_determined(
-    found: Optics | None,
-    contrast: float,
-    defocus: float,
+    found: OpticsEstimate | None,
+    config: RefineConfig,
     determined: Bool[np.ndarray, " particles"],
-) -> Optics | None:
-    """Return contrast and defocus, and the given values for what is not determined."""
+) -> OpticsEstimate | None:
+    """Return what is known of contrast and defocus.
+
+    Of a particle that is not determined it is what was given, with the priors' spreads.
+    """
     if found is None:
         return None
-    return Optics(
-        np.where(determined, found.contrast, contrast),
-        np.where(determined, found.defocus, defocus),
+    unknown = OpticsEstimate(
+        Optics(np.asarray(1.0), np.asarray(0.0)),
+        Optics(np.asarray(config.contrast_spread), np.asarray(config.defocus_spread)),
+        AtLimit(np.asarray(False), np.asarray(False)),
+    )
+    return jax.tree.map(
+        lambda one, other: np.where(determined, one, other), found, unknown
     )
 
 
 def of_all(
-    of_sets: Sequence[Optics | None], indices: Sequence[Int[np.ndarray, " chosen"]]
-) -> Optics | None:
-    """Return contrast and defocus of all particles from those of the sets.
+    of_sets: Sequence[OpticsEstimate | None],
+    indices: Sequence[Int[np.ndarray, " chosen"]],
+) -> OpticsEstimate | None:
+    """Return what is known of all particles' optics from what is of those of the sets.
 
     Parameters
     ----------
     of_sets
-        Those of each set; None if neither is refined.
+        That of each set; None if neither is refined.
     indices
         Where the particles of each set are among all.
     """

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from jaxrefine.geometry import Poses
 from jaxrefine.maps.sums import Sums, least_squares
-from jaxrefine.poses.optics import Optics
+from jaxrefine.poses.optics import OpticsEstimate
 from jaxrefine.refinement.state import RefineState
 
 
@@ -123,9 +123,9 @@ class Result:
         Weight of the regulariser.
     state
         The last state.
-    optics, optics_errors
-        Contrast and defocus of each particle, relative to those given, and their
-        standard deviations; None if neither is refined.
+    estimated_optics
+        Contrast and defocus of each particle, relative to those given, their standard
+        deviations, and whether they are at a limit; None if neither is refined.
     """
 
     poses: Poses
@@ -138,5 +138,4 @@ class Result:
     informed_up_to: int | None
     tau: float
     state: RefineState
-    optics: Optics | None = None
-    optics_errors: Optics | None = None
+    estimated_optics: OpticsEstimate | None = None

@@ -41,6 +41,7 @@ from jaxrefine.io import (
 )
 from jaxrefine.maps import centre
 from jaxrefine.maps.mask import AutomaticMask
+from jaxrefine.poses.optics import AtLimit, Optics, OpticsEstimate
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs.options import declared
 
@@ -59,6 +60,7 @@ def stand_in():
     """An engine that moves every particle; a record of its calls, and where to stop."""
     seen = SimpleNamespace(calls=[], stop_after=None, iterations=[], undetermined=[3])
     seen.discarded = None
+    seen.at_limit = 0
 
     def refine(
         particles, poses, volume, config, *, key, subsets, mask, state, callback, watch
@@ -90,9 +92,10 @@ def stand_in():
             informed_up_to=7 if config.half_sets else None,
             state=SimpleNamespace(correlation=np.ones(N // 2 + 1)),
             tau=0.7,
-            optics=SimpleNamespace(contrast=CONTRAST, defocus=DEFOCUS),
-            optics_errors=SimpleNamespace(
-                contrast=np.full(COUNT, 0.1), defocus=np.full(COUNT, 50.0)
+            estimated_optics=OpticsEstimate(
+                Optics(CONTRAST, DEFOCUS),
+                Optics(np.full(COUNT, 0.1), np.full(COUNT, 50.0)),
+                AtLimit(np.zeros(COUNT, bool), np.arange(COUNT) < seen.at_limit),
             ),
         )
 
@@ -340,6 +343,46 @@ def test_masks_may_be_made_of_the_maps(data, refine, stand_in, half_sets):
     refine(*other, *["--half-sets"] * half_sets).assert_refused("mask")
 
 
+def test_a_file_that_is_named_like_automatic_masks_stays_a_file(
+    data, refine, stand_in, monkeypatch
+):
+    write_mrc(data / "auto", np.ones((N, N, N)), PIXEL)
+    monkeypatch.chdir(data)
+    words = command(data, "--mask", "./auto", "--iterations", 1)
+    assert refine(*words).code == 0
+    assert not isinstance(stand_in.calls[0].mask, AutomaticMask)
+    report = json.loads((data / "out/run.json").read_text())
+    assert report["options"]["mask"] == str(data / "auto")
+    given = shlex.split(report["command"])
+    assert given[given.index("--mask") + 1] == str(data / "auto")
+    assert "finished" in refine(*given[1:]).out
+
+
+def test_a_mask_that_memory_runs_out_for_takes_no_table_away(data, refine, monkeypatch):
+    def of(*_):
+        raise MemoryError
+
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    monkeypatch.setattr(AutomaticMask, "of", of)
+    done = refine(*command(data, "--mask", "auto", "--iterations", 1))
+    written = {path.name for path in (data / "out").iterdir()}
+    assert done.code == 0 and {"particles.star", "map.mrc"} <= written
+    assert "mask.mrc" not in written
+    report = json.loads((data / "out/run.json").read_text())
+    assert "the memory must hold some more maps" in report["no_mask_because"]
+    assert report["no_mask_because"] in done.out
+
+
+def test_a_map_that_no_mask_can_be_made_of_is_told_of(data, refine, monkeypatch):
+    monkeypatch.setattr(AutomaticMask, "of", lambda _, volume, *__: 0 * volume + 1)
+    write_mrc(data / "init.mrc", simulate.phantom(jax.random.key(0), N), PIXEL)
+    done = refine(*command(data, "--mask", "auto", "--iterations", 1))
+    report = json.loads((data / "out/run.json").read_text())
+    reason = report["no_mask_because"]
+    assert done.code == 0 and "refined without a mask" in reason
+    assert reason in done.err and not (data / "out/mask.mrc").exists()
+
+
 @pytest.mark.parametrize("star", ["particles.star", "plain.star"])
 def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
     """RELION's, if there are transfer functions; also of a second run from there."""
@@ -370,10 +413,31 @@ def test_contrast_and_defocus_are_in_the_columns(data, refine, stand_in, star):
         np.testing.assert_allclose(
             [float(x) for x in table[f"jaxrefine{name}Std"]], value, rtol=1e-6
         )
-    again = command(data, "--iterations", 1, star="out/particles.star")
+    again = command(
+        data, "--refine-scale", "--iterations", 1, star="out/particles.star"
+    )
     again[again.index(data / "out")] = data / "again"
     assert refine(*again).code == 0
     np.testing.assert_array_equal(stand_in.calls[1].particles.ctf.scale, written.scale)
+    # The error bar is that of the factor in the table, whatever was given.
+    table = read_star(data / "again/particles.star")["particles"]
+    factor, error = (
+        np.array([float(x) for x in table[name]])
+        for name in ("rlnCtfScalefactor", "jaxrefineScaleStd")
+    )
+    np.testing.assert_allclose(factor, CONTRAST**2, rtol=1e-5)
+    np.testing.assert_allclose(error, 0.1 * CONTRAST, rtol=1e-5)
+
+
+def test_what_is_at_a_limit_is_counted(data, refine, stand_in):
+    stand_in.at_limit = 3
+    words = command(data, "--refine-scale", "--refine-defocus", "--iterations", 1)
+    done = refine(*words)
+    report = json.loads((data / "out/run.json").read_text())
+    told = report["defocus_limits"]
+    assert f"3 of {COUNT} particles have a defocus at the limit of 900 angs" in told
+    assert report["defocus_at_limit"] == 3 and told in done.out
+    assert "contrast_limits" not in report
 
 
 def test_poses_that_are_known_up_to_a_group(data, refine, stand_in):

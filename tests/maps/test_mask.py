@@ -143,3 +143,9 @@ def test_an_automatic_mask_is_tighter_the_sharper_the_map_is():
 def test_of_a_map_without_a_particle_there_is_no_mask(value):
     volume = jnp.full((16, 16, 16), value)
     np.testing.assert_array_equal(AutomaticMask().of(volume, 2.0, 8.0), 1)
+
+
+def test_a_map_that_is_not_finite_is_not_taken_for_an_empty_one():
+    volume = jnp.zeros((16, 16, 16)).at[3, 4, 5].set(jnp.nan)
+    with pytest.raises(InputError, match="must be finite"):
+        AutomaticMask().of(volume, 2.0, 8.0)

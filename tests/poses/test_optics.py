@@ -179,6 +179,42 @@ def test_errors_are_those_of_the_bound(what):
         assert rms > 0.8 * bound
 
 
+def test_what_is_beyond_a_limit_is_at_it_and_not_measured(scene):
+    """Contrasts of 3, and defocus of 1300 angstroms more than the table says."""
+    view, index = scene.view, slice(0, 40)
+    rotations, shifts = scene.poses.rotations[index], scene.poses.shifts[index]
+    ctf = jax.tree.map(lambda leaf: leaf[index], scene.ctf)
+    for beyond, name in (
+        (Optics(jnp.full(40, 3.0), jnp.zeros(40)), "contrast"),
+        (Optics(jnp.ones(40), jnp.full(40, 1300.0)), "defocus"),
+    ):
+        transfer = view.transfer(beyond.applied(ctf), None)
+        clean = slices.project(
+            scene.spectrum, view.disc, Poses(rotations, shifts), transfer
+        )
+        spectra = view.spectra(slices.to_images(clean, view.disc), None)
+
+        def compare(image, rotation, shift):
+            return optics.compare(
+                scene.spectrum,
+                view.observation(image, None),
+                rotation,
+                shift,
+                view.frequencies_in_inverse_angstroms,
+            )
+
+        seen = jax.vmap(compare)(spectra, rotations, shifts)
+        found = estimates(ONLY[name], ctf, seen)
+        limited = np.asarray(getattr(found.at_limit, name))
+        assert limited.mean() > 0.5
+        spread = getattr(ONLY[name], f"{name}_spread")
+        errors = np.asarray(getattr(found.errors, name))
+        np.testing.assert_allclose(errors[limited], spread)
+        assert (errors[~limited] < spread).all()
+    within = estimates(BOTH, scene.ctf, scene.seen()).at_limit
+    assert np.mean(within.contrast) < 0.02 and np.mean(within.defocus) < 0.02
+
+
 def test_noise_alone_leaves_what_was_known(scene):
     """An empty map: nothing is learned, and the priors remain."""
     seen = jax.tree.map(jnp.zeros_like, scene.seen(slice(0, 3)))

@@ -104,7 +104,7 @@ def test_contrast_and_defocus_are_recovered():
     result, plain = run(*varied, **SPREADS), run(*varied)
     here = scene(*varied)
     assert here.fsc(result) >= here.fsc(plain)
-    found, bars = result.optics, result.optics_errors
+    found, bars = result.estimated_optics.optics, result.estimated_optics.errors
     contrast = here.optics.contrast / here.optics.contrast.mean()
     for name, truth in (("contrast", contrast), ("defocus", here.optics.defocus)):
         error = getattr(found, name) - truth
@@ -127,7 +127,7 @@ def test_nothing_is_lost_where_all_are_equal(with_ctf):
     plain = here.fsc(run(with_ctf=with_ctf))
     result = run(with_ctf=with_ctf, **spreads)
     assert here.fsc(result) > plain - 0.003
-    assert np.std(result.optics.contrast) < 0.1
+    assert np.std(result.estimated_optics.optics.contrast) < 0.1
 
 
 @pytest.mark.slow
@@ -140,8 +140,12 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path):
     state, _ = load_checkpoint(tmp_path / "state", template)
     again = here.refine(config, state=state)
     np.testing.assert_array_equal(again.volume, whole.volume)
-    np.testing.assert_array_equal(again.optics.contrast, whole.optics.contrast)
-    np.testing.assert_array_equal(again.optics.defocus, whole.optics.defocus)
+    np.testing.assert_array_equal(
+        again.estimated_optics.optics.contrast, whole.estimated_optics.optics.contrast
+    )
+    np.testing.assert_array_equal(
+        again.estimated_optics.optics.defocus, whole.estimated_optics.optics.defocus
+    )
 
 
 @pytest.mark.slow
@@ -155,3 +159,33 @@ def test_without_a_spread_there_are_no_optics():
 def test_spreads_that_are_none(name):
     with pytest.raises(InputError, match=f"{name} must be at least 0, got -1"):
         dataclasses.replace(CONFIG, **{name: -1.0})
+
+
+@pytest.mark.slow
+def test_images_of_noise_do_not_move_the_mean():
+    """That of the particles is 1, also where many images show none.
+
+    The mean of all would be lower: that of noise is at the least contrast, 0.4.
+    """
+    count = 100
+    here = scene()
+    rng = np.random.default_rng(5)
+    images = here.images[: 2 * count].copy()
+    images[count:] = images.std() * rng.normal(size=(count, N, N))
+    ctf = jax.tree.map(lambda leaf: leaf[: 2 * count], here.ctf)
+    particles = Particles(images, ctf, PIXEL)
+    given = jax.tree.map(lambda leaf: leaf[: 2 * count], here.given)
+    config = dataclasses.replace(CONFIG, iterations=1, contrast_spread=0.2)
+    result = loop.refine(particles, given, here.map, config, key=KEY)
+    noise = np.arange(2 * count) >= count
+    assert np.mean(result.undetermined == noise) > 0.9
+    shown = ~result.undetermined
+    assert np.mean(result.estimated_optics.optics.contrast[shown]) == pytest.approx(
+        1, abs=1e-5
+    )
+    # In the last state those that show none have the contrast that was found.
+    (state,) = result.state.set_states
+    of_all = np.asarray(state.optics.contrast)
+    assert np.mean(of_all[shown]) == pytest.approx(1, abs=1e-5)
+    assert np.mean(of_all[~shown]) < 0.85
+    np.testing.assert_array_equal(result.estimated_optics.optics.contrast[~shown], 1)

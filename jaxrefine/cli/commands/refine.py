@@ -24,8 +24,15 @@ DEFOCUS_SPREAD = 300.0
 
 
 def _mask(text: str) -> Path | Literal["auto"]:
-    """Return what the text of ``--mask`` stands for."""
-    return "auto" if text == "auto" else Path(text)
+    """Return what the text of ``--mask`` stands for.
+
+    A path that is not the word stays so where it is written, as in ``run.json`` and in
+    the command of the report.
+    """
+    if text == "auto":
+        return "auto"
+    path = Path(text)
+    return path.absolute() if str(path) == "auto" else path
 
 
 @dataclass(frozen=True, kw_only=True)
