@@ -19,6 +19,12 @@ from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
 
 
+def there(value):
+    """A value that may be None, but is not."""
+    assert value is not None
+    return value
+
+
 def draw(*shape, seed=0, dtype=jnp.float64):
     """Standard normal numbers."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)

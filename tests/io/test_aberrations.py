@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import cryosparc_fields, write_cs
+from helpers import cryosparc_fields, there, write_cs
 
 from jaxrefine.aberrations import with_beam_tilt
 from jaxrefine.errors import InputError
@@ -54,12 +54,6 @@ def table(tmp_path):
         return path
 
     return write
-
-
-def there(value):
-    """A value that may be None, but is not."""
-    assert value is not None
-    return value
 
 
 def test_groups_have_the_aberrations_of_their_rows(table):
@@ -158,7 +152,7 @@ def test_beam_tilts_of_relion_3_0_are_groups(table):
     odd = there(there(file.particles.aberrations).odd)
     exact = np.asarray(there(there(new.particles.aberrations).odd))
     np.testing.assert_allclose(odd[1], exact[1], rtol=1e-6)
-    assert file.particles.aberrations.even is None
+    assert there(file.particles.aberrations).even is None
     write_particles(path.with_name("out.star"), file, file.poses)
     again = read_particles(path.with_name("out.star"))
     np.testing.assert_array_equal(again.particles.group, file.particles.group)

@@ -1,6 +1,7 @@
 """The evidence of a particle at any pose, against integrals that are known."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ def found(known, ratios, informations, **limits):
     is that of Laplace's method.
     """
     angle_spread, shift_spread, distance = known
-    limits = {"max_angle": math.pi, "max_shift": 50.0} | limits
+    within: dict[str, Any] = {"max_angle": math.pi, "max_shift": 50.0} | limits
     centre = Poses(jnp.eye(3)[None], jnp.zeros((1, 2)))
-    prior = priors_about(centre, angle_spread, shift_spread, **limits)
+    prior = priors_about(centre, angle_spread, shift_spread, **within)
     count = len(ratios)
     axes = np.eye(3)[np.arange(count) % 3]
     turns = rotvec_to_matrix(jnp.asarray(distance * angle_spread * axes))
@@ -187,7 +188,8 @@ def test_its_memory_is_that_of_a_batch():
         arguments = jax.tree.map(
             lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), many(2, "I")
         )
-        compiled = evidence_anywhere.lower(SPACE, *arguments).compile()
+        program: Any = evidence_anywhere
+        compiled = program.lower(SPACE, *arguments).compile()
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(1300) - temporary(300) < 1000 * 1000

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import there
 from scipy.spatial.transform import Rotation
 
 from jaxrefine import evaluation, simulate
@@ -104,7 +105,10 @@ def test_contrast_and_defocus_are_recovered():
     result, plain = run(*varied, **SPREADS), run(*varied)
     here = scene(*varied)
     assert here.fsc(result) >= here.fsc(plain)
-    found, bars = result.estimated_optics.optics, result.estimated_optics.errors
+    found, bars = (
+        there(result.estimated_optics).optics,
+        there(result.estimated_optics).errors,
+    )
     contrast = here.optics.contrast / here.optics.contrast.mean()
     for name, truth in (("contrast", contrast), ("defocus", here.optics.defocus)):
         error = getattr(found, name) - truth
@@ -127,7 +131,7 @@ def test_nothing_is_lost_where_all_are_equal(with_ctf):
     plain = here.fsc(run(with_ctf=with_ctf))
     result = run(with_ctf=with_ctf, **spreads)
     assert here.fsc(result) > plain - 0.003
-    assert np.std(result.estimated_optics.optics.contrast) < 0.1
+    assert np.std(there(result.estimated_optics).optics.contrast) < 0.1
 
 
 @pytest.mark.slow
@@ -141,10 +145,12 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path):
     again = here.refine(config, state=state)
     np.testing.assert_array_equal(again.volume, whole.volume)
     np.testing.assert_array_equal(
-        again.estimated_optics.optics.contrast, whole.estimated_optics.optics.contrast
+        there(again.estimated_optics).optics.contrast,
+        there(whole.estimated_optics).optics.contrast,
     )
     np.testing.assert_array_equal(
-        again.estimated_optics.optics.defocus, whole.estimated_optics.optics.defocus
+        there(again.estimated_optics).optics.defocus,
+        there(whole.estimated_optics).optics.defocus,
     )
 
 
@@ -180,12 +186,14 @@ def test_images_of_noise_do_not_move_the_mean():
     noise = np.arange(2 * count) >= count
     assert np.mean(result.undetermined == noise) > 0.9
     shown = ~result.undetermined
-    assert np.mean(result.estimated_optics.optics.contrast[shown]) == pytest.approx(
-        1, abs=1e-5
-    )
+    assert np.mean(
+        there(result.estimated_optics).optics.contrast[shown]
+    ) == pytest.approx(1, abs=1e-5)
     # In the last state those that show none have the contrast that was found.
     (state,) = result.state.set_states
-    of_all = np.asarray(state.optics.contrast)
+    of_all = np.asarray(there(state.optics).contrast)
     assert np.mean(of_all[shown]) == pytest.approx(1, abs=1e-5)
     assert np.mean(of_all[~shown]) < 0.85
-    np.testing.assert_array_equal(result.estimated_optics.optics.contrast[~shown], 1)
+    np.testing.assert_array_equal(
+        there(result.estimated_optics).optics.contrast[~shown], 1
+    )
