@@ -32,6 +32,7 @@ PROGRAM = {"cli", "report", "runs"}
 
 # Examples that refine poses; all others take the time of an import.
 REFINES = ("jr.refine(", "paper.refine(", "refine_files(")
+REFINED = "refined/particles.star"  # a table that an example reads
 
 
 def named(path: Path) -> str:
@@ -53,9 +54,10 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
-def output_of(example: str) -> list[str]:
+def output_of(example: str, folder: Path | None = None) -> list[str]:
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", example],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -74,11 +76,20 @@ def example_with(text: str) -> str:
     [
         place
         for place, block in EXAMPLES.items()
-        if not any(call in block for call in REFINES)
+        if not any(call in block for call in REFINES) and REFINED not in block
     ],
 )
 def test_example_runs(place):
     output_of(EXAMPLES[place])
+
+
+def test_example_leaves_out_images_without_a_particle(tmp_path):
+    table = {"rlnImageName": list("abc"), "jaxrefineUndetermined": list("010")}
+    (tmp_path / "refined").mkdir()
+    io.write_star(tmp_path / REFINED, {"optics": {}, "particles": table})
+    output_of(example_with(REFINED), tmp_path)
+    kept = io.read_star(tmp_path / "refined/kept.star")["particles"]
+    assert kept["rlnImageName"] == ["a", "c"]
 
 
 @pytest.mark.slow
