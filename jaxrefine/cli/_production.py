@@ -285,9 +285,9 @@ def _period(shell: int, particles: Particles) -> float:
     box = particles.box_in_angstroms
     digit = 10.0 ** (math.floor(math.log10(box / shell)) - 3)
     count = math.floor(box / shell / digit)
-    while math.floor(box / float(f"{count * digit:.4g}")) < shell:
+    while math.floor(box / (period := float(f"{count * digit:.4g}"))) < shell:
         count -= 1
-    return float(f"{count * digit:.4g}")
+    return period
 
 
 def _limits(

@@ -29,7 +29,7 @@ from jaxrefine.poses import optics
 from jaxrefine.poses.optics import AtLimit, Optics, OpticsEstimate, OpticsPrior
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.pose_step import reference_map
-from jaxrefine.refinement.sets import ParticleSet
+from jaxrefine.refinement.sets import ParticleSet, in_order
 from jaxrefine.refinement.state import SetState
 
 
@@ -117,8 +117,7 @@ def update_optics(
                 stage,
             )
         )
-    back = np.argsort(np.concatenate(members))
-    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
+    found = in_order(of_folds, members)
     scale = 1.0
     if config.contrast_spread and shown.any():
         scale = np.mean(found.optics.contrast[shown], dtype=np.float64)
@@ -170,8 +169,7 @@ def of_all(
     """
     if any(each is None for each in of_sets):
         return None
-    back = np.argsort(np.concatenate(indices))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_sets)
+    return in_order(of_sets, indices)
 
 
 @final

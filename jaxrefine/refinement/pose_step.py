@@ -27,7 +27,7 @@ from jaxrefine.poses.hypotheses import Hypotheses
 from jaxrefine.poses.polish import Polish
 from jaxrefine.poses.search import Search, covering_count, shift_grid
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.sets import FEWEST, ParticleSet
+from jaxrefine.refinement.sets import FEWEST, ParticleSet, in_order
 from jaxrefine.refinement.state import SetState
 
 
@@ -136,8 +136,7 @@ def update_poses(
             )
         )
 
-    back = np.argsort(np.concatenate(members))
-    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *of_folds)
+    found = in_order(of_folds, members)
     updated = jax.tree.map(on_device, found)
     angle_change, shift_change = _median_changes(state.hypotheses, found.hypotheses)
     best = np.exp(found.hypotheses.log_weights[:, 0])

@@ -1,12 +1,13 @@
 """Sets of particles that are refined independently: all of them, or two half sets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxrefine._arrays import on_device
 from jaxrefine._types import Volume
@@ -249,6 +250,22 @@ def divided(
     """
     of_both = [np.unique(cluster[subsets == half]) for half in (1, 2)]
     return len(np.intersect1d(*of_both, assume_unique=True))
+
+
+def in_order(
+    parts: Sequence[PyTree], places: Sequence[Int[np.ndarray, " chosen"]]
+) -> Any:
+    """Return what is known of the parts of a set, brought into the order of the whole.
+
+    Parameters
+    ----------
+    parts
+        Of each part a pytree of arrays, whose rows are its particles.
+    places
+        Where the particles of each part are in the whole; together they are all.
+    """
+    back = np.argsort(np.concatenate(places))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
 
 
 def halves(

@@ -27,6 +27,12 @@ N, COUNT = 24, 8
 TURN, OFFSET = jnp.array([0.05, -0.04, 0.06]), jnp.array([0.4, 0.3, -0.5])
 
 
+def state_of(whole, start, volume):
+    """The first state of a set, whose folds' maps are both a given one."""
+    maps = admm.init(volume), admm.init(volume)
+    return eqx.tree_at(lambda s: s.maps, map_step.start(whole, start), maps)
+
+
 @pytest.mark.parametrize(
     ("group", "free"),
     [("C1", (1, 1, 1)), ("C3", (0, 0, 1)), ("D2", (0, 0, 0)), ("I", (0, 0, 0))],
@@ -65,14 +71,7 @@ def test_a_set_that_drifted_is_brought_back(fixed):
         jax.random.key(3),
         dataclasses.replace(RefineConfig(), **limits),
     )
-    here, there = (
-        eqx.tree_at(
-            lambda s: s.maps,
-            map_step.start(whole, volume),
-            (admm.init(one), admm.init(one)),
-        )
-        for one in (volume, drifted)
-    )
+    here, there = (state_of(whole, volume, one) for one in (volume, drifted))
     back = half_sets.turned(there, here, whole)
     band = slice(1, N // 2 - 1)
     before, after = (fsc(volume, one.mean_map)[band] for one in (there, back))
@@ -110,14 +109,7 @@ def test_sets_that_ended_in_other_copies_are_brought_together():
     images = np.zeros((COUNT, N, N), np.float32)
     config = RefineConfig(symmetry_relax="C4")
     whole = make_particle_set(Particles(images), poses, jax.random.key(3), config)
-    here, there = (
-        eqx.tree_at(
-            lambda s: s.maps,
-            map_step.start(whole, volume),
-            (admm.init(one), admm.init(one)),
-        )
-        for one in (volume, drifted)
-    )
+    here, there = (state_of(whole, volume, one) for one in (volume, drifted))
     back = half_sets.turned(there, here, whole)
     band = slice(1, N // 2 - 1)
     assert float(jnp.min(fsc(volume, back.mean_map)[band])) > 0.999

@@ -19,6 +19,19 @@ from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
 
 
+def dataset_of(truth, count, snr_db=10.0):
+    """Images of a map, and poses to start from."""
+    return simulate.make_dataset(
+        jax.random.key(1),
+        truth,
+        count,
+        max_shift=1.0,
+        max_angle_error=0.2,
+        snr_db=snr_db,
+        project=simulate.slice_projector(truth),
+    )
+
+
 def test_the_largest_band_limit_is_kept():
     count, side = 8, 24
     images = np.zeros((count, side, side), np.float32)
@@ -101,15 +114,7 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
     n, count = 48, 120
     half = simulate.phantom(jax.random.key(0), n)
     truth = (half + jnp.roll(half[:, ::-1, ::-1], 1, axis=(1, 2))) / 2
-    dataset = simulate.make_dataset(
-        jax.random.key(1),
-        truth,
-        count,
-        max_shift=1.0,
-        max_angle_error=0.2,
-        snr_db=10.0,
-        project=simulate.slice_projector(truth),
-    )
+    dataset = dataset_of(truth, count)
     particles = Particles(np.asarray(dataset.images))
     config = RefineConfig(
         half_sets=True,
@@ -161,15 +166,7 @@ def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
     """Here half sets disagree in the shells that small maps lack."""
     n, count, key = 32, 40, jax.random.key(0)
     truth = simulate.phantom(key, n)
-    dataset = simulate.make_dataset(
-        jax.random.key(1),
-        truth,
-        count,
-        max_shift=1.0,
-        max_angle_error=0.2,
-        snr_db=10.0,
-        project=simulate.slice_projector(truth),
-    )
+    dataset = dataset_of(truth, count)
     config = RefineConfig(
         half_sets=True,
         max_r_max=3,
@@ -204,15 +201,7 @@ def test_half_sets_decide_the_band_limit():
     """Where noise is strong, the folds would have it grow farther."""
     n, count, first = 24, 60, 4
     truth = simulate.phantom(jax.random.key(0), n)
-    dataset = simulate.make_dataset(
-        jax.random.key(1),
-        truth,
-        count,
-        max_shift=1.0,
-        max_angle_error=0.2,
-        snr_db=-6.0,
-        project=simulate.slice_projector(truth),
-    )
+    dataset = dataset_of(truth, count, snr_db=-6.0)
     config = RefineConfig(
         half_sets=True,
         first_r_max=first,
