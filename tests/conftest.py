@@ -6,6 +6,7 @@ compilation is most of the tests' time.
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -44,6 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "not slow":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_compiled_programs() -> Iterator[None]:
+    """Drop the compiled programs of the modules before, if they are many.
+
+    Each takes up mappings of memory, of which Linux allows a process 65,530 by default;
+    XLA crashes at the next one.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

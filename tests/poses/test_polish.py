@@ -130,7 +130,7 @@ def test_the_curvature_is_the_mean_hessian(scene, polished):
         misfit = likelihood.cost(scene.spectrum, seen, *place)
         return misfit + prior.cost(*place)
 
-    hessian = jax.vmap(jax.hessian(cost), in_axes=(0, *[None] * 5))
+    hessian = jax.jit(jax.vmap(jax.hessian(cost), in_axes=(0, *[None] * 5)))
     rng = np.random.default_rng(0)
     for i, owner in enumerate(owners):
         prior = jax.tree.map(lambda leaf, owner=owner: leaf[owner], scene.prior)

@@ -265,7 +265,7 @@ found = scene.visit(scene.steps(), batch_size=int(sys.argv[1]))
 
 @pytest.mark.slow
 def test_no_bit_depends_on_the_devices(scene, tmp_path):
-    """One, two, four and eight devices, with batches that share out differently.
+    """One and four devices, with batches that share out differently.
 
     All have the same images, whose simulation may depend on the devices.
     """
@@ -273,6 +273,6 @@ def test_no_bit_depends_on_the_devices(scene, tmp_path):
     np.save(images, scene.particles.images)
     digests = {
         digest_on(devices, __file__, ON_DEVICES, batch_size, images)
-        for devices, batch_size in ((1, 64), (2, 1000), (4, 1), (8, 1000))
+        for devices, batch_size in ((1, 64), (4, 1000))
     }
     assert len(digests) == 1

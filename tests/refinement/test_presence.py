@@ -19,17 +19,18 @@ from jaxrefine.refinement.config import RefineConfig
 
 pytestmark = pytest.mark.slow
 
-N, COUNT, LAST, SNR_DB = 24, 96, 11, -5.0
+N, COUNT, LAST, SNR_DB = 24, 48, 11, -5.0
 IS_NOISE = np.arange(2 * COUNT) >= COUNT
 COARSE = Gridding(2, 2.0)
 CONFIG = RefineConfig(
-    iterations=3,
+    iterations=2,
     first_r_max=LAST,
     search_r_max=LAST,
     interpolation=COARSE,
     search_interpolation=COARSE,
     insertion=COARSE,
-    batch_size=128,
+    candidates=16,
+    batch_size=64,
 )
 
 

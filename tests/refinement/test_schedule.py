@@ -14,9 +14,12 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.operators import slices
+from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import half_sets, insertion, map_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
+
+COARSE = Gridding(2, 2.0)
 
 
 def dataset_of(truth, count, snr_db=10.0):
@@ -111,7 +114,7 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
     The band limit is held so low that every map could have been small. A run that is
     interrupted after such a map ends in the same bits.
     """
-    n, count = 48, 120
+    n, count = 48, 80
     half = simulate.phantom(jax.random.key(0), n)
     truth = (half + jnp.roll(half[:, ::-1, ::-1], 1, axis=(1, 2))) / 2
     dataset = dataset_of(truth, count)
@@ -123,6 +126,9 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
         iterations=4,
         tau=1.0,
         symmetry="C2",
+        interpolation=COARSE,
+        search_interpolation=COARSE,
+        insertion=COARSE,
     )
     given = particles, dataset.initial, simulate.blur(truth, 3.0), config
     sides, outcomes = [], {}
@@ -176,6 +182,9 @@ def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
         multi_start=(0,),
         candidates=16,
         tau=1.0,
+        interpolation=COARSE,
+        search_interpolation=COARSE,
+        insertion=COARSE,
     )
     curve = np.where(np.arange(n // 2 + 1) < 8, 0.5, -0.2)
     monkeypatch.setattr(half_sets, "correlation", lambda *_: curve)
@@ -210,6 +219,9 @@ def test_half_sets_decide_the_band_limit():
         multi_start=(0,),
         candidates=16,
         tau=1.0,
+        interpolation=COARSE,
+        search_interpolation=COARSE,
+        insertion=COARSE,
     )
     key, seen = jax.random.key(2), []
     particles = Particles(np.asarray(dataset.images))
