@@ -46,7 +46,7 @@ from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
-from jaxrefine.poses.presence import LEAST_EVIDENCE
+from jaxrefine.poses import presence
 from jaxrefine.poses.prior import Prior
 from jaxrefine.refinement import (
     half_sets,
@@ -296,7 +296,7 @@ def _conclude(
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
-    half_side = particle_sets[0].particles.image_size / 2
+    size = particle_sets[0].particles.image_size
     sums_of_sets, set_states, optics = [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
         # The second set is put into the frame of the first.
@@ -304,10 +304,9 @@ def _conclude(
         if set_states:
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
-        inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
-        determined = (found > LEAST_EVIDENCE) & inside
+        determined = presence.shown(found, np.asarray(best.shifts), size)
         known, estimate = optics_step.update_optics(
             particle_set, known, int(state.r_max), determined
         )

@@ -1,8 +1,8 @@
 r"""The pose update of an outer iteration, for one set of particles.
 
 `update_poses` searches, polishes and weights candidate poses; `measure_information`
-measures how well the poses are known in the end, and `evidence_anywhere` tells which
-images show a particle.
+measures how well the poses are known in the end. `evidence_anywhere` measures whether
+an image shows a particle, and `included` decides which images maps are made of.
 """
 
 from dataclasses import dataclass
@@ -370,7 +370,11 @@ def included(
     If there are too few of them in a fold for a map, as at a start that leads nowhere,
     it is everyone.
     """
-    shown = evidence_anywhere(particle_set, state) > presence.LEAST_EVIDENCE
+    shown = presence.shown(
+        evidence_anywhere(particle_set, state),
+        np.asarray(state.hypotheses.best().shifts),
+        particle_set.particles.image_size,
+    )
     of_folds = [shown[particle_set.of_fold(fold)] for fold in range(FOLDS)]
     enough = min(int(of_fold.sum()) for of_fold in of_folds) >= FEWEST // FOLDS
     return shown if enough else np.ones_like(shown)
