@@ -134,7 +134,10 @@ def found_in_truth(data: dict[str, np.ndarray], r_max: int) -> dict[str, Any]:
     limit = slices.bucket(r_max, particles.image_size)
     for iteration in config.multi_start:
         key = jax.random.fold_in(draw, iteration)
-        state, _ = pose_step.update_poses(particle_set, state, iteration, limit, key)
+        maps = pose_step.reference_maps(particle_set, state)
+        state, _ = pose_step.update_poses(
+            particle_set, state, maps, iteration, limit, key
+        )
     found = state.hypotheses.best()
     rotations, shifts = map(np.asarray, jax.tree.leaves(found))
     true_rotations, true_shifts = map(np.asarray, jax.tree.leaves(truth))

@@ -204,11 +204,12 @@ def climb(rung: Rung, iterations: int, seed: int) -> Method:
 
         def update_poses(state: SetState, iteration: int) -> SetState:
             at = iteration, last, jax.random.fold_in(key, iteration)
+            maps = pose_step.reference_maps(particles, state)
 
             def by(update: PoseUpdate) -> SetState:
                 chosen = dataclasses.replace(config, update=update)
                 moved = dataclasses.replace(particles, config=chosen)
-                return pose_step.update_poses(moved, state, *at)[0]
+                return pose_step.update_poses(moved, state, maps, *at)[0]
 
             if rung.update is not None:
                 return by(rung.update)

@@ -203,13 +203,12 @@ def _write(out: Path, inputs: Inputs, outcome: Outcome) -> None:
 
 
 def _with_mask(out: Path, inputs: Inputs, outcome: Outcome) -> Outcome:
-    """Write the mask of the map; if there is none, the report says why, and a line.
+    """Write the mask of the map; if there is none, the report says why.
 
     With half sets there is the mask of their maps, if they can be processed.
     """
     mask = _ending.automatic_mask(inputs, outcome)
     if isinstance(mask, str):
-        print(f"no mask was made of the map: {mask}", file=sys.stderr)
         return replace(outcome, report=outcome.report | {"no_mask_because": mask})
     pixel = inputs.source.particles.pixel_size_in_angstroms
     io.write_mrc(out / "mask.mrc", mask, pixel)

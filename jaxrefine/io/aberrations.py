@@ -175,14 +175,27 @@ def _with_tilt(
     return with_beam_tilt(odd, tilt, aberration, wavelength)
 
 
-def ignored(blocks: dict[str, Table], path: Path, *, with_ctf: bool) -> list[str]:
+def ignored(
+    blocks: dict[str, Table],
+    path: Path,
+    tilt_group: Int[np.ndarray, " particles"] | None,
+    *,
+    with_ctf: bool,
+) -> list[str]:
     """Return the columns or fields of optics that RELION uses and this package not.
 
     They are aberrations of single particles, those of groups without a
     contrast-transfer function, and the transfer function of the detector.
+
+    Parameters
+    ----------
+    blocks, path, with_ctf
+        As for `read_aberrations`.
+    tilt_group
+        The groups of `tilt_groups`, whose beam tilt is used.
     """
     optics, particles = blocks.get("optics", {}), particle_table(blocks, path)
-    used = () if tilt_groups(blocks, path, with_ctf=with_ctf) is None else _TILT
+    used = () if tilt_group is None else _TILT
     unused = [(particles, name) for name in (*_OF_CTF, *_MATRIX) if name not in used]
     if not with_ctf:
         unused += [(optics, name) for name in _OF_CTF]

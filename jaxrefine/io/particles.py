@@ -285,14 +285,16 @@ def read_particles(
     has_ctf = ctf is not None
     if ctf is not None:
         _require_finite(ctf, pixel_size, path)
-    aberrations = read_aberrations(
-        blocks, path, optics_group, with_ctf=has_ctf, pixel_size=pixel_size
-    )
-    noise_group = tilt_groups(blocks, path, with_ctf=has_ctf)
+    tilt_group = tilt_groups(blocks, path, with_ctf=has_ctf)
+    noise_group = tilt_group
     if optics_group is not None:
         _, noise_group = np.unique(optics_group, return_inverse=True)
-    elif noise_group is not None:
-        aberrations = read_tilts(blocks, path, noise_group, pixel_size=pixel_size)
+    if tilt_group is None:
+        aberrations = read_aberrations(
+            blocks, path, optics_group, with_ctf=has_ctf, pixel_size=pixel_size
+        )
+    else:
+        aberrations = read_tilts(blocks, path, tilt_group, pixel_size=pixel_size)
     cluster, shared = clusters(table, images, path)
     return ParticleFile(
         path,
@@ -307,7 +309,7 @@ def read_particles(
         file.joined,
         file.classes,
         file.passed_over,
-        (*file.ignored, *ignored(blocks, path, with_ctf=has_ctf)),
+        (*file.ignored, *ignored(blocks, path, tilt_group, with_ctf=has_ctf)),
     )
 
 

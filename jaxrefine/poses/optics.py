@@ -33,8 +33,8 @@ from jaxrefine.data.observation import Observation
 from jaxrefine.operators.complex import power, product, scaled
 from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.operators.slices import check_spectrum, on_plane, phases
+from jaxrefine.poses.solvers import next_damping
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 # Spreads beyond which neither contrast nor defocus goes, and the least contrast.
 _REACH, _LEAST = 3.0, 0.1
 _NEAR = 1e-4  # What is as near to a limit, of contrast and as a share, is at it.
@@ -42,8 +42,7 @@ _NEAR = 1e-4  # What is as near to a limit, of contrast and as a share, is at it
 # steps of 56 angstroms (a spread of 300) change the phase of the transfer function by
 # 0.9 radians: one of them is in the valley of the minimum.
 _TRIED = 33
-# Of Levenberg-Marquardt: steps, and the factors of its damping as in `solvers`.
-_STEPS, _DAMPING, _RELAX, _TIGHTEN = 6, 1e-2, 5, 8
+_STEPS, _DAMPING = 6, 1e-2  # Of Levenberg-Marquardt: steps, and the first damping.
 
 
 @final
@@ -270,8 +269,7 @@ def estimate(prior: OpticsPrior, ctf: CTF, seen: Comparison) -> OpticsEstimate:
             defocus, values = jax.tree.map(
                 lambda a, b: jnp.where(better, a, b), (tried, new), (defocus, values)
             )
-            damping = jnp.where(better, damping / _RELAX, damping * _TIGHTEN)
-            return (defocus, values, damping), None
+            return (defocus, values, next_damping(damping, better)), None
 
         start = (defocus, at(defocus), jnp.asarray(_DAMPING, dtype))
         (defocus, *_), _ = jax.lax.scan(iterate, start, None, _STEPS)

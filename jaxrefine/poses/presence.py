@@ -38,7 +38,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrefine._batching import map_over_particles
 from jaxrefine.poses.hypotheses import Hypotheses
@@ -117,6 +117,28 @@ def evidence_anywhere(
         (prior, hypotheses, information, evidence),
         _BATCH,
     )
+
+
+def shown(
+    evidence: Float[np.ndarray, " particles"],
+    shifts: Float[np.ndarray, "particles 2"],
+    image_size: int,
+) -> Bool[np.ndarray, " particles"]:
+    """Return which images show a particle: by its evidence, and within the image.
+
+    Parameters
+    ----------
+    evidence
+        That of each particle at any pose, from `evidence_anywhere`, which must be more
+        than `LEAST_EVIDENCE`.
+    shifts
+        Where the particle is, pixels: no farther from the centre along x and y than
+        half of the image.
+    image_size
+        Side of the images in pixels.
+    """
+    inside = np.abs(shifts).max(axis=1) <= image_size / 2
+    return (evidence > LEAST_EVIDENCE) & inside
 
 
 def _of_one(

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._types import Scalar
 from jaxrefine.geometry import rotvec_to_matrix
@@ -82,6 +82,14 @@ def retract(
     r"""Move a pose: :math:`(e^{\hat w} R,\; t + dt)` with ``step = (w, dt)``."""
     turn = rotvec_to_matrix(step[:3])
     return jnp.matmul(turn, rotation, precision=_HIGHEST), shift + step[3:]
+
+
+def next_damping(damping: Scalar, accepted: Bool[Array, ""]) -> Scalar:
+    """Return the damping of Levenberg-Marquardt after a step.
+
+    It falls to a fifth if the step was accepted, and grows to eight times if not.
+    """
+    return jnp.where(accepted, damping / _RELAX, damping * _TIGHTEN)
 
 
 @runtime_checkable
@@ -171,7 +179,7 @@ class LevenbergMarquardt(eqx.Module):
             pose = constraint(*retract(here.rotation, here.shift, step))
             values = objective(*pose)
             better = values[0] < here.cost
-            damping = jnp.where(better, here.damping / _RELAX, here.damping * _TIGHTEN)
+            damping = next_damping(here.damping, better)
             tried = _Standing(*pose, *values, damping, here.evaluations)
             stayed = eqx.tree_at(lambda s: s.damping, here, damping)
             here = jax.tree.map(lambda a, b: jnp.where(better, a, b), tried, stayed)

@@ -33,7 +33,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrefine._arrays import on_device
 from jaxrefine._processes import of_first
@@ -46,7 +46,7 @@ from jaxrefine.maps.fsc import fsc
 from jaxrefine.maps.mask import AutomaticMask
 from jaxrefine.maps.sums import least_squares
 from jaxrefine.operators import slices
-from jaxrefine.poses.presence import LEAST_EVIDENCE
+from jaxrefine.poses import presence
 from jaxrefine.poses.prior import Prior
 from jaxrefine.refinement import (
     half_sets,
@@ -59,7 +59,7 @@ from jaxrefine.refinement import (
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.result import RefineInfo, Result
 from jaxrefine.refinement.sets import ParticleSet, checked, divide
-from jaxrefine.refinement.state import RefineState
+from jaxrefine.refinement.state import RefineState, SetState
 
 Callback = Callable[[RefineState, RefineInfo], None]
 """Called after every outer iteration: progress, metrics, checkpoints."""
@@ -214,11 +214,9 @@ def _iterate(
         zip(particle_sets, state.set_states, strict=True)
     ):
         draw = jax.random.fold_in(jax.random.fold_in(key, iteration), i)
-        known, report = pose_step.update_poses(
-            optics_step.applied(particle_set, known), known, iteration, r_max, draw
+        known, included, report = _update_particles(
+            particle_set, known, iteration, r_max, draw
         )
-        included = pose_step.included(particle_set, known)
-        known, _ = optics_step.update_optics(particle_set, known, r_max, included)
         particle_set = optics_step.applied(particle_set, known)
         sums = insertion.sum_up(
             particle_set, known.hypotheses, known.noise, included, side
@@ -281,6 +279,35 @@ def _iterate(
     return state, info
 
 
+def _update_particles(
+    particle_set: ParticleSet,
+    known: SetState,
+    iteration: int,
+    r_max: int,
+    key: PRNGKeyArray,
+) -> tuple[SetState, Bool[np.ndarray, " particles"], pose_step.PoseReport]:
+    """Find the poses, contrast and defocus of a set's particles in its maps.
+
+    Returns
+    -------
+    The state with them, which particles to make maps of, and what was done.
+    """
+    references = pose_step.reference_maps(particle_set, known)
+    known, report = pose_step.update_poses(
+        optics_step.applied(particle_set, known),
+        known,
+        references,
+        iteration,
+        r_max,
+        key,
+    )
+    included = pose_step.included(particle_set, known)
+    known, _ = optics_step.update_optics(
+        particle_set, known, references, r_max, included
+    )
+    return known, included, report
+
+
 @eqx.filter_jit
 def _given_information(prior: Prior) -> Float[Array, "particles 5 5"]:
     """Return what is known of every pose beforehand."""
@@ -296,7 +323,7 @@ def _conclude(
     information = np.zeros((count, 5, 5), shifts.dtype)
     evidence = np.zeros(count, shifts.dtype)
     undetermined = np.zeros(count, bool)
-    half_side = particle_sets[0].particles.image_size / 2
+    size, r_max = particle_sets[0].particles.image_size, int(state.r_max)
     sums_of_sets, set_states, optics = [], [], []
     for particle_set, known in zip(particle_sets, state.set_states, strict=True):
         # The second set is put into the frame of the first.
@@ -304,12 +331,12 @@ def _conclude(
         if set_states:
             aligned = half_sets.turned(known, state.set_states[0], particle_set)
         best, indices = aligned.hypotheses.best(), particle_set.indices
-        inside = np.abs(np.asarray(best.shifts)).max(axis=1) <= half_side
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
-        determined = (found > LEAST_EVIDENCE) & inside
+        determined = presence.shown(found, np.asarray(best.shifts), size)
+        references = pose_step.reference_maps(particle_set, known)
         known, estimate = optics_step.update_optics(
-            particle_set, known, int(state.r_max), determined
+            particle_set, known, references, r_max, determined
         )
         aligned = replace(aligned, optics=known.optics)
         particle_set = optics_step.applied(particle_set, known)
@@ -317,7 +344,8 @@ def _conclude(
             rotations[indices[determined]] = np.asarray(best.rotations)[determined]
         if config.refines_shifts:
             shifts[indices[determined]] = np.asarray(best.shifts)[determined]
-        refined = pose_step.measure_information(particle_set, known, int(state.r_max))
+        refined = pose_step.measure_information(particle_set, known, references, r_max)
+        del references  # before there are sums
         unrefined = np.asarray(_given_information(particle_set.prior))
         information[indices] = np.where(determined[:, None, None], refined, unrefined)
         evidence[indices] = found
@@ -337,7 +365,7 @@ def _conclude(
         last = particle_sets[0].last_shell
         known = np.asarray(state.correlation)
         supported = schedule.supported(known, config, last)
-        informed_up_to = int(min(supported, int(state.r_max)))
+        informed_up_to = int(min(supported, r_max))
         total = [a + b for a, b in zip(*sums_of_sets, strict=True)]
         tau = jnp.sqrt(set_states[0].tau * set_states[1].tau)
         joined = eqx.tree_at(lambda s: s.tau, set_states[0], tau)

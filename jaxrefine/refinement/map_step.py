@@ -72,7 +72,8 @@ def start(particle_set: ParticleSet, volume: Volume) -> SetState:
     # Of a map that is cut off there, nothing is known beyond.
     made = on_device((np.arange(shells) <= config.first_r_max).astype(volume.dtype))
     everyone = np.ones(count, bool)
-    sums = _measure(particle_set, hypotheses, [volume] * FOLDS, made, everyone)
+    masked = particle_set.masked(volume, made)
+    sums = _measure(particle_set, hypotheses, [masked] * FOLDS, everyone)
     share = on_device(np.asarray(particle_set.particles.noise_share, volume.dtype))
     scale, noise = _first_levels(sums, share, particle_set.last_shell)
     first = admm.init(scale * volume)
@@ -139,7 +140,6 @@ def _measure(
     particle_set: ParticleSet,
     hypotheses: Hypotheses,
     maps: Sequence[Volume],
-    fold_fsc: Float[Array, "shells"],
     included: Bool[np.ndarray, " particles"],
 ) -> ShellSums:
     """Compare a sample of images with the masked maps of the other fold, by groups."""
@@ -163,8 +163,7 @@ def _measure(
         )
     chosen = np.concatenate(samples)
     stage = Stage(particle_set.watch, "noise", len(chosen))
-    for fold, sample in enumerate(samples):
-        volume = particle_set.masked(maps[fold], fold_fsc)
+    for volume, sample in zip(maps, samples, strict=True):
         spectrum = particle_set.config.interpolation.spectrum(
             volume, particle_set.last_shell
         )
@@ -254,8 +253,8 @@ def assess(
     last_made = n // 2 if side in (None, n) else (side - 1) // 2
     made = on_device(np.arange(n // 2 + 1) <= last_made)
     volumes = [fold.coefficients for fold in state.maps]
-    known = (state.hypotheses, volumes, state.fold_fsc)
-    sums = _measure(particle_set, *known, included)
+    masked = [particle_set.masked(volume, state.fold_fsc) for volume in volumes]
+    sums = _measure(particle_set, state.hypotheses, masked, included)
     share = on_device(np.asarray(particle_set.particles.noise_share, state.noise.dtype))
     gain, noise = _levels(sums, state.noise, share, made, particle_set.last_shell)
     correlation = on_device(np.where(made, fsc(*volumes), 0).astype(gain.dtype))

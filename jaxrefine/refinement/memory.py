@@ -49,7 +49,7 @@ _PROGRAMS = 900 * 2**20  # JAX with all compiled programs, on a CPU: fitted
 
 # Arrays of n**3 single-precision numbers.
 _STATE = 20  # maps and multipliers of two folds, before and after
-_REFERENCE = 20  # a fold's filtered map and its oversampled spectrum, being made
+_REFERENCE = 21  # two folds' filtered maps, and an oversampled spectrum, being made
 _COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
 _SUM = 9  # a kernel and a back-projection

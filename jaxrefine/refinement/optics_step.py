@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrefine._arrays import on_device
-from jaxrefine._types import Images
+from jaxrefine._types import Images, Volume
 from jaxrefine._watch import Stage
 from jaxrefine.aberrations import magnified
 from jaxrefine.ctf import CTF, transparent
@@ -28,7 +28,6 @@ from jaxrefine.operators.gridding import Spectrum
 from jaxrefine.poses import optics
 from jaxrefine.poses.optics import AtLimit, Optics, OpticsEstimate, OpticsPrior
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.pose_step import reference_map
 from jaxrefine.refinement.sets import ParticleSet, in_order
 from jaxrefine.refinement.state import SetState
 
@@ -65,6 +64,7 @@ def applied(particle_set: ParticleSet, state: SetState) -> ParticleSet:
 def update_optics(
     particle_set: ParticleSet,
     state: SetState,
+    references: Sequence[Volume],
     r_max: int,
     shown: Bool[np.ndarray, " particles"],
 ) -> tuple[SetState, OpticsEstimate | None]:
@@ -80,6 +80,8 @@ def update_optics(
         The particles with the optics that are given.
     state
         What is known of them, poses among others.
+    references
+        What those of each fold are compared with, from `pose_step.reference_maps`.
     r_max
         Band limit, cycles per box.
     shown
@@ -103,8 +105,7 @@ def update_optics(
     stage = Stage(particle_set.watch, "optics", len(particle_set))
     members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
     of_folds = []
-    for fold, owners in enumerate(members):
-        volume = reference_map(particle_set, state, fold)
+    for volume, owners in zip(references, members, strict=True):
         reference = config.interpolation.spectrum(volume, particle_set.last_shell)
         of_folds.append(
             visit(

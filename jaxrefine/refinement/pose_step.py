@@ -1,10 +1,12 @@
 r"""The pose update of an outer iteration, for one set of particles.
 
-`update_poses` searches, polishes and weights candidate poses; `measure_information`
-measures how well the poses are known in the end, and `evidence_anywhere` tells which
-images show a particle.
+`update_poses` searches, polishes and weights candidate poses in the maps that
+`reference_maps` returns; `measure_information` measures how well the poses are known in
+the end. `evidence_anywhere` measures whether an image shows a particle, and `included`
+decides which images maps are made of.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -61,6 +63,7 @@ class PoseReport:
 def update_poses(
     particle_set: ParticleSet,
     state: SetState,
+    references: Sequence[Volume],
     iteration: int,
     r_max: int,
     key: PRNGKeyArray,
@@ -71,6 +74,8 @@ def update_poses(
     ----------
     particle_set, state
         The particles, and what is known of them.
+    references
+        What those of each fold are compared with, from `reference_maps`.
     iteration
         Outer iteration, from 0.
     r_max
@@ -117,8 +122,7 @@ def update_poses(
     members = [particle_set.of_fold(fold) for fold in range(FOLDS)]
     of_folds = []
     stage = Stage(particle_set.watch, "poses", len(particle_set))
-    for fold, of_fold in enumerate(members):
-        volume = reference_map(particle_set, state, fold)
+    for volume, of_fold in zip(references, members, strict=True):
         reference = update.Reference(
             config.search_interpolation.spectrum(volume, coarse),
             config.interpolation.spectrum(volume, particle_set.last_shell),
@@ -215,10 +219,16 @@ def _median_changes(before: Hypotheses, after: Hypotheses) -> tuple[float, float
     return float(np.median(turned)), float(np.median(moved))
 
 
-def reference_map(particle_set: ParticleSet, state: SetState, fold: int) -> Volume:
-    """Return the map that a fold's particles are compared with, at the data's scale."""
-    volume = particle_set.masked(state.maps[fold].coefficients, state.fold_fsc)
-    return filter_shells(volume, state.gain)
+def reference_maps(particle_set: ParticleSet, state: SetState) -> list[Volume]:
+    """Return the maps that each fold's particles are compared with.
+
+    They are masked, and at the scale of the data. A state's are made once, as automatic
+    masks take long.
+    """
+    masked = [
+        particle_set.masked(fold.coefficients, state.fold_fsc) for fold in state.maps
+    ]
+    return [filter_shells(volume, state.gain) for volume in masked]
 
 
 def _were_compared(state: SetState) -> bool:
@@ -313,17 +323,22 @@ def _search(
 
 
 def measure_information(
-    particle_set: ParticleSet, state: SetState, r_max: int
+    particle_set: ParticleSet,
+    state: SetState,
+    references: Sequence[Volume],
+    r_max: int,
 ) -> Float[np.ndarray, "particles 5 5"]:
-    """Return the information on every best pose, by `uncertainty.mean_curvatures`."""
+    """Return the information on every best pose, by `uncertainty.mean_curvatures`.
+
+    Parameters are those of `update_poses`.
+    """
     poses = state.hypotheses.best()
     rotations, shifts = np.asarray(poses.rotations), np.asarray(poses.shifts)
     information = np.array(state.information)
     view = observation.view(particle_set.particles, r_max, state.noise)
     stage = Stage(particle_set.watch, "error bars", len(particle_set))
-    for fold in range(FOLDS):
+    for fold, volume in enumerate(references):
         owners = particle_set.of_fold(fold)
-        volume = reference_map(particle_set, state, fold)
         information[owners] = uncertainty.mean_curvatures(
             particle_set.particles,
             owners,
@@ -370,7 +385,11 @@ def included(
     If there are too few of them in a fold for a map, as at a start that leads nowhere,
     it is everyone.
     """
-    shown = evidence_anywhere(particle_set, state) > presence.LEAST_EVIDENCE
+    shown = presence.shown(
+        evidence_anywhere(particle_set, state),
+        np.asarray(state.hypotheses.best().shifts),
+        particle_set.particles.image_size,
+    )
     of_folds = [shown[particle_set.of_fold(fold)] for fold in range(FOLDS)]
     enough = min(int(of_fold.sum()) for of_fold in of_folds) >= FEWEST // FOLDS
     return shown if enough else np.ones_like(shown)

@@ -380,7 +380,7 @@ def test_a_map_that_no_mask_can_be_made_of_is_told_of(data, refine, monkeypatch)
     report = json.loads((data / "out/run.json").read_text())
     reason = report["no_mask_because"]
     assert done.code == 0 and "refined without a mask" in reason
-    assert reason in done.err and not (data / "out/mask.mrc").exists()
+    assert reason in done.out and not (data / "out/mask.mrc").exists()
 
 
 @pytest.mark.parametrize("star", ["particles.star", "plain.star"])

@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from jaxrefine import symmetry
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.poses.hypotheses import Hypotheses
-from jaxrefine.poses.presence import Space, evidence_anywhere
+from jaxrefine.poses.presence import LEAST_EVIDENCE, Space, evidence_anywhere, shown
 from jaxrefine.poses.prior import priors_about
 
 SPACE = Space.of(1, 9.0)
@@ -193,3 +193,21 @@ def test_its_memory_is_that_of_a_batch():
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(1300) - temporary(300) < 1000 * 1000
+
+
+def test_a_particle_is_shown_by_evidence_and_within_its_image():
+    """Of 8 pixels; what is not a number shows nothing."""
+    more, less = LEAST_EVIDENCE + 1e-3, LEAST_EVIDENCE
+    cases = {
+        (more, 0.0, 0.0): True,
+        (less, 0.0, 0.0): False,
+        (more, 4.0, -4.0): True,
+        (more, 0.0, -4.1): False,
+        (more, 4.1, 0.0): False,
+        (np.nan, 0.0, 0.0): False,
+        (more, np.nan, 0.0): False,
+    }
+    values = np.array(list(cases))
+    np.testing.assert_array_equal(
+        shown(values[:, 0], values[:, 1:], 8), list(cases.values())
+    )

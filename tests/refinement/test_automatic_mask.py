@@ -86,10 +86,23 @@ def test_a_mask_at_the_end_covers_the_envelope_and_costs_nothing():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path):
-    config = dataclasses.replace(CONFIG, iterations=2, half_sets=False)
-    here, states, auto = scene(), [], AutomaticMask()
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        CONFIG, iterations=2, half_sets=False, contrast_spread=0.2
+    )
+    here, states, auto, made = scene(), [], AutomaticMask(), []
+    make = AutomaticMask.of
+
+    def of(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(AutomaticMask, "of", of)
     whole = here.refine(config, auto, callback=lambda state, _: states.append(state))
+    # One of the first map. Then in each iteration, for each of two folds, one of the
+    # map that poses and contrasts are found in, and one of the map that is made; and
+    # at the end one of the map that contrasts and error bars are found in.
+    assert len(made) == 1 + 2 * (2 + 2) + 2
     template = loop.init(
         here.particles, here.given, here.map, config, key=KEY, mask=auto
     )
@@ -111,7 +124,7 @@ def test_a_mask_is_made_of_the_map_that_is_masked_alone():
         state,
         maps=(state.maps[0], dataclasses.replace(state.maps[1], coefficients=moved)),
     )
-    one, same = (pose_step.reference_map(whole, each, 0) for each in (state, other))
+    one, same = (pose_step.reference_maps(whole, each)[0] for each in (state, other))
     np.testing.assert_array_equal(one, same)
     masked = whole.masked(state.maps[0].coefficients, state.fold_fsc)
     assert float(jnp.mean(masked == 0)) > 0.1

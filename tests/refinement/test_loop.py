@@ -672,7 +672,12 @@ def test_error_bars_are_those_of_the_last_band(scene):
         schedule.next_band_limit(second.r_max, supported, particle_set) > second.r_max
     )
     bars = np.linalg.inv(
-        pose_step.measure_information(particle_set, state, second.r_max)
+        pose_step.measure_information(
+            particle_set,
+            state,
+            pose_step.reference_maps(particle_set, state),
+            second.r_max,
+        )
     )
     some = ~result.undetermined
     np.testing.assert_array_equal(result.covariances[some], bars[some])
@@ -705,7 +710,8 @@ def test_a_mask_keeps_the_solvent_from_the_poses(scene):
         particles = Particles(scene.images)
         whole = make_particle_set(particles, scene.initial, KEY, CONFIG, mask)
         state = map_step.start(whole, volume)
-        state, _ = pose_step.update_poses(whole, state, 0, LAST, KEY)
+        maps = pose_step.reference_maps(whole, state)
+        state, _ = pose_step.update_poses(whole, state, maps, 0, LAST, KEY)
         return scene.errors(state.hypotheses.best())["angle_error_in_degrees_median"]
 
     clean, spoilt = (error(scene.map + x, None) for x in (0 * garbage, garbage))
