@@ -7,6 +7,7 @@ maps are RELION's, where it is installed.
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +228,7 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
     ):
         with pytest.raises(InputError, match=words):
             postprocess(*maps, VOXEL, key=KEY)
-    for changes, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (
             {"low_pass_in_angstroms": -3.0},
             "low-pass resolution must be positive, got -3 A",
@@ -241,7 +242,8 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
             {"mtf": ModulationTransfer(np.arange(2.0), np.ones(2), 0.0)},
             "the detector's pixel size must be positive, got 0 A",
         ),
-    ):
+    )
+    for changes, words in cases:
         with pytest.raises(InputError, match=words):
             postprocess(*halves, mask, VOXEL, key=KEY, **changes)
     with pytest.raises(InputError, match="voxel size must be positive, got 0 A"):
