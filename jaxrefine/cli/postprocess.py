@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrefine import io
 from jaxrefine.cli import _postprocessed
 from jaxrefine.cli._maps import read_mask_of, read_pair
 from jaxrefine.cli.commands.postprocess import PostprocessSettings
@@ -18,7 +19,8 @@ def run(settings: PostprocessSettings) -> None:
     Raises
     ------
     InputError
-        If the maps cannot be used, or the folder is not that of this run.
+        If a map, the mask or the detector's transfer function cannot be used, or the
+        folder is not that of this run.
     """
     half1, half2, voxel = read_pair(
         settings.half1, settings.half2, settings.map_voxel_size
@@ -30,6 +32,9 @@ def run(settings: PostprocessSettings) -> None:
                 settings.half1, len(half1), settings.mask, settings.map_voxel_size
             )
         )
+    mtf = None
+    if settings.mtf is not None:
+        mtf = io.read_mtf(settings.mtf, settings.detector_pixel_size or voxel)
     result = postprocess(
         jnp.asarray(half1),
         jnp.asarray(half2),
@@ -40,6 +45,7 @@ def run(settings: PostprocessSettings) -> None:
             GuinierFit() if settings.auto_b_factor else settings.b_factor
         ),
         low_pass_in_angstroms=settings.low_pass,
+        mtf=mtf,
     )
     if not _write(settings, result, voxel):
         print(f"{settings.out} holds this result already")
@@ -65,6 +71,7 @@ def _write(settings: PostprocessSettings, result: Postprocessed, voxel: float) -
                 "half1": str(settings.half1),
                 "half2": str(settings.half2),
                 "mask": str(settings.mask) if settings.mask else None,
+                "mtf": str(settings.mtf) if settings.mtf else None,
                 "voxel_size_in_angstroms": voxel,
                 **result.row(),
             }

@@ -31,6 +31,7 @@ from jaxrefine.io.mrc import read_stack as read_stack
 from jaxrefine.io.mrc import voxel_size_in_angstroms as voxel_size_in_angstroms
 from jaxrefine.io.mrc import write_mrc as write_mrc
 from jaxrefine.io.mrc import write_stack as write_stack
+from jaxrefine.io.mtf import read_mtf as read_mtf
 from jaxrefine.io.particles import ParticleFile as ParticleFile
 from jaxrefine.io.particles import has_poses as has_poses
 from jaxrefine.io.particles import image_identities as image_identities

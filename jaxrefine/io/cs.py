@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
+from jaxrefine.ctf import electron_wavelength
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses, rotvec_to_matrix
 from jaxrefine.io.atomic import existing_file, reading
@@ -34,7 +35,9 @@ from jaxrefine.io.fields import (
     GROUP_OPTICS,
     MAGNIFICATION,
     PARTICLE_OPTICS,
+    TETRAFOIL,
     TILT,
+    TREFOIL,
     lack_of,
 )
 from jaxrefine.io.poses import pose_columns
@@ -60,8 +63,8 @@ _REQUIRED_OPTICS = _OPTICS - {PARTICLE_OPTICS[column] for column in _DEFAULTS}
 _EXPOSURE_GROUP = "ctf/exp_group_id"
 _ABERRATION = GROUP_OPTICS["rlnSphericalAberration"]
 _ANGSTROMS_PER_MILLIMETRE = 1e7
-# cryoSPARC does not say in public what their numbers multiply.
-_NO_COLUMN = ("ctf/trefoil_A", "ctf/tetra_A", "ctf/shift_A")
+# RELION has no column for it, and programs that read it do not agree on its sign.
+_NO_COLUMN = ("ctf/shift_A",)
 _POSES, _OF_CLASSES = "alignments3D", "alignments3D_multi"
 _OF_CLASS = re.compile(r"alignments_class_(\d{1,9})/")
 # Fields of a pose, and the shape of each; the last two may be missing.
@@ -116,16 +119,16 @@ def read_cs(
     ``alignments3D``; ``rlnRandomSubset`` is ``alignments3D/split`` plus one, unless all
     particles have the same value. Both may be missing, as may the optics of ``ctf``.
     Particles that share ``ctf/exp_group_id``, voltage, spherical aberration, amplitude
-    contrast, beam tilt, magnification, pixel size and box size form an optics group.
+    contrast, aberrations, pixel size and box size form an optics group.
     The beam tilt is the angle whose sine is ``ctf/tilt_A`` over the spherical
     aberration, and RELION's magnification matrix the identity plus ``ctf/anisomag``, as
-    in pyem and in specter. ``filament/filament_uid``
+    in pyem and in specter. ``ctf/trefoil_A`` and ``ctf/tetra_A`` become Zernike
+    coefficients (`_zernike_terms`). ``filament/filament_uid``
     becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or ``uid``
     where that is not known, becomes the column ``jaxrefineSource`` if rows have one in
     common or are copies. Images in which protein is dark (``blob/sign`` of -1) get a
-    negative ``rlnCtfScalefactor``. ``ctf/trefoil_A``, ``ctf/tetra_A``, ``ctf/shift_A``
-    and 2-D alignments are ignored; what there is of the first three is named in
-    `TableFile.ignored`.
+    negative ``rlnCtfScalefactor``. ``ctf/shift_A`` and 2-D alignments are ignored; the
+    first is named in `TableFile.ignored` if it is not zero.
 
     Without ``alignments3D``, each particle has the pose of its most probable class
     (``alignments3D_multi``, or ``alignments_class_0``, ``alignments_class_1``, ...),
@@ -621,18 +624,23 @@ def _optics_groups(table: _Fields, pixels: np.ndarray) -> tuple[Table, np.ndarra
         optics = {column: table.numbers(name) for column, name in GROUP_OPTICS.items()}
         optics |= _beam_tilt(table)
     optics |= _magnification(table)
+    terms = _zernike_terms(table) if _has_optics(table) else {}
     box = table.numbers("blob/shape", 2)[:, 0]
-    keys = [*optics.values(), pixels, box]
+    keys = [*optics.values(), *terms.values(), pixels, box]
     if _EXPOSURE_GROUP in table:
         keys.insert(0, table.numbers(_EXPOSURE_GROUP))
     _, first, member = np.unique(
-        np.stack(keys, axis=1), axis=0, return_index=True, return_inverse=True
+        np.column_stack(keys), axis=0, return_index=True, return_inverse=True
     )
     count = len(first)
     optics_table = {
         "rlnOpticsGroup": [str(group) for group in range(1, count + 1)],
         "rlnOpticsGroupName": [f"opticsGroup{group}" for group in range(1, count + 1)],
         **{column: fixed(values[first]) for column, values in optics.items()},
+        **{
+            column: [f"[{','.join(fixed(row))}]" for row in values[first]]
+            for column, values in terms.items()
+        },
         "rlnImagePixelSize": fixed(pixels[first]),
         "rlnImageSize": [str(int(size)) for size in box[first]],
         "rlnImageDimensionality": ["2"] * count,
@@ -671,6 +679,51 @@ def _magnification(table: _Fields) -> dict[str, np.ndarray]:
         return {}
     matrix = difference + np.eye(2).ravel()
     return {f"rlnMagMat{i}{j}": matrix[:, 2 * i + j] for i in (0, 1) for j in (0, 1)}
+
+
+def _zernike_terms(
+    table: _Fields,
+) -> dict[str, Float64[np.ndarray, "particles _"]]:
+    r"""Return the coefficients of trefoil and of fourth order; none if all are zero.
+
+    At the frequency :math:`\omega = k (\cos\phi, \sin\phi)`, cryoSPARC's lengths, in
+    angstroms, are those of the wave aberration as correctors of aberrations have it.
+    With ``tilt_A`` :math:`b`, ``trefoil_A`` :math:`t`, ``tetra_A``
+    :math:`(s_1, s_2, a_1, a_2)` and the spherical aberration, the phases are
+
+    .. math:: \chi = -2\pi \lambda^2 k^3 \bigl(b_1 \cos\phi + b_2 \sin\phi
+       + \tfrac13 (t_1 \cos 3\phi + t_2 \sin 3\phi)\bigr),
+
+    .. math:: \gamma = \tfrac{\pi}{2} \lambda^3 k^4 \bigl(C_s
+       + 4 (s_1 \cos 2\phi + s_2 \sin 2\phi)
+       + a_1 \cos 4\phi + a_2 \sin 4\phi\bigr).
+
+    (Source: specter, which derives the factors and the axes from cryoSPARC's own code.
+    The sign of trefoil is that of the beam's tilt, for which pyem has RELION's.)
+    """
+    trefoil, fourth = _lengths(table, TREFOIL, 2), _lengths(table, TETRAFOIL, 4)
+    if not trefoil.any() and not fourth.any():
+        return {}
+    with jax.enable_x64(True):
+        voltage = jnp.asarray(table.positive(GROUP_OPTICS["rlnVoltage"]))
+        wavelength = np.asarray(jax.vmap(electron_wavelength)(voltage))
+    cos3, sin3 = -2 * np.pi / 3 * wavelength**2 * trefoil.T
+    cos2, sin2, cos4, sin4 = np.pi / 2 * wavelength**3 * fourth.T
+    terms, none = {}, np.zeros(len(table))
+    if trefoil.any():
+        odd = [none, none, sin3, none, none, cos3]
+        terms["rlnOddZernike"] = np.stack(odd, axis=1)
+    if fourth.any():  # 4 k^4 cos(2 phi) = Z_4^2 + 3 Z_2^2
+        even = [none, 3 * sin2, none, 3 * cos2, sin4, sin2, none, cos2, cos4]
+        terms["rlnEvenZernike"] = np.stack(even, axis=1)
+    return terms
+
+
+def _lengths(table: _Fields, name: str, count: int) -> np.ndarray:
+    """Return a field with some numbers for each particle; zeros if it is missing."""
+    if name not in table:
+        return np.zeros((len(table), count))
+    return table.numbers(name, count)
 
 
 def _not_converted(table: _Fields) -> tuple[str, ...]:

@@ -23,12 +23,20 @@ PARTICLE_OPTICS = {
 TILT = "ctf/tilt_A"
 """cryoSPARC's field of a coma: the sine of a beam's tilt times the aberration, in A."""
 
+TREFOIL = "ctf/trefoil_A"
+"""cryoSPARC's field of a trefoil: along x and y, in A."""
+
+TETRAFOIL = "ctf/tetra_A"
+"""cryoSPARC's field of fourth order but C_s: cos and sin of 2 and of 4 angles, in A."""
+
 MAGNIFICATION = "ctf/anisomag"
 """cryoSPARC's field of RELION's magnification matrix, minus the identity."""
 
 _FIELDS = {
     **GROUP_OPTICS,
     **dict.fromkeys(("rlnBeamTiltX", "rlnBeamTiltY"), TILT),
+    "rlnOddZernike": TREFOIL,
+    "rlnEvenZernike": TETRAFOIL,
     **dict.fromkeys(
         (f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1)), MAGNIFICATION
     ),

@@ -3,6 +3,7 @@
 from jaxrefine.maps import admm as admm
 from jaxrefine.maps import align as align
 from jaxrefine.maps import centre as centre
+from jaxrefine.maps import detector as detector
 from jaxrefine.maps import filters as filters
 from jaxrefine.maps import folds as folds
 from jaxrefine.maps import fsc as fsc

@@ -4,7 +4,8 @@ The rules are those of RELION's ``relion_postprocess``, so that results are comp
 
 - the Fourier shell correlation of the masked half maps is corrected for the mask by
   that of half maps with random phases (Chen et al., Ultramicroscopy 135, 2013);
-- the mean map is weighted by :math:`\sqrt{2\,\mathrm{FSC} / (1 + \mathrm{FSC})}`,
+- the mean map is divided by the modulation transfer function of the detector, if that
+  is given, weighted by :math:`\sqrt{2\,\mathrm{FSC} / (1 + \mathrm{FSC})}`,
   sharpened by a B factor, which is given or fitted to the Guinier plot, and low-pass
   filtered. Weight, fit and the threshold of 0.143 are those of Rosenthal and Henderson
   (J. Mol. Biol. 333, 2003).
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
+from jaxrefine.maps.detector import ModulationTransfer
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import Resolution, fsc, resolution
 from jaxrefine.maps.mask import check_mask, soft_mask
@@ -119,6 +121,7 @@ def postprocess(
     key: PRNGKeyArray,
     b_factor_in_square_angstroms: float | GuinierFit | None = None,
     low_pass_in_angstroms: float | None = None,
+    mtf: ModulationTransfer | None = None,
 ) -> Postprocessed:
     r"""Measure the resolution of two half maps; weight, sharpen and filter their mean.
 
@@ -134,7 +137,8 @@ def postprocess(
 
     .. math:: \sqrt{\frac{2 F(r)}{1 + F(r)}}\; e^{-B |k|^2 / 4 (n p)^2}\; L(|k|),
 
-    where p is the voxel size. The weight of shell 0 is 1; weights are 0 from the first
+    where p is the voxel size, and divided by the transfer function of the detector
+    at :math:`|k| / (n p)`. The weight of shell 0 is 1; weights are 0 from the first
     shell on in which F is not positive. L falls from 1 to 0 as a cosine, from one shell
     before the cut-off to one shell after it.
 
@@ -153,10 +157,13 @@ def postprocess(
     b_factor_in_square_angstroms
         The B factor itself, negative to sharpen; or a `GuinierFit`, by which it is 4
         times the slope of the logarithm of the shells' mean amplitudes, after
-        weighting, against :math:`(r / n p)^2`; or None to leave the amplitudes as they
-        are.
+        weighting and the division, against :math:`(r / n p)^2`; or None to leave the
+        amplitudes as they are.
     low_pass_in_angstroms
         Cut-off of L; the resolution by default.
+    mtf
+        The modulation transfer function of the detector, which the half maps have in
+        them; None to leave it there. Correlations and the mask do not depend on it.
 
     Raises
     ------
@@ -173,6 +180,8 @@ def postprocess(
     _check_mask(mask, half1, half2)
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
+    if mtf is not None:
+        check_positive("the detector's pixel size", mtf.pixel_size_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
     box = n * voxel_size_in_angstroms
     shells = np.arange(n // 2 + 1)
@@ -190,6 +199,8 @@ def postprocess(
     resolved = resolution(true, n, voxel_size_in_angstroms)
     radius = box / resolved.in_angstroms
 
+    if mtf is not None:
+        mean = filtered(mean, 1 / mtf(radii(n) / box))
     weight = _weights(true)
     b_factor, reason = b_factor_in_square_angstroms, None
     if isinstance(b_factor, GuinierFit):

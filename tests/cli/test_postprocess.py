@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrefine.cli.commands.postprocess import PostprocessSettings
-from jaxrefine.io import read_mrc, write_mrc
+from jaxrefine.io import read_mrc, read_mtf, write_mrc, write_star
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
 from jaxrefine.runs.options import declared
@@ -40,6 +40,13 @@ def maps(tmp_path_factory):
     mask = soft_mask(jnp.asarray(halves.mean(axis=0)), VOXEL, extend=1.0, edge=2.0)
     write_mrc(folder / "mask.mrc", mask, VOXEL)
     return folder
+
+
+def write_mtf(path, frequencies=(0, 0.25, 0.5), values=(1, 0.8, 0.4)):
+    """Write the transfer function of a detector."""
+    names = ("rlnResolutionInversePixel", "rlnMtfValue")
+    write_star(path, {"": dict(zip(names, (frequencies, values), strict=True))})
+    return path
 
 
 def halves_of(folder):
@@ -121,6 +128,20 @@ def test_options_reach_the_library(maps, tmp_path, run, options, b_factor):
     found = result.b_factor_in_square_angstroms
     assert found is not None and found < 0
     assert f"B factor: {found:.1f} A^2" in text
+
+
+@pytest.mark.parametrize("pixel", [None, 1.25])
+def test_the_detectors_function_reaches_the_library(maps, tmp_path, run, pixel):
+    path = write_mtf(tmp_path / "mtf.star")
+    command = [maps / "half1.mrc", maps / "half2.mrc", "--out", tmp_path / "out"]
+    command += ["--mask", maps / "mask.mrc", "--mtf", path]
+    command += [] if pixel is None else ["--detector-pixel-size", str(pixel)]
+    assert run("postprocess", *command).code == 0
+    mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
+    mtf = read_mtf(path, pixel or VOXEL)
+    one, two = halves_of(maps)
+    result = postprocess(one, two, mask, VOXEL, key=jax.random.key(0), mtf=mtf)
+    assert check_files(tmp_path / "out", result, mask)["mtf"] == str(path)
 
 
 def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, run):
@@ -211,6 +232,10 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
     full.mkdir()
     (full / "notes.txt").touch()
     out = ("--out", new)
+    back = write_mtf(tmp_path / "back.star", frequencies=(0, 0.5, 0.5))
+    zero = write_mtf(tmp_path / "zero.star", values=(1, 0.5, 0))
+    short = write_mtf(tmp_path / "short.star", frequencies=(0,), values=(1,))
+    write_star(tmp_path / "fsc.star", {"": {"rlnResolution": (0, 1)}})
     for arguments, words in (
         ((one, maps / "absent.mrc", *out), "does not exist"),
         ((one, small, *out), "same size, got 24^3"),
@@ -228,6 +253,14 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
             "--low-pass must be more than 0",
         ),
         ((one, two, *out, "--b-factor", "inf"), "--b-factor must be a finite number"),
+        (
+            (one, two, *out, "--mtf", back),
+            "InversePixel: the value must be at least 0",
+        ),
+        ((one, two, *out, "--mtf", zero), "must be at least 1e-10, got '0' (row 3)"),
+        ((one, two, *out, "--mtf", short), "must have at least two rows, got 1"),
+        ((one, two, *out, "--mtf", tmp_path / "fsc.star"), "have the columns rlnRes"),
+        ((one, two, *out, "--detector-pixel-size", "1"), "must be given with --mtf"),
         ((one, two, "--out", full), "holds files but no postprocess.json"),
         ((one, two, "--out", small), "small.mrc must be a folder"),
         ((one, two, "--out", small / "new"), "cannot write"),

@@ -1,10 +1,12 @@
 """Aberrations in tables: read for each optics group, written back, refused, told of."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import cryosparc_fields, there, write_cs
 
 from jaxrefine.aberrations import with_beam_tilt
+from jaxrefine.ctf import CTF
 from jaxrefine.errors import InputError
 from jaxrefine.io import read_particles, read_star, write_particles, write_star
 from jaxrefine.io import write_stack as stack_of
@@ -223,11 +225,66 @@ def test_fields_of_cryosparc_become_relions(cs, tmp_path):
     np.testing.assert_array_equal(again.magnification, found.magnification)
 
 
-def test_what_cryosparc_does_not_define_is_named(cs):
+TREFOIL, TETRAFOIL = [500.0, -300.0], [100.0, -200.0, 50.0, -75.0]
+FREQUENCIES = np.random.default_rng(5).uniform(-0.4, 0.4, (50, 2))
+
+
+def test_lengths_of_cryosparc_have_the_phases_of_specter(cs, tmp_path):
+    """Lengths, factors and axes of its tests: its angles count from the y axis.
+
+    There ``tilt_A`` has the phase ``-2 pi lambda^2 k^2 (k . tilt_A)``, as here, so that
+    other phases have their signs too.
+    """
+    some = np.arange(COUNT)[:, None] % 2
+    path = cs(trefoil_A=some * TREFOIL, tetra_A=some * TETRAFOIL)
+    file = read_particles(path)
+    assert there(file.particles.group).tolist() == [0, 1, 0, 1, 0]
+    found = there(file.particles.aberrations)
+    x, y = FREQUENCIES.T
+    k, angle, wave = np.hypot(x, y), np.arctan2(x, y), 0.0196874867
+    t1, t2 = 2 * np.pi / 3 * wave**2 * np.array(TREFOIL)
+    chi = k**3 * (t1 * np.sin(3 * angle) + t2 * np.cos(3 * angle))
+    phases = there(found.phase(jnp.asarray(FREQUENCIES)))
+    np.testing.assert_allclose(phases[0], 1)
+    np.testing.assert_allclose(phases[1], np.exp(1j * chi), rtol=1e-5)
+    factors = np.array([-2, 2, 0.5, -0.5]) * np.pi * wave**3
+    u1, u2, u3, u4 = factors * TETRAFOIL
+    gamma = u1 * np.cos(2 * angle) + u2 * np.sin(2 * angle)
+    gamma += u3 * np.cos(4 * angle) + u4 * np.sin(4 * angle)
+    offsets = there(found.gamma(jnp.asarray(FREQUENCIES)))
+    np.testing.assert_allclose(offsets[0], 0)
+    np.testing.assert_allclose(offsets[1], k**4 * gamma, atol=1e-6)
+    write_particles(tmp_path / "out.star", file, file.poses)
+    again = there(read_particles(tmp_path / "out.star").particles.aberrations)
+    np.testing.assert_array_equal(again.odd, found.odd)
+    np.testing.assert_array_equal(again.even, found.even)
+
+
+def test_lengths_are_those_of_the_other_aberrations(cs):
+    """Along x: a trefoil of three times a coma is one, and ``a_1`` adds to ``C_s``."""
+    every = np.ones((COUNT, 1))
+    along_x = jnp.stack([jnp.linspace(0, 0.4, 20), jnp.zeros(20)], axis=1)
+
+    def aberrations(**fields):
+        fields = {name: every * value for name, value in fields.items()}
+        return there(read_particles(cs(**fields)).particles.aberrations)
+
+    coma = there(aberrations(tilt_A=[2000.0, 0]).phase(along_x))
+    trefoil = there(aberrations(trefoil_A=[6000.0, 0]).phase(along_x))
+    np.testing.assert_allclose(trefoil, coma, rtol=1e-5)
+    gamma = there(aberrations(tetra_A=[0, 0, 1e5, 0]).gamma(along_x))[0]
+    ctf, more = CTF(0.0, 0.0), CTF(0.0, 0.0, spherical_aberration=2.71)(along_x)
+    np.testing.assert_allclose(ctf(along_x, gamma), more, atol=1e-5)
+    assert np.abs(ctf(along_x) - more).max() > 1e-2
+
+
+def test_what_of_cryosparc_has_no_column_is_named(cs):
     zero, some = np.zeros((COUNT, 2)), np.ones((COUNT, 2))
-    file = read_particles(cs(trefoil_A=some, tetra_A=np.ones((COUNT, 4)), shift_A=zero))
+    fourth = np.ones((COUNT, 4))
+    file = read_particles(cs(trefoil_A=zero, tetra_A=0 * fourth, shift_A=some))
+    assert file.ignored == ("ctf/shift_A",) and file.particles.aberrations is None
+    file = read_particles(cs(trefoil_A=some, tetra_A=fourth), with_ctf=False)
     assert file.ignored == ("ctf/trefoil_A", "ctf/tetra_A")
-    assert file.particles.aberrations is None
     # Without spherical aberration, coma is not that of a tilt.
     file = read_particles(cs(tilt_A=some, cs_mm=np.zeros(COUNT)))
     assert file.ignored == ("ctf/tilt_A",) and file.particles.aberrations is None

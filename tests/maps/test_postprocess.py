@@ -7,17 +7,19 @@ maps are RELION's, where it is installed.
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fft_radii
+from helpers import fft_radii, there
 from jaxtyping import Array
 
 from jaxrefine import simulate
 from jaxrefine.errors import InputError
-from jaxrefine.io import read_mrc, read_star, write_mrc
+from jaxrefine.io import read_mrc, read_mtf, read_star, write_mrc, write_star
+from jaxrefine.maps.detector import ModulationTransfer
 from jaxrefine.maps.fsc import fsc, resolution
 from jaxrefine.maps.mask import soft_mask
 from jaxrefine.maps.postprocess import GuinierFit, postprocess
@@ -226,7 +228,7 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
     ):
         with pytest.raises(InputError, match=words):
             postprocess(*maps, VOXEL, key=KEY)
-    for changes, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (
             {"low_pass_in_angstroms": -3.0},
             "low-pass resolution must be positive, got -3 A",
@@ -236,11 +238,37 @@ def test_bad_input_is_a_sentence(halves: Halves, mask):
             "B factor must be finite .* got nan",
         ),
         ({"b_factor_in_square_angstroms": -1e6}, "less than .* got -1e"),
-    ):
+        (
+            {"mtf": ModulationTransfer(np.arange(2.0), np.ones(2), 0.0)},
+            "the detector's pixel size must be positive, got 0 A",
+        ),
+    )
+    for changes, words in cases:
         with pytest.raises(InputError, match=words):
             postprocess(*halves, mask, VOXEL, key=KEY, **changes)
     with pytest.raises(InputError, match="voxel size must be positive, got 0 A"):
         postprocess(*halves, mask, 0.0, key=KEY)
+
+
+def test_the_map_is_divided_by_the_detectors_function(halves: Halves, mask):
+    """Like any filter of the mean; the fit of a B factor sees it, and no curve does."""
+    decay, pixel, rows = 100.0, 1.5, np.linspace(0, 0.5, 301)
+    mtf = ModulationTransfer(rows, np.exp(-decay / 4 * (rows / pixel) ** 2), pixel)
+    fit = GuinierFit(from_in_angstroms=20.0)
+    plain, divided = (
+        postprocess(
+            *halves, mask, VOXEL, key=KEY, b_factor_in_square_angstroms=fit, mtf=given
+        )
+        for given in (None, mtf)
+    )
+    before, after = (
+        there(result.b_factor_in_square_angstroms) for result in (plain, divided)
+    )
+    assert after - before == pytest.approx(decay, abs=2)
+    gain = np.exp((decay - (after - before)) / 4 * (fft_radii(N) / BOX) ** 2)
+    exact = filtered(np.asarray(plain.volume), gain)
+    np.testing.assert_allclose(divided.volume, exact, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_array_equal(divided.fsc_true, plain.fsc_true)
 
 
 # --- RELION
@@ -352,6 +380,36 @@ def test_the_filtered_map_is_relions(case: Case, b_factor):
         ours = np.asarray(ours)
         assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99999
         assert np.vdot(theirs, ours) / np.vdot(ours, ours) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_division_by_the_detectors_function_is_relions(case: Case):
+    """Its map without it, divided by ours; voxels are twice the detector's pixels."""
+    folder, halves, mask = case
+    rows = np.linspace(0, 0.5, 501)
+    values = 1 - 1.6 * rows + 0.4 * rows**2
+    columns = {"rlnResolutionInversePixel": rows, "rlnMtfValue": values}
+    write_star(folder / "mtf.star", {"": columns})
+    mtf = read_mtf(folder / "mtf.star", VOXEL / 2)
+    options = ["--adhoc_bfac", "-100", "--low_pass", "8"]
+    _, plain, _ = relion(folder, *options)
+    options += ["--mtf", "mtf.star", "--mtf_angpix", f"{VOXEL / 2}"]
+    _, divided, _ = relion(folder, *options)
+    ours = postprocess(
+        *halves,
+        mask,
+        VOXEL,
+        key=KEY,
+        b_factor_in_square_angstroms=-100.0,
+        low_pass_in_angstroms=8.0,
+        mtf=mtf,
+    ).volume
+
+    def difference(other):
+        return np.linalg.norm(divided - other) / np.linalg.norm(divided)
+
+    exact = filtered(plain.astype(float), 1 / mtf(fft_radii(N) / BOX))
+    assert difference(exact) < 1e-6 < 0.1 < difference(plain)
+    assert difference(np.asarray(ours)) < 5e-3  # their phases are others
 
 
 @pytest.mark.parametrize("which", [0, 1])

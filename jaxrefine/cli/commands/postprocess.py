@@ -5,12 +5,19 @@ from pathlib import Path
 
 from jaxrefine.cli.commands import shared
 from jaxrefine.cli.commands.command import Command
+from jaxrefine.errors import InputError
 from jaxrefine.runs.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostprocessSettings:
-    """How half maps are masked, sharpened and filtered."""
+    """How half maps are masked, sharpened and filtered.
+
+    Raises
+    ------
+    InputError
+        If the pixel size of a detector is given without its transfer function.
+    """
 
     half1: Path = option(positional=True, metavar="HALF1.mrc", help="one half map")
     half2: Path = option(positional=True, metavar="HALF2.mrc", help="the other one")
@@ -35,6 +42,23 @@ class PostprocessSettings:
         help="sharpen by the B factor of the Guinier plot from 10 angstroms to the "
         "resolution",
     )
+    mtf: Path | None = option(
+        None,
+        metavar="MTF.star",
+        default_text="it stays in the map",
+        help="divide by the modulation transfer function of the detector, a STAR file "
+        "as RELION takes",
+    )
+    detector_pixel_size: float | None = option(
+        None,
+        unit="angstroms",
+        least=0,
+        above=True,
+        metavar="A",
+        default_text="the voxel size of the maps",
+        help="with --mtf, pixel size of the detector: that of the micrographs before "
+        "any binning",
+    )
     low_pass: float | None = option(
         None,
         unit="angstroms",
@@ -44,6 +68,12 @@ class PostprocessSettings:
         help="cut-off of the low-pass filter",
     )
     seed: int = shared.seed("the random phases")
+
+    def __post_init__(self):
+        if self.detector_pixel_size is not None and self.mtf is None:
+            raise InputError(
+                "--detector-pixel-size must be given with --mtf, got it without"
+            )
 
 
 def run(settings: PostprocessSettings) -> None:
