@@ -208,10 +208,7 @@ def test_several_processes_find_what_one_finds(data, tmp_path, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM)]
-)
-def test_when_one_is_killed_the_others_end(data, tmp_path, expected, victim, number):
+def test_when_one_is_killed_the_others_end(data, tmp_path, expected):
     """Within the stated time, with a sentence; what is there can be carried on."""
     out = tmp_path / "out"
     started = start_all(2, refine(data, out), out)
@@ -219,18 +216,16 @@ def test_when_one_is_killed_the_others_end(data, tmp_path, expected, victim, num
         while not (out / "state" / "checkpoint.eqx").exists():
             assert all(process.poll() is None for process in started)
             time.sleep(0.1)
-        started[victim].send_signal(number)
+        started[0].kill()
         begin = time.monotonic()
-        code = started[1 - victim].wait(timeout=900)
+        code = started[1].wait(timeout=900)
         assert time.monotonic() - begin < 3 * _processes.LOST_S
-        killed = started[victim].wait(timeout=60)
     finally:
         for process in started:
             process.kill()
             process.wait()
     assert code == _processes.LOST_CODE
-    assert killed == (-number if number == signal.SIGKILL else 128 + number)
-    said = error_of(out, 1 - victim).read_text()
+    said = error_of(out, 1).read_text()
     assert "another process has ended" in said and "Traceback" not in said
     assert not (out / "map.mrc").exists()
     subprocess.run(refine(data, out), check=True, stderr=subprocess.DEVNULL)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import blobs, digest_on
+from helpers import blobs
 from scipy.spatial.transform import Rotation
 
 from jaxrefine.ctf import CTF
@@ -249,30 +249,3 @@ def test_no_bit_depends_on_the_batch(scene):
     part = scene.visit(steps, np.arange(visit.BLOCK))
     whole = scene.visit(steps)
     assert bits(part) == bits(jax.tree.map(lambda leaf: leaf[: visit.BLOCK], whole))
-
-
-ON_DEVICES = """
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-import test_update
-scene = test_update.Scene()
-scene.particles = test_update.dataclasses.replace(
-    scene.particles, images=test_update.np.load(sys.argv[2])
-)
-found = scene.visit(scene.steps(), batch_size=int(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_no_bit_depends_on_the_devices(scene, tmp_path):
-    """One and four devices, with batches that share out differently.
-
-    All have the same images, whose simulation may depend on the devices.
-    """
-    images = tmp_path / "images.npy"
-    np.save(images, scene.particles.images)
-    digests = {
-        digest_on(devices, __file__, ON_DEVICES, batch_size, images)
-        for devices, batch_size in ((1, 64), (4, 1000))
-    }
-    assert len(digests) == 1
