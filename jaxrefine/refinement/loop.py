@@ -220,10 +220,14 @@ def _iterate(
         included = pose_step.included(particle_set, known)
         known, _ = optics_step.update_optics(particle_set, known, r_max, included)
         particle_set = optics_step.applied(particle_set, known)
-        sums = insertion.sum_up(
-            particle_set, known.hypotheses, known.noise, included, side
+        # The sums have no name, so that none are held while maps are made of them.
+        data = folds.folds(
+            insertion.sum_up(
+                particle_set, known.hypotheses, known.noise, included, side
+            )
         )
-        known = map_step.update_maps(particle_set, known, folds.folds(sums))
+        known = map_step.update_maps(particle_set, known, data)
+        del data
         set_states.append(map_step.assess(particle_set, known, included, side))
         reports.append(report)
 

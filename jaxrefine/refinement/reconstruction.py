@@ -73,8 +73,12 @@ def reconstruct(
         particle_set = replace(particle_set, fold=fold)
     state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)
-    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
-    state = map_step.update_maps(particle_set, state, folds.folds(sums))
+    # These sums have no name, so that they are not held while others are made.
+    data = folds.folds(
+        insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+    )
+    state = map_step.update_maps(particle_set, state, data)
+    del data
     state = map_step.assess(particle_set, state, everyone)
     sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
