@@ -19,8 +19,8 @@ from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm
 from jaxrefine.maps.folds import FOLDS
-from jaxrefine.maps.sums import Sums, data_term, solve
-from jaxrefine.operators import slices
+from jaxrefine.maps.sums import Sums, solve
+from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, Gridding, default_insertion
 from jaxrefine.poses import update
 from jaxrefine.poses.hypotheses import certain
@@ -134,24 +134,27 @@ def test_a_batch_takes_what_the_compiler_says():
 
 def test_sums_over_images_take_what_the_compiler_says():
     """One thread's: its sum, a batch of images, and what their insertion takes."""
-    n, count, insertion = 32, 300, Gridding()
-    size = images_at_once(n, len(slices.disc(n, (n - 1) // 2).shells), 1, count)
-    view = observation.view(
-        Particles(np.zeros((1, n, n), np.float32)), (n - 1) // 2, jnp.ones(n // 2 + 1)
-    )
-    mesh = jax.make_mesh((1,), ("devices",), devices=DEVICE)
-    apart = NamedSharding(mesh, PartitionSpec("devices"))
-    images, group = jnp.zeros((size, n, n), jnp.float32), jnp.zeros(size, jnp.int32)
-    shapes = (3, 3), (2,), ()  # rotations, shifts and weights
-    poses = [jnp.zeros((size, *shape), jnp.float32) for shape in shapes]
-    batch = jax.device_put((images, None, group, *poses), apart)
-    program: Any = insertion_module._insert
-    lowered = program.lower(
-        (mesh, insertion, view, jnp.eye(3, dtype=jnp.float32)[None], n, batch),
-        jax.device_put(Sums.zero(n, jnp.float32), apart),
-    )
-    found = lowered.compile().compiled.memory_analysis()
-    taken = found.argument_size_in_bytes + found.temp_size_in_bytes
+    with jax.enable_x64(False):  # as in a refinement
+        n, count, insertion = 32, 300, Gridding()
+        size = images_at_once(n, len(slices.disc(n, (n - 1) // 2).shells), 1, count)
+        view = observation.view(
+            Particles(np.zeros((1, n, n), np.float32)),
+            (n - 1) // 2,
+            jnp.ones((1, n // 2 + 1), jnp.float32),
+        )
+        mesh = jax.make_mesh((1,), ("devices",), devices=DEVICE)
+        apart = NamedSharding(mesh, PartitionSpec("devices"))
+        images, group = jnp.zeros((size, n, n), jnp.float32), jnp.zeros(size, jnp.int32)
+        shapes = (3, 3), (2,), ()  # rotations, shifts and weights
+        poses = [jnp.zeros((size, *shape), jnp.float32) for shape in shapes]
+        batch = jax.device_put((images, None, group, *poses), apart)
+        program: Any = insertion_module._insert
+        lowered = program.lower(
+            (mesh, insertion, view, jnp.eye(3, dtype=jnp.float32)[None], n, batch),
+            jax.device_put(Sums.zero(n, jnp.float32), apart),
+        )
+        found = lowered.compile().compiled.memory_analysis()
+        taken = found.argument_size_in_bytes + found.temp_size_in_bytes
     threads = max(FOLDS, inserting(jax.local_device_count()))
     planned = memory._insertion_bytes(count, n, CONFIG) / threads
     assert taken < planned < 1.2 * taken
@@ -177,17 +180,18 @@ def test_so_many_sums_wait_for_others(lanes):
 def test_a_solver_takes_what_the_compiler_says():
     """And the copy of a spectrum that its FFT makes, which the compiler leaves out."""
     n = 32
-    one = jnp.float32(1)
-    sums = jax.eval_shape(
-        lambda: Sums(jnp.zeros((2 * n - 1,) * 3), jnp.zeros((n,) * 3))
+    size, one = normal.padded_size(n), jnp.float32(1)
+    volume, transfer = (
+        jnp.zeros(shape, jnp.float32)
+        for shape in ((n, n, n), (size, size, size // 2 + 1))
     )
-    data = jax.eval_shape(data_term, sums)
-    start = jax.eval_shape(admm.init, sums.backprojection)
+    data = admm.DataTerm(transfer, volume[..., : n // 2 + 1], volume, one)
+    start = admm.init(volume)
     program: Any = solve
     lowered = program.lower(data, one, start, one, RefineConfig().regulariser, 10)
     found = lowered.compile().compiled.memory_analysis()
     taken = found.output_size_in_bytes + found.temp_size_in_bytes
-    taken += 8 * data.transfer.size  # complex numbers
+    taken += 2 * transfer.nbytes  # complex numbers
     assert 0.9 * taken < memory._SOLVER * 4 * n**3 < 1.1 * taken
 
 
