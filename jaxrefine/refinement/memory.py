@@ -66,7 +66,7 @@ _COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
 _SUM = 9  # a kernel and a back-projection
 _FINUFFT = 47  # a grid of 1.25 times 2n, and the complex result
-_GRIDDING = 45  # the same, over the cube of the oversampling
+_GRIDDING = 39  # the same, over the cube of the oversampling
 _DATA_TERMS = 10  # of two folds
 _SOLVER = 44  # a map with its multipliers, what ADMM takes, and a transform of its FFT
 
@@ -74,7 +74,9 @@ _SOLVER = 44  # a map with its multipliers, what ADMM takes, and a transform of 
 _CURVATURE = 85  # a frequency of a particle whose error bars are measured
 _PIXEL = 12  # of its image, on the host, on the device and transformed
 _VISITED = 16 * 2**20  # a block of particles on one device, see `poses.update`
-_INSERTED_SAMPLE = 65  # of an inserted slice: of its image, twice, values and positions
+# A sample of an inserted slice: of its image, twice, its value and its position.
+_FINUFFT_SAMPLE = 65
+_GRIDDING_SAMPLE = 155
 _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 
 
@@ -254,9 +256,9 @@ def _insertion_bytes(hypotheses: int, image_size: int, config: RefineConfig) -> 
     size = images_at_once(image_size, frequencies, operators, hypotheses)
     insertion = config.insertion or default_insertion()
     if isinstance(insertion, Finufft):
-        grid = _FINUFFT
+        grid, sample = _FINUFFT, _FINUFFT_SAMPLE
     else:
-        grid = _GRIDDING * insertion.oversampling**3
+        grid, sample = _GRIDDING * insertion.oversampling**3, _GRIDDING_SAMPLE
     # Two threads insert images if there is only one device.
     inserts = inserting(jax.local_device_count())
     on_cpu = jax.default_backend() == "cpu"
@@ -264,7 +266,7 @@ def _insertion_bytes(hypotheses: int, image_size: int, config: RefineConfig) -> 
     # A lane's sum, and those of lanes that wait for others: see `pairwise_sum`.
     lanes = min(-(-hypotheses // size), FOLDS * LANES // max(FOLDS, inserts))
     sums = _SUM * max(lanes, 1).bit_length()
-    slices_of_batch = _INSERTED_SAMPLE * size * operators * frequencies
+    slices_of_batch = sample * size * operators * frequencies
     return threads * (int((sums + grid) * cube) + slices_of_batch)
 
 
