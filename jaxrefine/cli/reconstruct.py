@@ -1,17 +1,20 @@
 """``jaxrefine reconstruct``: a map from particles at the poses that they have."""
 
 import sys
+from dataclasses import replace
 
 import jax
 
 from jaxrefine import io
 from jaxrefine._processes import check_same, wait_for_first
 from jaxrefine.cli import _particles, _usable
+from jaxrefine.cli._memory import free_bytes
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli._runtime import check_devices
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.maps.scale import is_negative
+from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs import provenance
 from jaxrefine.runs.progress import Bars
@@ -30,7 +33,8 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     Raises
     ------
     InputError
-        If the particles cannot be used, or a file cannot be written.
+        If the particles cannot be used, memory is too little, or a file cannot be
+        written.
     """
     out = settings.out
     check_devices(settings.devices)
@@ -55,9 +59,15 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     subsets = _particles.half_sets(source, key) if settings.half_sets else None
     _particles.tell_what_is_shared(source, subsets)
     chosen = _usable.usable(source, settings.images, with_poses=True, subsets=subsets)
+    particles = chosen.particles(source.particles)
+    plan = memory.plan_map(
+        len(particles), particles.image_size, config, free_bytes(settings.memory)
+    )
+    print(plan.describe(), file=sys.stderr)
+    config = replace(config, batch_size=plan.batch_size)
     with Bars() as bars:
         result = engine.reconstruct(
-            chosen.particles(source.particles),
+            particles,
             chosen.given(source.poses),
             config,
             key=key,

@@ -126,11 +126,8 @@ def sum_up(
         members = particle_set.of_fold(fold)
         rows, columns = np.nonzero(weights[members])
         queues.append((members[rows], columns))
-    # Enough slices at a time to outweigh the FFT of the kernel's grid.
-    size = max(_ROUND, n**3 * 2 // len(view.disc.shells))
-    size = max(1, size // len(config.operators))
     longest = max(len(owners) for owners, _ in queues)
-    size = min(max(1, -(-longest // _ROUND)) * _ROUND, size)
+    size = images_at_once(n, len(view.disc.shells), len(config.operators), longest)
     lanes = [lane for queue in queues for lane in _lanes(queue, size)]
     processes = inserting(jax.process_count())
     own = [lanes[i] for i in part(len(lanes), processes, jax.process_index())]
@@ -153,6 +150,23 @@ def sum_up(
         pairwise_sum(of_process(sums[0], source) for source in sources)
         for sources in of_fold
     ]
+
+
+def images_at_once(side: int, frequencies: int, operators: int, hypotheses: int) -> int:
+    """Return how many images a device inserts at a time.
+
+    Parameters
+    ----------
+    side, frequencies
+        Side of the map, and number of frequencies of an image.
+    operators
+        Number of operators of the symmetry, by each of which an image is turned.
+    hypotheses
+        Those of the fold that has most.
+    """
+    # Enough slices at a time to outweigh the FFT of the kernel's grid.
+    size = max(1, max(_ROUND, side**3 * 2 // frequencies) // operators)
+    return min(max(1, -(-hypotheses // _ROUND)) * _ROUND, size)
 
 
 def inserting(count: int) -> int:

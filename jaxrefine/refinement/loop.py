@@ -28,6 +28,7 @@ of all particles. Images are read in batches, and need not fit into memory.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -218,10 +219,11 @@ def _iterate(
             particle_set, known, iteration, r_max, draw
         )
         particle_set = optics_step.applied(particle_set, known)
-        sums = insertion.sum_up(
-            particle_set, known.hypotheses, known.noise, included, side
+        # Nothing holds the sums while maps are made of them.
+        sums_of = partial(insertion.sum_up, particle_set, known.hypotheses, known.noise)
+        known = map_step.update_maps(
+            particle_set, known, folds.folds(sums_of(included, side))
         )
-        known = map_step.update_maps(particle_set, known, folds.folds(sums))
         set_states.append(map_step.assess(particle_set, known, included, side))
         reports.append(report)
 

@@ -1,22 +1,29 @@
 r"""How much memory a refinement will need, and what to do when there is too little.
 
-The estimate counts the arrays that :mod:`jaxrefine.refinement.loop` holds at once. It
-is the larger of what the two steps of an outer iteration need:
+The estimate counts the arrays that :mod:`jaxrefine.refinement.loop` holds at once, in
+the stage that needs most of them:
 
-- the pose update holds a batch of images, and what one block of particles takes on
+- the *pose update* holds a batch of images, and what one block of particles takes on
   each device, whatever the number of particles;
-- the volume update holds sums, their transforms and temporary arrays, all of which are
-  multiples of ``n**3``, whatever the batch.
+- *sums over images* are made by several threads: each has a sum of its own and some
+  that wait for others (few, of few images), finufft's grid, and the slices that are
+  inserted at a time, whose number grows with the box, not with that of the particles;
+- the *choice of the regulariser's weight* holds sums, data terms and several maps of
+  both folds, and what the solvers of both take at the same time.
 
-The multiples are the compiler's own (``memory_analysis`` of the compiled programs on a
-CPU, n = 32 and 64, JAX 0.10); finufft's is measured. On a CPU the compiled programs
-themselves come on top, as a constant that was fitted to the measured peak at n = 64, of
-programs that were compiled anew; those that are found in the cache take some 300 MiB
-less. The arrays of the volume update are never all there at once: the estimate is 2 %
-above the peak at n = 64, 26 % at 128 and 57 % at 192. On accelerators none of this has
-been checked. Images are read from where they are kept, and not counted.
-Neither are automatic masks, which take some maps on the host while they are made, nor
-what each optics group with a beam tilt or other aberrations takes.
+All other stages, such as the final map and automatic masks (some 20 maps on the host),
+hold fewer: they have some of these arrays, or one solver instead of two.
+
+The multiples of ``n**3`` numbers are counted in the code, and the compiler's own
+(``memory_analysis`` of the compiled programs on a CPU, n = 32 and 48, JAX 0.10) for
+what programs take in between; finufft's are those of its grid. What is not ours is
+fitted to peaks that were measured on a CPU, of programs that were compiled anew: the
+compiled programs themselves, with constants that are as large as maps, and what the
+allocator keeps of arrays that were freed. Programs that are found in the cache take
+some 300 MiB less. The page on results has the measured peaks and the estimates. On
+accelerators none of this has been checked. Images are read from where they are kept,
+and not counted; neither is what each optics group with a beam tilt or other aberrations
+takes.
 """
 
 import math
@@ -35,7 +42,7 @@ from jaxrefine.maps.folds import FOLDS
 from jaxrefine.operators import normal, slices
 from jaxrefine.operators.gridding import Finufft, default_insertion
 from jaxrefine.refinement.config import RefineConfig
-from jaxrefine.refinement.insertion import LANES, inserting
+from jaxrefine.refinement.insertion import LANES, images_at_once, inserting
 
 _T = TypeVar("_T")
 
@@ -45,30 +52,38 @@ LEAST_BATCH = whole_batch(1, 1)
 _GIB = 2**30
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _RECLAIMABLE = ("active_file", "inactive_file")  # files that were read
-_PROGRAMS = 900 * 2**20  # JAX with all compiled programs, on a CPU: fitted
+
+# What is not ours, on a CPU: fitted to the peaks of programs that were compiled anew.
+_PROGRAMS = 600 * 2**20  # JAX, and the programs that make maps
+_POSE_PROGRAMS = 375 * 2**20  # those that update poses
+_CONSTANTS = 20  # constants of programs and what the allocator keeps, n**3 numbers
 
 # Arrays of n**3 single-precision numbers.
-_STATE = 20  # maps and multipliers of two folds, before and after
+_GIVEN = 1  # the map to start from
+_MAPS = 10  # maps and multipliers of two folds
 _REFERENCE = 21  # two folds' filtered maps, and an oversampled spectrum, being made
 _COPY = 6  # the spectra, on every further device
 _SUMS = 18  # kernels and back-projections of two folds
 _SUM = 9  # a kernel and a back-projection
-_FINUFFT = 50  # a grid of 1.25 times 2n, and the complex result
-_GRIDDING = 45  # the same, over the cube of the oversampling
-_DATA_TERMS = 48  # all sums, two data terms, and what the second one takes
+_FINUFFT = 47  # a grid of 1.25 times 2n, and the complex result
+_GRIDDING = 39  # the same, over the cube of the oversampling
+_DATA_TERMS = 10  # of two folds
+_SOLVER = 44  # a map with its multipliers, what ADMM takes, and a transform of its FFT
 
 # Bytes.
 _CURVATURE = 85  # a frequency of a particle whose error bars are measured
 _PIXEL = 12  # of its image, on the host, on the device and transformed
 _VISITED = 16 * 2**20  # a block of particles on one device, see `poses.update`
-_INSERTED_SAMPLE = 80  # a sample of an inserted slice
+# A sample of an inserted slice: of its image, twice, its value and its position.
+_FINUFFT_SAMPLE = 65
+_GRIDDING_SAMPLE = 155
 _HYPOTHESIS = 400  # a hypothesis of a particle, before and after
 
 
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The size of a refinement, its batch size, and the memory that it needs.
+    """The size of a refinement, or of a map, and the batch and memory that it needs.
 
     Attributes
     ----------
@@ -76,7 +91,8 @@ class Plan:
         Number of particles, side of their images in pixels, and whether two half sets
         are refined.
     r_max
-        First and largest band limit of the poses, cycles per box.
+        First and largest band limit of the poses, cycles per box; None if they are
+        kept.
     device
         Kind of the default device.
     batch_size
@@ -88,7 +104,7 @@ class Plan:
     particles: int
     image_size: int
     half_sets: bool
-    r_max: tuple[int, int]
+    r_max: tuple[int, int] | None
     device: str
     batch_size: int
     estimated_bytes: int
@@ -96,19 +112,21 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan as lines for a reader."""
-        n, (first, last) = self.image_size, self.r_max
+        n, free = self.image_size, self.available_bytes
         halves = ", in two half sets" if self.half_sets else ""
-        free = self.available_bytes
         there = "" if free is None else f" of {free / _GIB:.1f} GiB that are free"
-        return "\n".join(
-            [
-                f"{self.particles} particles of {n} x {n} pixels{halves}",
+        lines = [f"{self.particles} particles of {n} x {n} pixels{halves}"]
+        if self.r_max is not None:
+            first, last = self.r_max
+            lines.append(
                 f"poses compared up to {first} cycles per box at first, to {last} at "
-                "most",
-                f"{self.batch_size} particles at a time on {self.device}",
-                f"about {self.estimated_bytes / _GIB:.1f} GiB of memory{there}",
-            ]
-        )
+                "most"
+            )
+        lines += [
+            f"{self.batch_size} particles at a time on {self.device}",
+            f"about {self.estimated_bytes / _GIB:.1f} GiB of memory{there}",
+        ]
+        return "\n".join(lines)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -168,33 +186,98 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
         Parameters of the refinement.
     """
     sets = 2 if config.half_sets else 1
-    cube = 4 * (normal.padded_size(image_size) // 2) ** 3
-    points = len(slices.disc(image_size, (image_size - 1) // 2).shells)
+    cube = _cube(image_size)
+    # The state before; of the other set its maps, also turned, and its sums.
+    held = (_GIVEN + _MAPS * sets + (2 * _MAPS + _SUMS) * (sets - 1)) * cube
+    held += _HYPOTHESIS * (config.places + 1) * particles
+    inserted = -(-particles // (FOLDS * sets)) * config.places
+    stages = (
+        _visit_bytes(particles, image_size, config),
+        _insertion_bytes(inserted, image_size, config),
+        _choice_bytes(image_size),
+    )
+    return int(_programs(cube, _PROGRAMS + _POSE_PROGRAMS) + held + max(stages))
+
+
+def estimate_map_bytes(particles: int, image_size: int, config: RefineConfig) -> int:
+    """Estimate the most memory that a map at given poses takes, without the images.
+
+    This is what `reconstruction.reconstruct` holds; parameters as of `estimate_bytes`.
+    """
+    cube = _cube(image_size)
+    held = (_GIVEN + _MAPS) * cube + _HYPOTHESIS * particles
+    stages = (
+        _visit_bytes(particles, image_size, config),
+        _insertion_bytes(-(-particles // FOLDS), image_size, config),
+        _choice_bytes(image_size),
+    )
+    return int(_programs(cube, _PROGRAMS) + held + max(stages))
+
+
+def _cube(image_size: int) -> int:
+    """Return the bytes of a map, with the sides that its transforms have."""
+    return 4 * (normal.padded_size(image_size) // 2) ** 3
+
+
+def _frequencies(image_size: int) -> int:
+    """Return how many frequencies of an image are read."""
+    return len(slices.disc(image_size, (image_size - 1) // 2).shells)
+
+
+def _programs(cube: int, compiled: int) -> int:
+    """Return what is not ours: compiled programs, and what the allocator keeps."""
+    return compiled + _CONSTANTS * cube if jax.default_backend() == "cpu" else 0
+
+
+def _visit_bytes(particles: int, image_size: int, config: RefineConfig) -> int:
+    """Return what a visit of the particles takes, with the maps they are compared to.
+
+    The devices of a CPU share its memory.
+    """
+    devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    size = whole_batch(min(config.batch_size, particles), jax.local_device_count())
+    block = max(_VISITED, BLOCK * _CURVATURE * _frequencies(image_size))
+    spectra = (_REFERENCE + _COPY * (devices - 1)) * _cube(image_size)
+    return spectra + size * _PIXEL * image_size**2 + devices * block
+
+
+def _insertion_bytes(hypotheses: int, image_size: int, config: RefineConfig) -> int:
+    """Return what is held while the sums of both folds are made.
+
+    Parameters
+    ----------
+    hypotheses
+        The most that are inserted in a fold.
+    image_size, config
+        As for `estimate_bytes`.
+    """
+    cube, operators = _cube(image_size), len(config.operators)
+    frequencies = _frequencies(image_size)
+    size = images_at_once(image_size, frequencies, operators, hypotheses)
     insertion = config.insertion or default_insertion()
     if isinstance(insertion, Finufft):
-        grid = _FINUFFT
+        grid, sample = _FINUFFT, _FINUFFT_SAMPLE
     else:
-        grid = _GRIDDING * insertion.oversampling**3
-    inserted = _INSERTED_SAMPLE * max(512 * points, 2 * image_size**3)
-    on_cpu = jax.default_backend() == "cpu"
-    size = whole_batch(min(config.batch_size, particles), jax.local_device_count())
-    # A CPU's devices share its memory.
-    devices = jax.local_device_count() if on_cpu else 1
+        grid, sample = _GRIDDING * insertion.oversampling**3, _GRIDDING_SAMPLE
     # Two threads insert images if there is only one device.
     inserts = inserting(jax.local_device_count())
+    on_cpu = jax.default_backend() == "cpu"
     threads = max(FOLDS, inserts) if on_cpu or inserts < FOLDS else 1
-    # A lane's sum, that of a batch, and sums of lanes that wait for others.
-    lanes = FOLDS * LANES // max(FOLDS, inserts)
-    inserted_sums = _SUM * (2 + math.log2(lanes))
-    batch = size * _PIXEL * image_size**2
-    block = devices * max(_VISITED, BLOCK * _CURVATURE * points)
-    pose = (_REFERENCE + _COPY * (devices - 1)) * cube + batch + block
-    insertions = (_SUMS + threads * (inserted_sums + grid)) * cube + threads * inserted
-    volume = max(_DATA_TERMS * cube, insertions)
-    held = (_STATE * sets + _SUMS * (sets - 1)) * cube
-    held += _HYPOTHESIS * (config.places + 1) * particles
-    programs = _PROGRAMS if on_cpu else 0
-    return int(programs + held + max(pose, volume))
+    # A lane's sum, and those of lanes that wait for others: see `pairwise_sum`.
+    lanes = min(-(-hypotheses // size), FOLDS * LANES // max(FOLDS, inserts))
+    sums = _SUM * max(lanes, 1).bit_length()
+    slices_of_batch = sample * size * operators * frequencies
+    return threads * (int((sums + grid) * cube) + slices_of_batch)
+
+
+def _choice_bytes(image_size: int) -> int:
+    """Return what the choice of the regulariser's weight takes.
+
+    These are the sums, the data terms, the best maps and the last, and the solvers of
+    both folds, see `folds.cross_validate`.
+    """
+    held = _SUMS + _DATA_TERMS + 2 * _MAPS
+    return (held + FOLDS * _SOLVER) * _cube(image_size)
 
 
 def plan(
@@ -220,9 +303,38 @@ def plan(
     InputError
         If not even the smallest batch fits.
     """
+    last = config.max_r_max or (image_size - 1) // 2
+    r_max = (slices.bucket(config.first_r_max, image_size), last)
+    arguments = (particles, image_size, config, available_bytes)
+    return _plan(estimate_bytes, r_max, *arguments)
+
+
+def plan_map(
+    particles: int,
+    image_size: int,
+    config: RefineConfig,
+    available_bytes: int | None,
+) -> Plan:
+    """Choose the largest batch with which a map at given poses fits into memory.
+
+    Parameters, and errors raised, are those of `plan`.
+    """
+    arguments = (particles, image_size, config, available_bytes)
+    return _plan(estimate_map_bytes, None, *arguments)
+
+
+def _plan(
+    estimate_of: Callable[[int, int, RefineConfig], int],
+    r_max: tuple[int, int] | None,
+    particles: int,
+    image_size: int,
+    config: RefineConfig,
+    available_bytes: int | None,
+) -> Plan:
+    """Return the plan of what takes the memory that is estimated; see `plan`."""
 
     def estimate(size: int) -> int:
-        return estimate_bytes(particles, image_size, replace(config, batch_size=size))
+        return estimate_of(particles, image_size, replace(config, batch_size=size))
 
     size = fitting_batch(
         estimate, min(config.batch_size, particles), LEAST_BATCH, available_bytes
@@ -234,12 +346,11 @@ def plan(
             f"images of side {image_size}, {size} at a time, got "
             f"{available_bytes / _GIB:.3g} GiB"
         )
-    last = config.max_r_max or (image_size - 1) // 2
     return Plan(
         particles,
         image_size,
         config.half_sets,
-        (slices.bucket(config.first_r_max, image_size), last),
+        r_max,
         jax.local_devices()[0].device_kind,
         size,
         needed,

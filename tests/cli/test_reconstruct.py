@@ -46,7 +46,8 @@ def test_reconstruct_writes_maps(data, reconstruct, calls):
     assert reconstruct(*words, "--batch-size", 3, "--symmetry", "c4").code == 0
     assert calls[0][2].symmetry == "C4" and calls[0][2].tau is None
     assert not list(data.glob("map_half*"))
-    code, out, _ = reconstruct(*words, "--half-sets", "--tau", 2)
+    code, out, err = reconstruct(*words, "--half-sets", "--tau", 2)
+    assert "8 particles at a time on" in err and "GiB of memory" in err
     assert calls[1][2].tau == 2
     assert code == 0 and "map_half2.mrc" in out and "lambda 0.5" in out
     assert calls[0][4] is None
@@ -88,6 +89,7 @@ def test_reconstruct_refuses(data, reconstruct, calls):
         ([data / "map.mrc", "--seed", -1], "--seed"),
         ([data / "map.mrc", "--tau", -1], "--tau"),
         ([data / "map.mrc", "--symmetry", "X"], "symmetry"),
+        ([data / "map.mrc", "--memory", 0.001], "the memory must be at least 0."),
     ):
         reconstruct(*words, *further).assert_refused(sentence)
     absent = [data / "absent.star", "--out", data / "map.mrc"]

@@ -26,6 +26,7 @@ class ReconstructSettings:
     seed: int = shared.seed("dealing the particles into halves")
     batch_size: int = shared.batch_size(256)
     devices: int | None = shared.devices()
+    memory: float | None = shared.memory()
     processes: shared.ProcessSettings = group(
         shared.ProcessSettings, "several processes"
     )
