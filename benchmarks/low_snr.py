@@ -132,9 +132,9 @@ def found_in_truth(data: dict[str, np.ndarray], r_max: int) -> dict[str, Any]:
         ),
     )
     limit = slices.bucket(r_max, particles.image_size)
+    maps = pose_step.reference_maps(particle_set, state)
     for iteration in config.multi_start:
         key = jax.random.fold_in(draw, iteration)
-        maps = pose_step.reference_maps(particle_set, state)
         state, _ = pose_step.update_poses(
             particle_set, state, maps, iteration, limit, key
         )

@@ -102,8 +102,9 @@ def _run(
         if not memory.ran_out(error):
             raise
         sentence = "there is not enough memory"
-        if any(each.name == "batch_size" for each in declared(command.settings)):
-            sentence += "; try a smaller --batch-size"
+        names = {each.name for each in declared(command.settings)}
+        if {"batch_size", "devices"} <= names:
+            sentence += "; try a smaller --batch-size or fewer --devices"
         return _refuse(command, sentence)
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.

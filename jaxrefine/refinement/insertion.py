@@ -181,10 +181,14 @@ def pairwise_sum(sums: Iterable[Sums]) -> Sums:
     by one; no more are kept than there are levels.
     """
     waiting: list[Sums] = []
-    for number, total in enumerate(sums, start=1):
+    count = 0
+    for total in sums:
+        count += 1
+        number = count
         while number % 2 == 0:
             total, number = waiting.pop() + total, number // 2
         waiting.append(total)
+        del total  # which would be held until the next is there
     (whole,) = waiting
     return whole
 

@@ -28,7 +28,6 @@ of all particles. Images are read in batches, and need not fit into memory.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -219,10 +218,15 @@ def _iterate(
             particle_set, known, iteration, r_max, draw
         )
         particle_set = optics_step.applied(particle_set, known)
-        # Nothing holds the sums while maps are made of them.
-        sums_of = partial(insertion.sum_up, particle_set, known.hypotheses, known.noise)
+        # Nested, so that nothing holds the sums while maps are made of them.
         known = map_step.update_maps(
-            particle_set, known, folds.folds(sums_of(included, side))
+            particle_set,
+            known,
+            folds.folds(
+                insertion.sum_up(
+                    particle_set, known.hypotheses, known.noise, included, side
+                )
+            ),
         )
         set_states.append(map_step.assess(particle_set, known, included, side))
         reports.append(report)
@@ -335,7 +339,7 @@ def _conclude(
         best, indices = aligned.hypotheses.best(), particle_set.indices
         # Of the set as it was, in whose frame the priors are.
         found = pose_step.evidence_anywhere(particle_set, known)
-        determined = presence.shown(found, np.asarray(best.shifts), size)
+        determined = of_first(presence.shown(found, np.asarray(best.shifts), size))
         references = pose_step.reference_maps(particle_set, known)
         known, estimate = optics_step.update_optics(
             particle_set, known, references, r_max, determined

@@ -21,9 +21,10 @@ fitted to peaks that were measured on a CPU, of programs that were compiled anew
 compiled programs themselves, with constants that are as large as maps, and what the
 allocator keeps of arrays that were freed. Programs that are found in the cache take
 some 300 MiB less. The page on results has the measured peaks and the estimates. On
-accelerators none of this has been checked. Images are read from where they are kept,
-and not counted; neither is what each optics group with a beam tilt or other aberrations
-takes.
+accelerators, and with more than two devices, none of this has been checked; what
+gridding takes was compared with the compiler's figures only. Images are read from where
+they are kept, and not counted; neither is what each optics group takes: a level of the
+noise, and phases if it has aberrations, for every pixel of the spectrum.
 """
 
 import math

@@ -1,7 +1,6 @@
 """A map of particles at given poses."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,13 +73,16 @@ def reconstruct(
         particle_set = replace(particle_set, fold=fold)
     state = map_step.start(particle_set, volume)
     everyone = np.ones(len(particles), bool)
-    # Nothing holds the first sums while maps are made of them, and others summed up.
-    summed = partial(insertion.sum_up, particle_set, state.hypotheses)
+    # Nested, so that nothing holds the sums while maps are made of them.
     state = map_step.update_maps(
-        particle_set, state, folds.folds(summed(state.noise, everyone))
+        particle_set,
+        state,
+        folds.folds(
+            insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
+        ),
     )
     state = map_step.assess(particle_set, state, everyone)
-    sums = summed(state.noise, everyone)
+    sums = insertion.sum_up(particle_set, state.hypotheses, state.noise, everyone)
     state, errors = map_step.choose_tau(particle_set, state, sums)
     final = map_step.final_map(config, sums, state, watch)
     return Reconstruction(np.asarray(final.volume), sums, final.lam, final.tau, errors)

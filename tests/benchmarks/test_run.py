@@ -154,6 +154,27 @@ def test_a_constant_is_measured(run, records, tmp_path, monkeypatch):
     assert "`settled`" in tuning.table([record])
 
 
+@pytest.mark.slow
+def test_a_data_set_is_refined_in_a_process_of_its_own(run):
+    """With the figures that benchmarks store, of the changed parameters."""
+    rng, n = np.random.default_rng(0), 16
+    volume = np.asarray(simulate.phantom(jax.random.key(0), n))
+    data = {
+        "images": rng.normal(size=(20, n, n)).astype(np.float32),
+        "volume": volume,
+        "initial": volume,
+        "angles": rng.uniform(0, 1, (20, 3)),
+        "shifts": np.zeros((20, 2)),
+    }
+    refine_dataset = importlib.import_module("refine_dataset")
+    found = refine_dataset.refine(
+        data | {"start": data["angles"]}, RefineConfig(iterations=1, first_r_max=5)
+    )
+    assert found["r_max"] == [5] and found["images_mib"] == 20 * n**2 * 4 / 2**20
+    assert 0 < found["wall_s"] < found["process_s"]
+    assert set(run.load("tuning").FIGURES) - {"iterations"} <= found.keys()
+
+
 def test_a_gain_fits_the_truth(run):
     """It undoes a factor, and halves a map that is half noise."""
     rng, n = np.random.default_rng(0), 24

@@ -197,18 +197,22 @@ def expected(data, tmp_path_factory):
 
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds(data, tmp_path, expected):
-    """Then they find that there is nothing left to do."""
+    """Of three, one visits particles and inserts none; each does its share.
+
+    Then they find that there is nothing left to do.
+    """
     out = tmp_path / "out"
-    for process in start_all(2, refine(data, out), out):
-        assert process.wait(timeout=900) == 0
-    assert content(out) == expected
-    for process in start_all(2, refine(data, out), out):
-        assert process.wait(timeout=900) == 0
-    assert content(out) == expected
+    for _ in range(2):
+        for process in start_all(3, refine(data, out), out):
+            assert process.wait(timeout=900) == 0
+        assert content(out) == expected
 
 
 @pytest.mark.slow
-def test_when_one_is_killed_the_others_end(data, tmp_path, expected):
+@pytest.mark.parametrize(
+    ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM)]
+)
+def test_when_one_is_killed_the_others_end(data, tmp_path, expected, victim, number):
     """Within the stated time, with a sentence; what is there can be carried on."""
     out = tmp_path / "out"
     started = start_all(2, refine(data, out), out)
@@ -216,16 +220,18 @@ def test_when_one_is_killed_the_others_end(data, tmp_path, expected):
         while not (out / "state" / "checkpoint.eqx").exists():
             assert all(process.poll() is None for process in started)
             time.sleep(0.1)
-        started[0].kill()
+        started[victim].send_signal(number)
         begin = time.monotonic()
-        code = started[1].wait(timeout=900)
+        code = started[1 - victim].wait(timeout=900)
         assert time.monotonic() - begin < 3 * _processes.LOST_S
+        killed = started[victim].wait(timeout=60)
     finally:
         for process in started:
             process.kill()
             process.wait()
     assert code == _processes.LOST_CODE
-    said = error_of(out, 1).read_text()
+    assert killed == (-number if number == signal.SIGKILL else 128 + number)
+    said = error_of(out, 1 - victim).read_text()
     assert "another process has ended" in said and "Traceback" not in said
     assert not (out / "map.mrc").exists()
     subprocess.run(refine(data, out), check=True, stderr=subprocess.DEVNULL)

@@ -86,7 +86,9 @@ def test_a_mask_at_the_end_covers_the_envelope_and_costs_nothing():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+def test_each_map_is_masked_once_and_an_interrupted_run_ends_in_the_same_bits(
+    tmp_path, monkeypatch
+):
     config = dataclasses.replace(
         CONFIG, iterations=2, half_sets=False, contrast_spread=0.2
     )
