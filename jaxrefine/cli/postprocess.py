@@ -7,6 +7,7 @@ from jaxrefine import io
 from jaxrefine.cli import _postprocessed
 from jaxrefine.cli._maps import read_mask_of, read_pair
 from jaxrefine.cli.commands.postprocess import PostprocessSettings
+from jaxrefine.maps.detector import ModulationTransfer
 from jaxrefine.maps.postprocess import GuinierFit, Postprocessed, postprocess
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -47,12 +48,46 @@ def run(settings: PostprocessSettings) -> None:
         low_pass_in_angstroms=settings.low_pass,
         mtf=mtf,
     )
-    if not _write(settings, result, voxel):
+    if not _write(settings, result, voxel, mtf):
         print(f"{settings.out} holds this result already")
     print("\n".join(_postprocessed.lines(result, voxel)))
+    if mtf is not None:
+        print("\n".join(_division(settings, result, voxel, mtf)))
 
 
-def _write(settings: PostprocessSettings, result: Postprocessed, voxel: float) -> bool:
+def _division(
+    settings: PostprocessSettings,
+    result: Postprocessed,
+    voxel: float,
+    mtf: ModulationTransfer,
+) -> list[str]:
+    """Return what the map was divided by, as lines."""
+    pixel = mtf.pixel_size_in_angstroms
+    by_default = ""
+    if settings.detector_pixel_size is None:
+        by_default = " (the voxel size of the maps; --detector-pixel-size says another)"
+    told = [
+        f"divided by the transfer function of {settings.mtf}, for detector pixels of "
+        f"{pixel:g} A{by_default}"
+    ]
+    resolved = result.resolution.in_angstroms
+    # Nothing is divided beyond the Nyquist frequency.
+    finest = max(min(resolved, settings.low_pass or resolved), 2 * voxel)
+    last = pixel / mtf.frequencies[-1]
+    if last > finest:
+        told.append(
+            f"the table of {settings.mtf} ends at {last:.2f} A, and its last value is "
+            f"used from there to {finest:.2f} A"
+        )
+    return told
+
+
+def _write(
+    settings: PostprocessSettings,
+    result: Postprocessed,
+    voxel: float,
+    mtf: ModulationTransfer | None,
+) -> bool:
     """Write the maps, the curves and their picture, unless they are there."""
     out = settings.out
     details = {
@@ -72,6 +107,9 @@ def _write(settings: PostprocessSettings, result: Postprocessed, voxel: float) -
                 "half2": str(settings.half2),
                 "mask": str(settings.mask) if settings.mask else None,
                 "mtf": str(settings.mtf) if settings.mtf else None,
+                "detector_pixel_size_in_angstroms": (
+                    mtf.pixel_size_in_angstroms if mtf else None
+                ),
                 "voxel_size_in_angstroms": voxel,
                 **result.row(),
             }

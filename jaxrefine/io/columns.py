@@ -245,5 +245,5 @@ def _number(text: str) -> float:
 
 
 def fixed(numbers: Float64[np.ndarray, " particles"]) -> list[str]:
-    """Format numbers for a column, with six decimal places."""
-    return [f"{number:.6f}" for number in numbers]
+    """Format numbers for a column, with six decimal places, and no sign of 0."""
+    return [f"{number:z.6f}" for number in numbers]

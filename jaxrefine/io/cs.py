@@ -63,8 +63,10 @@ _REQUIRED_OPTICS = _OPTICS - {PARTICLE_OPTICS[column] for column in _DEFAULTS}
 _EXPOSURE_GROUP = "ctf/exp_group_id"
 _ABERRATION = GROUP_OPTICS["rlnSphericalAberration"]
 _ANGSTROMS_PER_MILLIMETRE = 1e7
+# Fields of aberrations that need the optics, and how many numbers each has.
+_WITH_OPTICS = {TILT: 2, TREFOIL: 2, TETRAFOIL: 4}
 # RELION has no column for it, and programs that read it do not agree on its sign.
-_NO_COLUMN = ("ctf/shift_A",)
+_SHIFT = "ctf/shift_A"
 _POSES, _OF_CLASSES = "alignments3D", "alignments3D_multi"
 _OF_CLASS = re.compile(r"alignments_class_(\d{1,9})/")
 # Fields of a pose, and the shape of each; the last two may be missing.
@@ -93,7 +95,7 @@ class TableFile:
         What is wrong with each passthrough file that could not be read, and that was
         not needed.
     ignored
-        Fields of optics that RELION's columns do not have, and that are not zero.
+        Fields of optics that are in no column of RELION's, and that are not zero.
     """
 
     blocks: dict[str, Table] = field(repr=False)
@@ -123,12 +125,13 @@ def read_cs(
     The beam tilt is the angle whose sine is ``ctf/tilt_A`` over the spherical
     aberration, and RELION's magnification matrix the identity plus ``ctf/anisomag``, as
     in pyem and in specter. ``ctf/trefoil_A`` and ``ctf/tetra_A`` become Zernike
-    coefficients (`_zernike_terms`). ``filament/filament_uid``
+    coefficients, by the equations of the page "Coming from cryoSPARC" of the
+    documentation. All three need the optics. ``filament/filament_uid``
     becomes ``rlnHelicalTubeID``, numbered from 1. ``sym_expand/src_uid``, or ``uid``
     where that is not known, becomes the column ``jaxrefineSource`` if rows have one in
     common or are copies. Images in which protein is dark (``blob/sign`` of -1) get a
-    negative ``rlnCtfScalefactor``. ``ctf/shift_A`` and 2-D alignments are ignored; the
-    first is named in `TableFile.ignored` if it is not zero.
+    negative ``rlnCtfScalefactor``. ``ctf/shift_A`` and 2-D alignments are ignored. Of
+    ``ctf``, what is ignored and not zero is named in `TableFile.ignored`.
 
     Without ``alignments3D``, each particle has the pose of its most probable class
     (``alignments3D_multi``, or ``alignments_class_0``, ``alignments_class_1``, ...),
@@ -149,8 +152,8 @@ def read_cs(
         Keep only the particles of this class, counted from 0 as in cryoSPARC. A
         particle is of its most probable class, or of the one in ``alignments3D/class``.
     with_ctf
-        Whether the optics are used. If not, and if they cannot be read, they are left
-        out.
+        Whether the optics are used. If not, and if they or the aberrations cannot be
+        read, they are left out.
 
     Raises
     ------
@@ -168,9 +171,10 @@ def read_cs(
         others, passed_over = [_given(table, existing_file(passthrough))], ()
     table = _join(table, others)
     table.require_group("blob")
+    table, classes = _of_class(table, class_number)
+    given = table
     if not with_ctf:
         table = _without_bad_optics(table)
-    table, classes = _of_class(table, class_number)
     stacks, pixels = table.paths("blob/path"), table.positive("blob/psize_A")
     if not all(stacks):
         raise InputError(
@@ -202,7 +206,7 @@ def read_cs(
         number = {tube: str(i) for i, tube in enumerate(dict.fromkeys(tubes), start=1)}
         particles["rlnHelicalTubeID"] = [number[tube] for tube in tubes]
     blocks = {"optics": optics, "particles": particles}
-    ignored = _not_converted(table)
+    ignored = _not_converted(given, table)
     return TableFile(blocks, table.joined, classes, passed_over, ignored)
 
 
@@ -296,10 +300,10 @@ class _Fields:
             )
         return numbers
 
-    def has_numbers(self, name: str) -> bool:
-        """Return whether `numbers` returns a field with a number for each particle."""
+    def has_numbers(self, name: str, *shape: int) -> bool:
+        """Return whether `numbers` returns a field, and does not refuse it."""
         try:
-            self.numbers(name)
+            self.numbers(name, *shape)
         except InputError:
             return False
         return True
@@ -608,11 +612,21 @@ def _format(stack: str) -> str:
 
 
 def _without_bad_optics(table: _Fields) -> _Fields:
-    """Return a table without its optics, if they are incomplete or not finite."""
+    """Return a table without its optics, if they are incomplete or not finite.
+
+    Nor has it aberrations that are not finite, or cannot be converted.
+    """
     used = (_OPTICS | {_EXPOSURE_GROUP}) & table.arrays.keys()
     bad = {name for name in used if not table.has_numbers(name)}
+    bad |= {
+        name
+        for name, count in _WITH_OPTICS.items()
+        if name in table and not table.has_numbers(name, count)
+    }
     if bad & _OPTICS or not used >= _REQUIRED_OPTICS:
         bad |= _OPTICS
+    elif (table.numbers(GROUP_OPTICS["rlnVoltage"]) <= 0).any():
+        bad |= {TREFOIL, TETRAFOIL}
     kept = {name: array for name, array in table.arrays.items() if name not in bad}
     return replace(table, arrays=kept)
 
@@ -726,16 +740,22 @@ def _lengths(table: _Fields, name: str, count: int) -> np.ndarray:
     return table.numbers(name, count)
 
 
-def _not_converted(table: _Fields) -> tuple[str, ...]:
-    """Return the fields of optics that have an effect, and no column of RELION's."""
-    names = [
-        name for name in _NO_COLUMN if name in table and np.any(table.arrays[name])
-    ]
-    if _has_optics(table) and _ABERRATION in table:
-        sine = _sine_of_tilt(table)
-        if sine is not None and sine.any() and not _beam_tilt(table):
+def _not_converted(given: _Fields, kept: _Fields) -> tuple[str, ...]:
+    """Return the fields that have an effect, and are in no column of RELION's.
+
+    Parameters
+    ----------
+    given
+        The table as it was read.
+    kept
+        That without the fields that are left out.
+    """
+    names = [*_WITH_OPTICS, _SHIFT]
+    if _has_optics(kept):
+        names = [name for name in names if name not in kept or name == _SHIFT]
+        if TILT in kept and not _beam_tilt(kept):
             names.insert(0, TILT)
-    return tuple(names)
+    return tuple(name for name in names if name in given and given.arrays[name].any())
 
 
 def _poses(table: _Fields, pixels: np.ndarray) -> Table:

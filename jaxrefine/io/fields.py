@@ -27,7 +27,8 @@ TREFOIL = "ctf/trefoil_A"
 """cryoSPARC's field of a trefoil: along x and y, in A."""
 
 TETRAFOIL = "ctf/tetra_A"
-"""cryoSPARC's field of fourth order but C_s: cos and sin of 2 and of 4 angles, in A."""
+"""cryoSPARC's field, in A, of the terms of fourth order besides C_s:
+cos 2 phi, sin 2 phi, cos 4 phi, sin 4 phi."""
 
 MAGNIFICATION = "ctf/anisomag"
 """cryoSPARC's field of RELION's magnification matrix, minus the identity."""

@@ -20,7 +20,8 @@ class ModulationTransfer:
     values
         The transfer at them, more than 0.
     pixel_size_in_angstroms
-        Edge of a pixel of the detector, on the scale of the specimen.
+        Edge of a physical pixel of the detector, on the scale of the specimen: before
+        binning, and not of super-resolution.
     """
 
     frequencies: Float[np.ndarray, " rows"]
@@ -33,7 +34,9 @@ class ModulationTransfer:
         """Return the transfer at frequencies in cycles per angstrom.
 
         It is interpolated linearly, and constant before the first row and beyond the
-        last one, as in RELION.
+        last one. For many evenly spaced rows this is what RELION does. With few or
+        uneven rows it differs: RELION takes the first value throughout the first
+        interval, and finds the row by the mean spacing of all.
         """
         on_detector = frequencies * self.pixel_size_in_angstroms
         return np.interp(on_detector, self.frequencies, self.values)

@@ -43,6 +43,9 @@ _LEAST_SHELLS = 3
 # Largest exponent of a B factor's gain: e**88 is the limit of single precision.
 _LARGEST_EXPONENT = 80
 
+# Sizes that differ by less, relatively, are the same: they are rounded in files.
+_SAME_SIZE = 0.01
+
 Curve = Float[np.ndarray, " shells"]
 """A Fourier shell correlation at the shells 0, ..., n // 2."""
 
@@ -138,9 +141,10 @@ def postprocess(
     .. math:: \sqrt{\frac{2 F(r)}{1 + F(r)}}\; e^{-B |k|^2 / 4 (n p)^2}\; L(|k|),
 
     where p is the voxel size, and divided by the transfer function of the detector
-    at :math:`|k| / (n p)`. The weight of shell 0 is 1; weights are 0 from the first
-    shell on in which F is not positive. L falls from 1 to 0 as a cosine, from one shell
-    before the cut-off to one shell after it.
+    at :math:`|k| / (n p)`, if :math:`|k| < n / 2`: RELION leaves the Nyquist frequency
+    and what is beyond undivided. The weight of shell 0 is 1; weights are 0 from the
+    first shell on in which F is not positive. L falls from 1 to 0 as a cosine, from one
+    shell before the cut-off to one shell after it.
 
     Parameters
     ----------
@@ -170,7 +174,8 @@ def postprocess(
     InputError
         If shapes differ, values are not finite, the half maps are equal, zero within
         the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, none
-        can be made, or a number is out of range.
+        can be made, or a number is out of range: a pixel of the detector is at most
+        twice a voxel, as with super-resolution.
     """
     _check(half1, half2)
     check_positive("the voxel size", voxel_size_in_angstroms)
@@ -181,7 +186,7 @@ def postprocess(
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
     if mtf is not None:
-        check_positive("the detector's pixel size", mtf.pixel_size_in_angstroms)
+        _check_detector(mtf.pixel_size_in_angstroms, voxel_size_in_angstroms)
     n, mask = half1.shape[0], mask.astype(half1.dtype)
     box = n * voxel_size_in_angstroms
     shells = np.arange(n // 2 + 1)
@@ -199,14 +204,16 @@ def postprocess(
     resolved = resolution(true, n, voxel_size_in_angstroms)
     radius = box / resolved.in_angstroms
 
+    division = np.ones_like(radii(n))
     if mtf is not None:
-        mean = filtered(mean, 1 / mtf(radii(n) / box))
+        division = np.where(radii(n) < n / 2, 1 / mtf(radii(n) / box), 1.0)
     weight = _weights(true)
     b_factor, reason = b_factor_in_square_angstroms, None
     if isinstance(b_factor, GuinierFit):
-        b_factor, reason = _fit(mean, weight, box, b_factor, radius)
+        b_factor, reason = _fit(mean, division, weight, box, b_factor, radius)
     cut_off = radius if low_pass_in_angstroms is None else box / low_pass_in_angstroms
-    volume = filtered(mean, _transfer(n, weight, b_factor or 0.0, cut_off, box))
+    transfer = _transfer(division, weight, b_factor or 0.0, cut_off, box)
+    volume = filtered(mean, transfer)
     return Postprocessed(
         volume,
         volume * mask,
@@ -261,20 +268,39 @@ def _check_size(name: str, other: Array, half1: Array) -> None:
         )
 
 
+def _check_detector(pixel_size: float, voxel_size: float) -> None:
+    """Refuse pixels of a detector that the images cannot be from."""
+    check_positive("the detector's pixel size", pixel_size)
+    if pixel_size > 2 * voxel_size * (1 + _SAME_SIZE):
+        raise InputError(
+            "the detector's pixel size must be at most twice the voxel size of "
+            f"{voxel_size:g} A, since images have no pixels finer than half of the "
+            f"detector's (super-resolution), got {pixel_size:g} A"
+        )
+
+
 def _transfer(
-    n: int, weight: np.ndarray, b_factor: float, cut_off: float, box: float
+    division: np.ndarray,
+    weight: np.ndarray,
+    b_factor: float,
+    cut_off: float,
+    box: float,
 ) -> np.ndarray:
-    """Return the factors of the mean map's spectrum; the cut-off is in shells."""
-    frequency = radii(n)
+    """Return the factors of the mean map's spectrum; the cut-off is in shells.
+
+    They include `division`, and are 0 where the weight or the low-pass filter is.
+    """
+    frequency = radii(len(division))
     shell = np.minimum(np.rint(frequency), len(weight)).astype(int)
     transfer = np.append(weight, 0)[shell] * cosine_edge(frequency, cut_off)
-    highest, decay = frequency[transfer > 0].max(), b_factor / 4 / box**2
-    if not (math.isfinite(decay) and -decay * highest**2 < _LARGEST_EXPONENT):
+    passed, decay = transfer > 0, b_factor / 4 / box**2
+    highest, most = frequency[passed].max(), np.log(division[passed].max())
+    if not (math.isfinite(decay) and most - decay * highest**2 < _LARGEST_EXPONENT):
         raise InputError(
             "the B factor must be finite and raise amplitudes by less than "
             f"e^{_LARGEST_EXPONENT}, got {b_factor:g} A^2"
         )
-    return transfer * np.exp(-decay * np.minimum(frequency, highest) ** 2)
+    return transfer * division * np.exp(-decay * np.minimum(frequency, highest) ** 2)
 
 
 def _with_random_phases(key: PRNGKeyArray, volume: Volume, first: int) -> Volume:
@@ -294,7 +320,12 @@ def _weights(curve: np.ndarray) -> np.ndarray:
 
 
 def _fit(
-    mean: Volume, weight: np.ndarray, box: float, fit: GuinierFit, radius: float
+    mean: Volume,
+    division: np.ndarray,
+    weight: np.ndarray,
+    box: float,
+    fit: GuinierFit,
+    radius: float,
 ) -> tuple[float | None, str | None]:
     """Return the B factor of the Guinier plot up to a radius, or why there is none."""
     shells = np.arange(len(weight))
@@ -306,7 +337,7 @@ def _fit(
             f"{box / radius:.2f} A."
         )
     shell = np.rint(radii(mean.shape[0])).astype(int).ravel()
-    amplitude = np.abs(np.asarray(jnp.fft.rfftn(mean))).ravel()
+    amplitude = (np.abs(np.asarray(jnp.fft.rfftn(mean))) * division).ravel()
     averages = np.bincount(shell, amplitude) / np.bincount(shell)
     logarithm = np.log(weight[used] * averages[: len(weight)][used])
     slope, _ = np.polyfit((shells[used] / box) ** 2, logarithm, 1)

@@ -134,14 +134,34 @@ def test_options_reach_the_library(maps, tmp_path, run, options, b_factor):
 def test_the_detectors_function_reaches_the_library(maps, tmp_path, run, pixel):
     path = write_mtf(tmp_path / "mtf.star")
     command = [maps / "half1.mrc", maps / "half2.mrc", "--out", tmp_path / "out"]
-    command += ["--mask", maps / "mask.mrc", "--mtf", path]
+    command += ["--mask", maps / "mask.mrc", "--mtf", path, "--low-pass", "3"]
     command += [] if pixel is None else ["--detector-pixel-size", str(pixel)]
-    assert run("postprocess", *command).code == 0
+    code, text, _ = run("postprocess", *command)
+    assert code == 0
+    line = f"divided by the transfer function of {path}, for detector pixels of "
+    line += "1.25 A\n" if pixel else "2 A (the voxel size of the maps; --detector-"
+    assert line in text and "ends at" not in text
     mask = jnp.asarray(read_mrc(maps / "mask.mrc")[0])
     mtf = read_mtf(path, pixel or VOXEL)
     one, two = halves_of(maps)
-    result = postprocess(one, two, mask, VOXEL, key=jax.random.key(0), mtf=mtf)
-    assert check_files(tmp_path / "out", result, mask)["mtf"] == str(path)
+    key = jax.random.key(0)
+    result = postprocess(
+        one, two, mask, VOXEL, key=key, low_pass_in_angstroms=3.0, mtf=mtf
+    )
+    content = check_files(tmp_path / "out", result, mask)
+    assert content["mtf"] == str(path)
+    assert content["detector_pixel_size_in_angstroms"] == (pixel or VOXEL)
+
+
+def test_a_table_that_ends_too_early_is_told_of(maps, tmp_path, run):
+    """At 8 A; what is beyond the Nyquist frequency, 4 A, is not divided."""
+    command = [maps / "half1.mrc", maps / "half2.mrc", "--out", tmp_path / "out"]
+    command += ["--mask", maps / "mask.mrc", "--low-pass", "3"]
+    path = write_mtf(tmp_path / "mtf.star", frequencies=(0, 0.1, 0.25))
+    done = run("postprocess", *command, "--mtf", path)
+    assert done.code == 0
+    line = f"the table of {path} ends at 8.00 A, and its last value is used from there "
+    assert line + "to 4.00 A\n" in done.out
 
 
 def test_a_b_factor_that_cannot_be_fitted(maps, tmp_path, run):
@@ -232,8 +252,11 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
     full.mkdir()
     (full / "notes.txt").touch()
     out = ("--out", new)
+    good = write_mtf(tmp_path / "good.star")
     back = write_mtf(tmp_path / "back.star", frequencies=(0, 0.5, 0.5))
     zero = write_mtf(tmp_path / "zero.star", values=(1, 0.5, 0))
+    percent = write_mtf(tmp_path / "percent.star", values=(100, 80, 40))
+    write_star(tmp_path / "one.star", {"": {"rlnResolutionInversePixel": (0, 1)}})
     short = write_mtf(tmp_path / "short.star", frequencies=(0,), values=(1,))
     write_star(tmp_path / "fsc.star", {"": {"rlnResolution": (0, 1)}})
     for arguments, words in (
@@ -257,7 +280,19 @@ def test_bad_input_is_a_sentence(maps, tmp_path, run):
             (one, two, *out, "--mtf", back),
             "InversePixel: the value must be at least 0",
         ),
-        ((one, two, *out, "--mtf", zero), "must be at least 1e-10, got '0' (row 3)"),
+        (
+            (one, two, *out, "--mtf", zero),
+            "must be above 0 and at most 1.5 (it is 1 at frequency 0), got '0' (row 3)",
+        ),
+        ((one, two, *out, "--mtf", percent), "and at most 1.5 (it is 1 at frequency"),
+        (
+            (one, two, *out, "--mtf", tmp_path / "one.star"),
+            "got none named rlnMtfValue",
+        ),
+        (
+            (one, two, *out, "--mtf", good, "--detector-pixel-size", "4.5"),
+            "at most twice the voxel size of 2 A",
+        ),
         ((one, two, *out, "--mtf", short), "must have at least two rows, got 1"),
         ((one, two, *out, "--mtf", tmp_path / "fsc.star"), "have the columns rlnRes"),
         ((one, two, *out, "--detector-pixel-size", "1"), "must be given with --mtf"),

@@ -187,7 +187,7 @@ def test_without_relion_a_study_ends_and_is_drawn(tmp_path):
 def test_every_baseline_runs(tmp_path):
     """Together with the engine; poses and maps are kept, RELION's where it is."""
     out = tmp_path / "run"
-    words = ["methods=['engine', 'matching', 'relion']", "size=32", "particles=24"]
+    words = ["methods=['engine', 'matching', 'relion']", "size=32", "particles=16"]
     sets = [
         word for each in [*words, "relion_limit_min=20"] for word in ("--set", each)
     ]

@@ -233,7 +233,9 @@ def test_lengths_of_cryosparc_have_the_phases_of_specter(cs, tmp_path):
     """Lengths, factors and axes of its tests: its angles count from the y axis.
 
     There ``tilt_A`` has the phase ``-2 pi lambda^2 k^2 (k . tilt_A)``, as here, so that
-    other phases have their signs too.
+    trefoil has its sign relative to the beam tilt. The absolute sign is not specter's:
+    its images have the factor ``exp(-i chi)``, the conjugate of RELION's. It is that of
+    the beam tilt in pyem.
     """
     some = np.arange(COUNT)[:, None] % 2
     path = cs(trefoil_A=some * TREFOIL, tetra_A=some * TETRAFOIL)
@@ -258,6 +260,7 @@ def test_lengths_of_cryosparc_have_the_phases_of_specter(cs, tmp_path):
     again = there(read_particles(tmp_path / "out.star").particles.aberrations)
     np.testing.assert_array_equal(again.odd, found.odd)
     np.testing.assert_array_equal(again.even, found.even)
+    assert "-0.000000" not in ",".join(file.blocks["optics"]["rlnOddZernike"])
 
 
 def test_lengths_are_those_of_the_other_aberrations(cs):
@@ -290,3 +293,22 @@ def test_what_of_cryosparc_has_no_column_is_named(cs):
     assert file.ignored == ("ctf/tilt_A",) and file.particles.aberrations is None
     file = read_particles(cs(tilt_A=TILT), with_ctf=False)
     assert file.ignored == ("ctf/tilt_A",) and file.particles.aberrations is None
+
+
+def test_aberrations_that_are_not_used_may_be_bad(cs):
+    """Without a CTF they are named; so are those that lack the rest of the optics."""
+    some, bad = np.ones((COUNT, 2)), np.full((COUNT, 2), np.nan)
+    every = ("ctf/tilt_A", "ctf/trefoil_A", "ctf/tetra_A")
+    with pytest.raises(InputError, match="field ctf/trefoil_A: values must be finite"):
+        read_particles(cs(trefoil_A=bad))
+    for fields, named in (
+        ({"tilt_A": bad, "trefoil_A": bad, "tetra_A": some}, every),
+        ({"trefoil_A": bad, "tetra_A": np.zeros((COUNT, 4))}, every[1:2]),
+        (
+            {"cs_mm": bad[:, 0], "tilt_A": some, "trefoil_A": some, "shift_A": some},
+            (*every[:2], "ctf/shift_A"),
+        ),
+        ({"accel_kv": np.zeros(COUNT), "trefoil_A": some}, every[1:2]),
+    ):
+        file = read_particles(cs(**fields), with_ctf=False)
+        assert file.ignored == named and file.particles.aberrations is None

@@ -56,8 +56,8 @@ class PostprocessSettings:
         above=True,
         metavar="A",
         default_text="the voxel size of the maps",
-        help="with --mtf, pixel size of the detector: that of the micrographs before "
-        "any binning",
+        help="with --mtf, physical pixel size of the detector: that of the raw "
+        "micrographs, before binning and not of super-resolution",
     )
     low_pass: float | None = option(
         None,
