@@ -157,7 +157,7 @@ def of_determined(
 
 def of_all(
     of_sets: Sequence[OpticsEstimate | None],
-    indices: Sequence[Int[np.ndarray, " chosen"]],
+    indices: Sequence[Int[np.ndarray, " _"]],
 ) -> OpticsEstimate | None:
     """Return what is known of all particles' optics from what is of those of the sets.
 

@@ -253,7 +253,7 @@ def divided(
 
 
 def in_order(
-    parts: Sequence[PyTree], places: Sequence[Int[np.ndarray, " chosen"]]
+    parts: Sequence[PyTree], places: Sequence[Int[np.ndarray, " _"]]
 ) -> Any:
     """Return what is known of the parts of a set, brought into the order of the whole.
 
@@ -272,7 +272,7 @@ def halves(
     particles: Particles,
     key: PRNGKeyArray,
     subsets: Int[np.ndarray, " particles"] | None,
-) -> list[Int[np.ndarray, " chosen"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Return the indices of the particles of either half: as given, or at random.
 
     Parameters
