@@ -188,9 +188,7 @@ def test_every_baseline_runs(tmp_path):
     """Together with the engine; poses and maps are kept, RELION's where it is."""
     out = tmp_path / "run"
     words = ["methods=['engine', 'matching', 'relion']", "size=32", "particles=16"]
-    sets = [
-        word for each in [*words, "relion_limit_min=20"] for word in ("--set", each)
-    ]
+    sets = [word for each in [*words, "relion_limit_min=2"] for word in ("--set", each)]
     done = run("--preset", "smoke", *sets, "--out", str(out), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = timeless(out)
