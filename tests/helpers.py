@@ -17,6 +17,15 @@ import pytest
 
 from jaxrefine.euler import euler_to_matrix
 from jaxrefine.geometry import Poses
+from jaxrefine.operators.gridding import Gridding
+from jaxrefine.refinement.config import RefineConfig
+
+COARSE = RefineConfig(
+    interpolation=Gridding(2, 2.0),
+    search_interpolation=Gridding(2, 2.0),
+    insertion=Gridding(2, 2.0),
+)
+"""Refinements that interpolate coarsely, of which less is compiled."""
 
 
 def there(value):

@@ -103,8 +103,10 @@ def _run(
             raise
         sentence = "there is not enough memory"
         names = {each.name for each in declared(command.settings)}
-        if {"batch_size", "devices"} <= names:
-            sentence += "; try a smaller --batch-size or fewer --devices"
+        if "batch_size" in names:
+            sentence += "; try a smaller --batch-size"
+        if "devices" in names:
+            sentence += " or fewer --devices"
         return _refuse(command, sentence)
     except BrokenPipeError:
         # The reader has gone, as in ``| head``; Python's last flush must not fail too.

@@ -715,7 +715,7 @@ def _zernike_terms(
     (Source: specter, which derives the factors and the axes from cryoSPARC's own code.
     The sign of trefoil is that of the beam's tilt, for which pyem has RELION's.)
     """
-    trefoil, fourth = _lengths(table, TREFOIL, 2), _lengths(table, TETRAFOIL, 4)
+    trefoil, fourth = _lengths(table, TREFOIL), _lengths(table, TETRAFOIL)
     if not trefoil.any() and not fourth.any():
         return {}
     with jax.enable_x64(True):
@@ -733,8 +733,9 @@ def _zernike_terms(
     return terms
 
 
-def _lengths(table: _Fields, name: str, count: int) -> np.ndarray:
-    """Return a field with some numbers for each particle; zeros if it is missing."""
+def _lengths(table: _Fields, name: str) -> np.ndarray:
+    """Return a field of aberrations; zeros if it is missing."""
+    count = _WITH_OPTICS[name]
     if name not in table:
         return np.zeros((len(table), count))
     return table.numbers(name, count)

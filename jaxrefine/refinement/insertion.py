@@ -188,7 +188,7 @@ def pairwise_sum(sums: Iterable[Sums]) -> Sums:
         while number % 2 == 0:
             total, number = waiting.pop() + total, number // 2
         waiting.append(total)
-        del total  # which would be held until the next is there
+        del total  # Until the next is there it would be held, as by `enumerate`.
     (whole,) = waiting
     return whole
 

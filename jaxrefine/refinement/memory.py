@@ -192,12 +192,8 @@ def estimate_bytes(particles: int, image_size: int, config: RefineConfig) -> int
     held = (_GIVEN + _MAPS * sets + (2 * _MAPS + _SUMS) * (sets - 1)) * cube
     held += _HYPOTHESIS * (config.places + 1) * particles
     inserted = -(-particles // (FOLDS * sets)) * config.places
-    stages = (
-        _visit_bytes(particles, image_size, config),
-        _insertion_bytes(inserted, image_size, config),
-        _choice_bytes(image_size),
-    )
-    return int(_programs(cube, _PROGRAMS + _POSE_PROGRAMS) + held + max(stages))
+    stage = _largest_stage_bytes(particles, inserted, image_size, config)
+    return int(_programs(cube, _PROGRAMS + _POSE_PROGRAMS) + held + stage)
 
 
 def estimate_map_bytes(particles: int, image_size: int, config: RefineConfig) -> int:
@@ -207,12 +203,20 @@ def estimate_map_bytes(particles: int, image_size: int, config: RefineConfig) ->
     """
     cube = _cube(image_size)
     held = (_GIVEN + _MAPS) * cube + _HYPOTHESIS * particles
-    stages = (
+    inserted = -(-particles // FOLDS)
+    stage = _largest_stage_bytes(particles, inserted, image_size, config)
+    return int(_programs(cube, _PROGRAMS) + held + stage)
+
+
+def _largest_stage_bytes(
+    particles: int, inserted: int, image_size: int, config: RefineConfig
+) -> int:
+    """Return what the stage takes that needs most, for so many hypotheses in a fold."""
+    return max(
         _visit_bytes(particles, image_size, config),
-        _insertion_bytes(-(-particles // FOLDS), image_size, config),
+        _insertion_bytes(inserted, image_size, config),
         _choice_bytes(image_size),
     )
-    return int(_programs(cube, _PROGRAMS) + held + max(stages))
 
 
 def _cube(image_size: int) -> int:

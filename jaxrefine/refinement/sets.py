@@ -252,9 +252,7 @@ def divided(
     return len(np.intersect1d(*of_both, assume_unique=True))
 
 
-def in_order(
-    parts: Sequence[PyTree], places: Sequence[Int[np.ndarray, " _"]]
-) -> Any:
+def in_order(parts: Sequence[PyTree], places: Sequence[Int[np.ndarray, " _"]]) -> Any:
     """Return what is known of the parts of a set, brought into the order of the whole.
 
     Parameters

@@ -12,6 +12,7 @@ import pytest
 
 from jaxrefine import cli
 from jaxrefine.cli.commands import COMMANDS, Command
+from jaxrefine.cli.commands.demo import DemoSettings
 from jaxrefine.cli.commands.fsc import FscSettings
 from jaxrefine.cli.commands.postprocess import PostprocessSettings
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
@@ -110,15 +111,25 @@ def test_interruptions_and_refusals_are_a_sentence(run, error, code, words):
     assert "None" not in result.err
 
 
-@pytest.mark.parametrize("settings", [FscSettings, ReconstructSettings])
-def test_a_smaller_batch_is_advised_where_there_is_one(run, settings):
+@pytest.mark.parametrize(
+    ("settings", "words", "advice"),
+    [
+        (FscSettings, ["a.mrc", "b.mrc"], set()),
+        (DemoSettings, ["--out", "b"], {"--batch-size"}),
+        (ReconstructSettings, ["a", "--out", "b"], {"--batch-size", "--devices"}),
+    ],
+)
+def test_a_smaller_batch_is_advised_where_there_is_one(run, settings, words, advice):
+    """And fewer devices, where their number is an option."""
+
     def fail(settings):
         raise MemoryError
 
     command = Command("fail", "summary", "description", settings, fail)
-    words = ["a.mrc", "b.mrc"] if settings is FscSettings else ["a", "--out", "b"]
     err = run("fail", *words, commands=[command]).err
-    assert ("--batch-size" in err) == (settings is ReconstructSettings)
+    assert {
+        option for option in ("--batch-size", "--devices") if option in err
+    } == advice
 
 
 def test_a_negative_number_may_have_an_exponent(run):

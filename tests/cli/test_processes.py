@@ -197,7 +197,7 @@ def expected(data, tmp_path_factory):
 
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds(data, tmp_path, expected):
-    """Of three, one visits particles and inserts none; each does its share.
+    """Three visit particles, and two of them insert images.
 
     Then they find that there is nothing left to do.
     """

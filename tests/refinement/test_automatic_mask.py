@@ -7,29 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import COARSE
 
 from jaxrefine import simulate
 from jaxrefine.data.particles import Particles
 from jaxrefine.io import load_checkpoint, save_checkpoint
 from jaxrefine.maps.fsc import fsc, mean_fsc
 from jaxrefine.maps.mask import AutomaticMask
-from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import loop, map_step, pose_step
-from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
 
-N, P, PIXEL, SNR_DB = 32, 200, 4.0, -5.0
+N, P, PIXEL, SNR_DB = 46, 200, 4.0, -5.0
 SINGLE, KEY = jnp.float32, jax.random.key(3)
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     angle_spread=0.2,
     shift_spread=0.8,
     max_shift=3.0,
     iterations=3,
     half_sets=True,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
 )
 # Density at the envelope of a map of height 1.
 SURFACE = 0.05
@@ -129,4 +125,4 @@ def test_a_mask_is_made_of_the_map_that_is_masked_alone():
     one, same = (pose_step.reference_maps(whole, each)[0] for each in (state, other))
     np.testing.assert_array_equal(one, same)
     masked = whole.masked(state.maps[0].coefficients, state.fold_fsc)
-    assert float(jnp.mean(masked == 0)) > 0.1
+    assert float(jnp.mean(masked == 0)) > 0.3

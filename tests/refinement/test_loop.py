@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import digest_on
+from helpers import COARSE, digest_on
 
 from jaxrefine import evaluation, simulate
 from jaxrefine.data.particles import Particles
@@ -39,7 +39,6 @@ from jaxrefine.refinement import (
     reconstruction,
     schedule,
 )
-from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, make_particle_set
 
 pytestmark = pytest.mark.slow
@@ -50,17 +49,14 @@ SILENT = [ZEROS, CONSTANT, NOISE]
 SINGLE = jnp.float32
 KEY = jax.random.key(3)
 # One band limit and coarse interpolation, so that little is compiled, and once.
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     angle_spread=0.3,
     shift_spread=1.2,
     iterations=3,
     first_r_max=LAST,
     search_r_max=LAST,
     candidates=16,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
     batch_size=64,
 )
 

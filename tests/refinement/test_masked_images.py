@@ -1,9 +1,12 @@
 """What a refinement believes of images that are 0 outside of a circle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import COARSE
 
 from jaxrefine import evaluation, simulate
 from jaxrefine.data.particles import Particles
@@ -12,14 +15,13 @@ from jaxrefine.geometry import Poses
 from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import loop
-from jaxrefine.refinement.config import RefineConfig
 
 pytestmark = pytest.mark.slow
 
 N, LAST, P, DIAMETER = 32, 15, 400, 14.0
 SINGLE, KEY = jnp.float32, jax.random.key(3)
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     angle_spread=0.5,
     shift_spread=2.0,
     iterations=1,
@@ -27,9 +29,6 @@ CONFIG = RefineConfig(
     search_r_max=LAST,
     multi_start=(),
     hypotheses=1,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
     tau=1.0,
     batch_size=100,
 )

@@ -62,34 +62,29 @@ def test_estimates_are_near_the_peaks_on_record():
 
 
 PEAKS = [
-    (estimate_bytes, 64, 256, 1208),
-    (estimate_bytes, 64, 1000, 1225),
-    (estimate_bytes, 96, 256, 1869),
-    (estimate_bytes, 128, 256, 2521),
-    (estimate_bytes, 128, 1000, 2604),
-    (estimate_bytes, 160, 256, 3668),
-    (estimate_map_bytes, 64, 1000, 808),
-    (estimate_map_bytes, 128, 500, 2090),
+    (estimate_bytes, 64, 256, False, 1208),
+    (estimate_bytes, 64, 512, True, 1306),
+    (estimate_bytes, 64, 1000, False, 1225),
+    (estimate_bytes, 96, 256, False, 1869),
+    (estimate_bytes, 128, 256, False, 2521),
+    (estimate_bytes, 128, 1000, False, 2604),
+    (estimate_bytes, 160, 256, False, 3668),
+    (estimate_map_bytes, 64, 1000, False, 808),
+    (estimate_map_bytes, 128, 500, False, 2090),
 ]
-"""Boxes, particles and MiB: of programs that were compiled anew, on two devices."""
+"""Box, particles, half sets, MiB: programs compiled anew, on two devices."""
 
 
-@pytest.mark.parametrize(("estimate", "n", "particles", "peak"), PEAKS)
-def test_estimates_are_the_measured_peaks(estimate, n, particles, peak, monkeypatch):
+@pytest.mark.parametrize(("estimate", "n", "particles", "half_sets", "peak"), PEAKS)
+def test_estimates_are_the_measured_peaks(
+    estimate, n, particles, half_sets, peak, monkeypatch
+):
     """The formula has constants of these, as in docs/results.md."""
     if default_insertion() != Finufft() or jax.default_backend() != "cpu":
         pytest.skip("the peaks are those of jax-finufft on a CPU")
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    estimated = estimate(particles, n, RefineConfig()) / MIB
+    estimated = estimate(particles, n, RefineConfig(half_sets=half_sets)) / MIB
     assert estimated == pytest.approx(peak, rel=0.15)
-
-
-def test_the_estimate_of_half_sets_is_the_measured_peak(monkeypatch):
-    if default_insertion() != Finufft() or jax.default_backend() != "cpu":
-        pytest.skip("the peaks are those of jax-finufft on a CPU")
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    estimated = estimate_bytes(512, 64, RefineConfig(half_sets=True)) / MIB
-    assert estimated == pytest.approx(1306, rel=0.15)
 
 
 def test_more_of_anything_needs_no_less():

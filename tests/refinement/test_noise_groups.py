@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import COARSE
 
 from jaxrefine import evaluation, simulate
 from jaxrefine.ctf import CTF
@@ -23,7 +24,6 @@ from jaxrefine.poses.polish import polish_poses
 from jaxrefine.poses.prior import priors_about
 from jaxrefine.poses.solvers import LevenbergMarquardt
 from jaxrefine.refinement import insertion, loop, map_step, reconstruction
-from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import divide, make_particle_set
 
 pytestmark = pytest.mark.slow
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 N, LAST, P = 16, 7, 240
 SHELLS = N // 2 + 1
 SINGLE, KEY = jnp.float32, jax.random.key(3)
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     angle_spread=0.2,
     shift_spread=0.5,
     iterations=2,
@@ -40,9 +40,6 @@ CONFIG = RefineConfig(
     search_r_max=LAST,
     multi_start=(0,),
     candidates=8,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
     tau=1.0,
     batch_size=40,
 )
@@ -153,7 +150,7 @@ def test_the_cost_is_that_of_the_groups_own_noise(scene, images, with_optics):
         (images, scene.ctf if with_optics else None, scene.poses),
     )
     (cost, gradient), (same, expected), exact = costs(
-        COARSE.spectrum(scene.truth.astype(float), LAST),
+        COARSE.interpolation.spectrum(scene.truth.astype(float), LAST),
         view,
         plain,
         double[0],
@@ -186,7 +183,7 @@ def test_a_group_knows_nothing_of_the_others_noise(scene, images):
         return polish_poses(
             particles,
             owners,
-            COARSE.spectrum(scene.truth, LAST),
+            COARSE.interpolation.spectrum(scene.truth, LAST),
             view,
             prior,
             rotations[owners],

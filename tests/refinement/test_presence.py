@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import COARSE
 
 from jaxrefine import simulate
 from jaxrefine.data.particles import Particles
@@ -15,20 +16,16 @@ from jaxrefine.operators import slices
 from jaxrefine.operators.gridding import Gridding
 from jaxrefine.poses.matching import match
 from jaxrefine.refinement import loop
-from jaxrefine.refinement.config import RefineConfig
 
 pytestmark = pytest.mark.slow
 
 N, COUNT, LAST, SNR_DB = 24, 48, 11, -5.0
 IS_NOISE = np.arange(2 * COUNT) >= COUNT
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     iterations=2,
     first_r_max=LAST,
     search_r_max=LAST,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
     candidates=16,
     batch_size=64,
 )

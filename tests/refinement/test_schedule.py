@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import COARSE
 
 from jaxrefine import refine, simulate
 from jaxrefine.data.particles import Particles
@@ -14,12 +15,9 @@ from jaxrefine.geometry import Poses
 from jaxrefine.maps import folds
 from jaxrefine.maps.fsc import fsc
 from jaxrefine.operators import slices
-from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import half_sets, insertion, map_step, schedule
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.refinement.sets import make_particle_set
-
-COARSE = Gridding(2, 2.0)
 
 
 def dataset_of(truth, count, snr_db=10.0):
@@ -119,16 +117,14 @@ def test_a_run_does_not_end_with_larger_voxels(monkeypatch):
     truth = (half + jnp.roll(half[:, ::-1, ::-1], 1, axis=(1, 2))) / 2
     dataset = dataset_of(truth, count)
     particles = Particles(np.asarray(dataset.images))
-    config = RefineConfig(
+    config = dataclasses.replace(
+        COARSE,
         half_sets=True,
         max_r_max=5,
         first_r_max=5,
         iterations=4,
         tau=1.0,
         symmetry="C2",
-        interpolation=COARSE,
-        search_interpolation=COARSE,
-        insertion=COARSE,
     )
     given = particles, dataset.initial, simulate.blur(truth, 3.0), config
     sides, outcomes = [], {}
@@ -173,7 +169,8 @@ def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
     n, count, key = 32, 40, jax.random.key(0)
     truth = simulate.phantom(key, n)
     dataset = dataset_of(truth, count)
-    config = RefineConfig(
+    config = dataclasses.replace(
+        COARSE,
         half_sets=True,
         max_r_max=3,
         first_r_max=3,
@@ -182,9 +179,6 @@ def test_small_maps_set_no_score_that_whole_ones_must_exceed(monkeypatch):
         multi_start=(0,),
         candidates=16,
         tau=1.0,
-        interpolation=COARSE,
-        search_interpolation=COARSE,
-        insertion=COARSE,
     )
     curve = np.where(np.arange(n // 2 + 1) < 8, 0.5, -0.2)
     monkeypatch.setattr(half_sets, "correlation", lambda *_: curve)
@@ -211,7 +205,8 @@ def test_half_sets_decide_the_band_limit():
     n, count, first = 24, 60, 4
     truth = simulate.phantom(jax.random.key(0), n)
     dataset = dataset_of(truth, count, snr_db=-6.0)
-    config = RefineConfig(
+    config = dataclasses.replace(
+        COARSE,
         half_sets=True,
         first_r_max=first,
         search_r_max=first,
@@ -219,9 +214,6 @@ def test_half_sets_decide_the_band_limit():
         multi_start=(0,),
         candidates=16,
         tau=1.0,
-        interpolation=COARSE,
-        search_interpolation=COARSE,
-        insertion=COARSE,
     )
     key, seen = jax.random.key(2), []
     particles = Particles(np.asarray(dataset.images))

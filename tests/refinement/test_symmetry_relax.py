@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gaussian
+from helpers import COARSE, gaussian
 from scipy.spatial.transform import Rotation
 
 from jaxrefine import evaluation, simulate, symmetry
@@ -15,7 +15,6 @@ from jaxrefine.data.particles import Particles
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import align
-from jaxrefine.operators.gridding import Gridding
 from jaxrefine.refinement import loop, pose_step
 from jaxrefine.refinement.config import RefineConfig
 
@@ -23,17 +22,14 @@ N, P, SNR_DB = 32, 300, -5.0
 GROUP, OTHER = "C4", math.radians(30)  # poses in another copy are 90 degrees away
 KEY = jax.random.key(3)
 SINGLE = jnp.float32
-COARSE = Gridding(2, 2.0)
-CONFIG = RefineConfig(
+CONFIG = dataclasses.replace(
+    COARSE,
     symmetry_relax=GROUP,
     angle_spread=math.radians(4),
     max_angle=math.radians(15),
     shift_spread=1.0,
     max_shift=4.0,
     iterations=6,
-    interpolation=COARSE,
-    search_interpolation=COARSE,
-    insertion=COARSE,
 )
 
 
