@@ -9,6 +9,8 @@ settings changed at a time:
   `paper_preset` begins with half of that;
 - lambda from 4 sigma: it begins at 4 sigma sqrt(w[0]), whatever the initial map is;
 - lambda constant: it is sigma sqrt(w[0]) all the time;
+- rho constant: it is 4 w[0] all the time, and the threshold lambda / rho falls;
+- a quarter of rho: the threshold is four times as large;
 - K_ADMM = 2, K_GD = 8: fewer iterations in a volume update than the 5 of
   `paper_preset` (the paper has 2 or 5), more in a pose update than its 3;
 - new multipliers: those of ADMM begin at zero in each volume update;
@@ -51,6 +53,15 @@ def lambda_from(multiple: float, config: Algorithm1Config) -> Algorithm1Config:
     return dataclasses.replace(config, lam=Schedule(multiple * last, last))
 
 
+def rho_of(
+    factor: float, config: Algorithm1Config, is_constant: bool = False
+) -> Algorithm1Config:
+    """Return settings with a multiple of rho, or with one of its first value."""
+    first, last = config.rho.first, config.rho.last
+    rho = Schedule(factor * first, factor * (first if is_constant else last))
+    return dataclasses.replace(config, rho=rho)
+
+
 CHANGES: dict[str, Callable[[Algorithm1Config], Algorithm1Config]] = {
     "volume first": partial(dataclasses.replace, poses_first=False),
     "whole Newton steps": partial(
@@ -58,6 +69,8 @@ CHANGES: dict[str, Callable[[Algorithm1Config], Algorithm1Config]] = {
     ),
     "lambda from 4 sigma": partial(lambda_from, 4.0),
     "lambda constant": partial(lambda_from, 1.0),
+    "rho constant": partial(rho_of, 0.25, is_constant=True),
+    "a quarter of rho": partial(rho_of, 0.25),
     "K_ADMM = 2": partial(dataclasses.replace, admm_iterations=2),
     "K_GD = 8": partial(dataclasses.replace, pose_iterations=8),
     "new multipliers": partial(dataclasses.replace, keep_duals=False),

@@ -22,9 +22,13 @@ and like the square root of the number of particles. Lambda begins at
 the images from the projections of the initial map, and falls geometrically: while the
 poses are wrong the images differ by more than noise, and the maps should be smooth.
 
-**rho** :math:`= 4\, w[0]`: the penalty multiplies :math:`\|L c\|^2` as the data term
-multiplies :math:`\|c\|^2`, so it has the units of :math:`H^T H` and not those of the
-noise. At convergence the map does not depend on it.
+**rho** is :math:`16\, w[0]` at first: the penalty multiplies :math:`\|L c\|^2` as the
+data term multiplies :math:`\|c\|^2`, so it has the units of :math:`H^T H`. It falls in
+proportion to lambda, as in the paper both grow like sigma, so that the threshold of
+(28) stays the same, :math:`\lambda / \rho = d / (4 \sqrt{w[0]})`, and rho ends at
+:math:`4\, w[0]\, \sigma / d`. At convergence the map does not depend on rho. But where
+there is little noise, lambda falls far, and with a constant rho the threshold would
+become so small that the iterations of a run end long before convergence.
 
 **The steps** are :math:`1 / (2 \kappa)` in the first iteration, where :math:`\kappa` is
 the mean over some of the poses of :math:`\|\partial (H c)/\partial\theta_i\|^2`, once
@@ -36,7 +40,7 @@ whole one along both. In the last iteration they are twice as long, :math:`1 / \
 a longer step is worth a try where the cost is nearly quadratic. Kappa is measured on
 the current map, so the steps become shorter as the map becomes sharper.
 
-The factors 4, 4, 1/2 and 1 were chosen with HJC and PTCH1 at 46 and 44 voxels, 200 or
+The factors 4, 16, 1/2 and 1 were chosen with HJC and PTCH1 at 46 and 44 voxels, 200 or
 300 particles, -5 and 25 dB, and are the same for all of them.
 """
 
@@ -75,12 +79,11 @@ def paper_preset(
 
     ``K_ADMM = 5``, ``K_GD = 3``, ``eta = 0.25``, isotropic TV. The numbers that the
     paper leaves open, or gives for its own images, are derived at the head of this
-    module; the multipliers, of which it says nothing, persist. Not the paper's are four
-    things: rho does not grow like sigma; lambda falls, as in the released code; the
-    coefficients are those of the support; and an iteration begins with the poses,
-    because the initial map is better than the first one that the initial poses give and
-    says where the molecule stands, and because the last map is then one of the final
-    poses.
+    module; the multipliers, of which it says nothing, persist. Not the paper's are three
+    things: lambda and rho fall, as in the released code; the coefficients are those of
+    the support; and an iteration begins with the poses, because the initial map is
+    better than the first one that the initial poses give and says where the molecule
+    stands, and because the last map is then one of the final poses.
 
     Parameters
     ----------
@@ -128,9 +131,11 @@ def paper_preset(
     )
     diagonal = float(problem.footprint.autocorrelation(jnp.zeros(())))
     diagonal *= problem.images.shape[0]
+    lam = Schedule(4.0 * difference * diagonal**0.5, sigma * diagonal**0.5)
+    threshold = 0.25 * difference / diagonal**0.5
     return Algorithm1Config(
-        lam=Schedule(4.0 * difference * diagonal**0.5, sigma * diagonal**0.5),
-        rho=Schedule(4.0 * diagonal),
+        lam=lam,
+        rho=Schedule(lam.first / threshold, lam.last / threshold),
         steps=NewtonSteps(Schedule(0.5, 1.0)),
         iterations=iterations,
         cg_iterations=10,

@@ -358,19 +358,26 @@ def test_each_constant_is_changed_alone(load):
         "steps",
         "lam",
         "lam",
+        "rho",
+        "rho",
         "admm_iterations",
         "pose_iterations",
         "keep_duals",
     ]
 
 
-def test_lambda_begins_at_a_multiple_of_its_last_value(load):
+def test_lambda_and_rho_are_multiples_of_those_of_the_preset(load):
     changes = load("constants").CHANGES
     last = float(released_preset(0.1).lam.last)
     for name, multiple in (("lambda from 4 sigma", 4.0), ("lambda constant", 1.0)):
         lam = changes[name](released_preset(0.1)).lam
         assert float(lam.last) == last
         assert float(lam.first) == pytest.approx(multiple * last)
+    for name, last in (("rho constant", 0.25), ("a quarter of rho", 0.25 * 0.002)):
+        rho = changes[name](released_preset(0.1)).rho
+        first = float(released_preset(0.1).rho.first)
+        assert float(rho.first) == pytest.approx(0.25 * first)
+        assert float(rho.last) == pytest.approx(last * first)
 
 
 @pytest.mark.slow
@@ -379,7 +386,7 @@ def test_a_closing_update_makes_a_map_of_the_last_poses(run_script, tmp_path):
     words = ["configs/constants.toml", "--set", "methods=['changed']", "--out", out]
     assert run_script("constants", *words) == 0
     results = read(out)
-    assert len(results) == 9
+    assert len(results) == 11
     poses, closed = results["volume first"], results["volume first and last"]
     assert poses["history"][-1]["iteration"] == 2
     error = "angle_error_in_degrees_median"

@@ -75,10 +75,12 @@ def test_the_paper_preset(scene):
         poses = pose_numbers(scene, config, iteration)
         assert volume.iterations == 5
         assert volume.rho_nonnegative is None
-        assert float(volume.rho) == pytest.approx(4 * diagonal)
         assert poses.iterations == 3
         assert float(poses.eta) == pytest.approx(0.25)
-    weights = [float(volume_numbers(config, i).lam) for i in (0, last)]
+    first, final = (volume_numbers(config, i) for i in (0, last))
+    weights = float(first.lam), float(final.lam)
+    assert float(first.rho) == pytest.approx(16 * diagonal)
+    assert float(final.rho) / float(first.rho) == pytest.approx(weights[1] / weights[0])
     assert weights[1] == pytest.approx(0.3 * np.sqrt(diagonal))
     problem = scene.problem
     seen = spatial.project(problem.footprint, scene.inside, scene.dataset.initial, N)
@@ -188,14 +190,14 @@ def test_more_particles_need_a_larger_lambda_by_the_square_root(scene):
     images, poses = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), both)
     twice = eqx.tree_at(lambda p: p.images, scene.problem, images)
     one, two = (
-        volume_numbers(presets.paper_preset(problem, scene.start(poses), 0.3), 19)
+        presets.paper_preset(problem, scene.start(poses), 0.3)
         for problem, poses in (
             (scene.problem, scene.dataset.initial),
             (twice, poses),
         )
     )
-    assert float(two.lam) == pytest.approx(2**0.5 * float(one.lam))
-    assert float(two.rho) == pytest.approx(2 * float(one.rho))
+    assert float(two.lam.last) == pytest.approx(2**0.5 * float(one.lam.last))
+    assert float(two.rho.first) == pytest.approx(2 * float(one.rho.first))
 
 
 def test_the_printed_preset(scene):
