@@ -12,8 +12,9 @@ it has, one of `COMPARISON`, and the first cell of a row of which method, up to 
 after which there may be words. A table whose line says ``sweeps: hjc, ptch1`` shows
 the sweeps of these molecules, columns of `SWEEP`, a row for each condition (``25 dB``).
 
-Rows and columns are chosen in the page. Cells that are empty stay empty, and columns
-with other headings stay as they are, but may not have digits.
+Rows and columns are chosen in the page: a new one has ``?`` in its cells until they are
+written. Cells that are empty stay empty, and columns with other headings stay as they
+are, but may not have digits.
 
     python experiments/pages.py PAGE.md [PAGE.md ...]
 
@@ -121,8 +122,9 @@ _KINDS = {"results": (_method, COMPARISON), "sweeps": (_point, SWEEP)}
 """How the entries of a row are found, and the columns."""
 
 TABLE = re.compile(
-    rf"^(<!-- ({'|'.join(_KINDS)}): (.+) -->\n)((?:\|.*\|\n)*)", re.MULTILINE
+    rf"^(<!-- ({'|'.join(_KINDS)}): (.+) -->\n)((?:\|.*\n)*)", re.MULTILINE
 )
+"""A table and the line above it: all of that line, its kind, its runs, the rest."""
 
 
 def updated(text: str) -> str:
@@ -168,7 +170,10 @@ def _table(match: re.Match[str]) -> str:
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip()[1:-1].split("|")]
+    return [
+        cell.strip()
+        for cell in line.strip().removeprefix("|").removesuffix("|").split("|")
+    ]
 
 
 def main() -> None:
