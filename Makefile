@@ -1,10 +1,12 @@
-.PHONY: lint test bench docs notebooks
+.PHONY: lint test bench tables docs notebooks
 lint:
 	ruff check . && ruff format --check . && pyright
 test:
 	pytest
 bench:
 	python benchmarks/run.py
+tables:
+	python experiments/pages.py docs/experiments.md docs/method.md
 docs:
 	sphinx-build -W --keep-going docs site
 notebooks:

@@ -293,6 +293,7 @@ def test_the_results_of_the_readme_are_those_that_are_stored(benchmarks):
     assert len(told) >= 5
     for case, figures in told.items():
         assert figures.items() <= stored[case].items()
+        assert float(figures["joint"]) > float(figures["RELION, true poses"])
 
 
 def test_pages_show_the_figures_that_are_stored(benchmarks, monkeypatch):
