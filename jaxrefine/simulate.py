@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import equinox as eqx
@@ -293,11 +294,16 @@ def slice_projector(
             slices.project(spectrum, disc, poses), disc
         )
     matrices = jnp.asarray(magnification)
-    disc = slices.disc(n, int(last / Aberrations(magnification=matrices).stretch))
+    # Of what the engine compares nothing is left out, see `observation.View`.
+    disc, stretch = slices.disc(n, last), Aberrations(magnification=matrices).stretch
+    inside = jnp.sum(disc.frequencies**2, axis=-1) * stretch**2 <= last**2
+    frequencies = jnp.where(inside[:, None], disc.frequencies, 0.0)
+    disc = replace(disc, frequencies=frequencies)
     shape = (len(matrices), *disc.frequencies.shape)
     points = jnp.broadcast_to(disc.frequencies, shape)
     mapped = jnp.linalg.norm(magnified(matrices, points), axis=-1)
     envelopes = kbwf.fourier_transform(basis, 2 * math.pi / n * mapped)
+    envelopes = jnp.where(inside, envelopes, 0.0)
 
     def project(
         poses: Poses, group: Int[np.ndarray | Array, " particles"] | None = None
