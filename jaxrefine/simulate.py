@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from jaxrefine._types import Images, Scalar, Volume
 from jaxrefine.aberrations import Aberrations, magnified
@@ -260,8 +260,8 @@ def clean_images(
 def slice_projector(
     volume: Volume,
     basis: kbwf.KBWF = kbwf.SIMULATION_BASIS,
-    magnification: Float[np.ndarray | Array, "2 2"] | None = None,
-) -> Callable[[Poses], Images]:
+    magnification: Float[np.ndarray | Array, "groups 2 2"] | None = None,
+) -> Callable[..., Images]:
     """Return a function of poses that makes images of a map without noise.
 
     The images are those of `clean_images` up to the last frequency below Nyquist, and
@@ -275,32 +275,46 @@ def slice_projector(
     basis
         The window in which the map is expanded.
     magnification
-        Matrix by which the images' frequencies are mapped to those of the slices, see
-        :mod:`jaxrefine.aberrations`; frequencies that the longest is mapped beyond
-        Nyquist are zero. By default it is the identity.
+        Matrix of each optics group by which the images' frequencies are mapped to those
+        of the slices, see :mod:`jaxrefine.aberrations`; frequencies that any of them
+        may map beyond Nyquist are zero. By default all are the identity.
 
     Returns
     -------
-    A function of ``P`` poses that returns images of shape ``(P, n, n)``. Its memory
-    grows with ``P``: some hundreds are enough at a time.
+    A function of ``P`` poses, and of the group of each, from 0 (by default all are in
+    the first), that returns images of shape ``(P, n, n)``. Its memory grows with ``P``:
+    some hundreds are enough at a time.
     """
     n = volume.shape[0]
     last = (n - 1) // 2
     spectrum = _ACCURATE.spectrum(kbwf.expand(basis, volume), last)
     if magnification is None:
         disc = slices.disc(n, last, basis)
-        return lambda poses: slices.to_images(
+        return lambda poses, group=None: slices.to_images(
             slices.project(spectrum, disc, poses), disc
         )
-    matrix = jnp.asarray(magnification)[None]
-    disc = slices.disc(n, int(last / Aberrations(magnification=matrix).stretch))
-    mapped = jnp.linalg.norm(magnified(matrix[0], disc.frequencies), axis=-1)
-    envelope = kbwf.fourier_transform(basis, 2 * math.pi / n * mapped)
-    disc = replace(disc, envelope=envelope)
+    matrices = jnp.asarray(magnification)
+    # Of what the engine compares nothing is left out, see `observation.View`.
+    disc, stretch = slices.disc(n, last), Aberrations(magnification=matrices).stretch
+    inside = jnp.sum(disc.frequencies**2, axis=-1) * stretch**2 <= last**2
+    frequencies = jnp.where(inside[:, None], disc.frequencies, 0.0)
+    disc = replace(disc, frequencies=frequencies)
+    shape = (len(matrices), *disc.frequencies.shape)
+    points = jnp.broadcast_to(disc.frequencies, shape)
+    mapped = jnp.linalg.norm(magnified(matrices, points), axis=-1)
+    envelopes = kbwf.fourier_transform(basis, 2 * math.pi / n * mapped)
+    envelopes = jnp.where(inside, envelopes, 0.0)
 
-    def project(poses: Poses) -> Images:
-        matrices = jnp.repeat(matrix.astype(poses.rotations.dtype), len(poses), axis=0)
-        spectra = slices.project(spectrum, disc, poses, magnification=matrices)
+    def project(
+        poses: Poses, group: Int[np.ndarray | Array, " particles"] | None = None
+    ) -> Images:
+        dtype = poses.rotations.dtype
+        of_each = jnp.zeros(len(poses), int) if group is None else jnp.asarray(group)
+        spectra = slices.project(
+            *(spectrum, disc, poses),
+            transfer=envelopes[of_each].astype(dtype),
+            magnification=matrices[of_each].astype(dtype),
+        )
         return slices.to_images(spectra, disc)
 
     return project

@@ -222,9 +222,7 @@ def test_simulated_images_have_them(kind):
     chosen = np.flatnonzero(GROUP == 0)
     few, optics = jax.tree.map(lambda leaf: leaf[chosen], (poses, CTFS))
     matrix = aberrations.magnification
-    project = simulate.slice_projector(
-        volume(), magnification=None if matrix is None else matrix[0]
-    )
+    project = simulate.slice_projector(volume(), magnification=matrix)
     images = apply_ctf(optics, project(few), PIXEL, aberrations)
     disc = slices.disc(N, 10)
     omega = np.asarray(disc.frequencies)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrefine import simulate
-from jaxrefine.ctf import CTF, apply_ctf
+from jaxrefine import cli
+from jaxrefine.ctf import CTF
 from jaxrefine.data import observation
 from jaxrefine.geometry import Poses, uniform_rotations
 from jaxrefine.io import (
@@ -59,7 +59,7 @@ KINDS = {
 
 
 def data_set(folder, count, columns):
-    """A map of fine detail, poses and defoci, and their table with the columns."""
+    """A map of fine detail, and a table of poses and optics, with the columns."""
     rng = np.random.default_rng(0)
     axis, made = np.arange(N) - N // 2, np.zeros((N,) * 3)
     for centre in rng.uniform(-7, 7, (100, 3)):
@@ -73,13 +73,13 @@ def data_set(folder, count, columns):
     ctf = CTF(defocus, defocus - 300, jnp.asarray(rng.uniform(0, 3, count)))
     names = [f"{i:06d}@images.mrcs" for i in range(1, count + 1)]
     path = folder / "particles.star"
+    write_mrc(folder / "map.mrc", made, PIXEL)
     write_new_particles(path, poses, names, N, PIXEL, CTF(0.0, 0.0), ctf)
     write_stack(folder / "images.mrcs", np.zeros((count, N, N), np.float32), PIXEL)
     blocks = read_star(path)
-    write_star(folder / "plain.star", blocks)
     blocks["optics"] |= {name: [text] for name, text in columns.items()}
     write_star(path, blocks)
-    return made, poses, ctf, path
+    return made, path
 
 
 def relion(folder, program, *words):
@@ -91,8 +91,7 @@ def relion(folder, program, *words):
 @pytest.mark.parametrize("kind", ["even", "magnification"])
 def test_projections_have_relions_ctf(tmp_path, kind):
     """The ratio of its projections with and without the CTF."""
-    made, _, _, path = data_set(tmp_path, 4, KINDS[kind])
-    write_mrc(tmp_path / "map.mrc", made, PIXEL)
+    _, path = data_set(tmp_path, 4, KINDS[kind])
     spectra = []
     for name, further in (("without", []), ("with", ["--ctf"])):
         words = ["--i", "map.mrc", "--ang", path, "--o", name, "--angpix", PIXEL]
@@ -114,25 +113,23 @@ def test_projections_have_relions_ctf(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relion_reconstructs_simulated_images(tmp_path, kind):
-    """It undoes what was done to them; without the columns it does not."""
-    made, poses, ctf, path = data_set(tmp_path, 300, KINDS[kind])
-    aberrations = read_particles(path).particles.aberrations
-    assert aberrations is not None
-    matrix = aberrations.magnification
-    project = simulate.slice_projector(
-        jnp.asarray(made), magnification=None if matrix is None else matrix[0]
-    )
-    poses = jax.tree.map(jnp.asarray, poses)
-    images = apply_ctf(ctf, project(poses), PIXEL, aberrations)
-    write_stack(tmp_path / "images.mrcs", np.asarray(images, np.float32), PIXEL)
+    """It undoes what `simulate --like` does; without the columns it does not."""
+    made, path = data_set(tmp_path, 300, KINDS[kind])
+    out = tmp_path / "out"
+    words = ["simulate", tmp_path / "map.mrc", "--like", path, "--sigma", 0]
+    assert cli.main([str(word) for word in [*words, "--out", out]]) == 0
+    blocks = read_star(out / "truth.star")
+    for name in KINDS[kind]:
+        del blocks["optics"][name]
+    write_star(out / "plain.star", blocks)
     curves = {}
-    for table in ("particles", "plain"):
-        words = ["--i", f"{table}.star", "--o", f"{table}.mrc", "--ctf"]
-        relion(tmp_path, "reconstruct", *words)
-        found, _ = read_mrc(tmp_path / f"{table}.mrc")
+    for table in ("truth", "plain"):
+        words = ["--i", f"{table}.star", "--o", f"{table}_map.mrc", "--ctf"]
+        relion(out, "reconstruct", *words)
+        found, _ = read_mrc(out / f"{table}_map.mrc")
         found = jnp.asarray(found, jnp.float64)
         curves[table] = np.asarray(fsc(found, jnp.asarray(made)))
     # Up to 0.85 of Nyquist, where a magnification leaves something to be seen.
     last = int(0.85 * N / 2)
-    assert curves["particles"][1 : last + 1].min() > 0.98
+    assert curves["truth"][1 : last + 1].min() > 0.98
     assert curves["plain"][last - 2 : last + 1].max() < 0.9

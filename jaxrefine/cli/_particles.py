@@ -74,6 +74,7 @@ def read(
         )
     tell_where_from(path, source)
     _tell_what_is_done(source, settings)
+    tell_what_is_ignored(source)
     diameter, box = settings.particle_diameter, particles.box_in_angstroms
     if diameter is not None and diameter > box:
         raise InputError(
@@ -177,7 +178,7 @@ def _prepared(
 
 
 def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None:
-    """Tell of images that are resampled, and of optics that are ignored or absent."""
+    """Tell of images that are resampled, and of optics that are absent."""
     pixel, smallest = source.particles.pixel_size_in_angstroms, source.pixel_sizes.min()
     if isinstance(source.particles.images, Resampled):
         print(
@@ -191,6 +192,10 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
             "contrast-transfer function",
             file=sys.stderr,
         )
+
+
+def tell_what_is_ignored(source: io.ParticleFile) -> None:
+    """Tell of optics that a table has and that are not used."""
     if source.ignored:
         verb = "are" if len(source.ignored) > 1 else "is"
         print(
@@ -213,12 +218,21 @@ def identity(
     """
     stacks = list(source.stacks.values())
     found = fingerprint(settings) | {"stacks": stacks_digest(stacks)}
-    used = [path for path, groups in source.joined.items() if groups]
-    if settings.cryosparc.passthrough is None and used:
-        # One that was found counts as if it was given.
-        digests = [file_digest(path) for path in used]
-        found["passthrough"] = digests[0] if len(digests) == 1 else digests
+    if settings.cryosparc.passthrough is None:
+        found |= identity_of_joined(source)
     return found
+
+
+def identity_of_joined(source: io.ParticleFile) -> dict[str, Any]:
+    """Return what results depend on beside a table: the files found to belong to it.
+
+    They count as if they were given.
+    """
+    used = [path for path, groups in source.joined.items() if groups]
+    digests = [file_digest(path) for path in used]
+    if not digests:
+        return {}
+    return {"passthrough": digests[0] if len(digests) == 1 else digests}
 
 
 def half_sets(

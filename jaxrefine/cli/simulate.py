@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ import numpy as np
 
 from jaxrefine import io, simulate
 from jaxrefine._types import Images
+from jaxrefine.aberrations import Aberrations
+from jaxrefine.cli import _particles
 from jaxrefine.cli.commands.simulate import SimulateSettings
 from jaxrefine.ctf import CTF, apply_ctf
+from jaxrefine.data.preprocess import Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators.resample import fourier_crop
@@ -21,17 +25,36 @@ from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 _DEFOCUS = (8e3, 22e3)  # Angstrom
+_SAME_PIXEL = 1e-3  # relative difference of sizes, as headers round them
 _ASTIGMATISM = 1e3  # Angstrom, largest difference of the two defoci
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The data set, but for its images."""
+    """The data set, but for its images.
+
+    Attributes
+    ----------
+    map, pixel_size
+        The true map, and its voxel size in angstroms, which is that of the images.
+    truth, initial
+        The true poses, and those to start from.
+    ctf, group, aberrations
+        The optics, and the group of each particle; None where there are none.
+    like
+        The table that they are from; None if they were drawn.
+    noise_key
+        Key of the noise.
+    """
 
     map: jax.Array
+    pixel_size: float
     truth: Poses
     initial: Poses
     ctf: CTF | None
+    group: np.ndarray | None
+    aberrations: Aberrations | None
+    like: io.ParticleFile | None
     noise_key: jax.Array
 
 
@@ -41,7 +64,8 @@ def run(settings: SimulateSettings) -> None:
     Raises
     ------
     InputError
-        If the map cannot be used, or the folder is not that of this run.
+        If the map or the table cannot be used or do not fit each other, or the folder
+        is not that of this run.
     """
     volume, voxel = io.read_mrc(settings.map)
     pixel = voxel
@@ -50,16 +74,22 @@ def run(settings: SimulateSettings) -> None:
         volume = np.asarray(fourier_crop(jnp.asarray(volume), settings.size))
     if not volume.any():
         raise InputError(f"{settings.map} must not be zero everywhere, got zeros only")
+    like, joined = None, {}
+    if settings.like is not None:
+        like = _read_like(settings, settings.like, volume.shape[0], pixel)
+        pixel = like.particles.pixel_size_in_angstroms
+        joined = _particles.identity_of_joined(like)
     details = {
         "command": options.command_line("simulate", settings),
         **provenance.environment(),
     }
-    identity, out = fingerprint(settings), settings.out
+    identity, out = fingerprint(settings) | joined, settings.out
     with RunFolder(out, "simulate.json", identity, details=details) as folder:
         if folder.finished:
             print(f"{out} holds this data set already")
             return
-        sigma = _write(settings, volume, pixel)
+        plan = _plan(settings, jnp.asarray(volume), pixel, like)
+        sigma = _write(settings, plan)
         usage = provenance.usage(folder.history.elapsed_s)
         folder.finish(
             {
@@ -71,23 +101,64 @@ def run(settings: SimulateSettings) -> None:
         )
     n = volume.shape[0]
     print(
-        f"{settings.particles} particles of {n}^2 pixels of {pixel:g} A, "
+        f"{len(plan.truth)} particles of {n}^2 pixels of {pixel:g} A, "
         f"noise sigma {sigma:g}, are in {out}"
     )
 
 
-def _write(settings: SimulateSettings, volume: np.ndarray, pixel: float) -> float:
+def _read_like(
+    settings: SimulateSettings, path: Path, side: int, pixel: float
+) -> io.ParticleFile:
+    """Read the table that the particles are to be like.
+
+    Raises
+    ------
+    InputError
+        If it has no optics, no poses though they are used, or images on another grid
+        than that of the map, of so many voxels of a size in angstroms.
+    """
+    like = io.read_without_images(path, side, pixel)
+    _particles.tell_where_from(path, like)
+    if like.particles.ctf is None:
+        raise InputError(
+            f"{path} must give the optics of its particles (rlnDefocusU), got none"
+        )
+    if not like.has_poses and not settings.draw_poses:
+        raise InputError(
+            f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none; "
+            "--draw-poses draws them"
+        )
+    m, own = like.particles.image_size, like.particles.pixel_size_in_angstroms
+    if isinstance(like.particles.images, Resampled):
+        smallest = like.pixel_sizes.min()
+        raise InputError(
+            f"{path}: all images must have one pixel size, got {smallest:g} to {own:g} "
+            "A"
+        )
+    if m != side or abs(pixel - own) > _SAME_PIXEL * own:
+        raise InputError(
+            f"{settings.map} must have {m}^3 voxels of {own:g} A, the grid of the "
+            f"images of {path}, got {side}^3 voxels of {pixel:g} A (--size crops a map "
+            "in Fourier space)"
+        )
+    _particles.tell_what_is_ignored(like)
+    return like
+
+
+def _write(settings: SimulateSettings, plan: _Plan) -> float:
     """Write images, tables and maps; return the noise's standard deviation."""
-    plan = _plan(settings, jnp.asarray(volume))
-    out, n = settings.out, volume.shape[0]
-    sigma = _write_images(settings, plan, pixel)
-    names = [f"{i:06d}@particles.mrcs" for i in range(1, settings.particles + 1)]
+    out, n, pixel = settings.out, plan.map.shape[0], plan.pixel_size
+    sigma = _write_images(settings, plan)
+    names = [f"{i:06d}@particles.mrcs" for i in range(1, len(plan.truth) + 1)]
     tables = {"truth": plan.truth, "init": plan.initial, "particles": plan.initial}
     group = CTF(0.0, 0.0, **_optics_group(settings))
     for name, poses in tables.items():
         path = out / f"{name}.star"
-        io.write_new_particles(path, poses, names, n, pixel, group, plan.ctf)
-    io.write_mrc(out / "truth.mrc", volume, pixel)
+        if plan.like is not None:
+            io.write_particles(path, plan.like, poses, {"rlnImageName": names})
+        else:
+            io.write_new_particles(path, poses, names, n, pixel, group, plan.ctf)
+    io.write_mrc(out / "truth.mrc", plan.map, pixel)
     start = simulate.blur(plan.map, settings.initial_blur)
     io.write_mrc(out / "init.mrc", start, pixel)
     return sigma
@@ -98,25 +169,42 @@ def _optics_group(settings: SimulateSettings) -> dict[str, float]:
     return {name: getattr(settings, name) for name in names}
 
 
-def _plan(settings: SimulateSettings, volume: jax.Array) -> _Plan:
-    """Draw the poses and the optics."""
+def _plan(
+    settings: SimulateSettings,
+    volume: jax.Array,
+    pixel: float,
+    like: io.ParticleFile | None,
+) -> _Plan:
+    """Draw the poses and the optics, or take them from a table."""
     keys = jax.random.split(jax.random.key(settings.seed), 5)
     angle_key, shift_key, error_key, optics_key, noise_key = keys
-    count, dtype = settings.particles, volume.dtype
-    truth = Poses(
-        simulate.equidistributed_rotations(angle_key, count, dtype),
-        simulate.random_shifts(shift_key, count, settings.max_shift, dtype),
-    )
+    count = settings.particles if like is None else len(like)
+    assert count is not None, "the settings hold one of the two"
+    dtype = volume.dtype
+    if like is None or settings.draw_poses:
+        truth = Poses(
+            simulate.equidistributed_rotations(angle_key, count, dtype),
+            simulate.random_shifts(shift_key, count, settings.max_shift, dtype),
+        )
+    else:
+        truth = like.poses
     initial = simulate.init1_poses(
         error_key, truth, math.radians(settings.max_angle_error)
     )
-    ctf = _draw_ctf(optics_key, settings, dtype) if settings.ctf else None
-    return _Plan(volume, truth, initial, ctf, noise_key)
+    ctf = group = aberrations = None
+    if like is not None:
+        optics = like.particles
+        ctf, group, aberrations = optics.ctf, optics.group, optics.aberrations
+    elif settings.ctf:
+        ctf = _draw_ctf(optics_key, settings, count, dtype)
+    return _Plan(
+        volume, pixel, truth, initial, ctf, group, aberrations, like, noise_key
+    )
 
 
-def _draw_ctf(key: jax.Array, settings: SimulateSettings, dtype) -> CTF:
+def _draw_ctf(key: jax.Array, settings: SimulateSettings, particles: int, dtype) -> CTF:
     """Draw each particle's mean defocus, and its astigmatism about it."""
-    count = (settings.particles,)
+    count = (particles,)
     mean_key, difference_key, angle_key = jax.random.split(key, 3)
     mean = jax.random.uniform(mean_key, count, dtype, *_DEFOCUS)
     half = jax.random.uniform(difference_key, count, dtype, 0.0, _ASTIGMATISM / 2)
@@ -124,19 +212,22 @@ def _draw_ctf(key: jax.Array, settings: SimulateSettings, dtype) -> CTF:
     return CTF(mean + half, mean - half, angle, **_optics_group(settings))
 
 
-def _write_images(settings: SimulateSettings, plan: _Plan, pixel: float) -> float:
+def _write_images(settings: SimulateSettings, plan: _Plan) -> float:
     """Write the stack, clean and then noisy; return the noise's standard deviation.
 
     Each particle has a key of its own, so that its noise does not depend on the batch.
     """
-    count, n = settings.particles, plan.map.shape[0]
+    count, n = len(plan.truth), plan.map.shape[0]
     batches = list(_batches(count, settings.batch_size))
     path = settings.out / "particles.mrcs"
-    project = simulate.slice_projector(plan.map)
-    with Bars() as bars, io.new_stack(path, count, n, pixel) as stack:
+    aberrations = plan.aberrations or Aberrations()
+    project = simulate.slice_projector(
+        plan.map, magnification=aberrations.magnification
+    )
+    with Bars() as bars, io.new_stack(path, count, n, plan.pixel_size) as stack:
         power, advance = 0.0, bars.next("projecting", len(batches))
         for first, last in batches:
-            images = _clean_images(project, plan, pixel, slice(first, last))
+            images = _clean_images(project, plan, slice(first, last))
             stack[first:last] = images
             power += float(np.sum(images.astype(np.float64) ** 2))
             advance(None, {})
@@ -156,11 +247,18 @@ def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _clean_images(
-    project: Callable[[Poses], Images], plan: _Plan, pixel: float, rows: slice
+    project: Callable[..., Images], plan: _Plan, rows: slice
 ) -> np.ndarray:
-    poses, ctf = jax.tree.map(lambda leaf: leaf[rows], (plan.truth, plan.ctf))
-    images = project(poses)
-    return np.asarray(images if ctf is None else apply_ctf(ctf, images, pixel))
+    """Return the images of some particles, as they are seen through their optics."""
+    dtype = plan.map.dtype
+    poses, ctf = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf[rows], dtype), (plan.truth, plan.ctf)
+    )
+    group = None if plan.group is None else jnp.asarray(plan.group[rows])
+    images = project(poses, group)
+    if ctf is not None:
+        images = apply_ctf(ctf, images, plan.pixel_size, plan.aberrations, group)
+    return np.asarray(images)
 
 
 def _noise(key: jax.Array, first: int, last: int, n: int, sigma: float) -> np.ndarray:

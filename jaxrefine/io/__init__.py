@@ -37,6 +37,7 @@ from jaxrefine.io.particles import has_poses as has_poses
 from jaxrefine.io.particles import image_identities as image_identities
 from jaxrefine.io.particles import read_particles as read_particles
 from jaxrefine.io.particles import read_table as read_table
+from jaxrefine.io.particles import read_without_images as read_without_images
 from jaxrefine.io.particles import stacks_found as stacks_found
 from jaxrefine.io.particles import write_expanded as write_expanded
 from jaxrefine.io.particles import write_new_particles as write_new_particles

@@ -9,7 +9,7 @@ the package's shifts, and their units.
 import os
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxrefine.ctf import CTF, is_finite
-from jaxrefine.data.particles import Particles
+from jaxrefine.data.particles import ImageSource, Particles
 from jaxrefine.data.preprocess import LARGEST_STEP, Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
@@ -63,6 +63,13 @@ _PREPARED = {
     "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
     "rlnCtfDataArePhaseFlipped": "phase-flipped",
 }
+# Columns that say how well images fit a map.
+_OF_IMAGES = (
+    "rlnNormCorrection",
+    "rlnLogLikeliContribution",
+    "rlnMaxValueProbDistribution",
+    "rlnNrOfSignificantSamples",
+)
 _SAME_PIXEL = 1e-3  # Pixel sizes this close, relatively, count as equal: no resampling.
 
 
@@ -242,6 +249,62 @@ def read_particles(
     """
     path = Path(path)
     file = read_table(path, passthrough, class_number, with_ctf=with_ctf)
+    table = _require_particles(file, path, with_ctf)
+    images, stacks = open_images(table["rlnImageName"], path, datadir)
+    _require_box(file.blocks, table, images.image_size, path)
+    if np.isnan(images.pixel_size_in_angstroms or 1.0) and (
+        pixel_sizes_if_any(file.blocks, table, path) is None
+    ):
+        raise InputError(
+            "the pixel size of the first stack must be positive and the same along "
+            f"x and y, since {path} gives none, got another in "
+            f"{next(iter(stacks.values()))}"
+        )
+    found = _described(path, file, images, images.pixel_size_in_angstroms, with_ctf)
+    cluster, shared = clusters(table, images, path)
+    particles = replace(found.particles, cluster=cluster)
+    return replace(found, particles=particles, stacks=stacks, shared=shared)
+
+
+def read_without_images(
+    path: str | Path, image_size: int, pixel_size_in_angstroms: float
+) -> ParticleFile:
+    """Read a table of particles for images that are still to be made.
+
+    The images that it names need not be there: those of `particles` are zero, and none
+    of them depend on each other. Columns that say how well the images of the table fit
+    a map are left out (``rlnNormCorrection``, by which RELION divides images, and
+    ``rlnLogLikeliContribution``, ``rlnMaxValueProbDistribution`` and
+    ``rlnNrOfSignificantSamples``).
+
+    Parameters
+    ----------
+    path
+        As for `read_particles`.
+    image_size, pixel_size_in_angstroms
+        Side of the images and edge of a pixel, where the table does not say them.
+
+    Raises
+    ------
+    InputError
+        For the reasons of `read_particles`, but for those of stacks and their names, or
+        if the images of the table are not all of one size.
+    """
+    path = Path(path)
+    file = read_table(path)
+    table = _require_particles(file, path, True)
+    sizes = of_each_if_any(file.blocks, table, "rlnImageSize", path)
+    size = image_size if sizes is None else int(sizes[0])
+    _require_box(file.blocks, table, size, path)
+    name = particle_block(file.blocks, path)
+    kept = {column: table[column] for column in table if column not in _OF_IMAGES}
+    file = replace(file, blocks={**file.blocks, name: kept})
+    blank = np.broadcast_to(np.float32(0), (len(table["rlnImageName"]), size, size))
+    return _described(path, file, blank, pixel_size_in_angstroms, True)
+
+
+def _require_particles(file: TableFile, path: Path, with_ctf: bool) -> Table:
+    """Return the table of particles; raise if they are not single ones with images."""
     blocks = file.blocks
     table = particle_table(blocks, path)
     if not any(table.values()):
@@ -252,29 +315,44 @@ def read_particles(
         raise InputError(lack_of("ctf", path, file.joined))
     _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
+    return table
+
+
+def _described(
+    path: Path,
+    file: TableFile,
+    images: ImageSource,
+    pixel_size_of_stack: float | None,
+    with_ctf: bool,
+) -> ParticleFile:
+    """Return images with the optics and the poses that a table says they have.
+
+    Parameters
+    ----------
+    path, file, with_ctf
+        The table, and whether its optics are used.
+    images
+        The images that it names.
+    pixel_size_of_stack
+        Their pixel size, where the table has none; None if it is not known.
+    """
+    blocks = file.blocks
+    table = particle_table(blocks, path)
     count = len(table["rlnImageName"])
     posed = has_poses(blocks, path)
     if posed:
         poses, _ = poses_on_one_grid(blocks, path)
     else:
         poses = Poses(np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)))
-    images, stacks = open_images(table["rlnImageName"], path, datadir)
-    _require_box(blocks, table, images.image_size, path)
     ctf = _ctf(blocks, table, path) if with_ctf else None
     sizes = _pixel_sizes(blocks, table, path)
     if sizes is None:
-        if np.isnan(images.pixel_size_in_angstroms or 1.0):
-            raise InputError(
-                "the pixel size of the first stack must be positive and the same along "
-                f"x and y, since {path} gives none, got another in "
-                f"{next(iter(stacks.values()))}"
-            )
-        if images.pixel_size_in_angstroms is None and ctf is not None:
+        if pixel_size_of_stack is None and ctf is not None:
             raise InputError(
                 f"{path} or its first stack must give a pixel size, got defocus values "
                 "without it"
             )
-        sizes = np.full(count, images.pixel_size_in_angstroms or 1.0)
+        sizes = np.full(count, pixel_size_of_stack or 1.0)
     pixel_size = float(sizes.max())
     source = images
     if sizes.min() < pixel_size * (1 - _SAME_PIXEL):
@@ -295,17 +373,16 @@ def read_particles(
         )
     else:
         aberrations = read_tilts(blocks, path, tilt_group, pixel_size=pixel_size)
-    cluster, shared = clusters(table, images, path)
     return ParticleFile(
         path,
         blocks,
-        Particles(source, ctf, pixel_size, noise_group, cluster, aberrations),
+        Particles(source, ctf, pixel_size, noise_group, None, aberrations),
         poses,
         sizes,
         posed,
         optics_group,
-        stacks,
-        shared,
+        {},
+        {},
         file.joined,
         file.classes,
         file.passed_over,

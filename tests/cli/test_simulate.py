@@ -11,7 +11,10 @@ import pytest
 
 from jaxrefine import cli
 from jaxrefine.cli.commands.simulate import SimulateSettings
-from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc
+from jaxrefine.data import observation
+from jaxrefine.io import read_mrc, read_particles, read_star, write_mrc, write_star
+from jaxrefine.operators import kbwf, slices
+from jaxrefine.operators.gridding import Gridding
 from jaxrefine.runs.options import declared
 from jaxrefine.runs.progress import Bars
 
@@ -282,3 +285,160 @@ def test_bad_maps_and_folders(tmp_path, run):
 def test_the_level_of_the_noise_is_given_once(run, noise, words):
     command = ["simulate", "map.mrc", "--out", "x", "--particles", 3]
     run(*command, *noise).assert_refused(words)
+
+
+# --- a data set like another
+
+
+def write_table(folder, *, groups=("1", "2"), **columns):
+    """A table of twelve particles in two optics groups that differ in everything."""
+    rng, count = np.random.default_rng(1), 12
+    optics = {
+        "rlnOpticsGroup": ["1", "2"],
+        "rlnVoltage": ["300", "200"],
+        "rlnSphericalAberration": ["2.7", "1.2"],
+        "rlnAmplitudeContrast": ["0.1", "0.07"],
+        "rlnImagePixelSize": [f"{VOXEL}"] * 2,
+        "rlnImageSize": [f"{N}"] * 2,
+        "rlnBeamTiltX": ["1.5", "0"],
+        "rlnBeamTiltY": ["-0.8", "0.9"],
+        "rlnOddZernike": ["[0.3,-0.2,25,40,-60,-15]", "[0,0,90]"],
+        "rlnEvenZernike": ["[0.1,0,2,0,60,-40,80,30,-50]", "[]"],
+        "rlnMagMat00": ["1.03", "0.98"],
+        "rlnMagMat01": ["0.01", "0.02"],
+        "rlnMagMat10": ["-0.004", "0.0"],
+        "rlnMagMat11": ["0.975", "1.01"],
+    }
+    drawn = {
+        "rlnAngleRot": (-180, 180),
+        "rlnAngleTilt": (0, 180),
+        "rlnAnglePsi": (-180, 180),
+        "rlnOriginXAngst": (-3, 3),
+        "rlnOriginYAngst": (-3, 3),
+        "rlnDefocusU": (1.2e4, 2e4),
+        "rlnDefocusV": (1e4, 1.2e4),
+        "rlnDefocusAngle": (0, 180),
+        "rlnPhaseShift": (0, 90),
+        "rlnCtfBfactor": (0, 40),
+        "rlnCtfScalefactor": (0.6, 1.4),
+    }
+    particles = {
+        "rlnImageName": [f"{i}@gone/stack.mrcs" for i in range(1, count + 1)],
+        "rlnOpticsGroup": [*groups] * (count // 2),
+        "rlnMicrographName": [f"{i % 3}.mrc" for i in range(count)],
+        "rlnNormCorrection": ["0.7"] * count,
+        **{
+            name: [f"{value:.6f}" for value in rng.uniform(low, high, count)]
+            for name, (low, high) in drawn.items()
+        },
+    }
+    blocks = {"optics": optics, "particles": particles}
+    for name, texts in columns.items():
+        block = optics if name in optics else particles
+        block.pop(name) if texts is None else block.update({name: texts})
+    path = folder / "like.star"
+    write_star(path, blocks)
+    return path, blocks
+
+
+def likeness(folder, out, *further):
+    """Simulate like the table of the folder, without noise."""
+    command = ["simulate", folder / "map.mrc", "--out", folder / out, "--sigma", 0]
+    return [*command, "--like", folder / "like.star", *further]
+
+
+def test_images_like_a_table_are_those_of_the_engines_model(tmp_path, run):
+    """What `reconstruct` compares images with leaves nothing of them, at the truth."""
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    _, blocks = write_table(tmp_path)
+    result = run(*likeness(tmp_path, "out", "--batch-size", 5))
+    assert result.code == 0, result.err
+    # The table has what it had, but for the images and what was measured of them.
+    written = read_star(tmp_path / "out/truth.star")
+    assert written["optics"] == blocks["optics"]
+    particles = dict(blocks["particles"])
+    names = [f"{i:06d}@particles.mrcs" for i in range(1, 13)]
+    particles |= {"rlnImageName": names}
+    del particles["rlnNormCorrection"]
+    assert written["particles"] == particles
+
+    file = read_particles(tmp_path / "out/truth.star")
+    data = file.particles
+    images, ctf = data.batch(np.arange(len(file)))
+    noise = jnp.ones(N // 2 + 1, jnp.float32)
+    view = observation.view(data, N // 2 - 1, noise)
+    spectra, transfer, matrices = view.seen(images, ctf, jnp.asarray(data.group))
+    assert transfer is not None and matrices is not None
+    volume = jnp.asarray(read_mrc(tmp_path / "out/truth.mrc")[0])
+    basis = kbwf.SIMULATION_BASIS
+    spectrum = Gridding(6, 2.0).spectrum(kbwf.expand(basis, volume), N // 2 - 1)
+    omega = view.disc.frequencies.astype(jnp.float32)
+    points = jnp.einsum("pij,kj->pki", matrices, omega)
+    radius = 2 * np.pi / N * jnp.linalg.norm(points, axis=-1)
+    envelope = kbwf.fourier_transform(basis, radius).astype(jnp.float32)
+    poses = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), file.poses)
+    model = slices.project(
+        spectrum, view.disc, poses, transfer * envelope, magnification=matrices
+    )
+    seen = np.asarray(view.weights) > 0
+    residual, scale = (spectra - model)[:, seen], np.abs(spectra[:, seen]).max()
+    assert np.abs(residual).max() < 1e-5 * scale
+    # It is not the model of one optics group for all.
+    other = slices.project(spectrum, view.disc, poses, transfer)[:, seen]
+    assert np.abs(other - spectra[:, seen]).max() > 0.01 * scale
+
+
+def test_poses_are_drawn_for_a_table_if_asked(tmp_path, run):
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    write_table(tmp_path, rlnAngleRot=None, rlnAngleTilt=None, rlnAnglePsi=None)
+    result = run(*likeness(tmp_path, "a", "--draw-poses", "--max-shift", 2))
+    assert result.code == 0, result.err
+    images, drawn = images_of(tmp_path / "a/truth.star")
+    assert 1 < np.abs(drawn.poses.shifts).max() < 2
+    # They are in the table: the same images are made from it.
+    (tmp_path / "like.star").write_text((tmp_path / "a/truth.star").read_text())
+    assert run(*likeness(tmp_path, "b")).code == 0
+    again, _ = images_of(tmp_path / "b/truth.star")
+    np.testing.assert_allclose(again, images, atol=1e-5 * np.abs(images).max())
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        ({}, ["--particles", 3], "--particles"),
+        ({}, ["--ctf"], "--ctf"),
+        ({}, ["--voltage", 200], "--voltage"),
+        ({}, ["--max-shift", 1], "--draw-poses"),
+        ({}, ["--size", 16], "20^3 voxels of 2 A"),
+        ({"rlnImageSize": ["32"] * 2}, [], "32^3 voxels"),
+        ({"rlnImageSize": ["20", "24"]}, [], "rlnImageSize"),
+        ({"rlnImagePixelSize": ["2.1"] * 2}, [], "voxels of 2.1 A"),
+        ({"rlnImagePixelSize": ["2", "2.1"]}, [], "one pixel size"),
+        ({"rlnVoltage": None}, [], "rlnVoltage"),
+        ({"rlnDefocusU": ["x"] * 12}, [], "rlnDefocusU"),
+        ({"rlnAngleRot": None, "rlnAngleTilt": None}, [], "--draw-poses draws them"),
+        ({"rlnCtfDataArePhaseFlipped": ["1"] * 12}, [], "phase-flipped"),
+        ({"rlnMagMat00": ["2", "1"]}, [], "close to the identity"),
+        ({"groups": ("1", "3")}, [], "group 3"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(tmp_path, run, columns, options, words):
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    write_table(tmp_path, **columns)
+    result = run(*likeness(tmp_path, "out", *options))
+    result.assert_refused(words)
+    assert result.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_table_without_optics_is_refused(tmp_path, run):
+    write_mrc(tmp_path / "map.mrc", blob(CENTRE, WIDTH), VOXEL)
+    _, blocks = write_table(tmp_path)
+    for name in [*blocks["particles"]]:
+        if name.startswith(("rlnDefocus", "rlnPhase", "rlnCtf")):
+            del blocks["particles"][name]
+    write_star(tmp_path / "like.star", blocks)
+    run(*likeness(tmp_path, "out")).assert_refused("must give the optics")
+    command = ["simulate", tmp_path / "map.mrc", "--out", tmp_path / "out"]
+    run(*command, "--sigma", 1).assert_refused("--particles or --like")
+    words = ["--sigma", 1, "--particles", 3, "--draw-poses"]
+    run(*command, *words).assert_refused("--draw-poses must be given with --like")

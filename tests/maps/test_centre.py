@@ -48,8 +48,8 @@ def test_parts_of_voxels_are_moved_as_smooth_maps_are_known_to(n):
 def test_projections_stay_as_they_are(magnification):
     """Of maps and poses that have moved, also where the microscope distorts them."""
     volume, poses = blobs(N), draw_poses(20)
-    matrix = None if magnification is None else np.array(magnification)
-    each = None if matrix is None else np.broadcast_to(matrix, (20, 2, 2))
+    matrix = None if magnification is None else np.array([magnification])
+    each = None if matrix is None else np.broadcast_to(matrix[0], (20, 2, 2))
     moved = centre.translated(volume, jnp.asarray(-PLACE))
     following = centre.following(poses, PLACE, each)
     before = simulate.slice_projector(volume, magnification=matrix)(poses)

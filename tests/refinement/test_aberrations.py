@@ -43,14 +43,9 @@ def scene():
     matrix = np.array([[[1.03, 0.01], [0.0, 0.98]], np.eye(2)])
     aberrations = Aberrations(*(jnp.asarray(x, SINGLE) for x in (odd, even, matrix)))
     group = np.arange(COUNT) % 2
-    images = np.zeros((COUNT, N, N), np.float32)
-    for g in (0, 1):
-        of_group = np.flatnonzero(group == g)
-        few, optics = jax.tree.map(lambda leaf, at=of_group: leaf[at], (poses, ctf))
-        project = simulate.slice_projector(volume, magnification=matrix[g])
-        images[of_group] = apply_ctf(
-            optics, project(few), PIXEL, aberrations, jnp.full(len(of_group), g)
-        )
+    project = simulate.slice_projector(volume, magnification=matrix)
+    clean = project(poses, group)
+    images = np.array(apply_ctf(ctf, clean, PIXEL, aberrations, jnp.asarray(group)))
     images += 0.1 * images.std() * rng.normal(size=images.shape).astype(np.float32)
     return volume, poses, Particles(images, ctf, PIXEL, group, None, aberrations)
 

@@ -17,12 +17,34 @@ class SimulateSettings:
     Raises
     ------
     InputError
-        If the level of the noise is not given.
+        If the level of the noise or the particles are not given, or what is said of
+        poses contradicts the table that they are from.
     """
 
     map: Path = option(positional=True, metavar="MAP.mrc", help="the true map")
     out: Path = option(affects_results=False, metavar="DIR", help="folder to write to")
-    particles: int = option(least=1, most=10**9, help="number of particles")
+    particles: int | None = option(
+        None,
+        least=1,
+        most=10**9,
+        help="number of particles, unless --like is given",
+    )
+    like: Path | None = option(
+        None,
+        metavar="PARTICLES.star",
+        excludes=(
+            "particles",
+            "ctf",
+            "voltage",
+            "spherical_aberration",
+            "amplitude_contrast",
+        ),
+        help="take the optics and the poses of every particle from this table, whose "
+        "stacks need not be there",
+    )
+    draw_poses: bool = option(
+        False, help="draw poses at random, whatever the table of --like says"
+    )
     snr_db: float | None = option(
         None,
         unit="decibels",
@@ -88,6 +110,15 @@ class SimulateSettings:
     def __post_init__(self):
         if self.snr_db is None and self.sigma is None:
             raise InputError("--snr-db or --sigma must be given, got neither")
+        if self.particles is None and self.like is None:
+            raise InputError("--particles or --like must be given, got neither")
+        if self.draw_poses and self.like is None:
+            raise InputError("--draw-poses must be given with --like, got it alone")
+        if self.max_shift and self.like is not None and not self.draw_poses:
+            raise InputError(
+                "--max-shift must be given with --draw-poses if poses are from a "
+                f"table, got --like {self.like} alone"
+            )
 
 
 def run(settings: SimulateSettings) -> None:
@@ -102,7 +133,8 @@ SIMULATE = Command(
     summary="make a data set from a map, with its truth",
     description="Write a data set that RELION reads, too: particles.star and "
     "particles.mrcs, initial poses and noisy images; truth.star and truth.mrc; and "
-    "init.star and init.mrc, where to start.",
+    "init.star and init.mrc, where to start. --like takes optics and poses from a "
+    "table of your own, all of whose columns are kept.",
     settings=SimulateSettings,
     run=run,
 )
