@@ -311,7 +311,9 @@ def slice_projector(
         dtype = poses.rotations.dtype
         of_each = jnp.zeros(len(poses), int) if group is None else jnp.asarray(group)
         spectra = slices.project(
-            *(spectrum, disc, poses),
+            spectrum,
+            disc,
+            poses,
             transfer=envelopes[of_each].astype(dtype),
             magnification=matrices[of_each].astype(dtype),
         )
