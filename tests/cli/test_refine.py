@@ -1237,7 +1237,7 @@ def test_half_sets_are_refined_with_masks(simulated, tmp_path, run):
     """Poses improve, and the maps that are written have a solvent."""
     square = (np.arange(N) - N // 2) ** 2
     away = np.sqrt(square[:, None, None] + square[:, None] + square)
-    mask = np.clip((8 - away) / 2, 0, 1)
+    mask = np.clip((7 - away) / 2, 0, 1)
     write_mrc(tmp_path / "mask.mrc", mask, 4.0)
     words = ["refine", simulated / "particles.star", "--map", simulated / "init.mrc"]
     words += ["--mask", tmp_path / "mask.mrc", "--mask-images", "--normalise"]
