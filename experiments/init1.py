@@ -134,8 +134,8 @@ class Init1Settings(ComparisonSettings, Init1Start, PaperSettings, RelionSetting
     relion_local_order: int = option(
         least=1,
         most=6,
-        help="HEALPix order of RELION's first local search, which goes 180 degrees over "
-        "2**order from the initial poses",
+        help="HEALPix order of RELION's first local search, which goes 180 degrees "
+        "over 2**order from the initial poses",
     )
     relion_local_limit_min: float = option(
         unit="minutes",
