@@ -13,6 +13,7 @@ MAPS = (
     "joint (paper)",
     "oracle",
     "RELION auto-refine, post-processed",
+    "RELION, local searches, post-processed",
 )
 
 

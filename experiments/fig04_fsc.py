@@ -13,6 +13,8 @@ METHODS = (
     "joint (paper, printed steps)",
     "RELION auto-refine, post-processed",
     "RELION auto-refine",
+    "RELION, local searches, post-processed",
+    "RELION, local searches",
     "RELION, true poses",
     "projection matching",
     "unrefined",

@@ -37,6 +37,8 @@ STYLES: dict[str, plots.Style] = {
     "joint (paper, printed steps)": ("#8C3F8C", "-."),
     "RELION auto-refine, post-processed": ("#009E73", "-"),
     "RELION auto-refine": ("#009E73", "--"),
+    "RELION, local searches, post-processed": ("#005F45", "-"),
+    "RELION, local searches": ("#005F45", "--"),
     "RELION, true poses": ("#7FBF3F", ":"),
     "projection matching": ("#8C564B", ":"),
     "unrefined": ("#0072B2", "--"),
@@ -47,11 +49,12 @@ STYLES: dict[str, plots.Style] = {
 POSES = (
     "unrefined",
     "RELION auto-refine",
+    "RELION, local searches",
     "joint (paper)",
     "joint",
     "joint, matched first",
 )
-"""The methods whose pose errors the paper shows, and two of ours."""
+"""Whose pose errors the paper shows, RELION's local searches, and two of ours."""
 
 ANGLES = {"rot": "rot", "tilt": "tilt", "psi": "psi"}
 SHIFTS = {"x": "x shift", "y": "y shift"}

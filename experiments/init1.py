@@ -3,7 +3,8 @@
 The same simulated particles are reconstructed from the true poses (oracle), from the
 initial ones (unrefined) and jointly: by the engine, by the paper's algorithm with its
 own settings and with those of its authors' released code, by projection matching, and
-by RELION where it is installed.
+by RELION where it is installed, which searches all orientations or around the initial
+ones.
 
     python experiments/init1.py configs/hjc_init1.toml --preset small --volume MAP.mrc
 
@@ -96,6 +97,13 @@ def by_relion(settings: "Init1Settings", case: Case) -> dict[str, Method]:
     return methods.relion_methods(settings)
 
 
+def by_relion_locally(settings: "Init1Settings", case: Case) -> dict[str, Method]:
+    """Return RELION with local searches, where it is installed."""
+    del case
+    limit_s = 60 * settings.relion_local_limit_min
+    return methods.relion_local_searches(settings, settings.relion_local_order, limit_s)
+
+
 FAMILIES: dict[str, Family] = {
     "engine": engine,
     "paper": methods.paper_algorithm,
@@ -104,6 +112,7 @@ FAMILIES: dict[str, Family] = {
     "released": released,
     "matching": matching,
     "relion": by_relion,
+    "relion_local": by_relion_locally,
 }
 """What ``methods`` of the settings may list."""
 
@@ -122,6 +131,19 @@ class Init1Settings(ComparisonSettings, Init1Start, PaperSettings, RelionSetting
         least=1, help="rounds of projection matching and reconstruction"
     )
     matching_step_in_degrees: float = matching_step()
+    relion_local_order: int = option(
+        least=1,
+        most=6,
+        help="HEALPix order of RELION's first local search, which goes 180 degrees "
+        "over 2**order from the initial poses",
+    )
+    relion_local_limit_min: float = option(
+        unit="minutes",
+        least=0,
+        above=True,
+        affects_results=False,
+        help="time limit of RELION's local searches",
+    )
 
 
 def main() -> int:

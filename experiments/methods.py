@@ -299,8 +299,7 @@ def relion_methods(
     settings: RelionSettings, most_poses: int | None = None
 ) -> dict[str, Method]:
     """Return RELION's programs, where they are installed."""
-    if not relion.available():
-        print("RELION is not installed; its results are left out.", file=sys.stderr)
+    if not _relion_is_installed():
         return {}
     programs = {"RELION, true poses": relion_reconstruction(true_poses)}
     limit_s = 60 * settings.relion_limit_min
@@ -313,6 +312,32 @@ def relion_methods(
             most_poses,
         )
     return programs
+
+
+def relion_local_searches(
+    settings: RelionSettings, healpix_order: int, limit_s: float
+) -> dict[str, Method]:
+    """Return RELION's refinement of the initial poses, where it is installed.
+
+    It is auto-refine, with searches that are local from the first one on, which has the
+    given order.
+    """
+    if not _relion_is_installed():
+        return {}
+    method = relion_refinement(
+        settings.auto_refine_low_pass,
+        settings.max_shift > 0,
+        limit_s,
+        settings.seed,
+        local_order=healpix_order,
+    )
+    return {"RELION, local searches": method}
+
+
+def _relion_is_installed() -> bool:
+    if not relion.available():
+        print("RELION is not installed; its results are left out.", file=sys.stderr)
+    return relion.available()
 
 
 def relion_reconstruction(start: Start) -> Method:
@@ -335,12 +360,18 @@ def relion_refinement(
     limit_s: float,
     seed: int,
     most_poses: int | None = None,
+    local_order: int | None = None,
 ) -> Method:
     """Refine by ``relion_refine_mpi --auto_refine`` and ``relion_postprocess``.
 
-    The range and the step of the offsets are the paper's. Where the time limit stops
-    it, the result is that of the last iteration, and marked as such.
+    The range and the step of the offsets are the paper's. Searches begin in all
+    orientations; or, if there is a ``local_order``, with this order and around the
+    initial poses. Where the time limit stops it, the result is that of the last
+    iteration, and marked as such.
     """
+    orders = {}
+    if local_order is not None:
+        orders = {"healpix_order": local_order, "local_from_order": local_order}
 
     def run(case: Case, record: Record) -> Outcome:
         voxel = case.voxel_size_in_angstroms
@@ -368,6 +399,7 @@ def relion_refinement(
             initial_low_pass_in_angstroms=low_pass_in_angstroms,
             seed=seed,
             limit_s=limit_s,
+            **orders,
             most_poses=most_poses,
             callback=keep,
         )
@@ -379,6 +411,14 @@ def relion_refinement(
             f"{reached.iterations} iterations, {reached.wall_s / 60:.0f} minutes, from "
             f"{low_pass_in_angstroms:.0f} Å"
         )
+        if local_order is not None:
+            step = 30 / 2**local_order
+            within = relion.local_range_in_degrees(local_order)
+            remark += (
+                f", first in steps of {step:g} degrees within {within:g} degrees of "
+                f"the initial poses (--healpix_order {local_order} "
+                f"--auto_local_healpix_order {local_order})"
+            )
         if most_poses is not None:
             remark += f", --maxsig {most_poses}"
         if not reached.finished:

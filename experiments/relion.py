@@ -219,15 +219,16 @@ def auto_refine(
     seed: int,
     limit_s: float,
     healpix_order: int = 2,
+    local_from_order: int = 4,
     most_poses: int | None = None,
     callback: Callback | None = None,
 ) -> Refined:
     """Refine the maps of two halves of the particles, and their poses.
 
     RELION's "3D auto-refine". It searches all orientations, whatever the angles of the
-    file; the file's shifts are where its search for shifts begins. One process leads,
-    and one for each half has a half of the cores. Raises `InputError` where `ab_initio`
-    does.
+    file, unless its searches are local from the first one; the file's shifts are where
+    its search for shifts begins. One process leads, and one for each half has a half of
+    the cores. Raises `InputError` where `ab_initio` does.
 
     Parameters
     ----------
@@ -242,7 +243,10 @@ def auto_refine(
         Resolution of the reference.
     healpix_order
         Of the first angular search, whose finest step is 30 degrees over
-        ``2**healpix_order``. Searches are local from order 4.
+        ``2**healpix_order``.
+    local_from_order
+        Order from which searches are local, within `local_range_in_degrees` of the pose
+        that the last iteration found, or the file in the first iteration.
     callback
         Called after each iteration but the last one, which uses all frequencies; when a
         run is carried on, first with the last state again.
@@ -251,7 +255,7 @@ def auto_refine(
     first = f"""--ref auto_refine_reference.mrc --auto_refine --split_random_halves
         --low_resol_join_halves 40 --sym C1 --norm --scale
         --ini_high {initial_low_pass_in_angstroms:g} --healpix_order {healpix_order}
-        --auto_local_healpix_order 4 --offset_range {offset_range:g}
+        --auto_local_healpix_order {local_from_order} --offset_range {offset_range:g}
         --offset_step {_HALVING * offset_step:g} {_SHARED} --random_seed {seed + 1}"""
     always = _always(diameter_in_angstroms, most_poses)
     threads = max(1, available_cores() // 2)
@@ -262,6 +266,16 @@ def auto_refine(
         pixel = data.particles.pixel_size_in_angstroms
         io.write_mrc(folder / "auto_refine_reference.mrc", start, pixel)
     return _refine(job, _digest(data, start.tobytes()), limit_s, callback)
+
+
+def local_range_in_degrees(healpix_order: int) -> float:
+    """Return how far a local search of `auto_refine` goes in direction and in plane.
+
+    Three standard deviations of its Gaussian prior, each of two of the finest steps.
+    Auto-refine of 3.1 sets the prior so itself, whatever ``--sigma_ang`` says
+    (``MlOptimiser::initialiseGeneral`` and ``updateAngularSampling``).
+    """
+    return 3 * 2 * 30 / 2**healpix_order
 
 
 def _open(folder: Path, star: Path) -> io.ParticleFile:

@@ -363,7 +363,8 @@ def test_iterations_of_relions_are_told_once(load, case, tmp_path, put_on_path):
     put_on_path("relion_postprocess", post_process)
     comparison, methods = load("comparison"), load("methods")
     given = case("particles=4")
-    chosen = {"by RELION": methods.relion_refinement(40.0, True, 100.0, seed=0)}
+    method = methods.relion_refinement(40.0, True, 100.0, seed=0, local_order=3)
+    chosen = {"by RELION": method}
 
     def is_second(path):
         previous = path.with_name("previous.eqx")
@@ -375,7 +376,11 @@ def test_iterations_of_relions_are_told_once(load, case, tmp_path, put_on_path):
         found = comparison.compare(tmp_path, given, chosen)["by RELION"]
     assert [row["relion_iteration"] for row in found["history"]] == [1, 2, 3]
     assert [row["iteration"] for row in found["history"]] == [1, 2, 3]
-    assert found["remark"] == "4 iterations, 0 minutes, from 40 Å"
+    assert found["remark"] == (
+        "4 iterations, 0 minutes, from 40 Å, first in steps of 3.75 degrees within "
+        "22.5 degrees of the initial poses "
+        "(--healpix_order 3 --auto_local_healpix_order 3)"
+    )
 
 
 @pytest.fixture

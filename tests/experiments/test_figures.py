@@ -43,6 +43,8 @@ METHODS = {  # and their iterations
     "joint (paper)": 3,
     "RELION auto-refine": 2,
     "RELION auto-refine, post-processed": 0,
+    "RELION, local searches": 2,
+    "RELION, local searches, post-processed": 0,
 }
 
 
@@ -80,6 +82,7 @@ def complete(tmp_path_factory):
     (folder / "maps").mkdir()
     names = ["truth", "initial_map", "oracle", "unrefined", "joint", "joint_paper"]
     names += ["joint_post-processed", "relion_auto-refine_post-processed"]
+    names += ["relion_local_searches_post-processed"]
     names += [f"joint_{number:03d}" for number in range(1, 10)]
     rng = np.random.default_rng(0)
     for name in names:

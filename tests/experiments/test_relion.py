@@ -320,6 +320,44 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, put_on_
     assert 0.5 < at_low_resolution(*done.half_maps)[0] < 0.999
 
 
+@needs_relion
+@pytest.mark.slow
+def test_a_local_search_stays_near_the_poses_of_the_file(tmp_path, data, truth):
+    """From poses 120 degrees off, it finds none of the true ones."""
+    images, true = jax.tree.map(lambda leaf: leaf[:10], (data.images, data.truth))
+    third = jnp.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], true.rotations.dtype)
+    start = Poses(true.rotations @ third, true.shifts)
+    star = relion.write_particles(tmp_path, images, start, PIXEL)
+    order, seen = 2, []
+
+    def interrupt(state):
+        seen.append(state)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        relion.auto_refine(
+            tmp_path,
+            star,
+            simulate.blur(truth, 2.0),
+            diameter_in_angstroms=220,
+            offset_range=1,
+            offset_step=0.5,
+            initial_low_pass_in_angstroms=30,
+            seed=0,
+            limit_s=300.0,
+            healpix_order=order,
+            local_from_order=order,
+            callback=interrupt,
+        )
+    found, given = (np.asarray(p.rotations)[:, 2] for p in (seen[0].poses, start))
+    moved = np.rad2deg(np.arccos(np.clip((found * given).sum(axis=1), -1, 1)))
+    step = 30 / 2**order
+    within = relion.local_range_in_degrees(order)
+    assert within == 45
+    assert moved.max() < within + 2 * step  # of the coarse grid, which is perturbed
+    assert np.median(moved) > within / 3  # the prior alone would keep them in place
+
+
 KILLED = """
 import sys
 from pathlib import Path
