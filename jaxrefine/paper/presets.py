@@ -79,11 +79,11 @@ def paper_preset(
 
     ``K_ADMM = 5``, ``K_GD = 3``, ``eta = 0.25``, isotropic TV. The numbers that the
     paper leaves open, or gives for its own images, are derived at the head of this
-    module; the multipliers, of which it says nothing, persist. Not the paper's are three
-    things: lambda and rho fall, as in the released code; the coefficients are those of
-    the support; and an iteration begins with the poses, because the initial map is
-    better than the first one that the initial poses give and says where the molecule
-    stands, and because the last map is then one of the final poses.
+    module; the multipliers, of which it says nothing, persist. Not the paper's are
+    three things: lambda and rho fall, as in the released code; the coefficients are
+    those of the support; and an iteration begins with the poses, because the initial
+    map is better than the first one that the initial poses give and says where the
+    molecule stands, and because the last map is then one of the final poses.
 
     Parameters
     ----------
