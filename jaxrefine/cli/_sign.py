@@ -1,5 +1,7 @@
 """The sign of the protein: images and maps that are the negative of each other."""
 
+import sys
+
 import numpy as np
 
 from jaxrefine import io
@@ -17,7 +19,7 @@ def check_same_sign(
     volume: Volume | np.ndarray,
     settings: RefineSettings | MatchSettings,
 ) -> None:
-    """Refuse images that look like the negative of the map.
+    """Refuse images that look like the negative of the map; tell if it is chance.
 
     Parameters
     ----------
@@ -33,9 +35,15 @@ def check_same_sign(
     InputError
         If they do; it names the one of which the particle seems to be dark.
     """
-    if not found.is_opposite:
-        return
     got = f"correlation {found.correlation:.2f} over {found.count} particles"
+    if not found.is_opposite:
+        if found.is_chance:
+            print(
+                f"{settings.particles}: images do not correlate with {settings.map} "
+                f"({got}): is it a map of this particle?",
+                file=sys.stderr,
+            )
+        return
     if is_negative(volume):
         raise InputError(
             f"{settings.map} seems to have dark protein, unlike {settings.particles} "

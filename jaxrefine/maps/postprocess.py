@@ -173,9 +173,9 @@ def postprocess(
     ------
     InputError
         If shapes differ, values are not finite, the half maps are equal, zero within
-        the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, none
-        can be made, or a number is out of range: a pixel of the detector is at most
-        twice a voxel, as with super-resolution.
+        the mask or a few hot voxels, the mask has values beyond 0 and 1 or is empty,
+        none can be made, or a number is out of range: a pixel of the detector is at
+        most twice a voxel, as with super-resolution.
     """
     _check(half1, half2)
     check_positive("the voxel size", voxel_size_in_angstroms)
@@ -244,7 +244,7 @@ def _check(half1: Array, half2: Array) -> None:
         if hot is not None:
             raise InputError(
                 f"the {name} half map must be that of a particle, got one with most of "
-                f"its power in a single voxel of {hot:g}"
+                f"its power in a few hot voxels of up to {hot:g}"
             )
 
 
