@@ -8,6 +8,7 @@ from jaxrefine import io
 from jaxrefine._types import Volume
 from jaxrefine.cli.commands.match import MatchSettings
 from jaxrefine.cli.commands.refine import RefineSettings
+from jaxrefine.cli.commands.shared import ImageSettings
 from jaxrefine.errors import InputError
 from jaxrefine.maps.scale import is_negative
 from jaxrefine.refinement.contrast import Contrast
@@ -49,12 +50,25 @@ def check_same_sign(
             f"{settings.map} seems to have dark protein, unlike {settings.particles} "
             f"({got}): multiply it by -1, or --trust-contrast"
         )
-    seems, remedy = "have dark protein", "--invert"
-    if settings.images.invert:
-        seems, remedy = "have bright protein before --invert", "leave out --invert"
-    elif source.protein_is_dark:
-        seems = "have bright protein, and says that it is dark"
-        remedy = "change the sign (rlnCtfScalefactor, or blob/sign)"
+    seems, remedy = contrary(source, settings.images)
     raise InputError(
         f"{settings.particles} seems to {seems} ({got}): {remedy}, or --trust-contrast"
     )
+
+
+def contrary(source: io.ParticleFile, images: ImageSettings) -> tuple[str, str]:
+    """Return what particles of the contrary sign seem to do, and what helps.
+
+    Parameters
+    ----------
+    source, images
+        The particles, and how their images are prepared.
+    """
+    if images.invert:
+        return "have bright protein before --invert", "leave out --invert"
+    if source.protein_is_dark:
+        return (
+            "have bright protein, and says that it is dark",
+            "change the sign (rlnCtfScalefactor, or blob/sign)",
+        )
+    return "have dark protein", "--invert"

@@ -75,8 +75,9 @@ def read_aberrations(
     Raises
     ------
     InputError
-        If a value is not a number, if phases are not finite in single precision, or if
-        a magnification is not within a quarter of 1 in every direction.
+        If a value is not a number, if phases are not finite in single precision, if a
+        column of the magnification matrix is missing, or if a magnification is not
+        within a quarter of 1 in every direction.
     """
     optics = blocks.get("optics", {})
     known = [name for name in (*_OF_CTF, *_MATRIX) if name in optics]
@@ -232,23 +233,34 @@ def _has_effect(table: Table, name: str) -> bool:
 def _vectors(optics: Table, name: str, path: Path) -> Float64[np.ndarray, "rows _"]:
     """Return a column of numbers in brackets, filled up by zeros to the same length."""
     texts = optics.get(name, ["[]"] * len(optics["rlnOpticsGroup"]))
+    closed = [text[:1] + text[-1:] in ("", "[]") for text in texts]
     rows = [
-        parsed([value for value in text.strip("[]").split(",") if value])
-        for text in texts
+        parsed([value for value in text[1:-1].split(",") if value]) for text in texts
     ]
-    good = np.array([bool(is_single(row).all()) for row in rows])
+    good = np.array([bool(is_single(row).all()) for row in rows]) & closed
     require(good, optics, name, path, "numbers in brackets, such as [0.1,0.2]")
     length = max(map(len, rows), default=0)
     return np.array([np.pad(row, (0, length - len(row))) for row in rows])
 
 
 def _matrices(optics: Table, path: Path) -> Float64[np.ndarray, "rows 2 2"]:
-    """Return the magnifications, and the identity for what is not there or zero."""
+    """Return the magnifications, and the identity for what is not there or zero.
+
+    Raises
+    ------
+    InputError
+        If only some of the columns are there, or a matrix is far from the identity.
+    """
     count = len(optics["rlnOpticsGroup"])
-    values = [
-        numbers(optics, name, path) if name in optics else np.full(count, _NONE[name])
-        for name in _MATRIX
-    ]
+    lacking = [name for name in _MATRIX if name not in optics]
+    if len(lacking) == len(_MATRIX):
+        return np.tile(np.eye(2), (count, 1, 1))
+    if lacking:
+        raise InputError(
+            f"{path} must have all four columns of a magnification matrix or none, "
+            f"got none of {', '.join(lacking)}"
+        )
+    values = [numbers(optics, name, path) for name in _MATRIX]
     matrices = np.stack(values, axis=1).reshape(-1, 2, 2)
     matrices = np.where(matrices.any(axis=(1, 2), keepdims=True), matrices, np.eye(2))
     stretches = np.linalg.svd(matrices, compute_uv=False)

@@ -112,12 +112,25 @@ def _smooth(values: Float[np.ndarray, "n n n"]) -> Float[np.ndarray, "n n n"]:
     return np.fft.irfftn(spectrum, s=values.shape, axes=(0, 1, 2))
 
 
-def is_negative(volume: Volume | np.ndarray) -> bool:
-    """Return whether the particle of a map seems to be darker than its solvent.
+def is_negative(volume: Volume | np.ndarray, errors: float = 0.0) -> bool:
+    r"""Return whether the particle of a map seems to be darker than its solvent.
 
-    Density then reaches farther below the median than above it, in the third moment.
+    Density then reaches farther below the mean than above it, in the third moment.
+
+    Parameters
+    ----------
+    volume
+        A map whose values are finite, of any scale.
+    errors
+        How far the moment must be below zero, in units of its standard error in
+        Gaussian noise of the map's spectrum. With the autocorrelation :math:`R` of N
+        voxels, the square of that is :math:`6 N \sum_d R(d)^3` for their sum.
     """
     values = np.asarray(volume, np.float64)
-    values = values - np.median(values)
-    largest = np.abs(values).max()
-    return bool(largest > 0 and np.sum((values / largest) ** 3) < 0)
+    values = _unit(values - values.mean())
+    moment = np.sum(values**3)
+    if not (errors and moment < 0):
+        return bool(moment < 0)
+    power = np.abs(np.fft.rfftn(values)) ** 2
+    correlation = np.fft.irfftn(power, s=values.shape, axes=(0, 1, 2)) / values.size
+    return bool(moment < -errors * np.sqrt(6 * values.size * np.sum(correlation**3)))

@@ -104,6 +104,22 @@ def test_a_particle_stands_out_from_noise_and_not_in_noise_or_a_ramp(scale):
     assert not has_no_particle(scale * blob) and not has_no_particle(scale * loud)
 
 
+def test_noise_of_any_spectrum_is_negative_by_chance_only():
+    """By the standard error of its third moment, which 200 maps of noise show."""
+    rng = np.random.default_rng(1)
+    filtered = [
+        np.fft.ifftn(np.fft.fftn(rng.normal(size=BLOB.shape)) * spectrum).real
+        for spectrum in (np.fft.fftn(np.exp(-RADIUS / 4)), 1.0)
+        for _ in range(100)
+    ]
+    for errors, share in ((1.0, 0.16), (2.0, 0.02)):
+        found = np.mean([is_negative(noise, errors) for noise in filtered])
+        assert share / 3 < found < 1.7 * share + 0.02
+    assert not any(is_negative(sign * x, 5.0) for x in filtered for sign in (1, -1))
+    assert not is_negative(BLOB, 4.0) and is_negative(-BLOB, 4.0)
+    assert not is_negative(np.zeros_like(BLOB), 4.0)
+
+
 def test_solvent_does_not_say_which_sign_a_particle_has():
     for background in (-5.0, 0.0, 5.0):
         assert not is_negative(BLOB + background) and is_negative(background - BLOB)
