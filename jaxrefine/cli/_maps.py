@@ -270,10 +270,12 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
+    # With as many voxels, the header is more likely to be wrong than the grid.
+    remedies = ["; --resample brings it to that grid", hint]
     raise InputError(
         f"{path} must have {m}^3 voxels of {pixel:g} A, the grid of the images of "
-        f"{source.path}, got {n}^3 voxels of {voxel:g} A; --resample brings it to that "
-        f"grid{hint}"
+        f"{source.path}, got {n}^3 voxels of {voxel:g} A"
+        f"{''.join(remedies[:: -1 if n == m else 1])}"
     )
 
 

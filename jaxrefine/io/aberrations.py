@@ -35,8 +35,14 @@ _ODD, _EVEN = "rlnOddZernike", "rlnEvenZernike"
 _MATRIX = tuple(f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1))
 _OF_CTF = (*_TILT, _ODD, _EVEN)
 _MTF = "rlnMtfFileName"
+# What RELION does to the images or the map of a particle, and the number for nothing.
+_CORRECTIONS = {
+    "rlnNormCorrection": 1.0,
+    "rlnGroupScaleCorrection": 1.0,
+    "rlnIsFlip": 0.0,
+}
 # The number of a column that is no aberration.
-_NONE = dict(
+_NONE = _CORRECTIONS | dict(
     zip((*_OF_CTF, *_MATRIX), (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0), strict=True)
 )
 # Beam tilts of RELION 3.0's tables, one for each class of micrographs. More of them are
@@ -183,10 +189,11 @@ def ignored(
     *,
     with_ctf: bool,
 ) -> list[str]:
-    """Return the columns or fields of optics that RELION uses and this package not.
+    """Return the columns or fields that RELION uses and this package does not.
 
     They are aberrations of single particles, those of groups without a
-    contrast-transfer function, and the transfer function of the detector.
+    contrast-transfer function, the transfer function of the detector, and corrections
+    of the scale of images and whether they are mirrored.
 
     Parameters
     ----------
@@ -197,7 +204,8 @@ def ignored(
     """
     optics, particles = blocks.get("optics", {}), particle_table(blocks, path)
     used = () if tilt_group is None else _TILT
-    unused = [(particles, name) for name in (*_OF_CTF, *_MATRIX) if name not in used]
+    names = (*_OF_CTF, *_MATRIX, *_CORRECTIONS)
+    unused = [(particles, name) for name in names if name not in used]
     if not with_ctf:
         unused += [(optics, name) for name in _OF_CTF]
     names = [

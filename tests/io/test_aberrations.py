@@ -168,6 +168,22 @@ def test_no_tilt_and_no_number(table):
         read_particles(old(table, {"rlnBeamTiltX": ["1", "nan", "1", "1", "1"]}))
 
 
+def test_corrections_that_are_not_applied_are_named(table):
+    """Columns of a refinement by RELION, unless they say that there is nothing."""
+    corrections = {"rlnNormCorrection": "0.9", "rlnGroupScaleCorrection": "1.1"}
+    corrections |= {"rlnIsFlip": "1"}
+    for values in (corrections, dict(zip(corrections, "110", strict=True))):
+        blocks = read_star(table({}))
+        for name, value in values.items():
+            blocks["particles"][name] = ["1.000000", *[value] * (COUNT - 1)]
+            if name == "rlnIsFlip":
+                blocks["particles"][name][0] = "0"
+        path = table({}).with_name("corrected.star")
+        write_star(path, blocks)
+        told = tuple(corrections) if values is corrections else ()
+        assert read_particles(path).ignored == told
+
+
 IDENTITY = {f"rlnMagMat{i}{j}": [str(int(i == j))] * 3 for i in (0, 1) for j in (0, 1)}
 
 
