@@ -26,7 +26,7 @@ from jaxrefine.maps.detector import ModulationTransfer
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import Resolution, fsc, resolution
 from jaxrefine.maps.mask import check_mask, soft_mask
-from jaxrefine.maps.scale import hot_voxel
+from jaxrefine.maps.scale import at_unit_scale, hot_voxel
 from jaxrefine.operators.fourier import radii
 
 # Phases are randomised from where the unmasked correlation falls below this: RELION's
@@ -181,7 +181,7 @@ def postprocess(
     check_positive("the voxel size", voxel_size_in_angstroms)
     mean = (half1 + half2) / 2
     if mask is None:
-        mask = soft_mask(mean, voxel_size_in_angstroms)
+        mask = soft_mask(at_unit_scale(mean), voxel_size_in_angstroms)
     _check_mask(mask, half1, half2)
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
