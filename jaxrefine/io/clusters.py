@@ -25,7 +25,7 @@ UNKNOWN = "None"
 
 _UNKNOWN = {"", UNKNOWN}
 # Columns: the image that a particle was made from, by subtraction or extraction.
-_ORIGINALS = {"rlnImageOriginalName", "rlnOriginalParticleName"}
+_ORIGINALS = ("rlnImageOriginalName", "rlnOriginalParticleName")
 
 
 def clusters(
@@ -72,7 +72,7 @@ def _labels(
     numbers = (images.index + 1).tolist()
     file = [files[i] for i in images.file.tolist()]
     yield "images", list(zip(numbers, file, strict=True))
-    for column in _ORIGINALS & table.keys():
+    for column in filter(table.__contains__, _ORIGINALS):
         stacks = (split_name(name, path)[1] for name in table["rlnImageName"])
         named = dict(zip(stacks, file, strict=True))
         named = {os.path.normpath(stack): each for stack, each in named.items()}
