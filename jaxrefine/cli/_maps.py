@@ -10,7 +10,7 @@ import numpy as np
 from jaxrefine import io
 from jaxrefine.errors import InputError
 from jaxrefine.maps.mask import check_mask
-from jaxrefine.maps.scale import hot_voxel, offset
+from jaxrefine.maps.scale import has_no_particle, hot_voxel, offset
 from jaxrefine.operators.resample import resample
 
 _DEFAULT_VOXEL = 1.0  # angstroms, in headers that nobody has set
@@ -203,7 +203,7 @@ def _check_plausible(path: Path, values: np.ndarray, trusted: bool) -> None:
     ------
     InputError
         If its values are all the same or, unless it is trusted, if most of its power is
-        in one voxel, or its solvent is not near zero.
+        in a few hot voxels, its solvent is not near zero, or no particle stands out.
     """
     if not values.any():
         raise InputError(f"{path} must not be zero everywhere, got zeros only")
@@ -217,13 +217,19 @@ def _check_plausible(path: Path, values: np.ndarray, trusted: bool) -> None:
     if hot is not None:
         raise InputError(
             f"{path} must be the map of a particle, got one with most of its power in "
-            f"a single voxel of {hot:g}; --trust-contrast takes it as it is"
+            f"a few hot voxels of up to {hot:g}; --trust-contrast takes it as it is"
         )
     if solvent is not None:
         raise InputError(
             f"{path} must have a solvent near 0, got one of {solvent:g} with values "
             f"from {values.min():g} to {values.max():g}; --trust-contrast takes it as "
             "it is"
+        )
+    if has_no_particle(values):
+        raise InputError(
+            f"{path} must be the map of a particle in the middle of its box, got one "
+            "whose corners are as strong, as of noise or a ramp; --trust-contrast "
+            "takes it as it is"
         )
 
 
@@ -264,10 +270,12 @@ def _on_grid_of(
             file=sys.stderr,
         )
         return resample(jnp.asarray(volume), voxel, m, pixel)
+    # With as many voxels, the header is more likely to be wrong than the grid.
+    remedies = ["; --resample brings it to that grid", hint]
     raise InputError(
         f"{path} must have {m}^3 voxels of {pixel:g} A, the grid of the images of "
-        f"{source.path}, got {n}^3 voxels of {voxel:g} A; --resample brings it to that "
-        f"grid{hint}"
+        f"{source.path}, got {n}^3 voxels of {voxel:g} A"
+        f"{''.join(remedies[:: -1 if n == m else 1])}"
     )
 
 

@@ -107,7 +107,7 @@ def require_poses(path: Path, table: io.TableFile | io.ParticleFile) -> None:
         return
     lack = f"{path} must have poses (rlnAngleRot, rlnAngleTilt), got none"
     if is_cs(path):
-        lack = lack_of("alignments3D", path, table.joined)
+        lack = lack_of("alignments3D", path, table.joined, table.lacking)
     raise InputError(f"{lack}; `jaxrefine match` finds poses where there are none")
 
 

@@ -316,8 +316,9 @@ def _limits(
     size, pixel = particles.image_size, particles.pixel_size_in_angstroms
     agreement, box = resolution(curve, size, pixel), particles.box_in_angstroms
     informed = _period(informed_up_to, particles)
+    agree = "nowhere" if agreement.is_none else f"to {agreement.text()}"
     text = (
-        f"the half maps agree to {agreement.text()} without a mask; poses were "
+        f"the half maps agree {agree} without a mask; poses were "
         "compared, and the regularised maps of the half sets agree (FSC 0.5), to "
         f"{informed:g} A"
     )

@@ -9,6 +9,7 @@ from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.fsc import FscSettings
 from jaxrefine.errors import InputError
 from jaxrefine.maps.fsc import fsc, mean_fsc, resolution
+from jaxrefine.maps.scale import hot_voxel
 from jaxrefine.report import plots
 
 
@@ -29,6 +30,12 @@ def run(settings: FscSettings) -> None:
         if not (volume if mask is None else volume * mask).any():
             where = "everywhere" if mask is None else f"within {settings.mask}"
             raise InputError(f"{path} must not be zero {where}, got zeros only")
+        hot = hot_voxel(volume)
+        if hot is not None:
+            raise InputError(
+                f"{path} must be the map of a particle, got one with most of its power "
+                f"in a few hot voxels of up to {hot:g}"
+            )
     n = a.shape[0]
     correlation = fsc(
         jnp.asarray(a), jnp.asarray(b), None if mask is None else jnp.asarray(mask)
@@ -43,7 +50,8 @@ def run(settings: FscSettings) -> None:
             "fsc": curve.tolist(),
             "mean_fsc": float(mean_fsc(correlation)),
             "resolution_in_angstroms": {
-                threshold: each.in_angstroms for threshold, each in resolutions.items()
+                threshold: None if each.is_none else each.in_angstroms
+                for threshold, each in resolutions.items()
             },
             "resolution_is_a_bound": {
                 threshold: each.is_a_bound for threshold, each in resolutions.items()

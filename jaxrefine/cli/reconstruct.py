@@ -11,6 +11,7 @@ from jaxrefine.cli import _particles, _usable
 from jaxrefine.cli._memory import free_bytes
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli._runtime import check_devices
+from jaxrefine.cli._sign import contrary
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
 from jaxrefine.cli.engine import DEFAULT, Engine
 from jaxrefine.maps.scale import is_negative
@@ -18,6 +19,10 @@ from jaxrefine.refinement import memory
 from jaxrefine.refinement.config import RefineConfig
 from jaxrefine.runs import provenance
 from jaxrefine.runs.progress import Bars
+
+# Standard errors of noise from which a map is dark. Those of particles, blurred or with
+# ten times as much noise, have 7 to 100, those of noise up to 3.
+_DOUBTLESS = 4.0
 
 
 def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
@@ -81,12 +86,10 @@ def run(settings: ReconstructSettings, engine: Engine = DEFAULT) -> None:
     maps = [result.volume, *(result.half_maps if settings.half_sets else ())]
     for path, volume in zip(written, maps, strict=True):
         io.write_mrc(path, volume, pixel)
-    if is_negative(result.volume) and not settings.images.trust_contrast:
-        remedy = "without" if settings.images.invert else "with"
-        print(
-            f"{out} seems to have dark protein: if it has, make it {remedy} --invert",
-            file=sys.stderr,
-        )
+    is_dark = is_negative(result.volume, _DOUBTLESS)
+    if is_dark and not settings.images.trust_contrast:
+        _, remedy = contrary(source, settings.images)
+        print(f"{out} seems to have dark protein: if so, {remedy}", file=sys.stderr)
     names = ", ".join(str(path) for path in written)
     print(
         f"{len(chosen.indices)} particles, tau {result.tau:.4g}, lambda "

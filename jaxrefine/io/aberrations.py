@@ -35,8 +35,14 @@ _ODD, _EVEN = "rlnOddZernike", "rlnEvenZernike"
 _MATRIX = tuple(f"rlnMagMat{i}{j}" for i in (0, 1) for j in (0, 1))
 _OF_CTF = (*_TILT, _ODD, _EVEN)
 _MTF = "rlnMtfFileName"
+# What RELION does to the images or the map of a particle, and the number for nothing.
+_CORRECTIONS = {
+    "rlnNormCorrection": 1.0,
+    "rlnGroupScaleCorrection": 1.0,
+    "rlnIsFlip": 0.0,
+}
 # The number of a column that is no aberration.
-_NONE = dict(
+_NONE = _CORRECTIONS | dict(
     zip((*_OF_CTF, *_MATRIX), (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0), strict=True)
 )
 # Beam tilts of RELION 3.0's tables, one for each class of micrographs. More of them are
@@ -75,8 +81,9 @@ def read_aberrations(
     Raises
     ------
     InputError
-        If a value is not a number, if phases are not finite in single precision, or if
-        a magnification is not within a quarter of 1 in every direction.
+        If a value is not a number, if phases are not finite in single precision, if a
+        column of the magnification matrix is missing, or if a magnification is not
+        within a quarter of 1 in every direction.
     """
     optics = blocks.get("optics", {})
     known = [name for name in (*_OF_CTF, *_MATRIX) if name in optics]
@@ -182,10 +189,11 @@ def ignored(
     *,
     with_ctf: bool,
 ) -> list[str]:
-    """Return the columns or fields of optics that RELION uses and this package not.
+    """Return the columns or fields that RELION uses and this package does not.
 
     They are aberrations of single particles, those of groups without a
-    contrast-transfer function, and the transfer function of the detector.
+    contrast-transfer function, the transfer function of the detector, and corrections
+    of the scale of images and whether they are mirrored.
 
     Parameters
     ----------
@@ -196,7 +204,8 @@ def ignored(
     """
     optics, particles = blocks.get("optics", {}), particle_table(blocks, path)
     used = () if tilt_group is None else _TILT
-    unused = [(particles, name) for name in (*_OF_CTF, *_MATRIX) if name not in used]
+    names = (*_OF_CTF, *_MATRIX, *_CORRECTIONS)
+    unused = [(particles, name) for name in names if name not in used]
     if not with_ctf:
         unused += [(optics, name) for name in _OF_CTF]
     names = [
@@ -232,23 +241,34 @@ def _has_effect(table: Table, name: str) -> bool:
 def _vectors(optics: Table, name: str, path: Path) -> Float64[np.ndarray, "rows _"]:
     """Return a column of numbers in brackets, filled up by zeros to the same length."""
     texts = optics.get(name, ["[]"] * len(optics["rlnOpticsGroup"]))
+    closed = [text[:1] + text[-1:] in ("", "[]") for text in texts]
     rows = [
-        parsed([value for value in text.strip("[]").split(",") if value])
-        for text in texts
+        parsed([value for value in text[1:-1].split(",") if value]) for text in texts
     ]
-    good = np.array([bool(is_single(row).all()) for row in rows])
+    good = np.array([bool(is_single(row).all()) for row in rows]) & closed
     require(good, optics, name, path, "numbers in brackets, such as [0.1,0.2]")
     length = max(map(len, rows), default=0)
     return np.array([np.pad(row, (0, length - len(row))) for row in rows])
 
 
 def _matrices(optics: Table, path: Path) -> Float64[np.ndarray, "rows 2 2"]:
-    """Return the magnifications, and the identity for what is not there or zero."""
+    """Return the magnifications, and the identity for what is not there or zero.
+
+    Raises
+    ------
+    InputError
+        If only some of the columns are there, or a matrix is far from the identity.
+    """
     count = len(optics["rlnOpticsGroup"])
-    values = [
-        numbers(optics, name, path) if name in optics else np.full(count, _NONE[name])
-        for name in _MATRIX
-    ]
+    lacking = [name for name in _MATRIX if name not in optics]
+    if len(lacking) == len(_MATRIX):
+        return np.tile(np.eye(2), (count, 1, 1))
+    if lacking:
+        raise InputError(
+            f"{path} must have all four columns of a magnification matrix or none, "
+            f"got none of {', '.join(lacking)}"
+        )
+    values = [numbers(optics, name, path) for name in _MATRIX]
     matrices = np.stack(values, axis=1).reshape(-1, 2, 2)
     matrices = np.where(matrices.any(axis=(1, 2), keepdims=True), matrices, np.eye(2))
     stretches = np.linalg.svd(matrices, compute_uv=False)

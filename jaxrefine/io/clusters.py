@@ -24,6 +24,8 @@ UNKNOWN = "None"
 """What stands in a column for a source that is not known."""
 
 _UNKNOWN = {"", UNKNOWN}
+# Columns: the image that a particle was made from, by subtraction or extraction.
+_ORIGINALS = ("rlnImageOriginalName", "rlnOriginalParticleName")
 
 
 def clusters(
@@ -70,11 +72,11 @@ def _labels(
     numbers = (images.index + 1).tolist()
     file = [files[i] for i in images.file.tolist()]
     yield "images", list(zip(numbers, file, strict=True))
-    if "rlnImageOriginalName" in table:
+    for column in filter(table.__contains__, _ORIGINALS):
         stacks = (split_name(name, path)[1] for name in table["rlnImageName"])
         named = dict(zip(stacks, file, strict=True))
         named = {os.path.normpath(stack): each for stack, each in named.items()}
-        originals = [_image(name, path) for name in table["rlnImageOriginalName"]]
+        originals = [_image(name, path) for name in table[column]]
         yield (
             "particles",
             [each and (each[0], named.get(each[1], each[1])) for each in originals],

@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxrefine.io.fields import called
 from jaxrefine.io.star import Table
 
 _SINGLE = np.finfo(np.float32)
+_NAMED = 5  # blocks, of a file in which there are too many
 _LARGEST_WHOLE = 2**53  # A float64 represents every whole number up to this one.
 _ANGSTROMS_PER_MICROMETRE = 1e4  # rlnDetectorPixelSize is in micrometres.
 
@@ -36,9 +38,18 @@ def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
     if len(others) != 1:
         raise InputError(
             f"{path} must have a block 'particles', or a single block besides "
-            f"'optics', got the blocks {', '.join(map(repr, blocks))}"
+            f"'optics', got the blocks {_some(blocks)}"
         )
     return others[0]
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    names = list(names)
+    told = [reprlib.repr(name) for name in names[:_NAMED]]
+    if len(names) > _NAMED:
+        told.append(f"and {len(names) - _NAMED} more")
+    return ", ".join(told)
 
 
 def pixel_sizes(

@@ -94,6 +94,8 @@ class TableFile:
     passed_over
         What is wrong with each passthrough file that could not be read, and that was
         not needed.
+    lacking
+        What passthrough files beside the table lack that hold some of its particles.
     ignored
         Fields of optics that are in no column of RELION's, and that are not zero.
     """
@@ -103,6 +105,7 @@ class TableFile:
     classes: dict[int, int] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 def read_cs(
@@ -166,10 +169,11 @@ def read_cs(
     path = existing_file(path)
     table = _Fields(path, _load(path))
     if passthrough is None:
-        others, passed_over = _beside(table)
+        others, passed_over, lacking = _beside(table)
     else:
-        others, passed_over = [_given(table, existing_file(passthrough))], ()
-    table = _join(table, others)
+        others = [_given(table, existing_file(passthrough))]
+        passed_over = lacking = ()
+    table = replace(_join(table, others), lacking=lacking)
     table.require_group("blob")
     table, classes = _of_class(table, class_number)
     given = table
@@ -207,7 +211,7 @@ def read_cs(
         particles["rlnHelicalTubeID"] = [number[tube] for tube in tubes]
     blocks = {"optics": optics, "particles": particles}
     ignored = _not_converted(given, table)
-    return TableFile(blocks, table.joined, classes, passed_over, ignored)
+    return TableFile(blocks, table.joined, classes, passed_over, ignored, lacking)
 
 
 def refuse_group_file(path: str | Path) -> NoReturn:
@@ -239,6 +243,7 @@ class _Fields:
     path: Path
     arrays: dict[str, np.ndarray]
     joined: dict[Path, tuple[str, ...]] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -264,7 +269,7 @@ class _Fields:
     def require_group(self, group: str) -> None:
         """Raise if there is no field of a group."""
         if group not in self.groups:
-            raise InputError(lack_of(group, self.path, self.joined))
+            raise InputError(lack_of(group, self.path, self.joined, self.lacking))
 
     def get(self, name: str) -> np.ndarray:
         """Return a field that must be there."""
@@ -399,15 +404,17 @@ def _given(table: _Fields, path: Path) -> _Fields:
     return other.take(rows)
 
 
-def _beside(table: _Fields) -> tuple[list[_Fields], tuple[str, ...]]:
+def _beside(
+    table: _Fields,
+) -> tuple[list[_Fields], tuple[str, ...], tuple[str, ...]]:
     """Read the passthrough files beside a table that hold all of its particles.
 
     A file that cannot be read is passed over if the table has what is needed by itself;
-    what is wrong with it is returned, too.
+    what is wrong with it is returned, too, and what those lack that hold some.
     """
-    found, passed_over, job = [], [], _job(table.path)
+    found, passed_over, lacking, job = [], [], [], _job(table.path)
     if "uid" not in table:
-        return found, ()
+        return found, (), ()
     for path in sorted(table.path.parent.glob("*passthrough*.cs")):
         is_other_job = job and _job(path) and _job(path) != job
         if is_other_job or os.path.realpath(path) == os.path.realpath(table.path):
@@ -420,9 +427,14 @@ def _beside(table: _Fields) -> tuple[list[_Fields], tuple[str, ...]]:
                 passed_over.append(str(error))
                 continue
             raise
-        if (rows >= 0).all():
+        missing = int(np.sum(rows < 0))
+        if not missing:
             found.append(other.take(rows))
-    return found, tuple(passed_over)
+        elif missing < len(rows):
+            lacking.append(
+                f"{path.name} beside it lacks {missing} of its {len(rows)} particles"
+            )
+    return found, tuple(passed_over), tuple(lacking)
 
 
 def _job(path: Path) -> str | None:

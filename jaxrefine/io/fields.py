@@ -77,7 +77,9 @@ def called(column: str, path: str | Path) -> str:
     return f"column {column}"
 
 
-def lack_of(group: str, path: Path, joined: Iterable[Path] = ()) -> str:
+def lack_of(
+    group: str, path: Path, joined: Iterable[Path] = (), lacking: Iterable[str] = ()
+) -> str:
     """Return the sentence of a table without a group of fields.
 
     Parameters
@@ -88,6 +90,8 @@ def lack_of(group: str, path: Path, joined: Iterable[Path] = ()) -> str:
         The table.
     joined
         The passthrough files that were read with it.
+    lacking
+        What passthrough files beside it lack, in a sentence each.
     """
     where = "".join(f", nor in {each.name}" for each in joined)
     hint = (
@@ -96,4 +100,7 @@ def lack_of(group: str, path: Path, joined: Iterable[Path] = ()) -> str:
     )
     if "passthrough" in path.name:
         hint = "this is a passthrough file, so give the table that the job has made"
-    return f"{path} must have the fields {group}/..., got none{where}; {hint}"
+    if group == "ctf":
+        hint += "; --no-ctf does without"
+    sentences = [f"{path} must have the fields {group}/..., got none{where}", *lacking]
+    return "; ".join([*sentences, hint])

@@ -407,7 +407,11 @@ def _values(stack: Stack) -> Shaped[np.ndarray, "nz ny nx"]:
 
 
 def _decompressed(path: Path, size: int) -> bytearray:
-    """Return at most `size` bytes of what is compressed in a file."""
+    """Return at most `size` bytes of what is compressed in a file.
+
+    What may follow is not read, as in a file that is not compressed; a stream that ends
+    there must have the checksum that it says.
+    """
     data = bytearray()
     with reading(path), open(path, "rb") as compressed:
         opener = _DECOMPRESSORS[compressed.read(2)]
@@ -416,6 +420,7 @@ def _decompressed(path: Path, size: int) -> bytearray:
             with opener(compressed) as file:
                 while chunk := file.read(min(_AT_ONCE, size - len(data))):
                     data += chunk
+                file.read(1)  # At its end, a stream compares its checksum.
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # The others say that the content is damaged.

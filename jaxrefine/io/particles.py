@@ -312,7 +312,7 @@ def _require_particles(file: TableFile, path: Path, with_ctf: bool) -> Table:
     if "rlnImageName" not in table:
         raise InputError(f"{path} must have the column rlnImageName, got none")
     if with_ctf and is_cs(path) and "rlnDefocusU" not in table:
-        raise InputError(lack_of("ctf", path, file.joined))
+        raise InputError(lack_of("ctf", path, file.joined, file.lacking))
     _require_single_particles(blocks, table, path)
     _require_raw_images(blocks, table, path)
     return table

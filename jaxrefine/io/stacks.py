@@ -241,9 +241,11 @@ def _obstacle(stack: str, folders: Sequence[Path]) -> str | None:
 def _absence(stack: str, table: Path, datadir: str | Path | None) -> str:
     """Return what is to be said of a stack that is in none of the folders."""
     if "\\" in stack:
+        likely = locate(stack.replace("\\", "/"), search_folders(table, datadir))
+        there = f" ({likely} is there)" if likely else ""
         return (
             "has the backslashes of a path of Windows and does not exist here; names "
-            "of folders must be separated by /"
+            f"of folders must be separated by /{there}"
         )
     if os.path.isabs(stack):
         return (

@@ -5,6 +5,7 @@ columns are used here without their leading underscore, names of blocks without 
 leading ``data_``.
 """
 
+import codecs
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ class Pairs(Table):
 Values = Sequence[Any] | Array | np.ndarray
 """The values of a column to write: strings, or objects that ``str`` converts."""
 
+_UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 _WORD = re.compile(r"\S+", re.ASCII)
 _CLOSING = {quote: re.compile(rf"(?<!\a){quote}(?=\s|$)", re.ASCII) for quote in "\"'"}
 # Bytes that are not UTF-8 are read as U+DC80 to U+DCFF, and written as they were.
@@ -68,7 +70,9 @@ def read_star(path: str | Path) -> dict[str, Table]:
     ):
         for number, line in enumerate(file, start=1):
             if "\0" in line:
-                raise InputError(f"{path} is not a STAR file: it is not text")
+                utf16 = line.encode("utf-8", "surrogateescape")[:2] in _UTF16
+                kind = "text in UTF-16, it must be UTF-8" if utf16 else "not text"
+                raise InputError(f"{path} is not a STAR file: it is {kind}")
             values = _values(line)
             if not values:
                 continue

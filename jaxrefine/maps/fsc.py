@@ -121,13 +121,19 @@ class Resolution(NamedTuple):
         complete shell if it does not up to there.
     is_a_bound
         Whether it does not, so that the resolution may be better.
+    is_none
+        Whether it is below the threshold in the first shell already, so that there is
+        no resolution; `in_angstroms` is then that of this shell.
     """
 
     in_angstroms: float
     is_a_bound: bool
+    is_none: bool
 
     def text(self, unit: str = "A") -> str:
-        """Return text such as "3.52 A" or "3.52 A or better", in the unit's words."""
+        """Return "none", "3.52 A" or "3.52 A or better", in the unit's words."""
+        if self.is_none:
+            return "none"
         better = " or better" if self.is_a_bound else ""
         return f"{self.in_angstroms:.2f} {unit}{better}"
 
@@ -156,7 +162,8 @@ def resolution(
     complete = jnp.asarray(curve)[: last + 1]
     radius = float(crossing(complete, threshold))
     period = resolution_in_angstroms(radius, n, voxel_size_in_angstroms)
-    return Resolution(float(period), bool(jnp.all(complete[1:] >= threshold)))
+    agrees = np.asarray(complete[1:] >= threshold)
+    return Resolution(float(period), bool(agrees.all()), not agrees[0])
 
 
 def _half_space(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -115,7 +115,7 @@ def soft_mask(
     Raises
     ------
     NoParticleError
-        If the map is constant or a single voxel, or if no voxel is above the threshold.
+        If the map is constant or some hot voxels, or no voxel is above the threshold.
     InputError
         If the map is not finite, or a number is out of range.
     """
@@ -136,7 +136,7 @@ def soft_mask(
     if hot is not None:
         raise NoParticleError(
             "the map that a mask is made from must be that of a particle, got one with "
-            f"most of its power in a single voxel of {hot:g}"
+            f"most of its power in a few hot voxels of up to {hot:g}"
         )
     smooth = np.asarray(
         low_pass(volume, voxel_size_in_angstroms, low_pass_in_angstroms)

@@ -26,7 +26,7 @@ from jaxrefine.maps.detector import ModulationTransfer
 from jaxrefine.maps.filters import check_positive, cosine_edge, filtered
 from jaxrefine.maps.fsc import Resolution, fsc, resolution
 from jaxrefine.maps.mask import check_mask, soft_mask
-from jaxrefine.maps.scale import hot_voxel
+from jaxrefine.maps.scale import at_unit_scale, hot_voxel
 from jaxrefine.operators.fourier import radii
 
 # Phases are randomised from where the unmasked correlation falls below this: RELION's
@@ -173,15 +173,15 @@ def postprocess(
     ------
     InputError
         If shapes differ, values are not finite, the half maps are equal, zero within
-        the mask or a single voxel, the mask has values beyond 0 and 1 or is empty, none
-        can be made, or a number is out of range: a pixel of the detector is at most
-        twice a voxel, as with super-resolution.
+        the mask or a few hot voxels, the mask has values beyond 0 and 1 or is empty,
+        none can be made, or a number is out of range: a pixel of the detector is at
+        most twice a voxel, as with super-resolution.
     """
     _check(half1, half2)
     check_positive("the voxel size", voxel_size_in_angstroms)
     mean = (half1 + half2) / 2
     if mask is None:
-        mask = soft_mask(mean, voxel_size_in_angstroms)
+        mask = soft_mask(at_unit_scale(mean), voxel_size_in_angstroms)
     _check_mask(mask, half1, half2)
     if low_pass_in_angstroms is not None:
         check_positive("the low-pass resolution", low_pass_in_angstroms)
@@ -244,7 +244,7 @@ def _check(half1: Array, half2: Array) -> None:
         if hot is not None:
             raise InputError(
                 f"the {name} half map must be that of a particle, got one with most of "
-                f"its power in a single voxel of {hot:g}"
+                f"its power in a few hot voxels of up to {hot:g}"
             )
 
 

@@ -2,13 +2,20 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrefine._types import Volume
+from jaxrefine.operators.fourier import radii
 
-# Share of a map's power in a single voxel from which the map is that voxel. The tip of
-# a Gaussian as narrow as a grid can hold has less than a fifth.
-_HOT_SHARE = 0.5
+# A map is that of some hot voxels if so few of them have more than this share of its
+# power, and less than that is left of it after a low-pass: of the narrowest particle, a
+# Gaussian with a standard deviation of one voxel, 0.25 is left, of a cube of 2 x 2 x 2
+# voxels 0.06, and of separate voxels or white noise 0.008.
+_FEW, _SHARE, _LEAST_SMOOTH = 64, 0.5, 0.1
+_CUT_OFF = 1 / 8  # cycles per voxel, of that low-pass
+# Power of a map's solvent after the low-pass, in units of that within the sphere that
+# fits in the box. It is 1 for noise, 2.4 for a linear ramp.
+_LOUDEST_SOLVENT = 0.5
 # Solvent of a map, in units of the range of its values. With the whole range, a map of
 # FSC 0.89 becomes one of 0.80.
 _LARGEST_SOLVENT = 0.25
@@ -28,19 +35,29 @@ def at_unit_scale(volume: Volume) -> Volume:
 
 
 def hot_voxel(volume: Volume | np.ndarray) -> float | None:
-    """Return the value of a voxel that has most of a map's power; None if none has.
+    """Return the value of the hottest voxel of a map that is some hot voxels.
+
+    Up to 64 voxels then have most of the power, and a low-pass filter at an eighth of a
+    cycle per voxel leaves nearly nothing of it, unlike that of any smooth density.
 
     Parameters
     ----------
     volume
         A map whose values are finite, of any scale.
+
+    Returns
+    -------
+    The value; None if the map is no such map.
     """
     values = np.asarray(volume, np.float64)
-    power = (values - np.median(values)) ** 2
-    largest = np.argmax(power)
-    if power.flat[largest] > _HOT_SHARE * power.sum():
-        return float(values.flat[largest])
-    return None
+    values = values - np.median(values)
+    power = values.ravel() ** 2
+    few = power[np.argpartition(power, -min(_FEW, power.size))[-_FEW:]]
+    if not few.sum() > _SHARE * power.sum():
+        return None
+    if np.sum(_smooth(values) ** 2) > _LEAST_SMOOTH * np.sum(_unit(values) ** 2):
+        return None
+    return float(np.asarray(volume, np.float64).flat[np.argmax(power)])
 
 
 def offset(volume: Float[Array | np.ndarray, "n n n"]) -> float | None:
@@ -55,19 +72,65 @@ def offset(volume: Float[Array | np.ndarray, "n n n"]) -> float | None:
         A map whose values are finite and not all the same, of any scale.
     """
     values = np.asarray(volume, np.float64)
-    n = len(values)
-    square = (np.arange(n) - n // 2) ** 2
-    radius = square[:, None, None] + square[:, None] + square
-    solvent = float(np.median(values[radius > (n / 2) ** 2]))
+    solvent = float(np.median(values[_corners(len(values))]))
     return solvent if abs(solvent) > _LARGEST_SOLVENT * np.ptp(values) else None
 
 
-def is_negative(volume: Volume | np.ndarray) -> bool:
-    """Return whether the particle of a map seems to be darker than its solvent.
+def has_no_particle(volume: Float[Array | np.ndarray, "n n n"]) -> bool:
+    """Return whether no particle stands out in a map, as in noise or a linear ramp.
 
-    Density then reaches farther below the median than above it, in the third moment.
+    After a low-pass filter at an eighth of a cycle per voxel, density outside of the
+    sphere that fits in the map then has more than half the mean square of that within.
+
+    Parameters
+    ----------
+    volume
+        A map whose values are finite, of any scale.
     """
     values = np.asarray(volume, np.float64)
-    values = values - np.median(values)
-    largest = np.abs(values).max()
-    return bool(largest > 0 and np.sum((values / largest) ** 3) < 0)
+    corners = _corners(len(values))
+    power = _smooth(values - np.median(values[corners])) ** 2
+    return bool(power[corners].mean() > _LOUDEST_SOLVENT * power[~corners].mean())
+
+
+def _corners(n: int) -> Bool[np.ndarray, "n n n"]:
+    """Return which voxels are outside of the sphere that fits in a box."""
+    square = (np.arange(n) - n // 2) ** 2
+    return square[:, None, None] + square[:, None] + square > (n / 2) ** 2
+
+
+def _unit(values: Float[np.ndarray, "n n n"]) -> Float[np.ndarray, "n n n"]:
+    """Return values divided by the largest of them, unless all are zero."""
+    return values / (np.abs(values).max() or 1.0)
+
+
+def _smooth(values: Float[np.ndarray, "n n n"]) -> Float[np.ndarray, "n n n"]:
+    """Return values after a low-pass filter, in units of the largest before."""
+    n = len(values)
+    kept = radii(n) <= max(_CUT_OFF * n, 1)
+    spectrum = np.where(kept, np.fft.rfftn(_unit(values)), 0)
+    return np.fft.irfftn(spectrum, s=values.shape, axes=(0, 1, 2))
+
+
+def is_negative(volume: Volume | np.ndarray, errors: float = 0.0) -> bool:
+    r"""Return whether the particle of a map seems to be darker than its solvent.
+
+    Density then reaches farther below the mean than above it, in the third moment.
+
+    Parameters
+    ----------
+    volume
+        A map whose values are finite, of any scale.
+    errors
+        How far the moment must be below zero, in units of its standard error in
+        Gaussian noise of the map's spectrum. With the autocorrelation :math:`R` of N
+        voxels, the square of that is :math:`6 N \sum_d R(d)^3` for their sum.
+    """
+    values = np.asarray(volume, np.float64)
+    values = _unit(values - values.mean())
+    moment = np.sum(values**3)
+    if not (errors and moment < 0):
+        return bool(moment < 0)
+    power = np.abs(np.fft.rfftn(values)) ** 2
+    correlation = np.fft.irfftn(power, s=values.shape, axes=(0, 1, 2)) / values.size
+    return bool(moment < -errors * np.sqrt(6 * values.size * np.sum(correlation**3)))

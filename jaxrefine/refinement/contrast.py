@@ -26,6 +26,9 @@ _SAMPLE = 256  # images that are compared
 # the least correlation that counts: what all images share correlates by up to 0.05 with
 # any map, and by more than 0.15 with a map of the particle, even at -20 dB.
 _DOUBTLESS, _LEAST = 6.0, 0.06
+# Standard errors above zero up to which a correlation may be chance, and the least
+# number of images for which that is said.
+_BY_CHANCE, _FEWEST = 2.0, 30
 
 
 @final
@@ -52,6 +55,16 @@ class Contrast:
         """Whether the images look like the negative of the map, beyond doubt."""
         limit = max(_DOUBTLESS * self.standard_error, _LEAST)
         return self.correlation < -limit
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether images and map, if there are enough, may have nothing in common.
+
+        Images of the particle correlate at random poses, too: at -20 dB, 30 of them by
+        more than 5 standard errors.
+        """
+        is_sure = self.correlation > _BY_CHANCE * self.standard_error
+        return self.count >= _FEWEST and not is_sure
 
 
 def contrast(

@@ -11,6 +11,8 @@ from jaxrefine.errors import InputError
 from jaxrefine.io.atomic import Lock, leftovers, lock
 from jaxrefine.runs.history import History, Unwritten
 
+_REMEDY = "; remove the folder, or name another one"
+
 
 @final
 class NoFolder:
@@ -117,11 +119,15 @@ class RunFolder:
 
     def _recognise(self, may_change: Collection[str]) -> None:
         """Read the report of an earlier process; refuse another run."""
-        report = io.read_json(self._report)
+        try:
+            report = io.read_json(self._report)
+        except InputError as error:
+            raise InputError(f"{error}{_REMEDY}") from None
         earlier = report.get("settings") if isinstance(report, dict) else None
         if not isinstance(earlier, dict):
             raise InputError(
                 f"{self._report} must be the report of a run, got something else"
+                f"{_REMEDY}"
             )
         changed = _differences(earlier, self._settings)
         others = [name for name in changed if name not in may_change]
@@ -131,12 +137,18 @@ class RunFolder:
                 f"other settings ({', '.join(others)}); repeat its command, or name "
                 "another folder"
             )
-        self.finished = report.get("finished") is True and not changed
+        finished = report.get("finished")
+        if not isinstance(finished, bool):
+            raise InputError(
+                f"{self._report} must be the report of a run as it was written, got "
+                f"something else than true or false for 'finished'{_REMEDY}"
+            )
+        self.finished = finished and not changed
         self._kept = report.get("kept", {})
         if not isinstance(self._kept, dict):
             raise InputError(
                 f"{self._report} must be the report of a run as it was written, got "
-                "something else than an object for 'kept'"
+                f"something else than an object for 'kept'{_REMEDY}"
             )
         if changed:
             self._write(finished=False)

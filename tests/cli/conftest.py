@@ -46,11 +46,14 @@ def run(capsys):
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder of random images with poses and optics, and a map."""
+    """A folder of random images with poses and optics, and a map of a particle."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(COUNT, N, N)).astype(np.float32)
     write_stack(tmp_path / "particles.mrcs", images, PIXEL)
-    write_mrc(tmp_path / "init.mrc", rng.normal(size=(N, N, N)), PIXEL)
+    square = (np.arange(N) - N // 2) ** 2
+    particle = np.exp(-(square[:, None, None] + square[:, None] + square) / 8)
+    volume = particle + 0.1 * rng.normal(size=(N, N, N))
+    write_mrc(tmp_path / "init.mrc", volume, PIXEL)
     rotations = euler_to_matrix(jnp.asarray(rng.uniform(-1, 1, (COUNT, 3))))
     poses = Poses(rotations, rng.uniform(-1, 1, (COUNT, 2)))
     names = [f"{i:06d}@particles.mrcs" for i in range(1, COUNT + 1)]

@@ -100,6 +100,25 @@ def test_json_and_png(maps, run):
     assert (maps / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_maps_that_agree_nowhere_have_no_resolution(maps, run):
+    write_mrc(maps / "b.mrc", -smooth(noise()), VOXEL)
+    code, out, _ = run("fsc", maps / "a.mrc", maps / "b.mrc", "--json", maps / "o.json")
+    assert code == 0 and "# resolution at FSC 0.143: none\n" in out
+    content = json.loads((maps / "o.json").read_text())
+    assert content["resolution_in_angstroms"] == {"0.5": None, "0.143": None}
+
+
+def test_a_map_of_a_hot_voxel_is_not_compared(maps, run):
+    hot = noise()
+    hot[3, 4, 5] = 3e38
+    write_mrc(maps / "b.mrc", hot, VOXEL)
+    with warnings.catch_warnings(action="error"):
+        refused = run("fsc", maps / "a.mrc", maps / "b.mrc")
+    refused.assert_refused(
+        "b.mrc must be the map of a particle", "voxels of up to 3e+38"
+    )
+
+
 def test_a_curve_may_cross_one_threshold_only(maps, run):
     c = smooth(noise(), 0.5) + 0.8 * noise(seed=2)
     write_mrc(maps / "c.mrc", c, VOXEL)

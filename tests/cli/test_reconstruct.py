@@ -71,7 +71,7 @@ def test_a_map_of_dark_protein_is_told_of(data, run, sign):
     engine = Engine(reconstruct=cast(Any, stand_in))
     command = replace(RECONSTRUCT, run=partial(implementation.run, engine=engine))
     words = ["reconstruct", data / "particles.star", "--out", data / "map.mrc"]
-    for further, told in (([], "with --invert"), (["--trust-contrast"], "")):
+    for further, told in (([], "if so, --invert"), (["--trust-contrast"], "")):
         code, _, err = run(*words, *further, commands=[command])
         assert code == 0 and (data / "map.mrc").exists()
         assert ("seems to have dark protein" in err) == (sign < 0 and bool(told))

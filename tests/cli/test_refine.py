@@ -932,6 +932,8 @@ def test_what_is_not_modelled_is_said(data, refine, stand_in):
     assert "plain.star gives no defocus: " in refine(*words).err
     blocks = read_star(data / "particles.star")
     blocks["optics"] |= {"rlnBeamTiltX": ["3.0"], "rlnMagMat00": ["1.05"]}
+    blocks["optics"] |= {"rlnMagMat01": ["0"], "rlnMagMat10": ["0"]}
+    blocks["optics"] |= {"rlnMagMat11": ["1"]}
     blocks["optics"] |= {"rlnMtfFileName": ["mtf.star"]}
     count = len(blocks["particles"]["rlnImageName"])
     blocks["particles"] |= {

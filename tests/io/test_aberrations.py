@@ -97,7 +97,7 @@ def test_what_is_no_aberration_costs_nothing(table):
     nothing = {name: ["0"] * 3 for name in ("rlnBeamTiltX", "rlnBeamTiltY")}
     nothing |= {name: ["[0,0.0]"] * 3 for name in ("rlnOddZernike", "rlnEvenZernike")}
     nothing |= {f"rlnMagMat{i}{j}": ["0"] * 3 for i in (0, 1) for j in (0, 1)}
-    for columns in (nothing, {}, {"rlnMagMat00": ["1"] * 3}):
+    for columns in (nothing, {}, IDENTITY):
         file = read_particles(table(columns))
         assert file.particles.aberrations is None and file.ignored == ()
 
@@ -168,15 +168,44 @@ def test_no_tilt_and_no_number(table):
         read_particles(old(table, {"rlnBeamTiltX": ["1", "nan", "1", "1", "1"]}))
 
 
+def test_corrections_that_are_not_applied_are_named(table):
+    """Columns of a refinement by RELION, unless they say that there is nothing."""
+    corrections = {"rlnNormCorrection": "0.9", "rlnGroupScaleCorrection": "1.1"}
+    corrections |= {"rlnIsFlip": "1"}
+    for values in (corrections, dict(zip(corrections, "110", strict=True))):
+        blocks = read_star(table({}))
+        for name, value in values.items():
+            blocks["particles"][name] = ["1.000000", *[value] * (COUNT - 1)]
+            if name == "rlnIsFlip":
+                blocks["particles"][name][0] = "0"
+        path = table({}).with_name("corrected.star")
+        write_star(path, blocks)
+        told = tuple(corrections) if values is corrections else ()
+        assert read_particles(path).ignored == told
+
+
+IDENTITY = {f"rlnMagMat{i}{j}": [str(int(i == j))] * 3 for i in (0, 1) for j in (0, 1)}
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
         ({"rlnOddZernike": ["[1,x]", "[]", "[]"]}, "column rlnOddZernike: .*brackets"),
         ({"rlnEvenZernike": ["1;2", "[]", "[]"]}, "column rlnEvenZernike: .*brackets"),
+        ({"rlnEvenZernike": ["[0,0,1", "[]", "[]"]}, "EvenZernike: .*brackets"),
+        ({"rlnMagMat10": ["0", "0", "0"]}, "none of rlnMagMat00, rlnMagMat01, rlnMagM"),
         ({"rlnBeamTiltY": ["nan", "0", "0"]}, "column rlnBeamTiltY: .*finite"),
         ({"rlnEvenZernike": ["[3e38,3e38]", "[]", "[]"]}, "must be finite"),
-        ({"rlnMagMat00": ["1", "1", "0.01"]}, "close to the identity.*0.01 0 0 1"),
-        ({"rlnMagMat00": ["1", "-1", "1"]}, "close to the identity.*-1 0 0 1"),
+        (
+            IDENTITY | {"rlnMagMat00": ["1", "1", "0.01"]},
+            "close to the identity.*0.01 0 0 1",
+        ),
+        (
+            IDENTITY | {"rlnMagMat00": ["1", "-1", "1"]},
+            "close to the identity.*-1 0 0 1",
+        ),
+        ({"rlnEvenZernike": ["[0,0,1", "[]", "[]"]}, "rlnEvenZernike: .*brackets"),
+        ({"rlnMagMat10": ["0", "0", "0"]}, "got none of rlnMagMat00, rlnMagMat01, rl"),
     ],
 )
 def test_bad_values_are_refused(table, columns, words):

@@ -87,6 +87,7 @@ def test_a_tube_of_no_number_is_none(read):
     ("column", "values"),
     [
         ("rlnImageOriginalName", ["1@x", "2@x", "", "000001@./x:mrcs", "3@x", "2@x"]),
+        ("rlnOriginalParticleName", ["1@x", "2@x", "", "1@x", "3@x", "2@x"]),
         ("jaxrefineSource", ["x", "y", "None", "x", "z", "y"]),
     ],
 )

@@ -271,6 +271,19 @@ def test_a_truncated_gzip_file_is_refused(read, path):
 
 
 @BOTH
+@pytest.mark.parametrize(("module", "place"), [(gzip, -8), (bz2, -4)])
+def test_a_stream_with_another_checksum_is_refused(read, path, module, place):
+    """That of gzip is the last but one word, that of bzip2 is in the last."""
+    write_raw(path, np.random.default_rng(0).random((5, 5, 5), np.float32))
+    compressed = bytearray(module.compress(path.read_bytes()))
+    path.write_bytes(compressed)
+    read(path)
+    compressed[place] ^= 0xFF
+    path.write_bytes(compressed)
+    assert_one_sentence(read, path, "damaged")
+
+
+@BOTH
 @pytest.mark.parametrize("header", [{"nx": -5}, {"mode": 77}, {"nz": 2**31 - 1}])
 def test_nonsense_in_the_header_is_refused(read, path, header):
     write_raw(path, unique_volume())

@@ -654,6 +654,10 @@ def test_what_is_wrong_with_a_stack_is_said(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"^p.star names .*{words}") as caught:
             read_particles("p.star")
         assert str(caught.value).count(name) and "\n" not in str(caught.value)
+    stack(tmp_path / "Extract/job1/a.mrcs", 1)
+    write_star("p.star", {"": particle_columns([r"1@Extract\job1\a.mrcs"])})
+    with pytest.raises(InputError, match=r"by / \(Extract/job1/a.mrcs is there\)"):
+        read_particles("p.star")
 
 
 def test_a_stack_that_becomes_shorter_is_a_sentence(new_style):

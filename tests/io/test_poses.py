@@ -144,6 +144,9 @@ def test_two_blocks_that_could_be_particles_are_refused(path):
     write_star(path, {"a": {}, "b": {}})
     with pytest.raises(InputError, match="got the blocks 'a', 'b'"):
         read_poses(path)
+    write_star(path, {f"b{i}": {} for i in range(5000)})
+    with pytest.raises(InputError, match="'b3', 'b4', and 4995 more$"):
+        read_poses(path)
 
 
 def test_real_files_without_poses_are_refused(data_dir):

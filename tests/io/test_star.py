@@ -1,5 +1,6 @@
 """STAR files of several writers: quotes, comments, and rows that do not fit."""
 
+import codecs
 import time
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,8 @@ def test_files_are_laid_out_as_relions(path):
         (b"# only a comment\n", "it has no data_ block"),
         (b"\x93NUMPY\xff\xfe", "does not begin with a data_ block"),
         (b"MAP\0\0\0\0", "it is not text"),
+        ("data_\n".encode("utf-16"), "text in UTF-16"),
+        (codecs.BOM_UTF16_BE + "data_\n".encode("utf-16-be"), "text in UTF-16"),
         (b"{\n", "line 1: this is not a STAR file"),
         (b"data_\nhello\n", "line 2: the line must be loop_, or a name"),
         (b"data_\n_a 1 2\n", "line 2: the line must be loop_, or a name"),

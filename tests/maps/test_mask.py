@@ -119,7 +119,7 @@ def test_a_mask_is_not_made_from_a_hot_voxel():
     squares = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2
     volume = np.exp(-squares / 8).astype(np.float32)
     volume[2, 3, 4] = 3e38
-    with pytest.raises(InputError, match="single voxel of 3e.38"):
+    with pytest.raises(InputError, match="hot voxels of up to 3e.38"):
         soft_mask(jnp.asarray(volume), 2.0)
 
 

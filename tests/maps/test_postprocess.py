@@ -463,5 +463,7 @@ def test_a_half_map_of_one_hot_voxel_is_refused(which):
     first = first.at[3, 4, 5].set(3e38 if which == 0 else first[3, 4, 5])
     second = second.at[3, 4, 5].set(3e38 if which == 1 else second[3, 4, 5])
     name = ("first", "second")[which]
-    with pytest.raises(InputError, match=f"the {name} half map .* voxel of 3e.38"):
+    with pytest.raises(
+        InputError, match=f"the {name} half map .* voxels of up to 3e.38"
+    ):
         postprocess(first, second, ONES.astype(jnp.float32), VOXEL, key=KEY)

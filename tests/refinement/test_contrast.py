@@ -53,7 +53,7 @@ def test_images_of_a_map_correlate_with_it_entirely(scene):
     volume, poses, images = scene
     found = contrast(Particles(images), poses, volume, CONFIG)
     assert found.count == 256 and found.correlation == pytest.approx(1, abs=1e-3)
-    assert not found.is_opposite
+    assert not found.is_opposite and not found.is_chance
 
 
 @pytest.mark.parametrize(("decibels", "degrees"), [(6, 0), (-8, 40), (-14, 40)])
@@ -64,6 +64,9 @@ def test_the_sign_is_beyond_doubt_where_poses_are_rough(scene, decibels, degrees
     dark = contrast(Particles(-images), poses, volume, CONFIG)
     negative = contrast(Particles(images), poses, -volume, CONFIG)
     assert not bright.is_opposite and dark.is_opposite and negative.is_opposite
+    assert not bright.is_chance
+    few, some = Particles(images[:30]), poses.take(np.arange(30))
+    assert not contrast(few, some, volume, CONFIG).is_chance
     assert dark.correlation == pytest.approx(-bright.correlation, abs=1e-6)
     assert negative.standard_error == pytest.approx(bright.standard_error, abs=1e-6)
 
@@ -84,6 +87,7 @@ def test_what_does_not_resemble_the_map_is_not_its_negative(scene):
     for seed in range(4):
         noise = Particles(noisy(0 * images + 1e-9 * images, -60, seed))
         other = draw(N, N, N, seed=seed)
+        assert contrast(noise, poses, volume, CONFIG).is_chance
         for sign in (1, -1):
             assert not contrast(noise, poses, sign * volume, CONFIG).is_opposite
             sound = Particles(noisy(images, -8))

@@ -125,7 +125,7 @@ def processed(rng):
         fsc_randomised=curve**4,
         fsc_true=curve,
         randomised_from=5,
-        resolution=Resolution(9.0, False),
+        resolution=Resolution(9.0, False, False),
         b_factor_in_square_angstroms=-87.0,
         not_sharpened_because=None,
     )

@@ -361,6 +361,14 @@ def test_a_report_that_was_changed_is_a_sentence(tmp_path, kept):
         a_folder()
     for changed in ("null", "[]", '"text"', '{"settings": null}', '{"settings": []}'):
         path.write_text(changed)
-        with pytest.raises(InputError, match="must be the report of a run"):
+        with pytest.raises(InputError, match="must be the report of a run.*; remove"):
+            a_folder()
+    for changed in ("", "{", '{"settings": {"seed": 1}, "finished": '):
+        path.write_text(changed)
+        with pytest.raises(InputError, match="is not a JSON file; remove"):
+            a_folder()
+    for finished in ("null", "1", '"true"', "[]"):
+        path.write_text(f'{{"settings": {{"seed": 1}}, "finished": {finished}}}')
+        with pytest.raises(InputError, match="true or false for 'finished'; remove"):
             a_folder()
     path.write_bytes(before)
