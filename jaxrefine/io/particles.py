@@ -105,6 +105,8 @@ class ParticleFile:
     joined, classes, passed_over
         Of a cryoSPARC table: where its fields were found, the number of particles in
         its classes, and what is wrong with files beside it, see `cs.TableFile`.
+    lacking
+        What files beside it lack, see there.
     ignored
         Columns, or fields of a cryoSPARC table, of optics that are not used.
     """
@@ -122,6 +124,7 @@ class ParticleFile:
     classes: dict[int, int] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -387,6 +390,7 @@ def _described(
         file.classes,
         file.passed_over,
         (*file.ignored, *ignored(blocks, path, tilt_group, with_ctf=has_ctf)),
+        file.lacking,
     )
 
 

@@ -11,6 +11,7 @@ from jaxrefine._types import Volume
 from jaxrefine.errors import InputError
 from jaxrefine.maps.filters import low_pass
 from jaxrefine.maps.scale import hot_voxel
+from jaxrefine.operators.ball import in_ball
 
 # Of a mask by default: angstroms, and voxels.
 _LOW_PASS, _EXTEND, _EDGE = 15.0, 3.0, 6.0
@@ -100,7 +101,8 @@ def soft_mask(
         Density of the filtered map at the surface. The default is that of the triangle
         method (Zack, Rogers and Latt, J. Histochem. Cytochem. 25, 1977): the density at
         which the histogram is farthest below the line from its peak, which is the
-        solvent, to its end.
+        solvent, to its end. It is the histogram of the ball in the box
+        (`operators.ball`), as there is nothing in the corners of some maps.
     low_pass_in_angstroms
         Cut-off of the low-pass filter, see `filters.low_pass`.
     extend, edge
@@ -141,13 +143,14 @@ def soft_mask(
     smooth = np.asarray(
         low_pass(volume, voxel_size_in_angstroms, low_pass_in_angstroms)
     )
-    level = _triangle_threshold(smooth) if threshold is None else threshold
-    labelled: Any = ndimage.label(smooth > level)
+    if threshold is None:
+        threshold = _triangle_threshold(smooth[np.asarray(in_ball(len(smooth)))])
+    labelled: Any = ndimage.label(smooth > threshold)
     components, count = labelled
     if not count:
         raise NoParticleError(
             "the threshold of a mask must be below the largest density of the filtered "
-            f"map, {smooth.max():g}, got {level:g}"
+            f"map, {smooth.max():g}, got {threshold:g}"
         )
     largest = 1 + np.argmax(np.bincount(components.ravel())[1:])
     distance = np.asarray(ndimage.distance_transform_edt(components != largest))

@@ -34,6 +34,7 @@ from jaxtyping import Array, Complex, Float
 from jaxrefine._types import Scalar, Volume
 from jaxrefine.maps import admm, tv
 from jaxrefine.maps.sums import Sums, data_term, solve
+from jaxrefine.operators.ball import squared_distances
 
 _EDGE = 3.0  # voxels
 
@@ -88,9 +89,7 @@ def _rounded(volume: Volume) -> Volume:
     RELION does so, by a cosine over three voxels from the sphere in the box on.
     """
     box = volume.shape[0]
-    axis = jnp.arange(box, dtype=volume.dtype) - box // 2
-    z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
-    radius = jnp.sqrt(z**2 + y**2 + x**2)
+    radius = jnp.sqrt(squared_distances(box, volume.dtype))
     beyond = jnp.clip((radius - box / 2) / _EDGE, 0.0, 1.0)
     return volume * (0.5 + 0.5 * jnp.cos(jnp.pi * beyond))
 

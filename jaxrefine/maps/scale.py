@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxrefine._types import Volume
+from jaxrefine.operators.ball import in_ball, squared_distances
 from jaxrefine.operators.fourier import radii
 
 # A map is that of some hot voxels if so few of them have more than this share of its
@@ -16,6 +17,7 @@ _CUT_OFF = 1 / 8  # cycles per voxel, of that low-pass
 # Power of a map's solvent after the low-pass, in units of that within the sphere that
 # fits in the box. It is 1 for noise, 2.4 for a linear ramp.
 _LOUDEST_SOLVENT = 0.5
+_RIM = 0.8  # of the radius of that sphere, where its solvent begins at the latest
 # Solvent of a map, in units of the range of its values. With the whole range, a map of
 # FSC 0.89 becomes one of 0.80.
 _LARGEST_SOLVENT = 0.25
@@ -81,6 +83,7 @@ def has_no_particle(volume: Float[Array | np.ndarray, "n n n"]) -> bool:
 
     After a low-pass filter at an eighth of a cycle per voxel, density outside of the
     sphere that fits in the map then has more than half the mean square of that within.
+    Where nothing is outside, as in half maps, it is that beyond 0.8 of the radius.
 
     Parameters
     ----------
@@ -89,14 +92,17 @@ def has_no_particle(volume: Float[Array | np.ndarray, "n n n"]) -> bool:
     """
     values = np.asarray(volume, np.float64)
     corners = _corners(len(values))
-    power = _smooth(values - np.median(values[corners])) ** 2
-    return bool(power[corners].mean() > _LOUDEST_SOLVENT * power[~corners].mean())
+    within, solvent = ~corners, values[corners]
+    power = _smooth(values - np.median(solvent)) ** 2
+    if np.ptp(solvent) == 0:
+        distances = np.asarray(squared_distances(len(values)))
+        corners = within & (distances > (_RIM * len(values) / 2) ** 2)
+    return bool(power[corners].mean() > _LOUDEST_SOLVENT * power[within].mean())
 
 
 def _corners(n: int) -> Bool[np.ndarray, "n n n"]:
     """Return which voxels are outside of the sphere that fits in a box."""
-    square = (np.arange(n) - n // 2) ** 2
-    return square[:, None, None] + square[:, None] + square > (n / 2) ** 2
+    return ~np.asarray(in_ball(n))
 
 
 def _unit(values: Float[np.ndarray, "n n n"]) -> Float[np.ndarray, "n n n"]:

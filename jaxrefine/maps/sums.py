@@ -34,6 +34,7 @@ from jaxrefine._types import Scalar, Volume
 from jaxrefine.geometry import Poses
 from jaxrefine.maps import admm, tv
 from jaxrefine.operators import normal, slices
+from jaxrefine.operators.ball import in_ball
 from jaxrefine.operators.gridding import Insertion
 from jaxrefine.operators.slices import Disc
 
@@ -208,10 +209,9 @@ def least_squares(sums: Sums, iterations: int = 20) -> Volume:
     then have only the signal in common, which the Fourier shell correlation assumes;
     regularised maps also agree where their common prior has filled them in.
 
-    The map is zero beyond the ball in the box, and solved for within it: most images do
-    not show the corners of the box, where a map would hold nothing but noise. RELION
-    masks them, too. As fewer voxels are solved for, there is less noise within the ball
-    than if the corners were cut off a map of the whole box.
+    The map is zero beyond the ball in the box, and solved for within it: the corners of
+    the box are seen from some directions only, and a map would hold little but noise
+    there. RELION masks them, too, by a soft edge.
 
     Parameters
     ----------
@@ -222,27 +222,23 @@ def least_squares(sums: Sums, iterations: int = 20) -> Volume:
 
     Returns
     -------
-    Coefficients of the map, of side ``n``; zero where the distance from the voxel
-    ``n // 2`` is ``n / 2`` or more, and everywhere if there are no images.
+    Coefficients of the map, of side ``n``; zero beyond the ball (`operators.ball`), and
+    everywhere if there are no images.
     """
     data, floor = data_term(sums), _TIKHONOV_FLOOR * sums.peak
+    inside = in_ball(sums.backprojection.shape[0])
+
+    def cut(volume: Volume) -> Volume:
+        return jnp.where(inside, volume, 0.0)
+
     precondition = normal.circulant_inverse(
         data.preconditioner, jnp.zeros_like(floor), floor
     )
     coefficients, _ = cg(
-        lambda c: _in_ball(normal.apply_normal(data.transfer, c)) + floor * c,
-        _in_ball(data.backprojection),
+        lambda c: cut(normal.apply_normal(data.transfer, c)) + floor * c,
+        cut(data.backprojection),
         tol=_TOLERANCE,
         maxiter=iterations,
-        M=lambda c: _in_ball(precondition(c)),
+        M=lambda c: cut(precondition(c)),
     )
     return jnp.where(sums.peak > 0, coefficients, 0.0)
-
-
-def _in_ball(volume: Volume) -> Volume:
-    """Set a map to zero beyond the largest ball around its centre in the box."""
-    n = volume.shape[0]
-    # Traced, so that no program holds a map of constants.
-    axis = jnp.arange(n, dtype=volume.dtype) - n // 2
-    z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
-    return jnp.where(z**2 + y**2 + x**2 < (n / 2) ** 2, volume, 0.0)

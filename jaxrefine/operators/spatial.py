@@ -29,6 +29,7 @@ from jaxrefine.ctf import IsotropicPSF
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
 from jaxrefine.operators import _tube, kbwf
+from jaxrefine.operators.ball import in_ball
 from jaxrefine.operators.radial import RadialSeries, radial_series
 from jaxrefine.operators.spline import Spline2D, spline_prefilter
 
@@ -176,9 +177,7 @@ class Support(eqx.Module):
 
         A map outside of it would be seen from some directions only.
         """
-        axis = np.arange(n) - n // 2
-        squared = np.add.outer(np.add.outer(axis**2, axis**2), axis**2)
-        return Support.of(squared <= (n / 2) ** 2)
+        return Support.of(in_ball(n))
 
     def restrict(self, coefficients: Volume) -> Float[Array, "voxels"]:
         """Return the coefficients of these voxels."""

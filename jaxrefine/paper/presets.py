@@ -19,8 +19,9 @@ back-projection: :math:`\operatorname{Var}\,(H^T n)[k] = \sigma^2 w[0]` for whit
 this force, and TV holds against it with lambda. It grows like sigma, as the paper says,
 and like the square root of the number of particles. Lambda begins at
 :math:`4\, d \sqrt{w[0]}`, where ``d`` is the root-mean-square difference of some of
-the images from the projections of the initial map, and falls geometrically: while the
-poses are wrong the images differ by more than noise, and the maps should be smooth.
+the images from the projections of the initial map, or sigma if that is more, and falls
+geometrically: while the poses are wrong the images differ by more than noise, and the
+maps should be smooth.
 
 **rho** is :math:`16\, w[0]` at first: the penalty multiplies :math:`\|L c\|^2` as the
 data term multiplies :math:`\|c\|^2`, so it has the units of :math:`H^T H`. It falls in
@@ -131,11 +132,11 @@ def paper_preset(
     )
     diagonal = float(problem.footprint.autocorrelation(jnp.zeros(())))
     diagonal *= problem.images.shape[0]
-    lam = Schedule(4.0 * difference * diagonal**0.5, sigma * diagonal**0.5)
-    threshold = 0.25 * difference / diagonal**0.5
+    # No less than their noise, of which a map that was not made of them knows nothing.
+    difference = max(difference, sigma)
     return Algorithm1Config(
-        lam=lam,
-        rho=Schedule(lam.first / threshold, lam.last / threshold),
+        lam=Schedule(4.0 * difference * diagonal**0.5, sigma * diagonal**0.5),
+        rho=Schedule(16.0 * diagonal, 4.0 * diagonal * sigma / difference),
         steps=NewtonSteps(Schedule(0.5, 1.0)),
         iterations=iterations,
         cg_iterations=10,

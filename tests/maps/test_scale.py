@@ -14,6 +14,7 @@ from jaxrefine.maps.scale import (
     is_negative,
     offset,
 )
+from jaxrefine.operators.ball import in_ball
 
 N = 16
 AXIS = np.arange(N) - N // 2
@@ -102,6 +103,11 @@ def test_a_particle_stands_out_from_noise_and_not_in_noise_or_a_ramp(scale):
     # Ten times as much noise as signal, which a low-pass takes away.
     loud = blob + np.sqrt(10) * blob.std() * noise
     assert not has_no_particle(scale * blob) and not has_no_particle(scale * loud)
+    # As half maps are.
+    inside = np.asarray(in_ball(32))
+    assert has_no_particle(scale * noise * inside)
+    for volume in (blob, loud):
+        assert not has_no_particle(scale * volume * inside)
 
 
 def test_noise_of_any_spectrum_is_negative_by_chance_only():

@@ -149,7 +149,7 @@ def test_least_squares_solve_the_normal_equations(images):
     """Those of the definition for maps in the ball; of no images the map is empty."""
     sums = images.sums()
     small = 1e-3 * float(sums.peak)
-    ball = (lattice_points(centred(N)) ** 2).sum(axis=0) < (N / 2) ** 2
+    ball = (lattice_points(centred(N)) ** 2).sum(axis=0) <= (N / 2) ** 2
 
     def residual(c):
         c = np.asarray(c).ravel()

@@ -252,6 +252,16 @@ def test_images_without_noise_need_a_sigma(scene):
         presets.paper_preset(clean, scene.start())
 
 
+def test_images_differ_from_projections_by_their_noise_at_least(scene):
+    """Lambda and rho fall fourfold for images that the start explains exactly."""
+    initial, c = scene.dataset.initial, scene.inside
+    seen = spatial.project(scene.problem.footprint, c, initial, N)
+    exact = eqx.tree_at(lambda p: p.images, scene.problem, seen)
+    config = presets.paper_preset(exact, algorithm1.init(initial, c), 0.3)
+    for schedule in (config.lam, config.rho):
+        assert float(schedule.first) == pytest.approx(4 * float(schedule.last))
+
+
 def test_the_released_tables():
     """Of lambda and rho against the noise, at the levels of the code and between."""
     for sigma, lam, rho in (
