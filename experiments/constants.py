@@ -7,8 +7,10 @@ settings changed at a time:
   map is not one of the last poses;
 - whole Newton steps: first steps ``1 / kappa`` from the first iteration on, where
   `paper_preset` begins with half of that;
-- lambda from 4 sigma: it begins at 4 sigma sqrt(w[0]), whatever the initial map is;
-- lambda constant: it is sigma sqrt(w[0]) all the time;
+- lambda from 4 sigma: it begins at 4 sigma sqrt(w[0]), whatever the initial map is,
+  and rho stays as it is;
+- lambda constant: it is sigma sqrt(w[0]) all the time, and rho stays as it is, so that
+  the threshold lambda / rho rises;
 - rho constant: it is 4 w[0] all the time, and the threshold lambda / rho falls;
 - a quarter of rho: the threshold is four times as large;
 - K_ADMM = 2, K_GD = 8: fewer iterations in a volume update than the 5 of

@@ -87,8 +87,11 @@ SENTENCES = {
         "post-processing).",
         "from have {hjc[RELION, local searches][aligned]:.3f} and "
         "{ptch1[RELION, local searches][aligned]:.3f}, with "
-        "{hjc[RELION, local searches][within]:.0%} and "
-        "{ptch1[RELION, local searches][within]:.0%} within 10 degrees.",
+        "{hjc[RELION, local searches][within]:.1%} and "
+        "{ptch1[RELION, local searches][within]:.1%} within 10 degrees "
+        "({hjc[RELION, local searches, post-processed][aligned]:.3f} and "
+        "{ptch1[RELION, local searches, post-processed][aligned]:.3f} after "
+        "post-processing).",
         "{hjc[RELION auto-refine][within]:.0%} and "
         "{ptch1[RELION auto-refine][within]:.0%} of the particles end within 10 "
         "degrees",
