@@ -323,7 +323,7 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, put_on_
 @needs_relion
 @pytest.mark.slow
 def test_a_local_search_stays_near_the_poses_of_the_file(tmp_path, data, truth):
-    """From poses 120 degrees off, it finds none of the true ones."""
+    """From 120 degrees off: directions move by no more than the range of the search."""
     images, true = jax.tree.map(lambda leaf: leaf[:10], (data.images, data.truth))
     third = jnp.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], true.rotations.dtype)
     start = Poses(true.rotations @ third, true.shifts)
