@@ -419,6 +419,7 @@ def test_poses_are_drawn_for_a_table_if_asked(tmp_path, run):
         ({"rlnAngleRot": None, "rlnAngleTilt": None}, [], "--draw-poses draws them"),
         ({"rlnCtfDataArePhaseFlipped": ["1"] * 12}, [], "phase-flipped"),
         ({"rlnMagMat00": ["2", "1"]}, [], "close to the identity"),
+        ({"rlnMagMat11": None}, [], "none of rlnMagMat11"),
         ({"groups": ("1", "3")}, [], "group 3"),
     ],
 )
