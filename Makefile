@@ -6,7 +6,7 @@ test:
 bench:
 	python benchmarks/run.py
 tables:
-	python experiments/pages.py docs/experiments.md docs/method.md
+	python experiments/pages.py README.md docs/*.md
 docs:
 	sphinx-build -W --keep-going docs site
 notebooks:

@@ -158,7 +158,13 @@ def _table(match: re.Match[str]) -> str:
         new = [label]
         for name, cell in zip(heading[1:], old, strict=True):
             if cell and name in columns:
-                cell = ", ".join(columns[name](each) for each in found)
+                try:
+                    cell = ", ".join(columns[name](each) for each in found)
+                except KeyError as lack:
+                    raise InputError(
+                        f"The results must have {lack} for the column {name} of "
+                        f"{label}, got none."
+                    ) from lack
             elif re.search(r"\d", cell):
                 raise InputError(
                     f"A column of figures must be one of {', '.join(columns)}, "

@@ -18,6 +18,7 @@ from jaxrefine.ctf import CTF, apply_ctf
 from jaxrefine.data.preprocess import Resampled
 from jaxrefine.errors import InputError
 from jaxrefine.geometry import Poses
+from jaxrefine.io.particles import SAME_PIXEL
 from jaxrefine.operators.resample import fourier_crop
 from jaxrefine.runs import options, provenance
 from jaxrefine.runs.fingerprint import fingerprint
@@ -25,7 +26,6 @@ from jaxrefine.runs.folder import RunFolder
 from jaxrefine.runs.progress import Bars
 
 _DEFOCUS = (8e3, 22e3)  # Angstrom
-_SAME_PIXEL = 1e-3  # relative difference of sizes, as headers round them
 _ASTIGMATISM = 1e3  # Angstrom, largest difference of the two defoci
 
 
@@ -114,8 +114,9 @@ def _read_like(
     Raises
     ------
     InputError
-        If it has no optics, no poses though they are used, or images on another grid
-        than that of the map, of so many voxels of a size in angstroms.
+        If it has no optics, no poses though they are used or some that are outside of
+        the images, or images on another grid than that of the map, of so many voxels of
+        a size in angstroms.
     """
     like = io.read_without_images(path, side, pixel)
     _particles.tell_where_from(path, like)
@@ -135,11 +136,18 @@ def _read_like(
             f"{path}: all images must have one pixel size, got {smallest:g} to {own:g} "
             "A"
         )
-    if m != side or abs(pixel - own) > _SAME_PIXEL * own:
+    if m != side or abs(pixel - own) > SAME_PIXEL * own:
         raise InputError(
             f"{settings.map} must have {m}^3 voxels of {own:g} A, the grid of the "
             f"images of {path}, got {side}^3 voxels of {pixel:g} A (--size crops a map "
             "in Fourier space)"
+        )
+    offset = np.abs(np.asarray(like.poses.shifts)).max(axis=1)
+    if not settings.draw_poses and offset.max() > m / 2:
+        raise InputError(
+            f"{path}: particles must be at most {m / 2:g} pixels from the centre along "
+            f"x and y, got {offset.max():.1f} pixels for particle "
+            f"{np.argmax(offset) + 1}"
         )
     _particles.tell_what_is_ignored(like)
     return like

@@ -63,14 +63,21 @@ _PREPARED = {
     "rlnCtfDataAreCtfPremultiplied": "multiplied by their CTF",
     "rlnCtfDataArePhaseFlipped": "phase-flipped",
 }
-# Columns that say how well images fit a map.
+# Columns of what the images of a table are, beside their optics and their poses: how
+# well they fit a map, their scale, and which of them are copies.
 _OF_IMAGES = (
+    "jaxrefine",  # all of this package's
     "rlnNormCorrection",
+    "rlnGroupScaleCorrection",
+    "rlnIsFlip",
     "rlnLogLikeliContribution",
     "rlnMaxValueProbDistribution",
     "rlnNrOfSignificantSamples",
+    "rlnImageOriginalName",
+    "rlnOriginalParticleName",
 )
-_SAME_PIXEL = 1e-3  # Pixel sizes this close, relatively, count as equal: no resampling.
+_LARGEST_IMAGE = 100_000  # pixels along its side
+SAME_PIXEL = 1e-3  # Pixel sizes this close, relatively, count as equal: no resampling.
 
 
 @final
@@ -275,10 +282,13 @@ def read_without_images(
     """Read a table of particles for images that are still to be made.
 
     The images that it names need not be there: those of `particles` are zero, and none
-    of them depend on each other. Columns that say how well the images of the table fit
-    a map are left out (``rlnNormCorrection``, by which RELION divides images, and
-    ``rlnLogLikeliContribution``, ``rlnMaxValueProbDistribution`` and
-    ``rlnNrOfSignificantSamples``).
+    of them depend on each other. Columns that tell of the images of the table, and not
+    of their optics or poses, are left out: how well they fit a map
+    (``rlnLogLikeliContribution``, ``rlnMaxValueProbDistribution``,
+    ``rlnNrOfSignificantSamples`` and all of this package), their scale and hand
+    (``rlnNormCorrection``, ``rlnGroupScaleCorrection``, ``rlnIsFlip``), and which are
+    copies (``rlnImageOriginalName``, ``rlnOriginalParticleName``). Segments of a tube
+    stay its segments.
 
     Parameters
     ----------
@@ -291,16 +301,25 @@ def read_without_images(
     ------
     InputError
         For the reasons of `read_particles`, but for those of stacks and their names, or
-        if the images of the table are not all of one size.
+        if the images of the table are not all of one size, or their size is no whole
+        number from 2 to 100,000.
     """
     path = Path(path)
     file = read_table(path)
     table = _require_particles(file, path, True)
     sizes = of_each_if_any(file.blocks, table, "rlnImageSize", path)
-    size = image_size if sizes is None else int(sizes[0])
+    size = image_size if sizes is None else float(sizes[0])
+    if not (2 <= size <= _LARGEST_IMAGE and size == int(size)):
+        raise InputError(
+            f"{path}, column rlnImageSize: sizes must be whole numbers from 2 to "
+            f"{_LARGEST_IMAGE}, got {size:g}"
+        )
+    size = int(size)
     _require_box(file.blocks, table, size, path)
     name = particle_block(file.blocks, path)
-    kept = {column: table[column] for column in table if column not in _OF_IMAGES}
+    kept = {
+        column: table[column] for column in table if not column.startswith(_OF_IMAGES)
+    }
     file = replace(file, blocks={**file.blocks, name: kept})
     blank = np.broadcast_to(np.float32(0), (len(table["rlnImageName"]), size, size))
     return _described(path, file, blank, pixel_size_in_angstroms, True)
@@ -358,7 +377,7 @@ def _described(
         sizes = np.full(count, pixel_size_of_stack or 1.0)
     pixel_size = float(sizes.max())
     source = images
-    if sizes.min() < pixel_size * (1 - _SAME_PIXEL):
+    if sizes.min() < pixel_size * (1 - SAME_PIXEL):
         source = Resampled(images, pixel_size / sizes)
     optics_group = None
     if "rlnOpticsGroup" in table:

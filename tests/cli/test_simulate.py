@@ -290,6 +290,10 @@ def test_the_level_of_the_noise_is_given_once(run, noise, words):
 # --- a data set like another
 
 
+# Columns of the images of a table, which those that are simulated like it do not have.
+OF_IMAGES = ("rlnNormCorrection", "jaxrefineEvidence", "rlnOriginalParticleName")
+
+
 def write_table(folder, *, groups=("1", "2"), **columns):
     """A table of twelve particles in two optics groups that differ in everything."""
     rng, count = np.random.default_rng(1), 12
@@ -326,7 +330,7 @@ def write_table(folder, *, groups=("1", "2"), **columns):
         "rlnImageName": [f"{i}@gone/stack.mrcs" for i in range(1, count + 1)],
         "rlnOpticsGroup": [*groups] * (count // 2),
         "rlnMicrographName": [f"{i % 3}.mrc" for i in range(count)],
-        "rlnNormCorrection": ["0.7"] * count,
+        **{name: ["0.7"] * count for name in OF_IMAGES},
         **{
             name: [f"{value:.6f}" for value in rng.uniform(low, high, count)]
             for name, (low, high) in drawn.items()
@@ -359,7 +363,8 @@ def test_images_like_a_table_are_those_of_the_engines_model(tmp_path, run):
     particles = dict(blocks["particles"])
     names = [f"{i:06d}@particles.mrcs" for i in range(1, 13)]
     particles |= {"rlnImageName": names}
-    del particles["rlnNormCorrection"]
+    for name in OF_IMAGES:
+        del particles[name]
     assert written["particles"] == particles
 
     file = read_particles(tmp_path / "out/truth.star")
@@ -412,13 +417,18 @@ def test_poses_are_drawn_for_a_table_if_asked(tmp_path, run):
         ({}, ["--size", 16], "20^3 voxels of 2 A"),
         ({"rlnImageSize": ["32"] * 2}, [], "32^3 voxels"),
         ({"rlnImageSize": ["20", "24"]}, [], "rlnImageSize"),
+        ({"rlnImageSize": ["-16"] * 2}, [], "whole numbers from 2 to 100000"),
+        ({"rlnImageSize": ["0"] * 2}, [], "whole numbers from 2 to 100000"),
+        ({"rlnImageSize": ["1e9"] * 2}, [], "whole numbers from 2 to 100000"),
+        ({"rlnOriginXAngst": ["900"] * 12}, [], "at most 10 pixels from the centre"),
         ({"rlnImagePixelSize": ["2.1"] * 2}, [], "voxels of 2.1 A"),
         ({"rlnImagePixelSize": ["2", "2.1"]}, [], "one pixel size"),
         ({"rlnVoltage": None}, [], "rlnVoltage"),
         ({"rlnDefocusU": ["x"] * 12}, [], "rlnDefocusU"),
         ({"rlnAngleRot": None, "rlnAngleTilt": None}, [], "--draw-poses draws them"),
         ({"rlnCtfDataArePhaseFlipped": ["1"] * 12}, [], "phase-flipped"),
-        ({"rlnMagMat00": ["2", "1"]}, [], "none of rlnMagMat01, rlnMagMat10, rlnM"),
+        ({"rlnMagMat00": ["2", "1"]}, [], "close to the identity"),
+        ({"rlnMagMat11": None}, [], "none of rlnMagMat11"),
         ({"groups": ("1", "3")}, [], "group 3"),
     ],
 )

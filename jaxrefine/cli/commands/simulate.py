@@ -134,7 +134,7 @@ SIMULATE = Command(
     description="Write a data set that RELION reads, too: particles.star and "
     "particles.mrcs, initial poses and noisy images; truth.star and truth.mrc; and "
     "init.star and init.mrc, where to start. --like takes optics and poses from a "
-    "table of your own, all of whose columns are kept.",
+    "table of your own.",
     settings=SimulateSettings,
     run=run,
 )
