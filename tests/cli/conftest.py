@@ -46,11 +46,12 @@ def run(capsys):
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder of random images with poses and optics, and a map of a particle."""
+    """A folder of noisy images with poses and optics, and a map of a round particle."""
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(COUNT, N, N)).astype(np.float32)
-    write_stack(tmp_path / "particles.mrcs", images, PIXEL)
     square = (np.arange(N) - N // 2) ** 2
+    shadow = 0.5 * np.exp(-(square[:, None] + square) / 8)
+    images = (rng.normal(size=(COUNT, N, N)) + shadow).astype(np.float32)
+    write_stack(tmp_path / "particles.mrcs", images, PIXEL)
     particle = np.exp(-(square[:, None, None] + square[:, None] + square) / 8)
     volume = particle + 0.1 * rng.normal(size=(N, N, N))
     write_mrc(tmp_path / "init.mrc", volume, PIXEL)
