@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from jaxrefine.cli import match, refine
 from jaxrefine.cli.commands.match import MATCH, MatchSettings
@@ -42,7 +43,8 @@ def scene():
     rng = np.random.default_rng(0)
     k = np.arange(N) - N // 2
     window = np.exp(-(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) / 10)
-    volume = window * rng.normal(size=(N, N, N))
+    # Smooth, or it would be one of hot voxels.
+    volume = window * gaussian_filter(rng.normal(size=(N, N, N)), 1.0)
     views = grid.directions(np.deg2rad(STEP))
     psi = np.deg2rad(STEP) * rng.integers(0, 12, (COUNT, 1))
     angles = np.concatenate([views[rng.integers(0, len(views), COUNT)], psi], axis=1)
