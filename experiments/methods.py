@@ -335,9 +335,10 @@ def relion_local_searches(
 
 
 def _relion_is_installed() -> bool:
-    if not relion.available():
+    is_there = relion.available()
+    if not is_there:
         print("RELION is not installed; its results are left out.", file=sys.stderr)
-    return relion.available()
+    return is_there
 
 
 def relion_reconstruction(start: Start) -> Method:

@@ -1,4 +1,6 @@
-"""The exceptions for bad input, and for the loss of another process."""
+"""The exceptions for bad input, and for the loss of another process; their words."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -17,3 +19,11 @@ class UnusableImage(InputError):
 
 class LostProcess(RuntimeError):
     """Raised when another process has ended, or cannot be reached any more."""
+
+
+def some(texts: Sequence[str], most: int, separator: str) -> str:
+    """Return the first of several texts, and how many more there are."""
+    told = list(texts[:most])
+    if len(texts) > most:
+        told.append(f"and {len(texts) - most} more")
+    return separator.join(told)

@@ -213,12 +213,8 @@ def _check_plausible(path: Path, values: np.ndarray, trusted: bool) -> None:
         )
     if trusted:
         return
-    hot, solvent = hot_voxel(values), offset(values)
-    if hot is not None:
-        raise InputError(
-            f"{path} must be the map of a particle, got one with most of its power in "
-            f"a few hot voxels of up to {hot:g}; --trust-contrast takes it as it is"
-        )
+    check_not_hot(path, values, "; --trust-contrast takes it as it is")
+    solvent = offset(values)
     if solvent is not None:
         raise InputError(
             f"{path} must have a solvent near 0, got one of {solvent:g} with values "
@@ -230,6 +226,22 @@ def _check_plausible(path: Path, values: np.ndarray, trusted: bool) -> None:
             f"{path} must be the map of a particle in the middle of its box, got one "
             "whose corners are as strong, as of noise or a ramp; --trust-contrast "
             "takes it as it is"
+        )
+
+
+def check_not_hot(path: Path, values: np.ndarray, remedy: str = "") -> None:
+    """Refuse a map that is a few hot voxels, with a remedy if there is one.
+
+    Raises
+    ------
+    InputError
+        If it is.
+    """
+    hot = hot_voxel(values)
+    if hot is not None:
+        raise InputError(
+            f"{path} must be the map of a particle, got one with most of its power in "
+            f"a few hot voxels of up to {hot:g}{remedy}"
         )
 
 

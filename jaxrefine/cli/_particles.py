@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Bool, Int, PRNGKeyArray
 
 from jaxrefine import io
 from jaxrefine.cli.commands.reconstruct import ReconstructSettings
@@ -192,6 +192,25 @@ def _tell_what_is_done(source: io.ParticleFile, settings: ImageSettings) -> None
             "contrast-transfer function",
             file=sys.stderr,
         )
+
+
+def outside_images(
+    source: io.ParticleFile,
+) -> tuple[Bool[np.ndarray, " particles"], str]:
+    """Return which particles lie outside of their images, and what must hold for them.
+
+    The words name the first of them, and are empty if there is none.
+    """
+    half = source.particles.image_size / 2
+    offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
+    beyond = offset > half
+    if not beyond.any():
+        return beyond, ""
+    first = int(np.argmax(beyond))
+    return beyond, (
+        f"must be at most {half:g} pixels from the centre along x and y, got "
+        f"{offset[first]:.1f} pixels for particle {first + 1}"
+    )
 
 
 def tell_what_is_ignored(source: io.ParticleFile) -> None:

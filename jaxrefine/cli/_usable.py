@@ -11,12 +11,12 @@ from jaxtyping import Bool, Int
 
 from jaxrefine import io
 from jaxrefine._processes import text_of_first
-from jaxrefine.cli._particles import check_sizes, circle_in_pixels
+from jaxrefine.cli._particles import check_sizes, circle_in_pixels, outside_images
 from jaxrefine.cli.commands.shared import ImageSettings
 from jaxrefine.data import outliers
 from jaxrefine.data.particles import Particles
 from jaxrefine.data.preprocess import cleaned, outside, unprepared
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, some
 from jaxrefine.geometry import Poses
 from jaxrefine.runs.folder import NoFolder, RunFolder
 from jaxrefine.runs.progress import Bars
@@ -181,7 +181,7 @@ def usable(
     InputError
         If images are not normalised, none can be used, or fewer than 4 of a half set.
     """
-    count, m = len(source), source.particles.image_size
+    count = len(source)
     # Process 0 looks at the images, and tells the others what it has found.
     words = ""
     if jax.process_index() == 0:
@@ -195,25 +195,24 @@ def usable(
         words = json.dumps(found.as_json())
     found = Findings.of_json(json.loads(text_of_first(words)), count)
     assert found is not None
-    offset = np.abs(np.asarray(source.poses.shifts)).max(axis=1)
-    beyond = with_poses & (offset > m / 2)
+    beyond, limit = outside_images(source)
+    beyond &= with_poses
     left_out = beyond | np.isin(np.arange(count), [*found.bad, *found.unlike])
     sentences = []
     if found.bad:
         reasons = list(found.bad.values())
-        told = _some(reasons, 1 if left_out.all() else _TOLD)
+        told = some(reasons, 1 if left_out.all() else _TOLD, "; ")
         sentences.append(f"{len(reasons)} of {count} images cannot be used: {told}")
     if found.unlike:
         reasons = [f"{place + 1} {reason}" for place, reason in found.unlike.items()]
         sentences.append(
             f"{len(reasons)} of {count} images are unlike the others: number "
-            f"{_some(reasons, _TOLD)} (--trust-contrast keeps them)"
+            f"{some(reasons, _TOLD, '; ')} (--trust-contrast keeps them)"
         )
     if beyond.any():
         sentences.append(
             f"{beyond.sum()} of {count} particles are outside of their images: they "
-            f"must be at most {m / 2:g} pixels from the centre along x and y, got "
-            f"{offset[beyond][0]:.1f} pixels for particle {np.argmax(beyond) + 1}"
+            f"{limit}"
         )
     if left_out.all():
         raise InputError(f"{source.path}: {sentences[0]}")
@@ -232,14 +231,6 @@ def usable(
         check_sizes(source, subsets[~left_out], " that can be used")
     hot = np.array(found.hot, int)
     return Usable(count, np.flatnonzero(~left_out), hot, found.hot_limit)
-
-
-def _some(reasons: list[str], most: int) -> str:
-    """Return the first of several reasons, and how many more there are."""
-    told = reasons[:most]
-    if len(reasons) > len(told):
-        told.append(f"and {len(reasons) - len(told)} more")
-    return "; ".join(told)
 
 
 def _examine(source: io.ParticleFile, settings: ImageSettings) -> Findings:

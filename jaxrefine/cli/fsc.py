@@ -4,12 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrefine import io
-from jaxrefine.cli._maps import read_mask_of, read_pair
+from jaxrefine.cli._maps import check_not_hot, read_mask_of, read_pair
 from jaxrefine.cli._outputs import check_can_be_written, check_is_no_input
 from jaxrefine.cli.commands.fsc import FscSettings
 from jaxrefine.errors import InputError
 from jaxrefine.maps.fsc import fsc, mean_fsc, resolution
-from jaxrefine.maps.scale import hot_voxel
 from jaxrefine.report import plots
 
 
@@ -30,12 +29,7 @@ def run(settings: FscSettings) -> None:
         if not (volume if mask is None else volume * mask).any():
             where = "everywhere" if mask is None else f"within {settings.mask}"
             raise InputError(f"{path} must not be zero {where}, got zeros only")
-        hot = hot_voxel(volume)
-        if hot is not None:
-            raise InputError(
-                f"{path} must be the map of a particle, got one with most of its power "
-                f"in a few hot voxels of up to {hot:g}"
-            )
+        check_not_hot(path, volume)
     n = a.shape[0]
     correlation = fsc(
         jnp.asarray(a), jnp.asarray(b), None if mask is None else jnp.asarray(mask)

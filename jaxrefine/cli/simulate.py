@@ -142,13 +142,9 @@ def _read_like(
             f"images of {path}, got {side}^3 voxels of {pixel:g} A (--size crops a map "
             "in Fourier space)"
         )
-    offset = np.abs(np.asarray(like.poses.shifts)).max(axis=1)
-    if not settings.draw_poses and offset.max() > m / 2:
-        raise InputError(
-            f"{path}: particles must be at most {m / 2:g} pixels from the centre along "
-            f"x and y, got {offset.max():.1f} pixels for particle "
-            f"{np.argmax(offset) + 1}"
-        )
+    beyond, limit = _particles.outside_images(like)
+    if not settings.draw_poses and beyond.any():
+        raise InputError(f"{path}: particles {limit}")
     _particles.tell_what_is_ignored(like)
     return like
 

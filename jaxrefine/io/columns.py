@@ -2,14 +2,13 @@
 
 import math
 import reprlib
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from jaxrefine.errors import InputError
+from jaxrefine.errors import InputError, some
 from jaxrefine.io.fields import called
 from jaxrefine.io.star import Table
 
@@ -36,20 +35,12 @@ def particle_block(blocks: dict[str, Table], path: str | Path) -> str:
         return "particles"
     others = [name for name in blocks if name != "optics"]
     if len(others) != 1:
+        names = [reprlib.repr(name) for name in blocks]
         raise InputError(
             f"{path} must have a block 'particles', or a single block besides "
-            f"'optics', got the blocks {_some(blocks)}"
+            f"'optics', got the blocks {some(names, _NAMED, ', ')}"
         )
     return others[0]
-
-
-def _some(names: Iterable[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    names = list(names)
-    told = [reprlib.repr(name) for name in names[:_NAMED]]
-    if len(names) > _NAMED:
-        told.append(f"and {len(names) - _NAMED} more")
-    return ", ".join(told)
 
 
 def pixel_sizes(

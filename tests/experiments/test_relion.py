@@ -151,6 +151,21 @@ def ab_initio(star, limit_s, seed=0, **options):
     )
 
 
+def auto_refine(star, truth, **options):
+    return relion.auto_refine(
+        star.parent,
+        star,
+        simulate.blur(truth, 2.0),
+        diameter_in_angstroms=220,
+        offset_range=1,
+        offset_step=0.5,
+        initial_low_pass_in_angstroms=30,
+        seed=0,
+        limit_s=300.0,
+        **options,
+    )
+
+
 def programs_in(folder: Path) -> list[str]:
     """Return what still runs in a folder, but for what has ended and is not reaped."""
     found = []
@@ -281,19 +296,7 @@ def test_auto_refinement_survives_an_interruption(tmp_path, data, truth, put_on_
     seen = []
 
     def refine(callback):
-        return relion.auto_refine(
-            tmp_path,
-            star,
-            simulate.blur(truth, 2.0),
-            diameter_in_angstroms=220,
-            offset_range=1,
-            offset_step=0.5,
-            initial_low_pass_in_angstroms=30,
-            seed=0,
-            limit_s=300.0,
-            healpix_order=1,
-            callback=callback,
-        )
+        return auto_refine(star, truth, healpix_order=1, callback=callback)
 
     def interrupt(state):
         seen.append(state)
@@ -335,16 +338,9 @@ def test_a_local_search_stays_near_the_poses_of_the_file(tmp_path, data, truth):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        relion.auto_refine(
-            tmp_path,
+        auto_refine(
             star,
-            simulate.blur(truth, 2.0),
-            diameter_in_angstroms=220,
-            offset_range=1,
-            offset_step=0.5,
-            initial_low_pass_in_angstroms=30,
-            seed=0,
-            limit_s=300.0,
+            truth,
             healpix_order=order,
             local_from_order=order,
             callback=interrupt,
